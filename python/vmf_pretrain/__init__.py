@@ -1,0 +1,1 @@
+"""A thin trainer for self-distillation on top of vmf_kernels."""

@@ -1,0 +1,1 @@
+"""The loss head of self-distillation, exact and streaming."""
