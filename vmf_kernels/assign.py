@@ -1,0 +1,232 @@
+"""Which backend runs, and the forward-only ops on it.
+
+Legend: R rows, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.backends import reference, streaming
+from vmf_kernels.backends.contract import ColumnSums
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype, prepare_keys
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "streaming": streaming}
+PREFERENCE = {"cuda": ("streaming",), "cpu": ("streaming",)}  # of "auto", best first; other devices go as "cpu"
+
+
+def choose_backend(backend: str, rows: Tensor, weight: Tensor) -> ModuleType:
+    """The module that computes the operator on these tensors.
+
+    Args:
+        backend: "auto" takes the first that can run; a name takes that one or raises.
+        rows: [R, D] features.
+        weight: [K, D] prototypes.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend asked for cannot run on these tensors; says why.
+    """
+    if backend == "auto":
+        for name in PREFERENCE.get(rows.device.type, PREFERENCE["cpu"]):
+            if BACKENDS[name].unsupported(rows, weight) is None:
+                return BACKENDS[name]
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(('auto', *BACKENDS))}")
+    reason = BACKENDS[backend].unsupported(rows, weight)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
+    return BACKENDS[backend]
+
+
+def prototype_usage(
+    features: Tensor,
+    prototypes: Prototypes,
+    temperature: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean probability that each prototype receives from a batch, without its [R, K] probabilities.
+
+    Args:
+        features: [R, D] rows, floating point, R >= 1.
+        prototypes: K prototypes of dim D.
+        temperature: positive; a float or a tensor of one element.
+        bias: [K] nats added to the logits, e.g. ``center.bias(temperature)``, or None.
+        backend: see ``choose_backend``.
+
+    Returns:
+        [K] probabilities, fp32 (fp64 for fp64 features), summing to 1; no gradient.
+
+    Raises:
+        ValueError: shapes, temperature or backend name do not fit; says what was got and expected.
+    """
+    _check_rows(features, prototypes, bias)
+    if features.shape[0] == 0:
+        raise ValueError("features has 0 rows; expected at least one to take a mean over")
+    tau = temperature_tensor(temperature, "temperature", features.device)
+    usage: Tensor = _usage_op(*_flat(features, prototypes), bias, tau, backend)
+    return usage
+
+
+def row_log_sum_exp(
+    features: Tensor, prototypes: Prototypes, temperature: float | Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """[R] log-sum-exp over the prototypes of each row's logits; arguments and errors as ``prototype_usage``."""
+    _check_rows(features, prototypes, None)
+    tau = temperature_tensor(temperature, "temperature", features.device)
+    rows: Tensor = _row_op(*_flat(features, prototypes), tau, backend)
+    return rows
+
+
+def column_log_sum_exp(
+    features: Tensor,
+    prototypes: Prototypes,
+    temperature: float | Tensor,
+    offset: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """[K] ``log sum_r exp(l_rk - offset_r)`` over the rows; -inf for 0 rows.
+
+    Args:
+        offset: [R] nats; the row log-sum-exp makes it the log of the summed probabilities.
+        features, prototypes, temperature, backend: as in ``prototype_usage``, which also lists the errors.
+    """
+    _check_rows(features, prototypes, None)
+    tau = temperature_tensor(temperature, "temperature", features.device)
+    columns: Tensor = _column_op(*_flat(features, prototypes), tau, offset, backend)
+    return columns
+
+
+def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -> Tensor:
+    """[] float64 temperature on ``device``: a tensor, so that a schedule neither recompiles nor re-captures.
+
+    Raises:
+        ValueError: not positive (a CUDA tensor is not looked at: that would wait for the device), or not one element.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} has {value.numel()} elements; expected 1")
+        visible = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if visible and not value.item() > 0:
+            raise ValueError(f"{name} is {value.item()}; expected a number > 0")
+        return value.detach().reshape(()).to(device=device, dtype=torch.float64)
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; expected a number > 0")
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:
+    """Raise ValueError unless ``features`` is a floating-point [R, D] matrix fitting the prototypes, on their device."""
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(
+            f"{name} features are {features.dtype} of shape {tuple(features.shape)}; "
+            "expected a floating-point matrix [rows, D]"
+        )
+    if features.shape[1] != prototypes.dim:
+        raise ValueError(
+            f"{name} features have {features.shape[1]} columns but the {name} prototypes have "
+            f"{prototypes.dim}; both must be the embedding dim D"
+        )
+    if features.device != prototypes.weight.device:
+        raise ValueError(
+            f"{name} features are on {features.device} but the {name} prototypes on "
+            f"{prototypes.weight.device}; expected one device"
+        )
+
+
+def check_bias(bias: Tensor | None, count: int, name: str) -> None:
+    """Raise ValueError unless ``bias`` is None or has one element for each of ``count`` prototypes."""
+    if bias is not None and bias.numel() != count:
+        raise ValueError(f"{name} has {bias.numel()} elements; expected one for each of the {count} prototypes")
+
+
+def _check_rows(features: Tensor, prototypes: Prototypes, bias: Tensor | None) -> None:
+    check_features(features, prototypes, "the")
+    check_bias(bias, prototypes.count, "bias")
+
+
+def _flat(features: Tensor, prototypes: Prototypes) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """The leading arguments of every op: torch.library takes tensors, not a dataclass."""
+    stored = prototypes.detach()
+    return features.detach(), stored.weight, stored.magnitude, prototypes.kind
+
+
+@torch.library.custom_op("vmf_kernels::prototype_usage", mutates_args=())
+def _usage_op(
+    features: Tensor,
+    weight: Tensor,
+    magnitude: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    temperature: Tensor,
+    backend: str,
+) -> Tensor:
+    dtype = accumulation_dtype(features.dtype)
+    keys = prepare_keys(Prototypes(weight, magnitude, kind), temperature, bias, dtype)
+    mean = torch.full((1, features.shape[0]), 1 / features.shape[0], dtype=dtype, device=features.device)
+    columns = ColumnSums(None, None, weights=mean, sums=mean.new_zeros(1, weight.shape[0]))
+    choose_backend(backend, features, weight).assign(features, keys, None, columns)
+    return columns.sums[0].clone()
+
+
+@_usage_op.register_fake
+def _(
+    features: Tensor,
+    weight: Tensor,
+    magnitude: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    temperature: Tensor,
+    backend: str,
+) -> Tensor:
+    return features.new_empty(weight.shape[0], dtype=accumulation_dtype(features.dtype))
+
+
+@torch.library.custom_op("vmf_kernels::row_log_sum_exp", mutates_args=())
+def _row_op(
+    features: Tensor, weight: Tensor, magnitude: Tensor | None, kind: str, temperature: Tensor, backend: str
+) -> Tensor:
+    keys = prepare_keys(Prototypes(weight, magnitude, kind), temperature, None, accumulation_dtype(features.dtype))
+    lse: Tensor = choose_backend(backend, features, weight).assign(features, keys).log_sum_exp
+    return lse
+
+
+@_row_op.register_fake
+def _(
+    features: Tensor, weight: Tensor, magnitude: Tensor | None, kind: str, temperature: Tensor, backend: str
+) -> Tensor:
+    return features.new_empty(features.shape[0], dtype=accumulation_dtype(features.dtype))
+
+
+@torch.library.custom_op("vmf_kernels::column_log_sum_exp", mutates_args=())
+def _column_op(
+    features: Tensor,
+    weight: Tensor,
+    magnitude: Tensor | None,
+    kind: str,
+    temperature: Tensor,
+    offset: Tensor,
+    backend: str,
+) -> Tensor:
+    keys = prepare_keys(Prototypes(weight, magnitude, kind), temperature, None, accumulation_dtype(features.dtype))
+    lse: Tensor = choose_backend(backend, features, weight).column_log_sum_exp(features, keys, offset)
+    return lse
+
+
+@_column_op.register_fake
+def _(
+    features: Tensor,
+    weight: Tensor,
+    magnitude: Tensor | None,
+    kind: str,
+    temperature: Tensor,
+    offset: Tensor,
+    backend: str,
+) -> Tensor:
+    return features.new_empty(weight.shape[0], dtype=accumulation_dtype(features.dtype))

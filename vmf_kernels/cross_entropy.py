@@ -1,0 +1,361 @@
+"""Cross-entropy between teacher and student assignments to prototypes, streaming, with its gradient.
+
+Numbers in brackets are the equations of DESIGN section 2 (README of this folder). Gradients are formed in the forward pass,
+where the probabilities already are in cache, and only scaled in the backward one: 6 instead of 8 products per logit.
+
+Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.assign import check_bias, check_features, choose_backend, temperature_tensor
+from vmf_kernels.backends.contract import Assignment, ColumnSums
+from vmf_kernels.once import ReadyGradients, cast_like, mark_by_products, no_gradients
+from vmf_kernels.pairing import Pairing, check_pairing
+from vmf_kernels.prototypes import Keys, Prototypes, accumulation_dtype, prepare_keys, pull_back_to_stored
+from vmf_kernels.statistics import AssignmentStatistics
+
+
+class CrossEntropy(NamedTuple):
+    """A loss and its detached by-products."""
+
+    loss: Tensor  # [] nats, fp32 (fp64 for fp64 student features), differentiable
+    statistics: AssignmentStatistics
+
+
+def prototype_cross_entropy(
+    student_features: Tensor,
+    student_prototypes: Prototypes,
+    teacher_features: Tensor,
+    teacher_prototypes: Prototypes,
+    pair_weights: Tensor,
+    *,
+    student_temperature: float | Tensor = 0.1,
+    teacher_temperature: float | Tensor = 0.04,
+    teacher_bias: Tensor | None = None,
+    image_weights: Tensor | None = None,
+    backend: str = "auto",
+) -> CrossEntropy:
+    """Weighted sum over pairs of rows of ``-sum_k q_t(k) log p_s(k)``, without any [rows, K] tensor.
+
+    Equals ``p = softmax(x_s W_s^T / tau_s + b_s)``, ``q = softmax(x_t W_t^T / tau_t + b_t + teacher_bias)``, with b the vMF
+    log-normaliser of each network's own prototypes at its own temperature, or 0 (equations 1-3). Gradients flow to the student's features and
+    prototypes (equations 4-7), never to the teacher.
+
+    Args:
+        student_features: [V * B, D] rows, view-major; float64, float32, bfloat16 or float16. Sums are formed in fp32 (fp64).
+        student_prototypes: K prototypes of dim D.
+        teacher_features: [G * B, D] rows, view-major; same dtypes.
+        teacher_prototypes: K prototypes of dim D, its own copy.
+        pair_weights: [G, V] weight of teacher view g against student view v of the same image, not negative; with B = 1 an arbitrary matrix
+            [T, S] between single rows.
+        student_temperature, teacher_temperature: positive; a float or a tensor of one element.
+        teacher_bias: [K] nats added to the teacher's logits (a centre or dual vector), or None.
+        image_weights: [B] further weight of each image, or None.
+        backend: "auto", "streaming" or "reference".
+
+    Returns:
+        The loss, nats, and its statistics.
+
+    Raises:
+        ValueError: shapes, weights, temperatures or the backend's name do not fit, or (CPU only, as it would wait for
+            the device elsewhere) the prototypes contain NaN. Says what was got and what was expected.
+        RuntimeError: differentiated twice, or the backend asked for cannot run.
+    Source: Caron et al., ICCV 2021 (DINO), section 3.1; Govindarajan et al., ICLR 2023 (DINO-vMF), section 4.
+    """
+    _check_sides(student_features, student_prototypes, teacher_features, teacher_prototypes)
+    check_bias(teacher_bias, teacher_prototypes.count, "teacher_bias")
+    device = student_features.device
+    dtype = accumulation_dtype(student_features.dtype)
+    pairing = Pairing(
+        pair_weights.detach().to(device=device, dtype=dtype),
+        None if image_weights is None else image_weights.detach().to(device=device, dtype=dtype),
+    )
+    check_pairing(pairing, teacher_features.shape[0], student_features.shape[0])
+    student, teacher = student_prototypes, teacher_prototypes.detach()
+    outputs = _cross_entropy_op(
+        student_features,
+        student.weight,
+        student.magnitude,
+        student.kind,
+        teacher_features.detach(),
+        teacher.weight,
+        teacher.magnitude,
+        teacher.kind,
+        None if teacher_bias is None else teacher_bias.detach(),
+        *pairing,
+        temperature_tensor(student_temperature, "student_temperature", device),
+        temperature_tensor(teacher_temperature, "teacher_temperature", device),
+        _wants_gradient(student_features),
+        _wants_gradient(student.weight, student.magnitude),
+        backend,
+    )
+    loss, summary, usage = outputs[:3]
+    return CrossEntropy(loss, AssignmentStatistics(*summary.detach().unbind(), usage=usage.detach()))
+
+
+def matched_prototype_cross_entropy(
+    student_features: Tensor,
+    student_prototypes: Prototypes,
+    teacher_features: Tensor,
+    teacher_prototypes: Prototypes,
+    row_weights: Tensor,
+    *,
+    student_temperature: float | Tensor = 0.1,
+    teacher_temperature: float | Tensor = 0.04,
+    teacher_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> CrossEntropy:
+    """One-to-one sibling of ``prototype_cross_entropy``: row r of the student learns from row r of the teacher.
+
+    Args:
+        student_features, teacher_features: [R, D] rows, e.g. the masked patches of the student and the same patches as the teacher sees them.
+        row_weights: [R] weight of each pair, e.g. 1 / (masked patches of its image * images).
+        student_prototypes, teacher_prototypes, student_temperature, teacher_temperature, teacher_bias, backend: as there,
+            and so are the result and the errors.
+    Source: Zhou et al., "iBOT", ICLR 2022, equation 2.
+    """
+    return prototype_cross_entropy(
+        student_features,
+        student_prototypes,
+        teacher_features,
+        teacher_prototypes,
+        row_weights.new_ones(1, 1),
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        teacher_bias=teacher_bias,
+        image_weights=row_weights,
+        backend=backend,
+    )
+
+
+class _Side(NamedTuple):
+    """One network in the operator."""
+
+    features: Tensor  # [R, D]
+    prototypes: Prototypes
+    temperature: Tensor  # []
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_sides(
+    student: Tensor, student_prototypes: Prototypes, teacher: Tensor, teacher_prototypes: Prototypes
+) -> None:
+    check_features(student, student_prototypes, "student")
+    check_features(teacher, teacher_prototypes, "teacher")
+    ours = (student_prototypes.count, student_prototypes.dim)
+    theirs = (teacher_prototypes.count, teacher_prototypes.dim)
+    if ours != theirs:
+        raise ValueError(
+            f"student prototypes are [K, D] = {list(ours)} but teacher prototypes {list(theirs)}; "
+            "both networks must have the same K and D"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student features are on {student.device} but teacher features on {teacher.device}; expected one device"
+        )
+
+
+@torch.library.custom_op("vmf_kernels::prototype_cross_entropy", mutates_args=())
+def _cross_entropy_op(
+    student_features: Tensor,
+    student_weight: Tensor,
+    student_magnitude: Tensor | None,
+    student_kind: str,
+    teacher_features: Tensor,
+    teacher_weight: Tensor,
+    teacher_magnitude: Tensor | None,
+    teacher_kind: str,
+    teacher_bias: Tensor | None,
+    view_weights: Tensor,
+    image_weights: Tensor | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    feature_gradient: bool,
+    prototype_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], statistics [3], usage [K], and the gradients at student features, weight and magnitude).
+
+    A gradient that is not asked for comes back with 0 elements.
+    """
+    student = _Side(student_features, Prototypes(student_weight, student_magnitude, student_kind), student_temperature)
+    teacher = _Side(teacher_features, Prototypes(teacher_weight, teacher_magnitude, teacher_kind), teacher_temperature)
+    run = choose_backend(backend, student_features, student_weight)
+    dtype = accumulation_dtype(student_features.dtype)
+    student_keys = prepare_keys(student.prototypes, student_temperature, None, dtype)
+    teacher_keys = prepare_keys(teacher.prototypes, teacher_temperature, teacher_bias, dtype)
+    pairing = Pairing(view_weights, image_weights)
+    images = check_pairing(pairing, teacher_features.shape[0], student_features.shape[0])
+    x_SD, x_TD = student_features.to(dtype), teacher_features.to(dtype)
+    n_S, n_T = pairing.student_mass(images), pairing.teacher_mass(images)
+
+    sums = _ColumnBuffers.allocate(student.prototypes, dtype, prototype_gradient)
+    by_student = run.assign(
+        x_SD, student_keys, student_keys if feature_gradient else None, sums.of_student(x_SD, n_S, student_keys)
+    )
+    by_teacher = run.assign(
+        x_TD, teacher_keys, student_keys, sums.of_teacher(pairing.to_teachers(x_SD), n_T, student_keys)
+    )
+    _refuse_nan_prototypes(student, by_student)
+    _refuse_nan_prototypes(teacher, by_teacher)
+
+    barycentre_SD = pairing.to_students(by_teacher.barycentre)
+    loss = _loss(by_student, by_teacher, (n_S, n_T), (barycentre_SD * x_SD).sum(dim=1), student_keys.scale)
+    feature_grad = x_SD.new_empty(0)
+    if feature_gradient:
+        feature_grad = student_keys.scale * (n_S[:, None] * by_student.barycentre - barycentre_SD)  # (4)
+    magnitude_grad = x_SD.new_empty(0)
+    if prototype_gradient:
+        pulled = pull_back_to_stored(student.prototypes, student_temperature, sums.vectors, sums.bias_gradient)
+        magnitude_grad = magnitude_grad if pulled is None else pulled
+    weight_grad = sums.vectors if prototype_gradient else x_SD.new_empty(0)
+    summary = _summary(loss, by_student, by_teacher, n_S, n_T)
+    return loss.to(dtype), summary, sums.usage(n_T), feature_grad, weight_grad, magnitude_grad
+
+
+@_cross_entropy_op.register_fake
+def _(
+    student_features: Tensor,
+    student_weight: Tensor,
+    student_magnitude: Tensor | None,
+    student_kind: str,
+    teacher_features: Tensor,
+    teacher_weight: Tensor,
+    teacher_magnitude: Tensor | None,
+    teacher_kind: str,
+    teacher_bias: Tensor | None,
+    view_weights: Tensor,
+    image_weights: Tensor | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    feature_gradient: bool,
+    prototype_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count = student_weight.shape[0]
+    has_magnitude = prototype_gradient and student_magnitude is not None
+
+    def empty(*shape: int) -> Tensor:
+        return student_features.new_empty(shape, dtype=accumulation_dtype(student_features.dtype))
+
+    return (
+        empty(),
+        empty(3),
+        empty(count),
+        empty(*student_features.shape) if feature_gradient else empty(0),
+        empty(*student_weight.shape) if prototype_gradient else empty(0),
+        empty(count) if has_magnitude else empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    mark_by_products(ctx, output)
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+    ctx.ready = ReadyGradients(output[3:], "prototype_cross_entropy")
+
+
+def _backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if loss_grad is None:
+        return no_gradients(len(ctx.rest))
+    saved = iter(ctx.saved_tensors)
+    inputs = [next(saved) if rest is None else rest[0] for rest in ctx.rest]
+
+    def recompute() -> Sequence[Tensor]:
+        with torch.no_grad():
+            outputs: Sequence[Tensor] = _cross_entropy_op(*inputs)
+            return outputs[3:]
+
+    features, weight, magnitude = ctx.ready.take(loss_grad, recompute)
+    wants_features, wants_prototypes = inputs[13:15]
+    return (
+        cast_like(features, wants_features, inputs[0]),
+        cast_like(weight, wants_prototypes, inputs[1]),
+        cast_like(magnitude, wants_prototypes, inputs[2]),
+        *no_gradients(len(inputs) - 3),
+    )
+
+
+_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _ColumnBuffers(NamedTuple):
+    """Sums over rows that both networks add to: equations (5) and (6)."""
+
+    vectors: Tensor | None  # [K, D] gradient at the student's effective prototypes
+    mass_2K: Tensor  # sum_s n_s p_s(k), sum_t n_t q_t(k)
+    needs_bias: bool
+
+    @classmethod
+    def allocate(cls, prototypes: Prototypes, dtype: torch.dtype, prototype_gradient: bool) -> _ColumnBuffers:
+        weight = prototypes.weight
+        vectors = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        return cls(
+            vectors if prototype_gradient else None,
+            weight.new_zeros(2, prototypes.count, dtype=dtype),
+            prototype_gradient and prototypes.has_normalizer,
+        )
+
+    @property
+    def bias_gradient(self) -> Tensor:
+        """[K] beta."""
+        return self.mass_2K[0] - self.mass_2K[1]
+
+    def usage(self, n_T: Tensor) -> Tensor:
+        """[K] mean teacher probability; zeros where no pair has weight."""
+        return self.mass_2K[1] / _or_one(n_T.sum())
+
+    def of_student(self, x_SD: Tensor, n_S: Tensor, keys: Keys) -> ColumnSums | None:
+        if self.vectors is None:
+            return None
+        mass = slice(0, 1 if self.needs_bias else 0)
+        return ColumnSums(n_S[:, None] * x_SD * keys.scale, self.vectors, n_S[None][mass], self.mass_2K[:1][mass])
+
+    def of_teacher(self, zbar_TD: Tensor, n_T: Tensor, keys: Keys) -> ColumnSums:
+        cotangents = None if self.vectors is None else -zbar_TD * keys.scale
+        return ColumnSums(cotangents, self.vectors, n_T[None], self.mass_2K[1:])
+
+
+def _loss(
+    student: Assignment, teacher: Assignment, mass: tuple[Tensor, Tensor], alignment_S: Tensor, scale: Tensor
+) -> Tensor:
+    """[] equation (3), summed in fp64: the three terms nearly cancel when the logits share a large offset."""
+    n_S, n_T = mass
+    loss = (n_S.double() * student.log_sum_exp.double() - alignment_S.double() * scale.double()).sum()
+    if teacher.expected_bias is not None:
+        loss = loss - (n_T.double() * teacher.expected_bias.double()).sum()
+    return loss
+
+
+def _summary(loss: Tensor, student: Assignment, teacher: Assignment, n_S: Tensor, n_T: Tensor) -> Tensor:
+    """[3] weighted means: teacher entropy, student entropy, KL."""
+    total = _or_one(n_T.sum())
+    teacher_entropy = (n_T * teacher.entropy).sum() / total
+    student_entropy = (n_S * student.entropy).sum() / total
+    return torch.stack([teacher_entropy, student_entropy, loss.to(total.dtype) / total - teacher_entropy])
+
+
+def _or_one(total: Tensor) -> Tensor:
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _refuse_nan_prototypes(side: _Side, assignment: Assignment) -> None:
+    # looked at only when something already is NaN, and only where looking does not wait for a device
+    if assignment.log_sum_exp.device.type != "cpu" or not assignment.log_sum_exp.isnan().any():
+        return
+    stored = (side.prototypes.weight, side.prototypes.magnitude)
+    bad = sum(int(t.isnan().sum()) for t in stored if t is not None)
+    if bad:
+        raise ValueError(
+            f"prototypes contain {bad} NaN; expected finite weights (an earlier update has destroyed them)"
+        )

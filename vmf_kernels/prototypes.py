@@ -1,0 +1,239 @@
+"""Prototypes: what a head's last layer stores, and how that becomes the keys of the operator.
+
+Legend: K prototypes, D embedding dim. ``w_k`` is the effective prototype, ``tau`` a temperature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.bessel import log_vmf_constant, vmf_mean_resultant_length
+
+KINDS = ("linear", "normalized", "weight_norm", "linear_vmf", "weight_norm_vmf")
+PULL_BACK_BLOCK = 4096  # prototypes per step of the in-place pull-back: 4 MiB of fp32 at D = 256, stays in L2/L3
+LOWEST_BIAS = -1e30  # nats; stands for -inf, whose product with a zero probability would be NaN
+
+
+@dataclass(frozen=True, eq=False)
+class Prototypes:
+    """Prototypes of one network as stored; build one with the functions below.
+
+    Attributes:
+        weight: [K, D] floating point: ``w`` itself, or the direction ``v`` under weight norm.
+        magnitude: [K, 1] or [K] signed norms ``g`` under weight norm, else None.
+        kind: one of ``KINDS``; the suffix ``_vmf`` adds ``log C_D(||w_k|| / tau)`` to the logits.
+    """
+
+    weight: Tensor
+    magnitude: Tensor | None
+    kind: str
+
+    @property
+    def count(self) -> int:
+        """Number of prototypes K."""
+        return self.weight.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Embedding dim D."""
+        return self.weight.shape[1]
+
+    @property
+    def has_normalizer(self) -> bool:
+        """Whether the von Mises-Fisher log-normaliser enters the logits."""
+        return self.kind.endswith("_vmf")
+
+    def with_vmf(self) -> Prototypes:
+        """The same prototypes as von Mises-Fisher components of precision ``||w_k|| / tau``.
+
+        Raises:
+            ValueError: the prototypes are normalised, so every component would have the same precision.
+        """
+        if self.kind == "normalized":
+            raise ValueError(
+                "normalized prototypes all have norm 1, so the vMF normaliser cannot tell them apart; "
+                "expected linear or weight-norm prototypes"
+            )
+        return self if self.has_normalizer else replace(self, kind=self.kind + "_vmf")
+
+    def without_vmf(self) -> Prototypes:
+        """The same prototypes without the log-normaliser."""
+        return replace(self, kind=self.kind.removesuffix("_vmf"))
+
+    def detach(self) -> Prototypes:
+        """The same prototypes cut off from autograd."""
+        magnitude = None if self.magnitude is None else self.magnitude.detach()
+        return replace(self, weight=self.weight.detach(), magnitude=magnitude)
+
+    def effective_weight(self) -> Tensor:
+        """[K, D] effective prototypes ``w_k``, differentiable; a zero row stays zero."""
+        gain = self._gain()
+        return self.weight if gain is None else gain[:, None].to(self.weight.dtype) * self.weight
+
+    def norms(self) -> Tensor:
+        """[K] norms ``||w_k||`` in fp32 (fp64 for fp64 weights), differentiable, with zero gradient at zero rows."""
+        if self.magnitude is not None:
+            return self.magnitude.reshape(-1).to(accumulation_dtype(self.weight.dtype)).abs()
+        norm = _safe_norm(self.weight)
+        return torch.ones_like(norm) if self.kind == "normalized" else norm
+
+    def _gain(self) -> Tensor | None:
+        if self.kind.startswith("linear"):
+            return None
+        inverse = _safe_reciprocal(_safe_norm(self.weight))
+        return inverse if self.magnitude is None else self.magnitude.reshape(-1).to(inverse.dtype) * inverse
+
+
+def linear_prototypes(weight: Tensor) -> Prototypes:
+    """Prototypes of free norm: ``w_k = weight_k`` (DINOv3's plain last layer).
+
+    Args:
+        weight: [K, D] floating point.
+
+    Raises:
+        ValueError: ``weight`` is not a floating-point matrix with K >= 1 and D >= 2.
+    """
+    return Prototypes(_checked_weight(weight, "weight"), None, "linear")
+
+
+def normalized_prototypes(weight: Tensor) -> Prototypes:
+    """Prototypes of norm 1: ``w_k = weight_k / ||weight_k||``; arguments and errors as ``linear_prototypes``."""
+    return Prototypes(_checked_weight(weight, "weight"), None, "normalized")
+
+
+def weight_norm_prototypes(magnitude: Tensor, direction: Tensor) -> Prototypes:
+    """Prototypes under weight norm: ``w_k = g_k v_k / ||v_k||`` (DINO, DINOv2); ``g`` may be negative.
+
+    Args:
+        magnitude: [K, 1] or [K] ``g``.
+        direction: [K, D] ``v``.
+
+    Raises:
+        ValueError: ``direction`` is not a floating-point matrix, or ``magnitude`` has not K elements.
+    Source: Salimans & Kingma, "Weight Normalization", NeurIPS 2016, equation 2.
+    """
+    direction = _checked_weight(direction, "direction")
+    if tuple(magnitude.shape) not in ((direction.shape[0], 1), (direction.shape[0],)):
+        raise ValueError(
+            f"magnitude has shape {tuple(magnitude.shape)}; expected [K, 1] or [K] with "
+            f"K = {direction.shape[0]}, the rows of direction"
+        )
+    return Prototypes(direction, magnitude, "weight_norm")
+
+
+def vmf_prototypes(weight: Tensor) -> Prototypes:
+    """Free-norm prototypes as vMF components; arguments and errors as ``linear_prototypes``.
+
+    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+    """
+    return linear_prototypes(weight).with_vmf()
+
+
+def weight_norm_vmf_prototypes(magnitude: Tensor, direction: Tensor) -> Prototypes:
+    """Weight-norm prototypes as vMF components; arguments and errors as ``weight_norm_prototypes``."""
+    return weight_norm_prototypes(magnitude, direction).with_vmf()
+
+
+class Keys(NamedTuple):
+    """Prepared prototypes: ``logit_k(x) = scale gain_k <x, weight_k> + bias_k``, all but ``weight`` in fp32 or fp64."""
+
+    weight: Tensor  # [K, D] as stored
+    gain: Tensor | None  # [K]; None means 1
+    scale: Tensor  # [] inverse temperature
+    bias: Tensor | None  # [K] nats; None means 0
+
+
+def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype) -> Keys:
+    """Keys of the operator at one temperature: gains, and the vMF normaliser plus ``extra_bias`` as one bias.
+
+    Args:
+        prototypes: K prototypes of dim D; no gradient is recorded.
+        temperature: [] positive.
+        extra_bias: [K] nats or None, e.g. a centre.
+        dtype: accumulation dtype, float32 or float64.
+    """
+    with torch.no_grad():
+        scale = temperature.to(dtype).reciprocal()
+        bias = None if extra_bias is None else extra_bias.to(dtype).reshape(-1)
+        if prototypes.has_normalizer:
+            normalizer = log_vmf_constant(prototypes.norms().to(dtype) * scale, prototypes.dim)
+            bias = normalizer if bias is None else bias + normalizer
+        gain = prototypes._gain()
+        return Keys(
+            prototypes.weight.detach(),
+            None if gain is None else gain.to(dtype),
+            scale,
+            None if bias is None else bias.clamp(min=LOWEST_BIAS),
+        )
+
+
+def pull_back_to_stored(
+    prototypes: Prototypes, temperature: Tensor, gradient_KD: Tensor, bias_gradient_K: Tensor | None
+) -> Tensor | None:
+    """Turn the gradient at the effective prototypes into the one at the stored tensors, in place.
+
+    Args:
+        prototypes: K prototypes of dim D.
+        temperature: [] positive, the one the bias was prepared with.
+        gradient_KD: [K, D] fp32 or fp64 loss gradient at ``w_k``; overwritten by the gradient at ``weight``.
+        bias_gradient_K: [K] loss gradient at the bias, needed when the prototypes have a normaliser.
+
+    Returns:
+        [K] gradient at ``magnitude``, or None without weight norm. Zero rows get gradient 0.
+    """
+    magnitude_gradient = None if prototypes.magnitude is None else gradient_KD.new_empty(prototypes.count)
+    with torch.no_grad():
+        norm_gradient = _norm_gradient(prototypes, temperature, bias_gradient_K)
+        for start in range(0, prototypes.count, PULL_BACK_BLOCK):
+            rows = slice(start, start + PULL_BACK_BLOCK)
+            radial = None if norm_gradient is None else norm_gradient[rows]
+            weight = prototypes.weight[rows].to(gradient_KD.dtype)
+            inverse_norm = _safe_reciprocal(torch.linalg.vector_norm(weight, dim=1))
+            if prototypes.kind.startswith("linear"):
+                if radial is not None:
+                    gradient_KD[rows].addcmul_(weight, (radial * inverse_norm)[:, None])
+                continue
+            along = torch.linalg.vecdot(gradient_KD[rows], weight) * inverse_norm
+            gain = inverse_norm
+            if prototypes.magnitude is not None and magnitude_gradient is not None:
+                g = prototypes.magnitude.reshape(-1)[rows].to(gain.dtype)
+                gain = g * inverse_norm
+                magnitude_gradient[rows] = along if radial is None else along + radial * torch.sign(g)
+            gradient_KD[rows].addcmul_(weight, (along * inverse_norm)[:, None], value=-1).mul_(gain[:, None])
+    return magnitude_gradient
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype sums are formed in: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _norm_gradient(prototypes: Prototypes, temperature: Tensor, bias_gradient_K: Tensor | None) -> Tensor | None:
+    """[K] loss gradient at ``||w_k||`` through the vMF bias: ``-A_D(||w_k||/tau)/tau`` times the bias gradient."""
+    if not prototypes.has_normalizer or bias_gradient_K is None:
+        return None
+    scale = temperature.to(bias_gradient_K.dtype).reciprocal()
+    kappa = prototypes.norms().detach().to(bias_gradient_K.dtype) * scale
+    return -bias_gradient_K * vmf_mean_resultant_length(kappa, prototypes.dim) * scale
+
+
+def _safe_norm(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, dim=1, dtype=accumulation_dtype(weight.dtype))
+
+
+def _safe_reciprocal(norm: Tensor) -> Tensor:
+    # a zero row has no direction: it stays zero and gets no gradient, where 1/0 would spread NaN
+    return torch.where(norm > 0, norm, torch.inf).reciprocal()
+
+
+def _checked_weight(weight: Tensor, name: str) -> Tensor:
+    if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] < 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"{name} is {weight.dtype} of shape {tuple(weight.shape)}; expected a floating-point matrix "
+            "[K, D] with K >= 1 prototypes of dim D >= 2"
+        )
+    return weight
