@@ -2,7 +2,14 @@
 
 from vmf_kernels.assign import prototype_usage
 from vmf_kernels.bessel import log_vmf_constant, vmf_mean_resultant_length
+from vmf_kernels.centering import LogitCenter, ProbabilityCenter
 from vmf_kernels.cross_entropy import CrossEntropy, matched_prototype_cross_entropy, prototype_cross_entropy
+from vmf_kernels.dense_cross_entropy import logit_cross_entropy
+from vmf_kernels.diagnostics import UniquePrototypes, unique_prototypes
+from vmf_kernels.heads import DINOHead, PrototypeLayer
+from vmf_kernels.koleo import KoLeoLoss
+from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.losses import DINOLoss, DINOvMFLoss
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.prototypes import (
     Prototypes,
@@ -17,14 +24,25 @@ from vmf_kernels.statistics import AssignmentStatistics
 __all__ = [
     "AssignmentStatistics",
     "CrossEntropy",
+    "DINOHead",
+    "DINOLoss",
+    "DINOvMFLoss",
+    "KoLeoLoss",
+    "LogitCenter",
+    "ProbabilityCenter",
+    "PrototypeLayer",
+    "PrototypeLogits",
     "Prototypes",
+    "UniquePrototypes",
     "linear_prototypes",
     "log_vmf_constant",
+    "logit_cross_entropy",
     "matched_prototype_cross_entropy",
     "multi_crop_weights",
     "normalized_prototypes",
     "prototype_cross_entropy",
     "prototype_usage",
+    "unique_prototypes",
     "vmf_mean_resultant_length",
     "vmf_prototypes",
     "weight_norm_prototypes",

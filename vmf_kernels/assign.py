@@ -122,7 +122,7 @@ def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -
 
 
 def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:
-    """Raise ValueError unless ``features`` is a floating-point [R, D] matrix fitting the prototypes, on their device."""
+    """Raise ValueError unless ``features`` is a floating-point [R, D] matrix that fits the prototypes."""
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(
             f"{name} features are {features.dtype} of shape {tuple(features.shape)}; "

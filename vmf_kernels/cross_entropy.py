@@ -1,7 +1,7 @@
 """Cross-entropy between teacher and student assignments to prototypes, streaming, with its gradient.
 
-Numbers in brackets are the equations of DESIGN section 2 (README of this folder). Gradients are formed in the forward pass,
-where the probabilities already are in cache, and only scaled in the backward one: 6 instead of 8 products per logit.
+Numbers in brackets are the equations of the README of this folder. Gradients are formed in the forward pass, where the
+probabilities already are in cache, and only scaled in the backward one: 6 instead of 8 flops per logit and dim.
 
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes, D embedding dim.
 """
@@ -44,17 +44,17 @@ def prototype_cross_entropy(
 ) -> CrossEntropy:
     """Weighted sum over pairs of rows of ``-sum_k q_t(k) log p_s(k)``, without any [rows, K] tensor.
 
-    Equals ``p = softmax(x_s W_s^T / tau_s + b_s)``, ``q = softmax(x_t W_t^T / tau_t + b_t + teacher_bias)``, with b the vMF
-    log-normaliser of each network's own prototypes at its own temperature, or 0 (equations 1-3). Gradients flow to the student's features and
-    prototypes (equations 4-7), never to the teacher.
+    With ``p = softmax(x_s W_s^T / tau_s + b_s)`` and ``q = softmax(x_t W_t^T / tau_t + b_t + teacher_bias)``, b the vMF
+    log-normaliser of each network's own prototypes at its own temperature, or 0 (equations 1-3). Gradients flow to the
+    student's features and prototypes (equations 4-7), never to the teacher.
 
     Args:
-        student_features: [V * B, D] rows, view-major; float64, float32, bfloat16 or float16. Sums are formed in fp32 (fp64).
+        student_features: [V * B, D] rows, view-major; float64, float32, bfloat16 or float16, summed in fp32 (fp64).
         student_prototypes: K prototypes of dim D.
         teacher_features: [G * B, D] rows, view-major; same dtypes.
         teacher_prototypes: K prototypes of dim D, its own copy.
-        pair_weights: [G, V] weight of teacher view g against student view v of the same image, not negative; with B = 1 an arbitrary matrix
-            [T, S] between single rows.
+        pair_weights: [G, V] weight of teacher view g against student view v of the same image, not negative; with B = 1
+            an arbitrary matrix [T, S] between single rows.
         student_temperature, teacher_temperature: positive; a float or a tensor of one element.
         teacher_bias: [K] nats added to the teacher's logits (a centre or dual vector), or None.
         image_weights: [B] further weight of each image, or None.
@@ -97,7 +97,7 @@ def prototype_cross_entropy(
         backend,
     )
     loss, summary, usage = outputs[:3]
-    return CrossEntropy(loss, AssignmentStatistics(*summary.detach().unbind(), usage=usage.detach()))
+    return CrossEntropy(loss, AssignmentStatistics.of_op(summary, usage))
 
 
 def matched_prototype_cross_entropy(
@@ -115,10 +115,11 @@ def matched_prototype_cross_entropy(
     """One-to-one sibling of ``prototype_cross_entropy``: row r of the student learns from row r of the teacher.
 
     Args:
-        student_features, teacher_features: [R, D] rows, e.g. the masked patches of the student and the same patches as the teacher sees them.
+        student_features, teacher_features: [R, D] rows, e.g. the masked patches of the student and the same patches as
+            the teacher sees them.
         row_weights: [R] weight of each pair, e.g. 1 / (masked patches of its image * images).
-        student_prototypes, teacher_prototypes, student_temperature, teacher_temperature, teacher_bias, backend: as there,
-            and so are the result and the errors.
+        student_prototypes, teacher_prototypes, student_temperature, teacher_temperature, teacher_bias, backend: as
+            there, and so are the result and the errors.
     Source: Zhou et al., "iBOT", ICLR 2022, equation 2.
     """
     return prototype_cross_entropy(
@@ -214,11 +215,11 @@ def _cross_entropy_op(
     feature_grad = x_SD.new_empty(0)
     if feature_gradient:
         feature_grad = student_keys.scale * (n_S[:, None] * by_student.barycentre - barycentre_SD)  # (4)
-    magnitude_grad = x_SD.new_empty(0)
-    if prototype_gradient:
-        pulled = pull_back_to_stored(student.prototypes, student_temperature, sums.vectors, sums.bias_gradient)
+    weight_grad, magnitude_grad = x_SD.new_empty(0), x_SD.new_empty(0)
+    if sums.vectors is not None:
+        weight_grad = sums.vectors
+        pulled = pull_back_to_stored(student.prototypes, student_temperature, weight_grad, sums.bias_gradient)
         magnitude_grad = magnitude_grad if pulled is None else pulled
-    weight_grad = sums.vectors if prototype_gradient else x_SD.new_empty(0)
     summary = _summary(loss, by_student, by_teacher, n_S, n_T)
     return loss.to(dtype), summary, sums.usage(n_T), feature_grad, weight_grad, magnitude_grad
 

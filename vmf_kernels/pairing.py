@@ -1,8 +1,8 @@
 """Which student rows learn from which teacher rows, and with what weight.
 
-Rows are view-major: row ``v * B + b`` is view v of image b. Teacher view g and student view v of one image are paired with weight
-``a_gv r_b``; rows of different images never are. B = 1 makes ``a`` an arbitrary matrix between single rows; one view on each
-side makes ``r`` the weights of a one-to-one pairing (masked patches).
+Rows are view-major: row ``v * B + b`` is view v of image b. Teacher view g and student view v of one image are paired
+with weight ``a_gv r_b``; rows of different images never are. B = 1 makes ``a`` an arbitrary matrix between single rows;
+one view on each side makes ``r`` the weights of a one-to-one pairing (masked patches).
 
 Legend: G / V teacher / student views, B images, T = G B teacher rows, S = V B student rows, D any trailing dim.
 """

@@ -71,7 +71,7 @@ class Prototypes:
 
     def effective_weight(self) -> Tensor:
         """[K, D] effective prototypes ``w_k``, differentiable; a zero row stays zero."""
-        gain = self._gain()
+        gain = self.gain()
         return self.weight if gain is None else gain[:, None].to(self.weight.dtype) * self.weight
 
     def norms(self) -> Tensor:
@@ -81,7 +81,8 @@ class Prototypes:
         norm = _safe_norm(self.weight)
         return torch.ones_like(norm) if self.kind == "normalized" else norm
 
-    def _gain(self) -> Tensor | None:
+    def gain(self) -> Tensor | None:
+        """[K] factors with ``w_k = gain_k weight_k``, fp32 (fp64), differentiable; None for free norms, which need none."""
         if self.kind.startswith("linear"):
             return None
         inverse = _safe_reciprocal(_safe_norm(self.weight))
@@ -162,7 +163,7 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
         if prototypes.has_normalizer:
             normalizer = log_vmf_constant(prototypes.norms().to(dtype) * scale, prototypes.dim)
             bias = normalizer if bias is None else bias + normalizer
-        gain = prototypes._gain()
+        gain = prototypes.gain()
         return Keys(
             prototypes.weight.detach(),
             None if gain is None else gain.to(dtype),
@@ -222,7 +223,8 @@ def _norm_gradient(prototypes: Prototypes, temperature: Tensor, bias_gradient_K:
 
 
 def _safe_norm(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight, dim=1, dtype=accumulation_dtype(weight.dtype))
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=accumulation_dtype(weight.dtype))
+    return norm
 
 
 def _safe_reciprocal(norm: Tensor) -> Tensor:

@@ -21,6 +21,12 @@ class AssignmentStatistics:
     kl: Tensor  # [] mean KL(q || p)
     usage: Tensor  # [K] mean teacher probability of each prototype
 
+    @classmethod
+    def of_op(cls, summary: Tensor, usage: Tensor) -> AssignmentStatistics:
+        """From an op's [3] summary (teacher entropy, student entropy, KL) and [K] usage."""
+        teacher_entropy, student_entropy, kl = summary.detach().unbind()
+        return cls(teacher_entropy, student_entropy, kl, usage.detach())
+
     @property
     def mutual_information(self) -> Tensor:
         """[] mutual information between images and prototypes, H(mean q) - mean H(q)."""

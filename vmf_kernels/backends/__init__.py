@@ -1,1 +1,1 @@
-"""Implementations of the one operator; see ``contract`` for what each computes and ``vmf_kernels.assign`` for the choice."""
+"""Implementations of the one operator; ``contract`` says what each computes, ``vmf_kernels.assign`` chooses."""

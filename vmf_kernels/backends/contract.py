@@ -1,7 +1,7 @@
 """What every backend computes.
 
-Legend: R rows, K prototypes, D embedding dim, J column weightings. With logits ``l_rk = scale gain_k <x_r, w_k> + bias_k``
-and ``p_r = softmax_k(l_r)`` a backend module provides
+Legend: R rows, K prototypes, D embedding dim, J column weightings. With logits
+``l_rk = scale gain_k <x_r, weight_k> + bias_k`` and ``p_r = softmax_k(l_r)`` a backend module provides
 
     unsupported(rows, weight) -> str | None           why it cannot run on these tensors
     assign(rows_RD, keys, values, columns) -> Assignment

@@ -1,8 +1,8 @@
 """Streaming backend in plain torch: blocks of prototypes, an online softmax, and a workspace of bounded size.
 
-Blocks are laid out [prototypes, rows]: both products with the prototypes then run on tall matrices, which is where a CPU
-BLAS is fast when there are few rows. Rows go through in chunks whose unnormalised probabilities fit ``WORKSPACE_BYTES``, so that
-the column sums need no second product for the logits; nothing grows with rows x prototypes.
+Blocks are laid out [prototypes, rows]: both products with the prototypes then run on tall matrices, which is where a
+CPU BLAS is fast when there are few rows. Rows go through in chunks whose unnormalised probabilities fit
+``WORKSPACE_BYTES``, so that the column sums need no second product for the logits; nothing grows with rows x prototypes.
 
 Legend: R rows of a chunk, K prototypes, B prototypes of a block, D embedding dim.
 """
@@ -40,8 +40,12 @@ def assign(rows_RD: Tensor, keys: Keys, values: Keys | None = None, columns: Col
         parts.append(_assign_chunk(rows_RD[chunk], keys, values, mine))
     if len(parts) == 1:
         return parts[0]
-    joined = (None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
-    return Assignment(*joined)
+    return Assignment(
+        log_sum_exp=torch.cat([part.log_sum_exp for part in parts]),
+        entropy=torch.cat([part.entropy for part in parts]),
+        barycentre=_cat([part.barycentre for part in parts]),
+        expected_bias=_cat([part.expected_bias for part in parts]),
+    )
 
 
 def column_log_sum_exp(rows_RD: Tensor, keys: Keys, offset_R: Tensor) -> Tensor:
@@ -163,6 +167,11 @@ def _row_chunks(rows: int, prototypes: int, dtype: torch.dtype) -> Iterator[slic
     size = max(1, math.ceil(rows / chunks))
     for start in range(0, max(rows, 1), size):
         yield slice(start, min(start + size, rows))
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def _columns_of(columns: ColumnSums, chunk: slice) -> ColumnSums:

@@ -1,0 +1,263 @@
+"""Centres of the teacher: running means that keep its assignments from collapsing, each used as a [K] bias.
+
+A centre takes in the teacher's batch with ``accumulate`` (once per micro-batch) and moves with ``apply`` (once per optimiser
+step); ``update`` is both. Statistics are weighted by rows, over all ranks when a process group exists; a batch with a
+non-finite value anywhere leaves the centre as it was, without waiting for the device.
+
+Legend: R rows, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmf_kernels.assign import check_bias, column_log_sum_exp, row_log_sum_exp, temperature_tensor
+from vmf_kernels.logits import PrototypeLogits, project
+from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype
+
+STARTS = ("zero", "first_batch")
+AVERAGES = ("log_probability", "probability")
+ROWS_AT_ONCE = 64  # of stored logits: 16 MiB of fp32 at K = 65,536
+
+
+class Center(nn.Module):
+    """What both centres share: the buffer, its start, and the step of the running mean.
+
+    Attributes:
+        center: [1, K] fp32 buffer, the only entry of the state dict; NaN until a first batch has started it.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self, num_prototypes: int, momentum: float = 0.9, *, start: str = "zero", backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        if start not in STARTS:
+            raise ValueError(f"start is {start!r}; expected one of {', '.join(STARTS)}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"center momentum is {momentum}; expected a number in [0, 1)")
+        self.momentum = momentum
+        self.backend = backend
+        self.register_buffer("center", torch.full((1, num_prototypes), torch.nan if start == "first_batch" else 0.0))
+        self._started = start == "zero"
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
+        """Set a centre that has not started to the mean of this batch; call before ``bias``, arguments as ``accumulate``."""
+        if self._started:
+            return
+        if self.center.isnan().any():
+            batch = self._mean(*self._reduce(*self._statistic(teacher, temperature, bias)))
+            self.center.copy_(torch.where(batch.isfinite().all(), batch, self.center[0])[None])
+        self._started = not bool(self.center.isnan().any())
+
+    def accumulate(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+    ) -> None:
+        """Take in a batch without moving the centre. Collective: every rank calls it equally often.
+
+        Args:
+            teacher: [R, K] raw teacher logits, uncentred and not divided by the temperature; R may differ between ranks,
+                and be 0.
+            temperature: of the teacher, positive.
+            bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
+
+        Raises:
+            ValueError: the teacher's K is not the centre's, or the temperature is not positive.
+        """
+        if teacher.shape[-1] != self.center.shape[1]:
+            raise ValueError(
+                f"teacher has {teacher.shape[-1]} prototypes; expected the center's {self.center.shape[1]}"
+            )
+        statistic = self._reduce(*self._statistic(teacher, temperature, bias))
+        self._pending = statistic if self._pending is None else self._merge(self._pending, statistic)
+
+    @torch.no_grad()
+    def apply_pending(self) -> None:
+        """Move the centre by what has been accumulated since the last call, if anything."""
+        if self._pending is None:
+            return
+        batch = self._mean(*self._pending)
+        moved = self._step(self.center[0], batch)
+        self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center[0])[None])
+        self._pending = None
+
+    def update(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+    ) -> None:
+        """``accumulate``, then ``apply_pending``."""
+        self.accumulate(teacher, temperature, bias)
+        self.apply_pending()
+
+    def bias(self, temperature: float | Tensor) -> Tensor:
+        """[K] nats to add to the teacher's logits."""
+        raise NotImplementedError
+
+    def _statistic(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """([K] sum over this rank's rows, [] number of rows)."""
+        raise NotImplementedError
+
+    def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The statistic over all ranks."""
+        raise NotImplementedError
+
+    def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The statistic of two micro-batches."""
+        raise NotImplementedError
+
+    def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
+        """[K] mean in the units of the centre; not finite for 0 rows."""
+        raise NotImplementedError
+
+    def _step(self, center: Tensor, batch: Tensor) -> Tensor:
+        return center * self.momentum + batch * (1 - self.momentum)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._started = False  # looked at again at the next batch: the loaded centre may or may not have started
+        self._pending = None
+
+
+class LogitCenter(Center):
+    """DINO's centre: the running mean of the teacher's raw logits, subtracted before dividing by the temperature.
+
+    The batch mean is ``W mean(x)``: no logits are formed and ranks exchange D + 1 numbers instead of K.
+
+    Args:
+        num_prototypes: K.
+        momentum: of the running mean, in [0, 1).
+        start: "zero", or "first_batch" to begin at the first batch's mean instead of drifting there.
+        backend: unused here; the sibling's.
+
+    Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, equation 4.
+    """
+
+    def bias(self, temperature: float | Tensor) -> Tensor:
+        """[K] ``-c / tau``, nats."""
+        tau = temperature_tensor(temperature, "teacher_temperature", self.center.device)
+        return -self.center[0] / tau.to(self.center.dtype)
+
+    @torch.no_grad()
+    def _statistic(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(teacher, Tensor):
+            total = _all_reduce(teacher.detach().sum(dim=0, dtype=accumulation_dtype(teacher.dtype)))
+            return total, _all_reduce(total.new_tensor(float(teacher.shape[0])))
+        features = teacher.detach().flatten().features
+        summed = features.sum(dim=0, dtype=accumulation_dtype(features.dtype))
+        packed = _all_reduce(torch.cat([summed, summed.new_full((1,), float(features.shape[0]))]))
+        return project(teacher.prototypes, packed[:-1]), packed[-1]
+
+    def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return total, rows  # already over all ranks, in D numbers
+
+    def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return one[0] + other[0], one[1] + other[1]
+
+    def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
+        return (total / rows).to(self.center.dtype)
+
+
+class ProbabilityCenter(Center):
+    """DINO-vMF's centre: the running log of the teacher's mean probability, subtracted from the logits over temperature.
+
+    A reconstruction from the paper, whose code was not public: with average "log_probability"
+    ``c <- m c + (1 - m) log mean_b softmax(l_b)`` over the uncentred logits l; with "probability" the mean itself runs,
+    ``e^c <- m e^c + (1 - m) mean_b softmax(l_b)``. Both stay in log space, where a prototype far from every row is finite.
+
+    Args:
+        num_prototypes: K.
+        momentum: of the running mean, in [0, 1).
+        average: "log_probability" or "probability".
+        start: "zero" (uniform), or "first_batch".
+        backend: of the streaming passes over the teacher, see ``choose_backend``.
+
+    Source: Govindarajan et al., ICLR 2023 (arXiv:2405.10939), "probability-space centering".
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        momentum: float = 0.9,
+        *,
+        average: str = "log_probability",
+        start: str = "zero",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(num_prototypes, momentum, start=start, backend=backend)
+        if average not in AVERAGES:
+            raise ValueError(f"average is {average!r}; expected one of {', '.join(AVERAGES)}")
+        self.average = average
+        if average == "probability" and start == "zero":
+            # the scale of e^c matters here: start at the uniform distribution; log_probability starts at any constant
+            self.center.fill_(-math.log(num_prototypes))
+
+    def bias(self, temperature: float | Tensor) -> Tensor:
+        """[K] ``-c``, nats: already in units of log-probability, so never divided by the temperature."""
+        return -self.center[0]
+
+    @torch.no_grad()
+    def _statistic(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(teacher, Tensor):
+            check_bias(bias, teacher.shape[1], "bias")
+            total = _stored_column_log_sum(teacher.detach(), temperature, bias)
+            return total, total.new_tensor(float(teacher.shape[0]))
+        rows = teacher.detach().flatten()
+        inputs = (rows.features, rows.prototypes, temperature)
+        lse = row_log_sum_exp(*inputs, backend=self.backend)
+        total = column_log_sum_exp(*inputs, lse, backend=self.backend)
+        return total, total.new_tensor(float(rows.shape[0]))
+
+    def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if not _has_ranks():
+            return total, rows
+        # probabilities are summed over ranks, never their logs; relative to the maximum, where none underflows
+        top = total.clone()
+        torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX)
+        top = top.clamp(min=LOWEST_BIAS)
+        return _all_reduce((total - top).exp()).log() + top, _all_reduce(rows)
+
+    def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.logaddexp(one[0], other[0]), one[1] + other[1]
+
+    def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
+        return (total - rows.log()).to(self.center.dtype)
+
+    def _step(self, center: Tensor, batch: Tensor) -> Tensor:
+        if self.average == "log_probability":
+            return super()._step(center, batch)
+        kept = math.log(self.momentum) if self.momentum > 0 else -math.inf
+        return torch.logaddexp(center + kept, batch + math.log1p(-self.momentum))
+
+
+def _stored_column_log_sum(logits: Tensor, temperature: float | Tensor, bias: Tensor | None) -> Tensor:
+    """[K] log of the summed probabilities of stored logits, a few rows at a time."""
+    dtype = accumulation_dtype(logits.dtype)
+    tau = temperature_tensor(temperature, "teacher_temperature", logits.device).to(dtype)
+    total = torch.full((logits.shape[1],), -torch.inf, dtype=dtype, device=logits.device)
+    for rows in torch.split(logits, ROWS_AT_ONCE) if logits.shape[0] else ():
+        scaled = rows.to(dtype) / tau if bias is None else rows.to(dtype) / tau + bias
+        total = torch.logaddexp(total, scaled.log_softmax(dim=1).logsumexp(dim=0))
+    return total
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _all_reduce(total: Tensor) -> Tensor:
+    """Sum over ranks, in place; the tensor itself without a process group."""
+    if _has_ranks():
+        torch.distributed.all_reduce(total)
+    return total

@@ -1,0 +1,279 @@
+"""The same cross-entropy for codebases that keep their head: logits in, one fused pass, one gradient pass.
+
+Images go through in chunks that fit the cache; every logit is read once forward and once backward, and nothing else of the
+size of the logits is stored but their gradient.
+
+Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.assign import check_bias, temperature_tensor
+from vmf_kernels.cross_entropy import CrossEntropy
+from vmf_kernels.once import TWICE, cast_like, mark_by_products, no_gradients
+from vmf_kernels.pairing import Pairing, check_pairing
+from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype
+from vmf_kernels.statistics import AssignmentStatistics
+
+LOG2_E = 1.4426950408889634
+LN_2 = math.log(2.0)
+CHUNK_BYTES = 8 * 2**20  # of logits at once: a few such copies stay in a 32 MiB L3
+
+
+def logit_cross_entropy(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    pair_weights: Tensor,
+    *,
+    student_temperature: float | Tensor = 0.1,
+    teacher_temperature: float | Tensor = 0.04,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    image_weights: Tensor | None = None,
+) -> CrossEntropy:
+    """Weighted sum over pairs of rows of ``-sum_k q_t(k) log p_s(k)`` from stored logits.
+
+    Equals ``p = softmax(l_s / tau_s + student_bias)`` and ``q = softmax(l_t / tau_t + teacher_bias)`` in
+    ``prototype_cross_entropy``, to which it is the sibling. Gradients flow to the student's logits, in their dtype, and to
+    ``student_bias``; never to the teacher.
+
+    Args:
+        student_logits: [V * B, K] rows, view-major, not divided by the temperature; any floating dtype and strides.
+        teacher_logits: [G * B, K] likewise.
+        pair_weights, image_weights: [G, V] and [B] or None, as there.
+        student_temperature, teacher_temperature: positive; a float or a tensor of one element.
+        student_bias, teacher_bias: [K] nats, e.g. vMF log-normalisers and minus the centre, or None.
+
+    Raises:
+        ValueError: shapes, weights or temperatures do not fit; says what was got and what was expected.
+        RuntimeError: differentiated twice.
+    Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, section 3.1.
+    """
+    _check_logits(student_logits, teacher_logits)
+    check_bias(student_bias, student_logits.shape[1], "student_bias")
+    check_bias(teacher_bias, student_logits.shape[1], "teacher_bias")
+    device, dtype = student_logits.device, accumulation_dtype(student_logits.dtype)
+    weights = pair_weights.detach().to(device=device, dtype=dtype)
+    images = None if image_weights is None else image_weights.detach().to(device=device, dtype=dtype)
+    check_pairing(Pairing(weights, images), teacher_logits.shape[0], student_logits.shape[0])
+    loss, summary, usage, _, _ = _logit_op(
+        student_logits,
+        student_bias,
+        teacher_logits.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        weights,
+        images,
+        temperature_tensor(student_temperature, "student_temperature", device),
+        temperature_tensor(teacher_temperature, "teacher_temperature", device),
+    )
+    return CrossEntropy(loss, AssignmentStatistics.of_op(summary, usage))
+
+
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
+    for logits, side in ((student, "student"), (teacher, "teacher")):
+        if logits.ndim != 2 or not logits.is_floating_point():
+            raise ValueError(
+                f"{side} logits are {logits.dtype} of shape {tuple(logits.shape)}; "
+                "expected a floating-point matrix [rows, K]"
+            )
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student logits have {student.shape[1]} columns but teacher logits {teacher.shape[1]}; "
+            "both networks must have the same number of prototypes K"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student logits are on {student.device} but teacher logits on {teacher.device}; expected one device"
+        )
+
+
+class _Logits(NamedTuple):
+    """One network's stored logits and what turns them into base-2 log-probabilities."""
+
+    rows: Tensor  # [views, B, K]
+    scale: Tensor  # [] log2(e) / tau
+    bias: Tensor | None  # [K], base 2
+
+    @classmethod
+    def of(cls, rows: Tensor, views: int, temperature: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Logits:
+        scaled = None if bias is None else bias.reshape(-1).to(dtype).clamp(min=LOWEST_BIAS) * LOG2_E
+        return cls(_by_view(rows, views), (LOG2_E / temperature).to(dtype), scaled)
+
+    def chunk(self, images: slice) -> Tensor:
+        """[b, views, K] base-2 logits of some images, a fresh tensor."""
+        out = self.rows[:, images].transpose(0, 1).to(self.scale.dtype, copy=True).mul_(self.scale)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class _Softmax(NamedTuple):
+    """Softmax of a chunk over its last dim, with what the loss needs of it; base 2."""
+
+    deviation: Tensor  # [b, views, K] logits minus their maximum
+    unnormalized: Tensor  # [b, views, K] 2^deviation
+    mass: Tensor  # [b, views] sum of unnormalized
+    log_sum_exp: Tensor  # [b, views]
+
+    @classmethod
+    def of(cls, logits: Tensor) -> _Softmax:
+        top = logits.amax(dim=-1, keepdim=True)
+        deviation = logits.sub_(top)
+        unnormalized = deviation.exp2()
+        mass = unnormalized.sum(dim=-1)
+        return cls(deviation, unnormalized, mass, top.squeeze(-1) + mass.log2())
+
+    def entropy(self) -> Tensor:
+        """[b, views] nats."""
+        spread: Tensor = torch.linalg.vecdot(self.unnormalized, self.deviation)
+        nats: Tensor = (self.mass.log2() - spread / self.mass) * LN_2
+        return nats
+
+
+def _by_view(rows: Tensor, views: int) -> Tensor:
+    """[views, B, K] view of [views * B, K] rows, whatever their strides."""
+    return rows.view(views, rows.shape[0] // views, rows.shape[1])
+
+
+def _image_chunks(images: int, row_bytes: int) -> Iterator[slice]:
+    size = max(1, CHUNK_BYTES // max(row_bytes, 1))
+    for start in range(0, images, size):
+        yield slice(start, min(start + size, images))
+
+
+@torch.library.custom_op("vmf_kernels::logit_cross_entropy", mutates_args=())
+def _logit_op(
+    student_logits: Tensor,
+    student_bias: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor | None,
+    view_weights: Tensor,
+    image_weights: Tensor | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], statistics [3], usage [K], base-2 log-sum-exp of the student [B, V] and of the teacher [B, G])."""
+    (teacher_views, views), count = view_weights.shape, student_logits.shape[1]
+    dtype = accumulation_dtype(student_logits.dtype)
+    student = _Logits.of(student_logits, views, student_temperature, student_bias, dtype)
+    teacher = _Logits.of(teacher_logits, teacher_views, teacher_temperature, teacher_bias, dtype)
+    images = student.rows.shape[1]
+    weight_B = view_weights.new_ones(images) if image_weights is None else image_weights
+    sums = torch.zeros(3, dtype=torch.float64, device=student_logits.device)  # loss, H(q), H(p), weighted
+    usage = view_weights.new_zeros(count)
+    student_lse, teacher_lse = usage.new_empty(images, views), usage.new_empty(images, teacher_views)
+    for chunk in _image_chunks(images, (views + teacher_views) * count * dtype.itemsize):
+        s, t = _Softmax.of(student.chunk(chunk)), _Softmax.of(teacher.chunk(chunk))
+        q = t.unnormalized / t.mass[..., None]
+        # log p relative to the row's maximum: an offset common to the row never enters
+        cross = s.mass.log2()[:, None, :] - q @ s.deviation.transpose(1, 2)
+        weight_bGV = weight_B[chunk, None, None] * view_weights
+        teacher_mass, student_mass = weight_bGV.sum(dim=2), weight_bGV.sum(dim=1)
+        sums += torch.stack(
+            [(weight_bGV * cross).sum() * LN_2, (teacher_mass * t.entropy()).sum(), (student_mass * s.entropy()).sum()]
+        )
+        usage += teacher_mass.reshape(-1) @ q.reshape(-1, count)
+        student_lse[chunk], teacher_lse[chunk] = s.log_sum_exp, t.log_sum_exp
+    total = weight_B.sum() * view_weights.sum()
+    total = torch.where(total == 0, torch.ones_like(total), total)
+    means = sums / total
+    summary = torch.stack([means[1], means[2], means[0] - means[1]])
+    return sums[0].to(dtype), summary.to(dtype), usage / total, student_lse, teacher_lse
+
+
+@_logit_op.register_fake
+def _(
+    student_logits: Tensor,
+    student_bias: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor | None,
+    view_weights: Tensor,
+    image_weights: Tensor | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    teacher_views, views = view_weights.shape
+    images = student_logits.shape[0] // views
+    empty = view_weights.new_empty
+    return empty(()), empty(3), empty(student_logits.shape[1]), empty(images, views), empty(images, teacher_views)
+
+
+@torch.library.custom_op("vmf_kernels::logit_cross_entropy_backward", mutates_args=())
+def _logit_backward_op(
+    loss_grad: Tensor,
+    student_logits: Tensor,
+    student_bias: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor | None,
+    view_weights: Tensor,
+    image_weights: Tensor | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradient at the student's logits [S, K], in their dtype, and at its bias [K]."""
+    (teacher_views, views), count = view_weights.shape, student_logits.shape[1]
+    dtype = accumulation_dtype(student_logits.dtype)
+    student = _Logits.of(student_logits, views, student_temperature, student_bias, dtype)
+    teacher = _Logits.of(teacher_logits, teacher_views, teacher_temperature, teacher_bias, dtype)
+    images = student.rows.shape[1]
+    weight_B = view_weights.new_ones(images) if image_weights is None else image_weights
+    # scaled in fp32 before the cast: under a GradScaler the unscaled gradient would underflow in fp16
+    weight_B = weight_B * loss_grad.to(dtype)
+    gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    by_view = _by_view(gradient, views)
+    bias_gradient = view_weights.new_zeros(count)
+    for chunk in _image_chunks(images, (views + teacher_views) * count * dtype.itemsize):
+        p = student.chunk(chunk).sub_(student_lse[chunk, :, None]).exp2_()
+        q = teacher.chunk(chunk).sub_(teacher_lse[chunk, :, None]).exp2_()
+        p.mul_(view_weights.sum(dim=0)[:, None]).sub_(view_weights.T @ q).mul_(weight_B[chunk, None, None])
+        if student_bias is not None:
+            bias_gradient += p.sum(dim=(0, 1))
+        by_view[:, chunk] = p.mul_(student_temperature.to(dtype).reciprocal()).transpose(0, 1)
+    return gradient, bias_gradient
+
+
+@_logit_backward_op.register_fake
+def _(
+    loss_grad: Tensor,
+    student_logits: Tensor,
+    student_bias: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor | None,
+    view_weights: Tensor,
+    image_weights: Tensor | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    return gradient, view_weights.new_empty(student_logits.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    mark_by_products(ctx, output)
+    ctx.save_for_backward(*inputs, *output[3:])
+
+
+def _backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, lse = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    if loss_grad is None:
+        return no_gradients(len(inputs))
+    if torch.is_grad_enabled():
+        raise RuntimeError(TWICE.format(name="logit_cross_entropy"))
+    logits_grad, bias_grad = _logit_backward_op(loss_grad, *inputs, *lse)
+    return (
+        cast_like(logits_grad, ctx.needs_input_grad[0], inputs[0]),
+        cast_like(bias_grad, ctx.needs_input_grad[1], inputs[1]),
+        *no_gradients(len(inputs) - 2),
+    )
+
+
+_logit_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,112 @@
+"""The projection head whose last layer returns logits that are never stored.
+
+Legend: R rows, K prototypes, D bottleneck dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.prototypes import Prototypes, weight_norm_prototypes
+
+INIT_STD = 0.02  # of the MLP's weights, truncated at +-2 (absolute): the ViT initialisation the published head uses
+
+
+class PrototypeLayer(nn.Module):
+    """Weight-normed linear layer without bias, ``w_k = g_k v_k / ||v_k||``, that never computes its logits.
+
+    Args:
+        dim: D.
+        num_prototypes: K.
+        frozen_norm: keep ``g`` at 1 (``requires_grad=False``).
+
+    Attributes:
+        weight_g: [K, 1] signed norms, 1 at the start.
+        weight_v: [K, D] directions, initialised as ``nn.Linear``.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int, *, frozen_norm: bool = False) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not frozen_norm)
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
+
+    def prototypes(self) -> Prototypes:
+        """The layer's K prototypes, sharing its parameters."""
+        return weight_norm_prototypes(self.weight_g, self.weight_v)
+
+    def forward(self, features: Tensor) -> PrototypeLogits:
+        """[..., D] features to [..., K] logits that are not stored."""
+        return PrototypeLogits(features, self.prototypes())
+
+
+class DINOHead(nn.Module):
+    """DINO's head: MLP, L2-normalised bottleneck, weight-normed prototypes; logits come back unstored.
+
+    Constructor, parameter names and initialisation are those of the published class, so its checkpoints load; unlike it,
+    the module can be deep-copied.
+
+    Args:
+        in_dim: dim of the backbone's features.
+        out_dim: number of prototypes K.
+        use_bn: BatchNorm after each hidden layer.
+        norm_last_layer: freeze the prototypes' norms at 1. DINO-vMF needs False.
+        nlayers: layers of the MLP, at least 1.
+        hidden_dim: width of its hidden layers.
+        bottleneck_dim: D.
+
+    Raises:
+        ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
+    Source: Caron et al., ICCV 2021, "Projection head" in section 3.2.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        if min(in_dim, out_dim, hidden_dim) < 1 or bottleneck_dim < 2:
+            raise ValueError(
+                f"in_dim, out_dim, hidden_dim, bottleneck_dim are {in_dim}, {out_dim}, {hidden_dim}, {bottleneck_dim}; "
+                "expected at least 1, 1, 1 and 2"
+            )
+        self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, max(nlayers, 1), use_bn=use_bn)
+        for module in self.mlp.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.zeros_(module.bias)
+        self.last_layer = PrototypeLayer(bottleneck_dim, out_dim, frozen_norm=norm_last_layer)
+
+    def forward(self, x: Tensor) -> PrototypeLogits:
+        """[R, in_dim] features to [R, K] logits, in the dtype autocast gives the MLP."""
+        hidden = self.mlp(x)
+        # the published eps, 1e-12, is 0 in fp16, where a zero row would divide by it
+        eps = max(1e-12, torch.finfo(hidden.dtype).smallest_normal)
+        logits: PrototypeLogits = self.last_layer(functional.normalize(hidden, dim=-1, p=2.0, eps=eps))
+        return logits
+
+
+def _mlp(in_dim: int, hidden_dim: int, out_dim: int, layers: int, *, use_bn: bool) -> nn.Module:
+    if layers == 1:
+        return nn.Linear(in_dim, out_dim)
+    widths = [in_dim] + [hidden_dim] * (layers - 1)
+    modules: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        modules.append(nn.Linear(before, after))
+        if use_bn:
+            modules.append(nn.BatchNorm1d(after))
+        modules.append(nn.GELU())
+    modules.append(nn.Linear(hidden_dim, out_dim))
+    return nn.Sequential(*modules)
