@@ -5,17 +5,23 @@ Legend: R rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from vmf_kernels.backends import reference, streaming
-from vmf_kernels.backends.contract import ColumnSums
+from vmf_kernels.backends.contract import Query
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype, prepare_keys
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "streaming": streaming}
 PREFERENCE = {"cuda": ("streaming",), "cpu": ("streaming",)}  # of "auto", best first; other devices go as "cpu"
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 def choose_backend(backend: str, rows: Tensor, weight: Tensor) -> ModuleType:
@@ -69,7 +75,7 @@ def prototype_usage(
     if features.shape[0] == 0:
         raise ValueError("features has 0 rows; expected at least one to take a mean over")
     tau = temperature_tensor(temperature, "temperature", features.device)
-    usage: Tensor = _usage_op(*_flat(features, prototypes), bias, tau, backend)
+    usage: Tensor = _usage_op(*_flat(features, prototypes), None if bias is None else bias.detach(), tau, backend)
     return usage
 
 
@@ -98,8 +104,10 @@ def column_log_sum_exp(
         features, prototypes, temperature, backend: as in ``prototype_usage``, which also lists the errors.
     """
     _check_rows(features, prototypes, None)
+    if tuple(offset.shape) != (features.shape[0],):
+        raise ValueError(f"offset has shape {tuple(offset.shape)}; expected [{features.shape[0]}], one for each row")
     tau = temperature_tensor(temperature, "temperature", features.device)
-    columns: Tensor = _column_op(*_flat(features, prototypes), tau, offset, backend)
+    columns: Tensor = _column_op(*_flat(features, prototypes), tau, offset.detach(), backend)
     return columns
 
 
@@ -146,6 +154,17 @@ def check_bias(bias: Tensor | None, count: int, name: str) -> None:
         raise ValueError(f"{name} has {bias.numel()} elements; expected one for each of the {count} prototypes")
 
 
+def without_autocast(op: Callable[Concatenate[Tensor, P], Result]) -> Callable[Concatenate[Tensor, P], Result]:
+    """The body of an op with autocast off: a region of the caller's would round its fp32 sums to half precision."""
+
+    @functools.wraps(op)
+    def run(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> Result:
+        with torch.autocast(first.device.type, enabled=False):
+            return op(first, *args, **kwargs)
+
+    return run
+
+
 def _check_rows(features: Tensor, prototypes: Prototypes, bias: Tensor | None) -> None:
     check_features(features, prototypes, "the")
     check_bias(bias, prototypes.count, "bias")
@@ -158,6 +177,7 @@ def _flat(features: Tensor, prototypes: Prototypes) -> tuple[Tensor, Tensor, Ten
 
 
 @torch.library.custom_op("vmf_kernels::prototype_usage", mutates_args=())
+@without_autocast
 def _usage_op(
     features: Tensor,
     weight: Tensor,
@@ -170,9 +190,9 @@ def _usage_op(
     dtype = accumulation_dtype(features.dtype)
     keys = prepare_keys(Prototypes(weight, magnitude, kind), temperature, bias, dtype)
     mean = torch.full((1, features.shape[0]), 1 / features.shape[0], dtype=dtype, device=features.device)
-    columns = ColumnSums(None, None, weights=mean, sums=mean.new_zeros(1, weight.shape[0]))
-    choose_backend(backend, features, weight).assign(features, keys, None, columns)
-    return columns.sums[0].clone()
+    usage = mean.new_zeros(weight.shape[0])
+    choose_backend(backend, features, weight).assign([Query(features, keys, None, mean, usage[None])])
+    return usage
 
 
 @_usage_op.register_fake
@@ -189,11 +209,12 @@ def _(
 
 
 @torch.library.custom_op("vmf_kernels::row_log_sum_exp", mutates_args=())
+@without_autocast
 def _row_op(
     features: Tensor, weight: Tensor, magnitude: Tensor | None, kind: str, temperature: Tensor, backend: str
 ) -> Tensor:
     keys = prepare_keys(Prototypes(weight, magnitude, kind), temperature, None, accumulation_dtype(features.dtype))
-    lse: Tensor = choose_backend(backend, features, weight).assign(features, keys).log_sum_exp
+    lse: Tensor = choose_backend(backend, features, weight).assign([Query(features, keys)])[0].log_sum_exp
     return lse
 
 
@@ -205,6 +226,7 @@ def _(
 
 
 @torch.library.custom_op("vmf_kernels::column_log_sum_exp", mutates_args=())
+@without_autocast
 def _column_op(
     features: Tensor,
     weight: Tensor,

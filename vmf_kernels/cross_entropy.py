@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmf_kernels.assign import check_bias, check_features, choose_backend, temperature_tensor
-from vmf_kernels.backends.contract import Assignment, ColumnSums
+from vmf_kernels.assign import check_bias, check_features, choose_backend, temperature_tensor, without_autocast
+from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.once import ReadyGradients, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
 from vmf_kernels.prototypes import Keys, Prototypes, accumulation_dtype, prepare_keys, pull_back_to_stored
@@ -167,6 +167,7 @@ def _check_sides(
 
 
 @torch.library.custom_op("vmf_kernels::prototype_cross_entropy", mutates_args=())
+@without_autocast
 def _cross_entropy_op(
     student_features: Tensor,
     student_weight: Tensor,
@@ -201,12 +202,13 @@ def _cross_entropy_op(
     n_S, n_T = pairing.student_mass(images), pairing.teacher_mass(images)
 
     sums = _ColumnBuffers.allocate(student.prototypes, dtype, prototype_gradient)
-    by_student = run.assign(
-        x_SD, student_keys, student_keys if feature_gradient else None, sums.of_student(x_SD, n_S, student_keys)
-    )
-    by_teacher = run.assign(
-        x_TD, teacher_keys, student_keys, sums.of_teacher(pairing.to_teachers(x_SD), n_T, student_keys)
-    )
+    asked = sums.student_query(x_SD, student_keys, n_S)
+    answered = sums.teacher_query(x_TD, teacher_keys, n_T, -pairing.to_teachers(x_SD) * student_keys.scale)
+    if feature_gradient or prototype_gradient:
+        by_teacher, by_student = run.assign([answered, asked], student_keys, sums.vectors)
+    else:  # the student's barycentre, half its work, serves gradients only
+        (by_student,) = run.assign([asked])
+        (by_teacher,) = run.assign([answered], student_keys)
     _refuse_nan_prototypes(student, by_student)
     _refuse_nan_prototypes(teacher, by_teacher)
 
@@ -291,18 +293,17 @@ _cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _ColumnBuffers(NamedTuple):
-    """Sums over rows that both networks add to: equations (5) and (6)."""
+    """Sums over rows that both networks contribute to: equations (5) and (6)."""
 
     vectors: Tensor | None  # [K, D] gradient at the student's effective prototypes
     mass_2K: Tensor  # sum_s n_s p_s(k), sum_t n_t q_t(k)
-    needs_bias: bool
+    student_mass_wanted: bool
 
     @classmethod
     def allocate(cls, prototypes: Prototypes, dtype: torch.dtype, prototype_gradient: bool) -> _ColumnBuffers:
         weight = prototypes.weight
-        vectors = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
         return cls(
-            vectors if prototype_gradient else None,
+            weight.new_empty(weight.shape, dtype=dtype) if prototype_gradient else None,
             weight.new_zeros(2, prototypes.count, dtype=dtype),
             prototype_gradient and prototypes.has_normalizer,
         )
@@ -316,15 +317,14 @@ class _ColumnBuffers(NamedTuple):
         """[K] mean teacher probability; zeros where no pair has weight."""
         return self.mass_2K[1] / _or_one(n_T.sum())
 
-    def of_student(self, x_SD: Tensor, n_S: Tensor, keys: Keys) -> ColumnSums | None:
-        if self.vectors is None:
-            return None
-        mass = slice(0, 1 if self.needs_bias else 0)
-        return ColumnSums(n_S[:, None] * x_SD * keys.scale, self.vectors, n_S[None][mass], self.mass_2K[:1][mass])
+    def student_query(self, x_SD: Tensor, keys: Keys, n_S: Tensor) -> Query:
+        cotangents = None if self.vectors is None else n_S[:, None] * x_SD * keys.scale
+        if not self.student_mass_wanted:
+            return Query(x_SD, keys, cotangents)
+        return Query(x_SD, keys, cotangents, n_S[None], self.mass_2K[:1])
 
-    def of_teacher(self, zbar_TD: Tensor, n_T: Tensor, keys: Keys) -> ColumnSums:
-        cotangents = None if self.vectors is None else -zbar_TD * keys.scale
-        return ColumnSums(cotangents, self.vectors, n_T[None], self.mass_2K[1:])
+    def teacher_query(self, x_TD: Tensor, keys: Keys, n_T: Tensor, cotangents_TD: Tensor) -> Query:
+        return Query(x_TD, keys, None if self.vectors is None else cotangents_TD, n_T[None], self.mass_2K[1:])
 
 
 def _loss(

@@ -3,11 +3,12 @@
 Legend: R rows, K prototypes, D embedding dim, J column weightings. With logits
 ``l_rk = scale gain_k <x_r, weight_k> + bias_k`` and ``p_r = softmax_k(l_r)`` a backend module provides
 
-    unsupported(rows, weight) -> str | None           why it cannot run on these tensors
-    assign(rows_RD, keys, values, columns) -> Assignment
+    unsupported(rows, weight) -> str | None               why it cannot run on these tensors
+    assign(queries, values, vectors_KD) -> [Assignment]   one a query; adds to the queries' sums, writes vectors_KD
     column_log_sum_exp(rows_RD, keys, offset_R) -> [K]    log sum_r exp(l_rk - offset_r)
 
-No backend stores a [R, K] tensor for all rows at once, except ``reference``, which defines what is correct.
+``vectors_KD[k] = sum over queries and rows of p_rk cotangent_r`` is the operator's backward pass, equation (5). No backend
+stores a [R, K] tensor for all rows at once, except ``reference``, which defines what is correct.
 """
 
 from __future__ import annotations
@@ -15,6 +16,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+
+from vmf_kernels.prototypes import Keys
+
+
+class Query(NamedTuple):
+    """Rows against one network's prototypes, and the sums over the rows that are wanted of them."""
+
+    rows: Tensor  # [R, D]
+    keys: Keys
+    cotangents: Tensor | None = None  # [R, D], needed when vectors_KD is asked for
+    weights: Tensor | None = None  # [J, R]
+    sums: Tensor | None = None  # [J, K] sums_jk += sum_r weights_jr p_rk
 
 
 class Assignment(NamedTuple):
@@ -24,15 +37,3 @@ class Assignment(NamedTuple):
     entropy: Tensor  # [R] H(p_r)
     barycentre: Tensor | None  # [R, D] sum_k p_rk values_k; None without values
     expected_bias: Tensor | None  # [R] sum_k p_rk value_bias_k; None if the values have no bias
-
-
-class ColumnSums(NamedTuple):
-    """Sums over rows, one per prototype, that ``assign`` adds to: the backward pass of the operator.
-
-    ``vectors_KD += sum_r p_rk cotangents_r`` and ``sums_JK[j] += sum_r p_rk weights_jr``.
-    """
-
-    cotangents: Tensor | None  # [R, D]
-    vectors: Tensor | None  # [K, D]
-    weights: Tensor  # [J, R]
-    sums: Tensor  # [J, K]

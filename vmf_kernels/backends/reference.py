@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from vmf_kernels.backends.contract import Assignment, ColumnSums
+from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.prototypes import Keys, accumulation_dtype
 
 
@@ -14,15 +16,21 @@ def unsupported(rows: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def assign(rows_RD: Tensor, keys: Keys, values: Keys | None = None, columns: ColumnSums | None = None) -> Assignment:
-    """Soft assignment as in ``contract``, through the whole [R, K] matrix of logits."""
-    logits_RK = logits(rows_RD, keys)
+def assign(queries: Sequence[Query], values: Keys | None = None, vectors_KD: Tensor | None = None) -> list[Assignment]:
+    """Soft assignments as in ``contract``, each through its whole [R, K] matrix of logits."""
+    if vectors_KD is not None:
+        vectors_KD.zero_()
+    return [_assign(query, values, vectors_KD) for query in queries]
+
+
+def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None) -> Assignment:
+    logits_RK = logits(query.rows, query.keys)
     log_p_RK = logits_RK.log_softmax(dim=1)
     p_RK = log_p_RK.exp()
-    if columns is not None:
-        columns.sums.add_(columns.weights @ p_RK)
-        if columns.cotangents is not None and columns.vectors is not None:
-            columns.vectors.add_(p_RK.T @ columns.cotangents)
+    if query.weights is not None and query.sums is not None:
+        query.sums.add_(query.weights @ p_RK)
+    if query.cotangents is not None and vectors_KD is not None:
+        vectors_KD.add_(p_RK.T @ query.cotangents)
     return Assignment(
         log_sum_exp=logits_RK.logsumexp(dim=1),
         entropy=-(p_RK * log_p_RK).sum(dim=1),

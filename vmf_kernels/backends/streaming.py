@@ -1,29 +1,35 @@
 """Streaming backend in plain torch: blocks of prototypes, an online softmax, and a workspace of bounded size.
 
 Blocks are laid out [prototypes, rows]: both products with the prototypes then run on tall matrices, which is where a
-CPU BLAS is fast when there are few rows. Rows go through in chunks whose unnormalised probabilities fit
-``WORKSPACE_BYTES``, so that the column sums need no second product for the logits; nothing grows with rows x prototypes.
+CPU BLAS is fast when there are few rows. Rows of all queries go through together, in chunks whose unnormalised
+probabilities fit the workspace, so that the column sums need no second product for the logits; nothing grows with
+rows x prototypes.
 
 Legend: R rows of a chunk, K prototypes, B prototypes of a block, D embedding dim.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vmf_kernels.backends.contract import Assignment, ColumnSums
-from vmf_kernels.prototypes import Keys, accumulation_dtype
+from vmf_kernels.backends.contract import Assignment, Query
+from vmf_kernels.prototypes import Keys
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
-BLOCK_PROTOTYPES = 2048  # with 160 rows 1.3 MiB of fp32: fits L2 (bench/bench_head.py, 2 cores of an EPYC 9004)
-WORKSPACE_BYTES = 40 * 2**20  # 160 rows of 65,536 fp32 probabilities, and still in a 32 MiB L3 for the most part
-LEAST_CHUNK_ROWS = 16  # fewer rows make the products memory-bound on the prototypes
+# Measured with bench/bench_head.py on 2 cores of an EPYC 9004 at K = 65,536, D = 256, fp32:
+BLOCK_PROTOTYPES = 2048  # with 160 rows 1.3 MiB: fits L2
+WORKSPACE_BYTES = 40 * 2**20  # 160 rows of probabilities, about the L3; fewer rows make the products slower
+WORKSPACE_SHARE = 0.5  # of what the logits of all rows would take: a small batch must save memory too
+LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading the prototypes
+LEAST_CHUNK_ROWS = 16
 
 
 def unsupported(rows: Tensor, weight: Tensor) -> str | None:
@@ -31,33 +37,26 @@ def unsupported(rows: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def assign(rows_RD: Tensor, keys: Keys, values: Keys | None = None, columns: ColumnSums | None = None) -> Assignment:
-    """Soft assignment as in ``contract``, chunk by chunk of rows."""
-    dtype = accumulation_dtype(rows_RD.dtype)
-    parts = []
-    for chunk in _row_chunks(rows_RD.shape[0], keys.weight.shape[0], dtype):
-        mine = None if columns is None else _columns_of(columns, chunk)
-        parts.append(_assign_chunk(rows_RD[chunk], keys, values, mine))
-    if len(parts) == 1:
-        return parts[0]
-    return Assignment(
-        log_sum_exp=torch.cat([part.log_sum_exp for part in parts]),
-        entropy=torch.cat([part.entropy for part in parts]),
-        barycentre=_cat([part.barycentre for part in parts]),
-        expected_bias=_cat([part.expected_bias for part in parts]),
-    )
+def assign(queries: Sequence[Query], values: Keys | None = None, vectors_KD: Tensor | None = None) -> list[Assignment]:
+    """Soft assignments as in ``contract``, chunk by chunk of the queries' rows laid end to end."""
+    parts: list[list[Assignment]] = [[] for _ in queries]
+    overwrite = True
+    for chunk in _chunks(queries):
+        out = None if vectors_KD is None else _Vectors(vectors_KD, overwrite)
+        for index, part in zip(chunk, _assign_chunk(list(chunk.values()), values, out), strict=True):
+            parts[index].append(part)
+        overwrite = False
+    return [_joined(part) for part in parts]
 
 
 def column_log_sum_exp(rows_RD: Tensor, keys: Keys, offset_R: Tensor) -> Tensor:
     """[K] ``log sum_r exp(l_rk - offset_r)``, chunk by chunk; -inf for 0 rows."""
-    dtype = accumulation_dtype(rows_RD.dtype)
-    total_K = torch.full((keys.weight.shape[0],), -torch.inf, dtype=dtype, device=rows_RD.device)
-    if rows_RD.shape[0] == 0:
-        return total_K
-    for chunk in _row_chunks(rows_RD.shape[0], keys.weight.shape[0], dtype):
+    dtype, count = keys.scale.dtype, keys.weight.shape[0]
+    total_K = torch.full((count,), -torch.inf, dtype=dtype, device=rows_RD.device)
+    for chunk in _row_chunks(rows_RD.shape[0], count, dtype) if rows_RD.shape[0] else ():
         x_DR = rows_RD[chunk].to(dtype).T * keys.scale
         for block in _blocks(keys):
-            logits_BR = _prototype_block(keys, block, dtype) @ x_DR - offset_R[chunk]
+            logits_BR = _prototype_block(keys, block) @ x_DR - offset_R[chunk]
             if keys.bias is not None:
                 logits_BR += keys.bias[block, None]
             total_K[block] = torch.logaddexp(total_K[block], logits_BR.logsumexp(dim=1))
@@ -75,15 +74,14 @@ class _OnlineSoftmax:
     bias_R: Tensor | None
 
     @classmethod
-    def empty(cls, rows: Tensor, values: Keys | None) -> _OnlineSoftmax:
-        count, dim = rows.shape
-        zero = rows.new_zeros(count)
+    def empty(cls, like: Tensor, rows: int, values: Keys | None) -> _OnlineSoftmax:
+        zero = like.new_zeros(rows)
         return cls(
             # the lowest finite number, not -inf: (-inf) - (-inf) would be NaN
-            max_R=zero + torch.finfo(rows.dtype).min,
+            max_R=zero + torch.finfo(like.dtype).min,
             mass_R=zero,
             deviation_R=zero,
-            barycentre_DR=None if values is None else rows.new_zeros(dim, count),
+            barycentre_DR=None if values is None else like.new_zeros(values.weight.shape[1], rows),
             bias_R=None if values is None or values.bias is None else zero,
         )
 
@@ -103,54 +101,99 @@ class _OnlineSoftmax:
             self.bias_R = self.bias_R * decay
         return p_BR
 
-    def result(self) -> Assignment:
+    def gather(self, p_BR: Tensor, values_BD: Tensor, bias_B: Tensor | None) -> None:
+        """Add a block's share to the barycentre and the expected bias."""
+        if self.barycentre_DR is not None:
+            self.barycentre_DR.addmm_(values_BD.T, p_BR)
+        if self.bias_R is not None and bias_B is not None:
+            self.bias_R = self.bias_R + bias_B @ p_BR
+
+    def results(self, segments: list[slice]) -> list[Assignment]:
+        """One assignment for each segment of the chunk's rows, nats."""
         log_mass = self.mass_R.log2()
-        return Assignment(
-            log_sum_exp=(self.max_R + log_mass) * LN_2,
-            entropy=(log_mass - self.deviation_R / self.mass_R) * LN_2,
-            barycentre=None if self.barycentre_DR is None else (self.barycentre_DR / self.mass_R).T.contiguous(),
-            expected_bias=None if self.bias_R is None else self.bias_R / self.mass_R,
-        )
+        lse_R = (self.max_R + log_mass) * LN_2
+        entropy_R = (log_mass - self.deviation_R / self.mass_R) * LN_2
+        barycentre_RD = None if self.barycentre_DR is None else (self.barycentre_DR / self.mass_R).T.contiguous()
+        bias_R = None if self.bias_R is None else self.bias_R / self.mass_R
+        return [
+            Assignment(
+                lse_R[mine],
+                entropy_R[mine],
+                None if barycentre_RD is None else barycentre_RD[mine],
+                None if bias_R is None else bias_R[mine],
+            )
+            for mine in segments
+        ]
 
 
-def _assign_chunk(rows: Tensor, keys: Keys, values: Keys | None, columns: ColumnSums | None) -> Assignment:
-    dtype = accumulation_dtype(rows.dtype)
-    rows_RD = rows.to(dtype)
-    x_DR = (rows_RD * (keys.scale * LOG2_E)).T.contiguous()
-    count, blocks = keys.weight.shape[0], list(_blocks(keys))
-    state = _OnlineSoftmax.empty(rows_RD, values)
-    workspace_KR = None if columns is None else rows_RD.new_empty(count, rows.shape[0])
-    scratch_BR = rows_RD.new_empty(2, min(BLOCK_PROTOTYPES, count), rows.shape[0])
+class _Vectors(NamedTuple):
+    """Where a chunk's share of the gradient at the prototypes goes."""
+
+    vectors_KD: Tensor
+    overwrite: bool  # the first chunk writes, so that [K, D] is neither cleared nor read for it
+
+    def add(self, block: slice, p_BR: Tensor, cotangents_RD: Tensor) -> None:
+        target = self.vectors_KD[block]
+        torch.addmm(target, p_BR, cotangents_RD, beta=0 if self.overwrite else 1, out=target)
+
+
+def _assign_chunk(segments: list[Query], values: Keys | None, out: _Vectors | None) -> list[Assignment]:
+    keys, like = segments[0].keys, segments[0].keys.scale
+    count, blocks, columns = keys.weight.shape[0], list(_blocks(keys)), _columns(segments)
+    rows = columns[-1].stop
+    state = _OnlineSoftmax.empty(like, rows, values)
+    x_DR = [(query.rows.to(like.dtype) * (query.keys.scale * LOG2_E)).T.contiguous() for query in segments]
+    has_sums = out is not None or any(query.sums is not None for query in segments)
+    workspace_KR = like.new_empty(count, rows) if has_sums else None
+    scratch_BR = like.new_empty(2, min(BLOCK_PROTOTYPES, count), rows)
     maxima = []
     for block in blocks:
-        b_keys = _prototype_block(keys, block, dtype)
-        b_logits = torch.mm(b_keys, x_DR, out=scratch_BR[0, : b_keys.shape[0]])
-        if keys.bias is not None:
-            b_logits.add_((keys.bias[block] * LOG2_E)[:, None])
-        b_out = scratch_BR[1, : b_keys.shape[0]] if workspace_KR is None else workspace_KR[block]
-        b_p = state.absorb(b_logits, b_out)
+        b_logits, b_spare = scratch_BR[:, : block.stop - block.start]
+        b_values = None if values is None else _prototype_block(values, block)
+        for query, x, mine in zip(segments, x_DR, columns, strict=True):
+            known = b_values if query.keys is values else None
+            _score(
+                query.keys, block, _prototype_block(query.keys, block) if known is None else known, x, b_logits[:, mine]
+            )
+        b_p = state.absorb(b_logits, b_spare if workspace_KR is None else workspace_KR[block])
         maxima.append(state.max_R)
-        if values is not None and state.barycentre_DR is not None:
-            b_values = b_keys if values.weight is keys.weight else _prototype_block(values, block, dtype)
-            state.barycentre_DR.addmm_(b_values.T, b_p)
-            if values.bias is not None and state.bias_R is not None:
-                state.bias_R = state.bias_R + values.bias[block] @ b_p
-    if columns is not None and workspace_KR is not None:
-        for block, max_R in zip(blocks, maxima, strict=True):
-            # 2^(block max - max) / mass turns a block's unnormalised probabilities into the final ones
-            _add_columns(workspace_KR[block], (max_R - state.max_R).exp2() / state.mass_R, columns, block)
-    return state.result()
+        if b_values is not None and values is not None:
+            state.gather(b_p, b_values, None if values.bias is None else values.bias[block])
+    if workspace_KR is not None:
+        # 2^(block max - max) / mass turns a block's unnormalised probabilities into the final ones
+        normalizers = [(max_R - state.max_R).exp2() / state.mass_R for max_R in maxima]
+        _sum_columns(workspace_KR, segments, list(zip(blocks, normalizers, strict=True)), out)
+    return state.results(columns)
 
 
-def _add_columns(p_BR: Tensor, normalizer_R: Tensor, columns: ColumnSums, block: slice) -> None:
-    if columns.cotangents is not None and columns.vectors is not None:
-        columns.vectors[block].addmm_(p_BR, columns.cotangents * normalizer_R[:, None])
-    for weights_R, sums_K in zip(columns.weights, columns.sums, strict=True):
-        sums_K[block].addmv_(p_BR, weights_R * normalizer_R)
+def _score(keys: Keys, block: slice, b_keys: Tensor, x_DR: Tensor, out_BR: Tensor) -> None:
+    """Write a block of base-2 logits."""
+    if out_BR.is_contiguous():
+        torch.mm(b_keys, x_DR, out=out_BR)
+    else:  # mm into a strided out would go through a copy of its own
+        out_BR.copy_(b_keys @ x_DR)
+    if keys.bias is not None:
+        out_BR.add_((keys.bias[block] * LOG2_E)[:, None])
 
 
-def _prototype_block(keys: Keys, block: slice, dtype: torch.dtype) -> Tensor:
-    weight_BD = keys.weight[block].to(dtype)
+def _sum_columns(
+    workspace_KR: Tensor, segments: list[Query], normalizers: list[tuple[slice, Tensor]], out: _Vectors | None
+) -> None:
+    cotangents = [query.cotangents for query in segments if query.cotangents is not None]
+    cotangents_RD = None if out is None else torch.cat(cotangents)
+    columns = _columns(segments)
+    for block, normalizer_R in normalizers:
+        p_BR = workspace_KR[block]
+        if out is not None and cotangents_RD is not None:
+            out.add(block, p_BR, cotangents_RD * normalizer_R[:, None])
+        for query, mine in zip(segments, columns, strict=True):
+            if query.weights is not None and query.sums is not None:
+                for weights_R, sums_K in zip(query.weights, query.sums, strict=True):
+                    sums_K[block].addmv_(p_BR[:, mine], weights_R * normalizer_R[mine])
+
+
+def _prototype_block(keys: Keys, block: slice) -> Tensor:
+    weight_BD = keys.weight[block].to(keys.scale.dtype)
     return weight_BD if keys.gain is None else weight_BD * keys.gain[block, None]
 
 
@@ -160,20 +203,55 @@ def _blocks(keys: Keys) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK_PROTOTYPES, count))
 
 
+def _chunks(queries: Sequence[Query]) -> Iterator[dict[int, Query]]:
+    """Chunks of the queries' rows, each from query index to the rows it holds; a query of 0 rows is in the first."""
+    ends = list(itertools.accumulate(query.rows.shape[0] for query in queries))
+    keys = queries[0].keys
+    for chunk in _row_chunks(ends[-1], keys.weight.shape[0], keys.scale.dtype):
+        segments = {}
+        for index, (query, end) in enumerate(zip(queries, ends, strict=True)):
+            start = end - query.rows.shape[0]
+            mine = slice(max(chunk.start, start) - start, min(chunk.stop, end) - start)
+            if mine.start < mine.stop or (chunk.start == 0 and start == end):
+                segments[index] = _rows_of(query, slice(mine.start, max(mine.start, mine.stop)))
+        yield segments
+
+
 def _row_chunks(rows: int, prototypes: int, dtype: torch.dtype) -> Iterator[slice]:
     """Chunks of nearly equal size whose probabilities fit the workspace; one empty chunk for 0 rows."""
-    most = max(WORKSPACE_BYTES // (prototypes * dtype.itemsize), LEAST_CHUNK_ROWS)
-    chunks = max(1, math.ceil(rows / most))
-    size = max(1, math.ceil(rows / chunks))
+    row_bytes = prototypes * dtype.itemsize
+    budget = min(WORKSPACE_BYTES, max(LEAST_WORKSPACE_BYTES, int(WORKSPACE_SHARE * rows * row_bytes)))
+    most = max(budget // row_bytes, LEAST_CHUNK_ROWS)
+    size = max(1, math.ceil(rows / max(1, math.ceil(rows / most))))
     for start in range(0, max(rows, 1), size):
         yield slice(start, min(start + size, rows))
+
+
+def _columns(segments: list[Query]) -> list[slice]:
+    """Where each segment's rows lie among the chunk's columns."""
+    ends = list(itertools.accumulate(query.rows.shape[0] for query in segments))
+    return [slice(end - query.rows.shape[0], end) for query, end in zip(segments, ends, strict=True)]
+
+
+def _rows_of(query: Query, rows: slice) -> Query:
+    return query._replace(
+        rows=query.rows[rows],
+        cotangents=None if query.cotangents is None else query.cotangents[rows],
+        weights=None if query.weights is None else query.weights[:, rows],
+    )
+
+
+def _joined(parts: list[Assignment]) -> Assignment:
+    if len(parts) == 1:
+        return parts[0]
+    return Assignment(
+        log_sum_exp=torch.cat([part.log_sum_exp for part in parts]),
+        entropy=torch.cat([part.entropy for part in parts]),
+        barycentre=_cat([part.barycentre for part in parts]),
+        expected_bias=_cat([part.expected_bias for part in parts]),
+    )
 
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
     return torch.cat(present) if present else None
-
-
-def _columns_of(columns: ColumnSums, chunk: slice) -> ColumnSums:
-    cotangents = None if columns.cotangents is None else columns.cotangents[chunk]
-    return columns._replace(cotangents=cotangents, weights=columns.weights[:, chunk])
