@@ -122,7 +122,8 @@ class Center(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._started = False  # looked at again at the next batch: the loaded centre may or may not have started
+        # the loaded centre may or may not have started; looked at here, since a branch on it would break a compiled step
+        self._started = self.center.is_meta or not bool(self.center.isnan().any())
         self._pending = None
 
 

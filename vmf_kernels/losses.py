@@ -164,6 +164,10 @@ class DINOLoss(nn.Module):
         for rows, crops, side in ((student.shape[0], self.ncrops, "student"), (teacher.shape[0], 2, "teacher")):
             if rows % crops:
                 raise ValueError(f"{side} output has {rows} rows; expected a multiple of its {crops} crops")
+        if teacher.shape[-1] != self.center.shape[1]:
+            raise ValueError(
+                f"teacher output has {teacher.shape[-1]} prototypes; expected out_dim = {self.center.shape[1]}"
+            )
 
 
 class DINOvMFLoss(DINOLoss):

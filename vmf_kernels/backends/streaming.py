@@ -71,7 +71,8 @@ class _OnlineSoftmax:
     mass_R: Tensor  # sum of 2^(l - max)
     deviation_R: Tensor  # sum of 2^(l - max) (l - max), for the entropy
     barycentre_DR: Tensor | None
-    bias_R: Tensor | None
+    bias_R: Tensor | None  # sum of 2^(l - max) (bias - common_bias)
+    common_bias: Tensor | float  # a long sum of like numbers rounds the same way in every row: only differences are summed
 
     @classmethod
     def empty(cls, like: Tensor, rows: int, values: Keys | None) -> _OnlineSoftmax:
@@ -83,6 +84,7 @@ class _OnlineSoftmax:
             deviation_R=zero,
             barycentre_DR=None if values is None else like.new_zeros(values.weight.shape[1], rows),
             bias_R=None if values is None or values.bias is None else zero,
+            common_bias=0.0 if values is None or values.bias is None else values.bias.median(),
         )
 
     def absorb(self, logits_BR: Tensor, out_BR: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class _OnlineSoftmax:
         if self.barycentre_DR is not None:
             self.barycentre_DR.addmm_(values_BD.T, p_BR)
         if self.bias_R is not None and bias_B is not None:
-            self.bias_R = self.bias_R + bias_B @ p_BR
+            self.bias_R = self.bias_R + (bias_B - self.common_bias) @ p_BR
 
     def results(self, segments: list[slice]) -> list[Assignment]:
         """One assignment for each segment of the chunk's rows, nats."""
@@ -114,7 +116,7 @@ class _OnlineSoftmax:
         lse_R = (self.max_R + log_mass) * LN_2
         entropy_R = (log_mass - self.deviation_R / self.mass_R) * LN_2
         barycentre_RD = None if self.barycentre_DR is None else (self.barycentre_DR / self.mass_R).T.contiguous()
-        bias_R = None if self.bias_R is None else self.bias_R / self.mass_R
+        bias_R = None if self.bias_R is None else self.bias_R / self.mass_R + self.common_bias
         return [
             Assignment(
                 lse_R[mine],
