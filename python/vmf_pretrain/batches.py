@@ -1,0 +1,87 @@
+"""Training batches as a pure function of the step: the order of the images and every view follow from the seed.
+
+Nothing of a worker is ever saved: a run that starts at step n asks for batch n, and gets what any other run gets.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vmf_pretrain.augment_digits import digit_view
+from vmf_pretrain.augment_photos import photo_view
+from vmf_pretrain.config import GLOBAL_VIEWS, Config
+from vmf_pretrain.errors import PretrainError
+from vmf_pretrain.images import DigitImages, Images
+from vmf_pretrain.randomness import DATA_ORDER, VIEW, generator_for
+
+
+@dataclass(frozen=True)
+class ViewBatches(Dataset[list[Tensor] | PretrainError]):
+    """Batch ``step`` as one tensor [B, C, side, side] for each view, the two global ones first."""
+
+    images: Images
+    config: Config
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch == 0:
+            raise PretrainError(
+                f"data.batch_size is {self.config.data.batch_size} but there are {len(self.images)} training images; "
+                "a batch must not be larger."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; the images left over wait for the next order."""
+        return len(self.images) // self.config.data.batch_size
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.config.train.epochs
+
+    def __getitem__(self, step: int) -> list[Tensor] | PretrainError:
+        """The views, or the error of an unreadable image: raised in a worker it would arrive as a traceback."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.config.data.batch_size
+        indices = self.order(epoch)[place * size : (place + 1) * size]
+        try:
+            return [self.view(epoch, indices, view) for view in range(self.config.view_count)]
+        except PretrainError as error:
+            return error
+
+    def order(self, epoch: int) -> list[int]:
+        """Permutation of the images in an epoch."""
+        generator = generator_for(self.config.seed, DATA_ORDER, epoch)
+        order: list[int] = torch.randperm(len(self.images), generator=generator).tolist()
+        return order
+
+    def view(self, epoch: int, indices: list[int], view: int) -> Tensor:
+        """[B, C, side, side] view number ``view`` of some images; row b depends on (seed, epoch, indices[b], view) only."""
+        views, seed = self.config.views, self.config.seed
+        side = views.global_size if view < GLOBAL_VIEWS else views.local_size
+        if isinstance(self.images, DigitImages):
+            chosen = self.images.canvases[indices], self.images.middles[indices]
+            return digit_view(
+                *chosen, seed=seed, epoch=epoch, indices=indices, view=view, side=side, config=views.digits
+            )
+        return torch.stack(
+            [
+                photo_view(
+                    self.images.decode(index), view, side, views.photos, generator_for(seed, VIEW, epoch, index, view)
+                )
+                for index in indices
+            ]
+        )
+
+
+def load_from(batches: ViewBatches, step: int) -> DataLoader[list[Tensor] | PretrainError]:
+    """Loader of the batches from ``step`` to the end of the run, in order."""
+    workers = batches.config.data.workers
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(step, len(batches)),
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,66 @@
+"""The command ``vmf-pretrain``: a demo on bundled digits, and runs on a folder of images."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+
+from vmf_pretrain.config import Config
+from vmf_pretrain.config_file import read_config
+from vmf_pretrain.errors import PretrainError
+
+BAD_INPUT = 2  # exit code
+METHODS = ("dino-vmf", "dino")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code: 0 done, 2 bad input, 130 or 143 stopped by a signal after a checkpoint."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return _run(chosen)
+    except PretrainError as error:
+        print(f"vmf-pretrain: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    from vmf_pretrain.run import Run  # slow to import: not before the arguments are known to be good
+
+    config = _config(chosen)
+    run = Run(config, chosen.out, resume=chosen.resume, console=Console())
+    return run.train()
+
+
+def _config(chosen: argparse.Namespace) -> Config:
+    if chosen.resume:
+        return read_config(chosen.out / "config.yaml")
+    overrides = {"seed": chosen.seed, "method": chosen.method}
+    if chosen.command == "demo":
+        with resources.as_file(resources.files("vmf_pretrain") / "recipes" / "digits.yaml") as recipe:
+            return read_config(recipe, **overrides)
+    if chosen.config is None:
+        raise PretrainError("fit got no configuration; expected --config FILE, or --resume with the --out of a run.")
+    return read_config(chosen.config, **overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vmf-pretrain", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="pretrain a small ViT on bundled digits: a few minutes on a CPU")
+    demo.set_defaults(out=Path("runs/demo"))
+    fit = commands.add_parser("fit", help="pretrain as a configuration file says")
+    fit.add_argument("--config", type=Path, metavar="FILE", help="YAML; see vmf_pretrain/recipes")
+    fit.set_defaults(out=Path("runs/fit"))
+    for command in (demo, fit):
+        command.add_argument("--out", type=Path, help="run folder, new (default: %(default)s)")
+        command.add_argument("--seed", type=int, help="of initialisation, data order and augmentation")
+        command.add_argument("--method", choices=METHODS, help="default: what the configuration says")
+        command.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

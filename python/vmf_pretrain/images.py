@@ -1,0 +1,125 @@
+"""Where images come from: the bundled digits, or a folder.
+
+Legend: N images, S side of the canvas, C channels.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from vmf_pretrain.augment_digits import DIGIT_SIDE, ink_middles
+from vmf_pretrain.errors import PretrainError
+from vmf_pretrain.randomness import PLACEMENT, generator_for
+
+CANVAS_SIDE = 16  # pixels
+FULL_INK = 16.0  # largest value of scikit-learn's digits
+TRAIN_DIGITS = 1297  # the other 500 are held out
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+SPLIT_SEED = 0  # of splits and placements, never the run's seed: runs are compared on the same data
+
+
+@dataclass(frozen=True)
+class DigitImages:
+    """Handwritten digits, each at a random place of a canvas."""
+
+    canvases: Tensor  # [N, S, S] ink in [0, 1]
+    middles: Tensor  # [N, 2] middle of the ink, pixels from the canvas's middle
+    labels: Tensor  # [N] int64
+
+    def __len__(self) -> int:
+        return len(self.canvases)
+
+    def evaluation_batch(self, indices: list[int]) -> Tensor:
+        """[B, 1, S, S] images as they are."""
+        return self.canvases[indices].unsqueeze(1)
+
+    def subset(self, indices: Tensor) -> "DigitImages":
+        """Some of the images."""
+        return DigitImages(self.canvases[indices], self.middles[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files, decoded when asked for."""
+
+    paths: list[Path]
+    labels: Tensor | None  # [N] int64 classes by sub-folder, None where there are none
+    size: int  # side of an evaluation image, pixels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def decode(self, index: int) -> Tensor:
+        """[3, height, width] float32 in [0, 1].
+
+        Raises:
+            PretrainError: the file is not a readable image; names it.
+        """
+        path = self.paths[index]
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                rgb = image.convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            raise PretrainError(f"image {path} cannot be read ({error}); mend or remove it.") from None
+        pixels: Tensor = functional.to_dtype(functional.pil_to_tensor(rgb), torch.float32, scale=True)
+        return pixels
+
+    def evaluation_batch(self, indices: list[int]) -> Tensor:
+        """[B, 3, size, size] images: resized by the shorter side to 8/7 of ``size``, centre-cropped."""
+        resized = (functional.resize(self.decode(index), [self.size * 8 // 7], antialias=True) for index in indices)
+        return torch.stack([functional.center_crop(image, [self.size, self.size]) for image in resized])
+
+    def subset(self, indices: Tensor) -> "FolderImages":
+        """Some of the images."""
+        labels = None if self.labels is None else self.labels[indices]
+        return FolderImages([self.paths[index] for index in indices.tolist()], labels, self.size)
+
+
+Images = DigitImages | FolderImages
+SomeImages = TypeVar("SomeImages", DigitImages, FolderImages)
+
+
+def digits() -> tuple[DigitImages, DigitImages]:
+    """Training and held-out digits; the split and each digit's place never change."""
+    bundled = load_digits()
+    ink = torch.from_numpy((bundled.images / FULL_INK).astype(np.float32))
+    free = CANVAS_SIDE - DIGIT_SIDE + 1
+    corners = torch.randint(free, (len(ink), 2), generator=generator_for(SPLIT_SEED, PLACEMENT)).tolist()
+    canvases = torch.zeros(len(ink), CANVAS_SIDE, CANVAS_SIDE)
+    for canvas, digit, (top, left) in zip(canvases, ink, corners, strict=True):
+        canvas[top : top + DIGIT_SIDE, left : left + DIGIT_SIDE] = digit
+    everything = DigitImages(canvases, ink_middles(canvases), torch.from_numpy(bundled.target).long())
+    return _split(everything, len(ink) - TRAIN_DIGITS)
+
+
+def folder_images(folder: Path, size: int, held_out: float) -> tuple[FolderImages, FolderImages | None]:
+    """Training images of a folder, searched recursively, and held-out ones where sub-folders name classes.
+
+    Raises:
+        PretrainError: the folder does not exist or holds no image.
+    """
+    if not folder.is_dir():
+        raise PretrainError(f"data.folder {folder} is not a folder; expected one with images.")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise PretrainError(f"data.folder {folder} holds no image; expected files ending in {', '.join(SUFFIXES)}.")
+    classes = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
+    labelled = len(classes) > 1 and all(path.parent != folder for path in paths)
+    if not labelled:
+        return FolderImages(paths, None, size), None
+    labels = torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
+    train, kept = _split(FolderImages(paths, labels, size), max(1, round(held_out * len(paths))))
+    return train, kept
+
+
+def _split(images: SomeImages, held_out: int) -> tuple[SomeImages, SomeImages]:
+    order = torch.randperm(len(images), generator=generator_for(SPLIT_SEED, PLACEMENT, 1))
+    return images.subset(order[held_out:].sort().values), images.subset(order[:held_out].sort().values)

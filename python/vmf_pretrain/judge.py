@@ -1,0 +1,94 @@
+"""How good the teacher's frozen features are, while a run goes on and at its end."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmf_pretrain.config import Config
+from vmf_pretrain.evaluate import HeadReport, extract_features, knn_accuracy, linear_accuracy, rankme, report_head
+from vmf_pretrain.images import Images
+from vmf_pretrain.training import Training
+
+BATCH = 256  # images a forward pass
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The images that features are judged on; held-out ones exist only where there are labels."""
+
+    train: Images
+    held_out: Images | None
+    config: Config
+
+    def knn(self, backbone: nn.Module) -> float | None:
+        """k-NN accuracy of frozen features on held-out images, percent; None without labels."""
+        return self._compare(self._features(backbone, self.train), lambda: self._features(backbone, self._kept()))
+
+    def knn_pixels(self) -> float | None:
+        """The same of raw pixels."""
+        return self._compare(self._pixels(self.train), lambda: self._pixels(self._kept()))
+
+    def report(self, training: Training) -> tuple[dict[str, Any], HeadReport]:
+        """Every figure of the summary that the teacher decides, and what its head does with the training images."""
+        teacher = training.teacher
+        features = self._features(teacher.backbone, self.train)
+        tau = training.teacher_temperature(self.config.train.epochs)
+        head = report_head(
+            teacher.head,
+            features.to(training.fabric.device),
+            tau,
+            training.loss.centering.bias(tau),
+            vmf=training.uses_vmf,
+            threshold=self.config.evaluate.duplicate_threshold,
+        )
+        figures = {
+            "knn": self._compare(features, lambda: self._features(teacher.backbone, self._kept())),
+            "linear": self._linear(features, teacher.backbone),
+            "mutual_information": head.mutual_information,
+            "teacher_entropy": head.teacher_entropy,
+            "rankme": rankme(features),
+            "usage_entropy": head.usage_entropy,
+            "prototypes_used": head.prototypes_used,
+            "unique_prototypes": head.unique_prototypes,
+            "largest_duplicate_share": head.largest_duplicate_share,
+        }
+        return figures, head
+
+    def _kept(self) -> Images:
+        assert self.held_out is not None
+        return self.held_out
+
+    def _compare(self, train: Tensor, test: Any) -> float | None:
+        if self.held_out is None or self.train.labels is None or self.held_out.labels is None:
+            return None
+        labels, kept = self.train.labels[: len(train)], test()
+        chosen = self.config.evaluate
+        return knn_accuracy(
+            train,
+            labels,
+            kept,
+            self.held_out.labels[: len(kept)],
+            neighbours=chosen.neighbours,
+            temperature=chosen.temperature,
+        )
+
+    def _linear(self, train: Tensor, backbone: nn.Module) -> float | None:
+        if self.held_out is None or self.train.labels is None or self.held_out.labels is None:
+            return None
+        kept = self._features(backbone, self.held_out)
+        return linear_accuracy(train, self.train.labels[: len(train)], kept, self.held_out.labels[: len(kept)])
+
+    def _features(self, backbone: nn.Module, images: Images) -> Tensor:
+        device = next(backbone.parameters()).device
+        return extract_features(backbone, (batch.to(device) for batch in self._batches(images))).float().cpu()
+
+    def _pixels(self, images: Images) -> Tensor:
+        return torch.cat([batch.flatten(1) for batch in self._batches(images)])
+
+    def _batches(self, images: Images) -> Iterator[Tensor]:
+        count = min(len(images), self.config.evaluate.max_images)
+        for start in range(0, count, BATCH):
+            yield images.evaluation_batch(list(range(start, min(start + BATCH, count))))

@@ -1,0 +1,61 @@
+"""The optimizer step of DINO: parameter groups, clipping per parameter, the frozen last layer and the moving average."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+CLIP_EPSILON = 1e-6  # keeps the clip coefficient finite where a gradient is exactly zero
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
+    """Two AdamW groups, "decayed" and "plain": biases and other one-dimensional parameters take no weight decay.
+
+    Parameters with ``requires_grad`` False are in neither group.
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+    return [{"params": decayed, "name": "decayed"}, {"params": plain, "name": "plain", "weight_decay": 0.0}]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
+    """Set this step's learning rate on every group and this step's weight decay on the group "decayed"."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        if group["name"] == "decayed":
+            group["weight_decay"] = weight_decay
+
+
+def gradients_of(module: nn.Module) -> list[Tensor]:
+    """The gradients that are present."""
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
+
+@torch.no_grad()
+def clip_each(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Scale every gradient by itself, in place, to an L2 norm of at most ``max_norm``; 0 leaves them as they are.
+
+    Returns:
+        0-dim float32: the L2 norm of all gradients together before clipping; not finite if any of them is not.
+    """
+    norms = torch._foreach_norm(gradients)
+    if max_norm > 0:
+        coefficients = (max_norm / (torch.stack(norms) + CLIP_EPSILON)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(coefficients.unbind()))
+    return torch.stack([norm.float() for norm in norms]).square().sum().sqrt()
+
+
+def drop_last_layer_gradients(module: nn.Module) -> None:
+    """Leave the prototypes untouched by this step, as DINO does at first: no gradient, so no weight decay either."""
+    for name, parameter in module.named_parameters():
+        if "last_layer" in name:
+            parameter.grad = None
+
+
+@torch.no_grad()
+def update_average(average: Iterable[Tensor], current: Iterable[Tensor], momentum: float) -> None:
+    """``average <- momentum average + (1 - momentum) current``, in place, tensor by tensor."""
+    torch._foreach_lerp_(list(average), [value.detach() for value in current], 1.0 - momentum)

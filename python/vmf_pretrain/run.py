@@ -1,0 +1,167 @@
+"""A pretraining run from its configuration to its summary."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+
+from vmf_pretrain.artefacts import draw_plots, save_weights
+from vmf_pretrain.batches import ViewBatches, load_from
+from vmf_pretrain.checkpoint import load_checkpoint, save_checkpoint
+from vmf_pretrain.config import Config
+from vmf_pretrain.config_file import write_config
+from vmf_pretrain.errors import PretrainError
+from vmf_pretrain.images import Images, digits, folder_images
+from vmf_pretrain.interruption import Interruption
+from vmf_pretrain.judge import Judge
+from vmf_pretrain.progress import RunProgress
+from vmf_pretrain.run_folder import MetricsLog, RunFolder
+from vmf_pretrain.summary import print_summary, write_summary
+from vmf_pretrain.training import Training
+
+
+class Run:
+    """One run in its folder.
+
+    Args:
+        config: the whole run.
+        out: its folder; new, or with ``resume`` one that holds a checkpoint.
+        resume: go on from the newest checkpoint.
+        console: where progress and summary go.
+
+    Raises:
+        PretrainError: the folder, the data or the checkpoint do not fit; says what was got and what was expected.
+    """
+
+    def __init__(self, config: Config, out: Path, *, resume: bool, console: Console) -> None:
+        self.started = time.perf_counter()
+        self.config = config
+        self.console = console
+        train, held_out = load_images(config)
+        self.batches = ViewBatches(train, config)
+        self.judge = Judge(train, held_out, config)
+        fabric = Fabric(accelerator=config.train.device, devices=1, precision=config.train.precision)
+        self.training = Training(config, self.batches.steps_per_epoch, fabric)
+        self.folder = RunFolder.reopen(out) if resume else RunFolder.create(out)
+        self.step = 0
+        self.facts: dict[str, Any] = {"seconds_before": 0.0, "best_knn": None}
+        if resume:
+            checkpoint = load_checkpoint(self.folder.checkpoints)
+            self.training.restore(checkpoint)
+            self.step, self.facts = checkpoint.step, checkpoint.state
+            console.print(f"Going on from step {self.step} of {len(self.batches)}.")
+        else:
+            write_config(config, self.folder.config)
+            self.facts |= {"knn_pixels": self.judge.knn_pixels(), "knn_untrained": self._knn()}
+
+    def train(self) -> int:
+        """Train to the end, or to a signal; the program's exit code."""
+        log = MetricsLog(self.folder, self.step)
+        if self.step == 0:
+            log.write({"step": 0, "knn": self.facts["knn_untrained"]})
+        with Interruption() as interruption, RunProgress(self.console, len(self.batches), self.step) as progress:
+            for views in load_from(self.batches, self.step):
+                if isinstance(views, PretrainError):
+                    raise views
+                self._advance(views, log, progress)
+                if interruption.requested is not None:
+                    break
+        log.close()
+        if interruption.requested is not None and self.step < len(self.batches):
+            self.save()
+            self.console.print(
+                f"Stopped by {interruption.requested.name} at step {self.step}; a checkpoint is written. "
+                f"Go on with: vmf-pretrain fit --resume --out {self.folder.path}",
+                soft_wrap=True,
+                highlight=False,
+            )
+            return interruption.exit_code
+        self.finish()
+        return 0
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        state = {**self.facts, "seconds_before": self.seconds}
+        kept = self.config.train.keep_checkpoints
+        save_checkpoint(self.folder.checkpoints, self.step, self.training.tensors(), state, keep=kept)
+
+    def finish(self) -> None:
+        """Judge the teacher, draw, and say how it went."""
+        found, head = self.judge.report(self.training)
+        teacher, train = self.training.teacher, self.judge.train
+        if self.facts["best_knn"] is None:  # without labels, the last weights are the best known
+            save_weights(self.folder, "best", teacher, self._weight_facts(found["knn"]))
+        baselines = {"untrained": self.facts["knn_untrained"], "raw pixels": self.facts["knn_pixels"]}
+        known = {name: value for name, value in baselines.items() if value is not None}
+        draw_plots(self.folder, self.config, head, teacher, self.judge.held_out or train, known)
+        figures = {
+            **found,
+            "knn_untrained": self.facts["knn_untrained"],
+            "knn_pixels": self.facts["knn_pixels"],
+            "best_knn": self.facts["best_knn"],
+            "seconds": round(self.seconds, 1),
+            "method": self.config.method,
+            "seed": self.config.seed,
+            "steps": self.step,
+        }
+        write_summary(self.folder.summary, figures)
+        print_summary(self.console, figures, self.config.head.prototypes, self.folder.path, self._next_command())
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, interrupted parts added up."""
+        return float(self.facts["seconds_before"]) + time.perf_counter() - self.started
+
+    def _advance(self, views: list[torch.Tensor], log: MetricsLog, progress: RunProgress) -> None:
+        numbers = self.training.step(self.step, views)
+        rates = self.training.rates(self.step)
+        self.step += 1
+        progress.advance(self.step)
+        last, epoch_ends = self.step == len(self.batches), self.step % self.batches.steps_per_epoch == 0
+        if last or self.step % self.config.train.log_every == 0:
+            values = {name: value.item() for name, value in numbers.items()}
+            log.write({"step": self.step, "epoch": self._epoch, **values, **rates, "seconds": round(self.seconds, 2)})
+            shown = {"loss": values["loss"], "H(q)": values["teacher_entropy"], "KL": values["kl"]}
+            progress.tell(self.step, {**shown, "MI": values["mutual_information"], "lr": rates["learning_rate"]})
+        if last or (epoch_ends and self._epoch % self.config.evaluate.every == 0):
+            self._evaluate(log, progress)
+        if last or (epoch_ends and self._epoch % self.config.train.checkpoint_every == 0):
+            self.save()
+            save_weights(self.folder, "last", self.training.teacher, self._weight_facts(None))
+
+    def _evaluate(self, log: MetricsLog, progress: RunProgress) -> None:
+        accuracy = self._knn()
+        if accuracy is None:
+            return
+        log.write({"step": self.step, "epoch": self._epoch, "knn": accuracy})
+        progress.tell(self.step, {"k-NN %": accuracy})
+        if self.facts["best_knn"] is None or accuracy > self.facts["best_knn"]:
+            self.facts["best_knn"] = accuracy
+            save_weights(self.folder, "best", self.training.teacher, self._weight_facts(accuracy))
+
+    def _knn(self) -> float | None:
+        return self.judge.knn(self.training.teacher.backbone)
+
+    @property
+    def _epoch(self) -> int:
+        """Epochs done, the running one counted."""
+        return -(-self.step // self.batches.steps_per_epoch)
+
+    def _weight_facts(self, knn: float | None) -> dict[str, Any]:
+        return {"network": "teacher", "step": self.step, "knn": knn, "config": asdict(self.config)}
+
+    def _next_command(self) -> str:
+        if self.config.data.kind == "digits":
+            return f"tensorboard --logdir {self.folder.path}, or on your own images: vmf-pretrain fit --config FILE"
+        return f"tensorboard --logdir {self.folder.path}"
+
+
+def load_images(config: Config) -> tuple[Images, Images | None]:
+    """Training and held-out images of a configuration."""
+    if config.data.kind == "digits":
+        return digits()
+    return folder_images(Path(str(config.data.folder)), config.views.global_size, config.data.held_out)

@@ -1,0 +1,65 @@
+"""The end of a run in numbers and in words."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+DEAD_INFORMATION = 0.05  # nats of mutual information below which a head has collapsed, whatever its loss says
+NEAR = 0.02  # of ln K: how close a teacher's entropy is to a band before it counts as in it
+
+
+def verdict(figures: Mapping[str, Any], prototypes: int) -> str:
+    """What the numbers mean, in one sentence."""
+    if figures["mutual_information"] >= DEAD_INFORMATION:
+        return f"The head is alive: prototypes tell {figures['mutual_information']:.2f} nats about an image."
+    if figures["teacher_entropy"] > (1 - NEAR) * math.log(prototypes):
+        return (
+            "Uniform collapse: every image goes to all prototypes alike (loss near ln K); "
+            "lower loss.teacher_temp or start the centre from the first batch."
+        )
+    return (
+        "One-hot collapse: all images go to the same prototypes; "
+        "raise loss.teacher_temp, check the centring, or add loss.koleo_weight."
+    )
+
+
+def write_summary(path: Path, figures: Mapping[str, Any]) -> None:
+    """Write summary.json; numbers that are not finite become null."""
+    plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in figures.items()}
+    path.write_text(json.dumps(plain, indent=2) + "\n")
+
+
+def print_summary(
+    console: Console, figures: Mapping[str, Any], prototypes: int, folder: Path, next_command: str
+) -> None:
+    """The table a user reads at the end, the verdict, where everything is, and what to type next."""
+    table = Table(
+        title=f"{figures['method']}, seed {figures['seed']}, {figures['seconds']:.0f} s", title_justify="left"
+    )
+    table.add_column("frozen features, held-out images")
+    table.add_column("k-NN %", justify="right")
+    table.add_column("linear %", justify="right")
+    table.add_row("teacher", _percent(figures["knn"]), _percent(figures["linear"]))
+    table.add_row("same network, untrained", _percent(figures["knn_untrained"]), "")
+    table.add_row("raw pixels", _percent(figures["knn_pixels"]), "")
+    console.print(table)
+    head = Table(title="head", title_justify="left", show_header=False)
+    head.add_row("mutual information of images and prototypes", f"{figures['mutual_information']:.2f} nats")
+    head.add_row("rank of the features (RankMe)", f"{figures['rankme']:.1f}")
+    head.add_row("prototypes used (best for some image)", f"{figures['prototypes_used']} of {prototypes}")
+    head.add_row("entropy of their usage", f"{figures['usage_entropy']:.2f} nats (ln K = {math.log(prototypes):.2f})")
+    head.add_row("unique prototypes", f"{figures['unique_prototypes']} of {prototypes}")
+    head.add_row("largest set of duplicates", f"{100 * figures['largest_duplicate_share']:.1f} % of the prototypes")
+    console.print(head)
+    console.print(verdict(figures, prototypes))
+    console.print(f"Run folder: {folder} (summary.json, metrics.jsonl, plots/, weights/, tensorboard/)", soft_wrap=True)
+    console.print(f"Next: {next_command}", soft_wrap=True, highlight=False)
+
+
+def _percent(value: float | None) -> str:
+    return "no labels" if value is None else f"{value:.1f}"

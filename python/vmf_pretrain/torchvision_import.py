@@ -1,0 +1,40 @@
+"""Imports torchvision, on a CPU build of torch too.
+
+The published torchvision wheels are linked against CUDA libraries. On a CPU build of torch their compiled operators do not
+load, and the import stops at the first Python-side registration for one of them, although nothing here calls an operator.
+Declaring the missing schema lets that registration, and so the import, go through. lightning, torchmetrics and timm import
+torchvision where it is installed, so the package does this before anything else.
+"""
+
+import importlib
+import sys
+
+import torch
+
+# The operators that torchvision registers fake kernels for while it is imported. Declared only; calling one still raises.
+MISSING_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+def import_torchvision() -> torch.library.Library | None:
+    """Import torchvision, declaring its operators' schemas first if its compiled part does not load.
+
+    Returns:
+        The library that holds the declarations and must be kept alive, or None where torchvision imports as it is.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+    else:
+        return None
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]  # half-imported
+    declarations = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for schema in MISSING_OPERATORS:
+        declarations.define(schema)  # type: ignore[no-untyped-call]
+    importlib.import_module("torchvision")
+    return declarations

@@ -1,0 +1,160 @@
+"""The state of a run and one step of it: DINO's algorithm 1, with KoLeo, clipping and schedules.
+
+Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, and its published trainer.
+"""
+
+import math
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from vmf_kernels import DINOLoss, DINOvMFLoss, KoLeoLoss
+from vmf_pretrain.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from vmf_pretrain.config import GLOBAL_VIEWS, Config
+from vmf_pretrain.errors import PretrainError
+from vmf_pretrain.networks import build_networks, follow
+from vmf_pretrain.optim import clip_each, drop_last_layer_gradients, gradients_of, parameter_groups, set_rates
+from vmf_pretrain.randomness import INITIALISATION, TRAINING_STEP, stream_seed
+from vmf_pretrain.schedules import CosineSchedule
+
+
+class Training:
+    """Student, teacher, loss, optimizer and schedules of one run.
+
+    Args:
+        config: the whole run.
+        steps_per_epoch: optimizer steps in an epoch.
+        fabric: device and precision.
+    """
+
+    def __init__(self, config: Config, steps_per_epoch: int, fabric: Fabric) -> None:
+        torch.manual_seed(stream_seed(config.seed, INITIALISATION))
+        self.config = config
+        self.steps_per_epoch = steps_per_epoch
+        self.fabric = fabric
+        student, teacher = build_networks(config)
+        self.student, self.teacher = student.to(fabric.device), teacher.to(fabric.device)
+        self.loss = build_loss(config).to(fabric.device)
+        self.koleo = KoLeoLoss()
+        groups = parameter_groups(self.student)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.learning_rate)
+        self.total_steps = config.train.epochs * steps_per_epoch
+        optim, warm_up = config.optim, config.optim.warmup_epochs * steps_per_epoch
+        self.learning_rate = CosineSchedule(optim.learning_rate, optim.final_learning_rate, self.total_steps, warm_up)
+        self.weight_decay = CosineSchedule(optim.weight_decay, optim.final_weight_decay, self.total_steps)
+        self.momentum = CosineSchedule(optim.teacher_momentum, optim.final_teacher_momentum, self.total_steps)
+
+    @property
+    def uses_vmf(self) -> bool:
+        """Whether prototypes are von Mises-Fisher components."""
+        return isinstance(self.loss, DINOvMFLoss)
+
+    def teacher_temperature(self, epoch: int) -> float:
+        """Of the last epoch where ``epoch`` is past the end."""
+        schedule = self.loss.teacher_temp_schedule
+        return schedule[min(epoch, len(schedule) - 1)]
+
+    def step(self, step: int, views: list[Tensor]) -> dict[str, Tensor]:
+        """One optimizer step; the numbers to log, as [] tensors still on the device.
+
+        Raises:
+            PretrainError: the loss is not finite; nothing has been changed by this step.
+        """
+        # stochastic depth draws from the global generator: seeded by the step, so that nothing of it is ever saved
+        torch.manual_seed(stream_seed(self.config.seed, TRAINING_STEP, step))
+        epoch = step // self.steps_per_epoch
+        views = [view.to(self.fabric.device, non_blocking=True) for view in views]
+        with self.fabric.autocast():
+            with torch.no_grad():
+                _, targets = self.teacher(views[:GLOBAL_VIEWS])
+            features, logits = self.student(views)
+            loss = self.loss(logits, targets, epoch)
+            koleo = self._koleo(features)
+        total = loss + self.config.loss.koleo_weight * koleo
+        if not math.isfinite(total.item()):
+            raise PretrainError(
+                f"the loss is {total.item()} at step {step}; lower optim.learning_rate or set train.precision to 32-true, "
+                "and resume from the last checkpoint."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(total)
+        norm = self._update(step, epoch)
+        return {**self._statistics(), "loss": loss.detach(), "koleo": koleo.detach(), "gradient_norm": norm}
+
+    def rates(self, step: int) -> dict[str, float]:
+        """What the schedules say at a step."""
+        return {
+            "learning_rate": self.learning_rate.at(step),
+            "weight_decay": self.weight_decay.at(step),
+            "teacher_momentum": self.momentum.at(step),
+            "teacher_temperature": self.teacher_temperature(step // self.steps_per_epoch),
+        }
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint has to hold."""
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": flatten_optimizer(self.optimizer),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint.
+
+        Raises:
+            PretrainError: its tensors do not fit this configuration.
+        """
+        try:
+            for name in ("student", "teacher", "loss"):
+                getattr(self, name).load_state_dict(checkpoint.tensors[name])
+        except (RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise PretrainError(f"checkpoint {checkpoint.path} does not fit the configuration: {reason}.") from None
+        restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
+
+    def _koleo(self, features: Tensor) -> Tensor:
+        """Sum over the global views, as published."""
+        if self.config.loss.koleo_weight == 0:
+            return features.new_zeros(())
+        crops = features.chunk(self.config.view_count)[:GLOBAL_VIEWS]
+        return torch.stack([self.koleo(crop) for crop in crops]).sum()
+
+    def _update(self, step: int, epoch: int) -> Tensor:
+        set_rates(self.optimizer, self.learning_rate.at(step), self.weight_decay.at(step))
+        norm = clip_each(gradients_of(self.student), self.config.optim.clip)
+        if epoch < self.config.optim.freeze_last_layer_epochs:
+            drop_last_layer_gradients(self.student)
+        self.optimizer.step()
+        follow(self.teacher, self.student, self.momentum.at(step))
+        return norm
+
+    def _statistics(self) -> dict[str, Tensor]:
+        found = self.loss.statistics
+        assert found is not None
+        return {
+            "teacher_entropy": found.teacher_entropy,
+            "student_entropy": found.student_entropy,
+            "kl": found.kl,
+            "mutual_information": found.mutual_information,
+        }
+
+
+def build_loss(config: Config) -> DINOLoss:
+    """The loss of the configured method."""
+    loss = config.loss
+    published: tuple[Any, ...] = (
+        config.head.prototypes,
+        config.view_count,
+        loss.warmup_teacher_temp,
+        loss.teacher_temp,
+        loss.warmup_teacher_temp_epochs,
+        config.train.epochs,
+        loss.student_temp,
+        loss.center_momentum,
+    )
+    if config.method == "dino":
+        return DINOLoss(*published, center_start=loss.center_start)
+    return DINOvMFLoss(*published, centering=loss.centering, center_start=loss.center_start)
