@@ -158,7 +158,7 @@ def without_autocast(op: Callable[Concatenate[Tensor, P], Result]) -> Callable[C
     """The body of an op with autocast off: a region of the caller's would round its fp32 sums to half precision."""
 
     @functools.wraps(op)
-    def run(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> Result:
+    def run(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         with torch.autocast(first.device.type, enabled=False):
             return op(first, *args, **kwargs)
 
@@ -166,7 +166,7 @@ def without_autocast(op: Callable[Concatenate[Tensor, P], Result]) -> Callable[C
 
 
 def _check_rows(features: Tensor, prototypes: Prototypes, bias: Tensor | None) -> None:
-    check_features(features, prototypes, "the")
+    check_features(features, prototypes, "given")
     check_bias(bias, prototypes.count, "bias")
 
 

@@ -84,7 +84,8 @@ class Center(nn.Module):
         if self._pending is None:
             return
         batch = self._mean(*self._pending)
-        moved = self._step(self.center[0], batch)
+        # a centre that has not started takes the batch's mean here, where ``begin`` has not been called
+        moved = torch.where(self.center[0].isnan(), batch, self._step(self.center[0], batch))
         self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center[0])[None])
         self._pending = None
 

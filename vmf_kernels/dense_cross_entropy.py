@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmf_kernels.assign import check_bias, temperature_tensor
+from vmf_kernels.assign import check_bias, temperature_tensor, without_autocast
 from vmf_kernels.cross_entropy import CrossEntropy
 from vmf_kernels.once import TWICE, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
@@ -147,6 +147,7 @@ def _image_chunks(images: int, row_bytes: int) -> Iterator[slice]:
 
 
 @torch.library.custom_op("vmf_kernels::logit_cross_entropy", mutates_args=())
+@without_autocast
 def _logit_op(
     student_logits: Tensor,
     student_bias: Tensor | None,
@@ -204,6 +205,7 @@ def _(
 
 
 @torch.library.custom_op("vmf_kernels::logit_cross_entropy_backward", mutates_args=())
+@without_autocast
 def _logit_backward_op(
     loss_grad: Tensor,
     student_logits: Tensor,

@@ -38,28 +38,36 @@ def unique_prototypes(weight: Tensor, threshold: float = 0.025, *, metric: str =
         metric: "cosine" or "euclidean".
 
     Raises:
-        ValueError: ``weight`` is not a matrix, the metric is unknown or the threshold negative.
+        ValueError: ``weight`` is not a matrix of at least one row, the metric is unknown or the threshold negative.
     Source: Govindarajan et al., "On partial prototype collapse in the DINO family of self-supervised methods", BMVC 2024
         (arXiv:2410.14060); 0.025 is the threshold of later tables, the metric and the greedy rule a reconstruction.
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; expected one of {', '.join(METRICS)}")
-    if weight.ndim != 2 or not weight.is_floating_point() or not threshold >= 0:
+    if weight.ndim != 2 or not weight.shape[0] or not weight.is_floating_point() or not threshold >= 0:
         raise ValueError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)} and threshold {threshold}; expected a "
-            "floating-point matrix [K, D] and a threshold >= 0"
+            "floating-point matrix [K, D] with K >= 1 and a threshold >= 0"
         )
     # ||a - b||^2 = 2 - 2 <a, b> for unit vectors: one similarity serves both metrics
     least = 1 - (threshold if metric == "cosine" else threshold**2 / 2)
     directions = functional.normalize(weight.to(accumulation_dtype(weight.dtype)), dim=1)
-    group = torch.empty(weight.shape[0], dtype=torch.int64, device=weight.device)
-    representatives = directions[:0]
-    for start in range(0, weight.shape[0], BLOCK):
-        block_CD = directions[start : start + BLOCK]
-        group_C, representatives = _join(block_CD, representatives, least)
-        group[start : start + BLOCK] = group_C
+    has_direction = directions.any(dim=1)
+    with torch.autocast(weight.device.type, enabled=False):  # similarities near 1 need their fp32 digits
+        groups = _greedy_groups(directions[has_direction], least)
+    group = groups.new_full((weight.shape[0],), int(groups.max()) + 1 if len(groups) else 0)  # of the zero rows
+    group[has_direction] = groups
     sizes = group.bincount()
     return UniquePrototypes(len(sizes), sizes.max().item() / weight.shape[0], group)
+
+
+def _greedy_groups(directions_KD: Tensor, least: float) -> Tensor:
+    """[K] groups of unit rows, block by block."""
+    groups, representatives = [], directions_KD[:0]
+    for block_CD in torch.split(directions_KD, BLOCK):
+        group_C, representatives = _join(block_CD, representatives, least)
+        groups.append(group_C)
+    return torch.cat(groups)
 
 
 def _join(block_CD: Tensor, representatives_MD: Tensor, least: float) -> tuple[Tensor, Tensor]:
@@ -75,9 +83,7 @@ def _join(block_CD: Tensor, representatives_MD: Tensor, least: float) -> tuple[T
     for row in range(block_CD.shape[0]):
         if group_C[row] < 0:
             near = near_CC[row] & (group_C < 0)
-            near[row] = True  # rounding may put a prototype just out of reach of itself, and a zero row always is
-            if not block_CD[row].any():
-                near |= (block_CD == 0).all(dim=1) & (group_C < 0)
+            near[row] = True  # rounding may put a prototype just out of reach of itself
             group_C[near] = representatives_MD.shape[0] + len(new)
             new.append(row)
     return group_C, torch.cat([representatives_MD, block_CD[new]])

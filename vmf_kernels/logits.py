@@ -160,6 +160,22 @@ class PrototypeLogits:
 
 
 ROW_FUNCTIONS = ("chunk", "split", "unsqueeze", "squeeze", "flatten", "detach")
+OPERATORS = (
+    *(f"{side}{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul") for side in ("", "r")),
+    *("neg", "abs", "lt", "le", "gt", "ge"),
+)
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def refuse(self: PrototypeLogits, *others: Any) -> Any:
+        raise TypeError(f"operator {name} on PrototypeLogits: {_advice(name)}")
+
+    return refuse
+
+
+for _operator in OPERATORS:
+    # Python looks operators up on the class, where ``__getattr__`` is never asked
+    setattr(PrototypeLogits, f"__{_operator}__", _refusal(_operator))
 
 
 def cat(tensors: Sequence[PrototypeLogits], dim: int = 0) -> PrototypeLogits:
@@ -167,7 +183,7 @@ def cat(tensors: Sequence[PrototypeLogits], dim: int = 0) -> PrototypeLogits:
 
     Raises:
         TypeError: one of them is a stored tensor.
-        ValueError: they come from different prototypes.
+        ValueError: they come from different prototypes, or only some are detached.
     """
     stored = [t for t in tensors if not isinstance(t, PrototypeLogits)]
     if stored:
@@ -176,13 +192,16 @@ def cat(tensors: Sequence[PrototypeLogits], dim: int = 0) -> PrototypeLogits:
     for other in tensors[1:]:
         if not _same_prototypes(first.prototypes, other.prototypes):
             raise ValueError("torch.cat of PrototypeLogits with different prototypes; expected rows of one head")
+        if first.prototypes.weight.requires_grad != other.prototypes.weight.requires_grad:
+            raise ValueError("torch.cat of PrototypeLogits, some detached and some not; expected all or none detached")
     return first._with(torch.cat([t.features for t in tensors], dim=first._row_dim(dim)))
 
 
 def project(prototypes: Prototypes, vector_D: Tensor) -> Tensor:
     """[K] ``<w_k, vector>`` in the dtype of ``vector_D`` ([D], fp32 or fp64), without casting all prototypes at once."""
     block = 8192  # 8 MiB of fp32 at D = 256
-    parts = [rows.to(vector_D.dtype) @ vector_D for rows in torch.split(prototypes.weight.detach(), block)]
+    with torch.autocast(vector_D.device.type, enabled=False):  # a region of the caller's would round to half precision
+        parts = [rows.to(vector_D.dtype) @ vector_D for rows in torch.split(prototypes.weight.detach(), block)]
     projected = torch.cat(parts)
     gain = prototypes.detach().gain()
     return projected if gain is None else projected * gain.to(projected.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vmf_kernels.bessel import log_vmf_constant
@@ -219,7 +220,8 @@ class DINOvMFLoss(DINOLoss):
         """As ``DINOLoss.forward``, with each network's prototypes where the outputs are plain logits.
 
         Raises:
-            ValueError: as there; or plain logits came without prototypes, or normalised ones, which have no precision.
+            ValueError: as there; or plain logits came without prototypes, with another number of them, or with normalised
+                ones, which have no precision.
         """
         if isinstance(student_output, PrototypeLogits) or isinstance(teacher_output, PrototypeLogits):
             student_output, teacher_output = _with_vmf(student_output), _with_vmf(teacher_output)
@@ -232,6 +234,13 @@ class DINOvMFLoss(DINOLoss):
                 "which its normaliser needs; expected student_prototypes= and teacher_prototypes= (for example "
                 "weight_norm_prototypes(layer.weight_g, layer.weight_v)), or a head that returns PrototypeLogits"
             )
+        sides = (("student", student_output, student_prototypes), ("teacher", teacher_output, teacher_prototypes))
+        for side, output, prototypes in sides:
+            if prototypes.count != output.shape[-1]:
+                raise ValueError(
+                    f"{side}_prototypes hold {prototypes.count} prototypes but the {side} output has "
+                    f"{output.shape[-1]} columns; both must be K"
+                )
         self._warn_if_frozen(student_prototypes)
         student_bias = _log_normalizer(student_prototypes, self.student_temp)
         teacher_bias = _log_normalizer(teacher_prototypes.detach(), self._teacher_temperature(epoch))
@@ -246,7 +255,9 @@ class DINOvMFLoss(DINOLoss):
     def _warn_if_frozen(self, prototypes: Prototypes) -> None:
         magnitude = prototypes.magnitude
         frozen = magnitude is not None and not magnitude.requires_grad
-        if frozen and prototypes.weight.requires_grad and not self._warned:
+        # a warning cannot be traced: a compiled step is warned of only where it runs eagerly first
+        silent = self._warned or torch.compiler.is_compiling()
+        if frozen and prototypes.weight.requires_grad and not silent:
             warnings.warn(FROZEN_NORMS, UserWarning, stacklevel=3)
             self._warned = True
 

@@ -30,7 +30,7 @@ class ReadyGradients:
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE.format(name=self._name))
         gradients = recompute() if self._gradients is None else self._gradients
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(scale) is not Tensor:  # traced or fake: it has no value to look at
             return [g * scale.to(g.dtype) for g in gradients]
         # the [K, D] buffer becomes the parameter's .grad itself: a copy would double the head's largest gradient
         self._gradients = None

@@ -50,7 +50,8 @@ def draw_plots(
 
 def _spread(count: int) -> list[int]:
     """Indices of a few images, evenly over all."""
-    return [index * count // SAMPLE_IMAGES for index in range(min(SAMPLE_IMAGES, count))]
+    shown = min(SAMPLE_IMAGES, count)
+    return [place * count // shown for place in range(shown)]
 
 
 def _replace(path: Path, write: Any) -> None:

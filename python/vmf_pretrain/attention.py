@@ -3,11 +3,16 @@
 Legend: N images, T tokens, P prefix tokens (the class token first), h x w patches.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import vmf_pretrain.torchvision_import  # noqa: F401 -- before timm, which imports torchvision
-from timm.models.vision_transformer import Attention, VisionTransformer  # isort: skip
+
+# isort: split
+from timm.models.vision_transformer import VisionTransformer
+
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.evaluate import device_of, evaluating
 
@@ -26,15 +31,13 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     Raises:
         PretrainError: the backbone has no class token or no such block.
     """
-    blocks = getattr(backbone, "blocks", None)
-    attention = getattr(blocks[-1], "attn", None) if blocks else None
-    if (
-        not isinstance(backbone, VisionTransformer)
-        or not isinstance(attention, Attention)
-        or not backbone.has_class_token
-    ):
+    vit: Any = backbone
+    attention: Any = getattr(vit.blocks[-1], "attn", None) if isinstance(vit, VisionTransformer) else None
+    # by name: the class has moved between timm's modules, and its kin with other arithmetic have other names
+    if type(attention).__name__ != "Attention" or not vit.has_class_token:
         raise PretrainError(
-            f"Attention maps need a timm VisionTransformer with a class token but the backbone is a {type(backbone).__name__}."
+            "Attention maps need a timm VisionTransformer with a class token and plain attention, "
+            f"which this {type(backbone).__name__} is not."
         )
     inputs: list[Tensor] = []
     hook = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
@@ -44,14 +47,15 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
             weights_NHT = _class_attention(attention, inputs[0])
     finally:
         hook.remove()
-    height, width = backbone.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-    patches_NHhw = weights_NHT[:, :, backbone.num_prefix_tokens :].unflatten(2, (height, width))
-    return patches_NHhw.float().cpu()
+    height, width = vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+    patches_NHT = weights_NHT[:, :, vit.num_prefix_tokens :]
+    return patches_NHT.reshape(*patches_NHT.shape[:2], height, width).float().cpu()
 
 
-def _class_attention(attention: Attention, tokens: Tensor) -> Tensor:
+def _class_attention(attention: Any, tokens: Tensor) -> Tensor:
     """[N, heads, T] attention weights of the first token for the block's input [N, T, width]."""
-    qkv = attention.qkv(tokens).unflatten(2, (3, attention.num_heads, -1))
+    rows, count, _ = tokens.shape
+    qkv = attention.qkv(tokens).reshape(rows, count, 3, attention.num_heads, -1)
     query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    scores_NHT = attention.q_norm(query[:, :, :1]) * attention.scale @ attention.k_norm(key).transpose(-2, -1)
-    return scores_NHT.squeeze(2).softmax(dim=-1)
+    scores: Tensor = attention.q_norm(query[:, :, :1]) * attention.scale @ attention.k_norm(key).transpose(-2, -1)
+    return scores.squeeze(2).softmax(dim=-1)

@@ -3,6 +3,7 @@
 Nothing of a worker is ever saved: a run that starts at step n asks for batch n, and gets what any other run gets.
 """
 
+import signal
 from dataclasses import dataclass
 
 import torch
@@ -43,35 +44,38 @@ class ViewBatches(Dataset[list[Tensor] | PretrainError]):
         """The views, or the error of an unreadable image: raised in a worker it would arrive as a traceback."""
         epoch, place = divmod(step, self.steps_per_epoch)
         size = self.config.data.batch_size
-        indices = self.order(epoch)[place * size : (place + 1) * size]
         try:
-            return [self.view(epoch, indices, view) for view in range(self.config.view_count)]
+            return self.views(epoch, self.order(epoch)[place * size : (place + 1) * size].tolist())
         except PretrainError as error:
             return error
 
-    def order(self, epoch: int) -> list[int]:
-        """Permutation of the images in an epoch."""
-        generator = generator_for(self.config.seed, DATA_ORDER, epoch)
-        order: list[int] = torch.randperm(len(self.images), generator=generator).tolist()
-        return order
+    def order(self, epoch: int) -> Tensor:
+        """[N] permutation of the images in an epoch."""
+        return torch.randperm(len(self.images), generator=generator_for(self.config.seed, DATA_ORDER, epoch))
 
-    def view(self, epoch: int, indices: list[int], view: int) -> Tensor:
-        """[B, C, side, side] view number ``view`` of some images; row b depends on (seed, epoch, indices[b], view) only."""
-        views, seed = self.config.views, self.config.seed
-        side = views.global_size if view < GLOBAL_VIEWS else views.local_size
+    def views(self, epoch: int, indices: list[int]) -> list[Tensor]:
+        """Each view [B, C, side, side] of some images; row b of it depends on (seed, epoch, indices[b], view) only."""
+        chosen, seed = self.config.views, self.config.seed
+        sides = [chosen.global_size] * GLOBAL_VIEWS + [chosen.local_size] * chosen.local_count
         if isinstance(self.images, DigitImages):
-            chosen = self.images.canvases[indices], self.images.middles[indices]
-            return digit_view(
-                *chosen, seed=seed, epoch=epoch, indices=indices, view=view, side=side, config=views.digits
-            )
-        return torch.stack(
-            [
-                photo_view(
-                    self.images.decode(index), view, side, views.photos, generator_for(seed, VIEW, epoch, index, view)
-                )
-                for index in indices
+            digits = self.images.canvases[indices], self.images.middles[indices]
+            return [
+                digit_view(*digits, seed=seed, epoch=epoch, indices=indices, view=view, side=side, config=chosen.digits)
+                for view, side in enumerate(sides)
             ]
-        )
+        rows = []
+        for index in indices:
+            image = self.images.decode(index)
+            streams = (generator_for(seed, VIEW, epoch, index, view) for view in range(len(sides)))
+            drawn = zip(range(len(sides)), sides, streams, strict=True)
+            rows.append([photo_view(image, view, side, chosen.photos, stream) for view, side, stream in drawn])
+        return [torch.stack(views) for views in zip(*rows, strict=True)]
+
+
+def _ignore_signals(worker: int) -> None:
+    """Workers outlive a Ctrl-C at the terminal, which reaches them too: the training process ends them in its own time."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def load_from(batches: ViewBatches, step: int) -> DataLoader[list[Tensor] | PretrainError]:
@@ -82,6 +86,7 @@ def load_from(batches: ViewBatches, step: int) -> DataLoader[list[Tensor] | Pret
         batch_size=None,
         sampler=range(step, len(batches)),
         num_workers=workers,
+        worker_init_fn=_ignore_signals,
         prefetch_factor=2 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )

@@ -1,6 +1,7 @@
 """The command ``vmf-pretrain``: a demo on bundled digits, and runs on a folder of images."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(chosen: argparse.Namespace) -> int:
     from vmf_pretrain.run import Run  # slow to import: not before the arguments are known to be good
 
+    if chosen.out is None:
+        chosen.out = Path("runs") / chosen.command if chosen.resume else _new_folder(Path("runs"), chosen.command)
     config = _config(chosen)
     run = Run(config, chosen.out, resume=chosen.resume, console=Console())
     return run.train()
@@ -36,6 +39,11 @@ def _run(chosen: argparse.Namespace) -> int:
 
 def _config(chosen: argparse.Namespace) -> Config:
     if chosen.resume:
+        ignored = [name for name in ("config", "seed", "method") if getattr(chosen, name, None) is not None]
+        if ignored:
+            raise PretrainError(
+                f"--{ignored[0]} does not go with --resume: a run keeps its configuration, {chosen.out / 'config.yaml'}."
+            )
         return read_config(chosen.out / "config.yaml")
     overrides = {"seed": chosen.seed, "method": chosen.method}
     if chosen.command == "demo":
@@ -46,16 +54,20 @@ def _config(chosen: argparse.Namespace) -> Config:
     return read_config(chosen.config, **overrides)
 
 
+def _new_folder(parent: Path, name: str) -> Path:
+    """``parent/name``, or the first of ``parent/name-2``, ``-3``, ... that does not exist."""
+    candidates = itertools.chain([parent / name], (parent / f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in candidates if not path.exists())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vmf-pretrain", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="pretrain a small ViT on bundled digits: a few minutes on a CPU")
-    demo.set_defaults(out=Path("runs/demo"))
     fit = commands.add_parser("fit", help="pretrain as a configuration file says")
     fit.add_argument("--config", type=Path, metavar="FILE", help="YAML; see vmf_pretrain/recipes")
-    fit.set_defaults(out=Path("runs/fit"))
     for command in (demo, fit):
-        command.add_argument("--out", type=Path, help="run folder, new (default: %(default)s)")
+        command.add_argument("--out", type=Path, help="run folder, new (default: the next free runs/demo or runs/fit)")
         command.add_argument("--seed", type=int, help="of initialisation, data order and augmentation")
         command.add_argument("--method", choices=METHODS, help="default: what the configuration says")
         command.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")

@@ -76,10 +76,12 @@ def knn_accuracy(
     _check_split(train, train_labels, test, test_labels)
     if neighbours < 1 or not temperature > 0:
         raise ValueError(f"neighbours is {neighbours} and temperature {temperature}; both must be greater than 0")
-    classes_C, class_N = train_labels.unique(return_inverse=True)
+    classes_C, class_N = torch.unique(train_labels, return_inverse=True)
     train_NF = functional.normalize(train.float(), dim=1)
     correct = 0
-    for rows, labels in zip(test.split(TEST_ROWS_AT_ONCE), test_labels.split(TEST_ROWS_AT_ONCE), strict=True):
+    for rows, labels in zip(
+        torch.split(test, TEST_ROWS_AT_ONCE), torch.split(test_labels, TEST_ROWS_AT_ONCE), strict=True
+    ):
         cosines = functional.normalize(rows.float(), dim=1) @ train_NF.T
         nearest, index = cosines.topk(min(neighbours, train.shape[0]), dim=1)
         votes = ((nearest - nearest[:, :1]) / temperature).exp()  # relative to the nearest: no overflow
@@ -97,7 +99,7 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
         PretrainError: the training labels hold one class only.
     """
     _check_split(train, train_labels, test, test_labels)
-    if train_labels.unique().shape[0] < 2:
+    if torch.unique(train_labels).shape[0] < 2:
         raise PretrainError(
             f"The linear probe got {train.shape[0]} training images of 1 class but needs at least 2 classes."
         )

@@ -3,13 +3,14 @@
 Legend: N images, S side of the canvas, C channels.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -22,6 +23,7 @@ CANVAS_SIDE = 16  # pixels
 FULL_INK = 16.0  # largest value of scikit-learn's digits
 TRAIN_DIGITS = 1297  # the other 500 are held out
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # more pixels than any photograph has
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 SPLIT_SEED = 0  # of splits and placements, never the run's seed: runs are compared on the same data
 
@@ -65,9 +67,10 @@ class FolderImages:
         """
         path = self.paths[index]
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                rgb = image.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                rgb = ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, UnidentifiedImageError, *BOMBS, SyntaxError, ValueError) as error:
             raise PretrainError(f"image {path} cannot be read ({error}); mend or remove it.") from None
         pixels: Tensor = functional.to_dtype(functional.pil_to_tensor(rgb), torch.float32, scale=True)
         return pixels

@@ -1,6 +1,6 @@
 """How good the teacher's frozen features are, while a run goes on and at its end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,34 +61,44 @@ class Judge:
         assert self.held_out is not None
         return self.held_out
 
-    def _compare(self, train: Tensor, test: Any) -> float | None:
-        if self.held_out is None or self.train.labels is None or self.held_out.labels is None:
+    @property
+    def _labelled(self) -> bool:
+        return self.held_out is not None and self.train.labels is not None and self.held_out.labels is not None
+
+    def _compare(self, train: Tensor, test: Callable[[], Tensor]) -> float | None:
+        if not self._labelled:
             return None
-        labels, kept = self.train.labels[: len(train)], test()
-        chosen = self.config.evaluate
-        return knn_accuracy(
-            train,
-            labels,
-            kept,
-            self.held_out.labels[: len(kept)],
-            neighbours=chosen.neighbours,
-            temperature=chosen.temperature,
+        chosen, labels = self.config.evaluate, (self._labels(self.train), self._labels(self._kept()))
+        return float(
+            knn_accuracy(
+                train, labels[0], test(), labels[1], neighbours=chosen.neighbours, temperature=chosen.temperature
+            )
         )
 
     def _linear(self, train: Tensor, backbone: nn.Module) -> float | None:
-        if self.held_out is None or self.train.labels is None or self.held_out.labels is None:
+        if not self._labelled:
             return None
-        kept = self._features(backbone, self.held_out)
-        return linear_accuracy(train, self.train.labels[: len(train)], kept, self.held_out.labels[: len(kept)])
+        kept = self._features(backbone, self._kept())
+        return float(linear_accuracy(train, self._labels(self.train), kept, self._labels(self._kept())))
 
     def _features(self, backbone: nn.Module, images: Images) -> Tensor:
         device = next(backbone.parameters()).device
-        return extract_features(backbone, (batch.to(device) for batch in self._batches(images))).float().cpu()
+        features: Tensor = extract_features(backbone, (batch.to(device) for batch in self._batches(images)))
+        return features.float().cpu()
 
     def _pixels(self, images: Images) -> Tensor:
         return torch.cat([batch.flatten(1) for batch in self._batches(images)])
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
+        chosen = self._chosen(images)
+        for start in range(0, len(chosen), BATCH):
+            yield images.evaluation_batch(chosen[start : start + BATCH])
+
+    def _chosen(self, images: Images) -> list[int]:
+        """Indices of the images looked at, evenly over all: files are sorted by class."""
         count = min(len(images), self.config.evaluate.max_images)
-        for start in range(0, count, BATCH):
-            yield images.evaluation_batch(list(range(start, min(start + BATCH, count))))
+        return [place * len(images) // count for place in range(count)]
+
+    def _labels(self, images: Images) -> Tensor:
+        assert images.labels is not None
+        return images.labels[self._chosen(images)]

@@ -77,7 +77,7 @@ def plot_usage(usage: Tensor, path: Path) -> None:
     """Histogram of [K] mean probabilities of the prototypes, times K, on a logarithmic axis."""
     relative = usage.detach().double().cpu() * usage.shape[0]
     title = f"How often each of {usage.shape[0]} prototypes is used"
-    figure, axes = _figure(title, "mean probability × K", "prototypes")
+    figure, axes = _figure(title, "mean probability times K", "prototypes")
     dead = int((relative < LOWEST_USAGE).sum())
     low = math.floor(math.log10(LOWEST_USAGE))
     high = max(1, math.ceil(math.log10(max(float(relative.max()), 1.0))))

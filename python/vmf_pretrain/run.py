@@ -156,7 +156,8 @@ class Run:
 
     def _next_command(self) -> str:
         if self.config.data.kind == "digits":
-            return f"tensorboard --logdir {self.folder.path}, or on your own images: vmf-pretrain fit --config FILE"
+            other = "dino" if self.config.method == "dino-vmf" else "dino-vmf"
+            return f"vmf-pretrain demo --method {other}"
         return f"tensorboard --logdir {self.folder.path}"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +87,11 @@ class MetricsLog:
 
     def __init__(self, folder: RunFolder, from_step: int) -> None:
         self._path = folder.metrics
-        kept = [record for record in read_metrics(folder) if record["step"] < from_step]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._events = SummaryWriter(str(folder.path / "tensorboard"), purge_step=from_step)
+        kept = [record for record in read_metrics(folder) if record["step"] <= from_step]
+        rewritten = self._path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(rewritten, self._path)  # whole or not at all: the history outlives a crash here
+        self._events = SummaryWriter(str(folder.path / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; every number but the step becomes a TensorBoard scalar too."""

@@ -60,7 +60,7 @@ class Training:
         """One optimizer step; the numbers to log, as [] tensors still on the device.
 
         Raises:
-            PretrainError: the loss is not finite; nothing has been changed by this step.
+            PretrainError: the loss or a gradient is not finite; no weight has been changed by this step.
         """
         # stochastic depth draws from the global generator: seeded by the step, so that nothing of it is ever saved
         torch.manual_seed(stream_seed(self.config.seed, TRAINING_STEP, step))
@@ -73,11 +73,7 @@ class Training:
             loss = self.loss(logits, targets, epoch)
             koleo = self._koleo(features)
         total = loss + self.config.loss.koleo_weight * koleo
-        if not math.isfinite(total.item()):
-            raise PretrainError(
-                f"the loss is {total.item()} at step {step}; lower optim.learning_rate or set train.precision to 32-true, "
-                "and resume from the last checkpoint."
-            )
+        _require_finite(total, "loss", step)
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(total)
         norm = self._update(step, epoch)
@@ -125,6 +121,7 @@ class Training:
     def _update(self, step: int, epoch: int) -> Tensor:
         set_rates(self.optimizer, self.learning_rate.at(step), self.weight_decay.at(step))
         norm = clip_each(gradients_of(self.student), self.config.optim.clip)
+        _require_finite(norm, "gradient's norm", step)
         if epoch < self.config.optim.freeze_last_layer_epochs:
             drop_last_layer_gradients(self.student)
         self.optimizer.step()
@@ -140,6 +137,14 @@ class Training:
             "kl": found.kl,
             "mutual_information": found.mutual_information,
         }
+
+
+def _require_finite(value: Tensor, name: str, step: int) -> None:
+    if not math.isfinite(value.item()):
+        raise PretrainError(
+            f"the {name} is {value.item()} at step {step}; lower optim.learning_rate or set train.precision to 32-true in the "
+            "run folder's config.yaml, and go on from the last checkpoint with --resume."
+        )
 
 
 def build_loss(config: Config) -> DINOLoss:

@@ -47,6 +47,8 @@ def load_checkpoint(
     if network not in NETWORKS:
         raise ValueError(f"network is {network!r}; expected one of {', '.join(NETWORKS)}")
     entries = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"checkpoint holds {type(entries).__name__}; expected a mapping with the entry {network!r}")
     for module, prefix in ((backbone, "backbone."), (head, "head.")):
         if module is not None:
             module.load_state_dict(_under(_entry(entries, network), prefix, network))
@@ -64,7 +66,9 @@ def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
 def _entry(entries: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
     if name not in entries:
         raise ValueError(f"checkpoint has the entries {', '.join(map(str, entries))}; expected {name!r} among them")
-    entry: Mapping[str, Tensor] = entries[name]
+    entry = entries[name]
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"checkpoint entry {name!r} is {type(entry).__name__}; expected a mapping of names to tensors")
     return entry
 
 

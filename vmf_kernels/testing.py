@@ -1,0 +1,248 @@
+"""What the tests measure against: problems, the loss written out densely, and the error budget.
+
+The budget (DESIGN section 5): with the truth in fp64 on the already rounded inputs, a result may be off by twice what the
+dense formula in plain torch is off in the same dtype, plus one rounding of every logit and of the result: a band without
+which luck would decide where the dense formula rounds well. It is equations (1) and (2) under autograd; no backend runs.
+
+Legend: S / T student / teacher rows, G / V their views, B images, R rows of either, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.bessel import log_vmf_constant
+from vmf_kernels.cross_entropy import prototype_cross_entropy
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype
+
+DENSE_ERRORS = 2.0  # how often the dense formula's error a result may be off
+FP64_BUDGET = 1e-12  # of the rounding sizes; the truth is no more exact than that
+GRADIENTS = ("feature_gradient", "weight_gradient", "magnitude_gradient")
+
+Outcome = dict[str, Tensor]  # loss, teacher_entropy, student_entropy, kl, usage, and those of GRADIENTS there are
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Arguments of one ``prototype_cross_entropy``, under its names; rows are view-major."""
+
+    student_features: Tensor
+    student_prototypes: Prototypes
+    teacher_features: Tensor
+    teacher_prototypes: Prototypes
+    pair_weights: Tensor
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    teacher_bias: Tensor | None = None
+    image_weights: Tensor | None = None
+
+    def student_leaves(self) -> tuple[Tensor, Prototypes]:
+        """The student's features and prototypes in the same memory, as new leaves of autograd."""
+        stored = self.student_prototypes.detach()
+        for leaf in [t for t in (stored.weight, stored.magnitude) if t is not None]:
+            leaf.requires_grad_()
+        return self.student_features.detach().requires_grad_(), stored
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Every tensor converted: up to fp64 for the truth, down to round the inputs of a problem."""
+        student, teacher = (
+            replace(p, weight=p.weight.to(dtype), magnitude=None if p.magnitude is None else p.magnitude.to(dtype))
+            for p in (self.student_prototypes, self.teacher_prototypes)
+        )
+        x_SD, x_TD = self.student_features.to(dtype), self.teacher_features.to(dtype)
+        bias = None if self.teacher_bias is None else self.teacher_bias.to(dtype)
+        moved = replace(self, student_features=x_SD, teacher_features=x_TD, teacher_bias=bias)
+        return replace(moved, student_prototypes=student, teacher_prototypes=teacher)
+
+
+def random_problem(
+    *,
+    images: int = 1,
+    views: tuple[int, int] = (2, 3),
+    prototypes: int = 127,
+    dim: int = 24,
+    kind: str = "weight_norm_vmf",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """A problem with unit features, signed magnitudes around 1, positive pair and image weights, and a teacher bias.
+
+    Args:
+        images: B; with B = 1 the views are single rows and the pair weights an arbitrary [T, S] matrix.
+        views, prototypes, dim: (G, V), K and D.
+        kind: one of ``vmf_kernels.prototypes.KINDS``, for both networks.
+        dtype: of features, prototypes and bias; drawn in fp64 from torch's generator and then rounded.
+    """
+
+    normal, uniform = (partial(draw, dtype=torch.float64) for draw in (torch.randn, torch.rand))
+
+    def features(rows: int) -> Tensor:
+        return torch.nn.functional.normalize(normal(rows, dim), dim=1)
+
+    def stored() -> Prototypes:
+        magnitude = normal(prototypes, 1).sign() * (0.5 + uniform(prototypes, 1))
+        weight = normal(prototypes, dim) / dim**0.5
+        return Prototypes(weight, magnitude if kind.startswith("weight_norm") else None, kind)
+
+    return Problem(
+        features(images * views[1]),
+        stored(),
+        features(images * views[0]),
+        stored(),
+        pair_weights=uniform(views) / max(images * views[0] * views[1], 1),
+        teacher_bias=normal(prototypes),
+        image_weights=0.5 + uniform(images),
+    ).to(dtype)
+
+
+def library_outcome(problem: Problem, backend: str = "auto") -> Outcome:
+    """What ``prototype_cross_entropy`` makes of the problem, gradients included."""
+    features, prototypes = problem.student_leaves()
+    loss, statistics = prototype_cross_entropy(
+        features,
+        prototypes,
+        problem.teacher_features,
+        problem.teacher_prototypes,
+        problem.pair_weights,
+        student_temperature=problem.student_temperature,
+        teacher_temperature=problem.teacher_temperature,
+        teacher_bias=problem.teacher_bias,
+        image_weights=problem.image_weights,
+        backend=backend,
+    )
+    return {"loss": loss.detach()} | vars(statistics) | _gradients(loss, features, prototypes)
+
+
+def dense_outcome(problem: Problem) -> Outcome:
+    """The same by the dense formula and autograd, in the accumulation dtype of the problem; in fp64 it is the truth."""
+    features, prototypes = problem.student_leaves()
+    terms = _Terms.of(problem, features, prototypes)
+    loss = -(terms.pairs_TS * (terms.q_TK @ terms.log_p_SK.T)).sum()
+    n_S, n_T, total = terms.masses()
+    p_SK, q_TK = terms.log_p_SK.detach().exp(), terms.q_TK
+    teacher_entropy = -(n_T @ torch.xlogy(q_TK, q_TK)).sum() / total
+    return {
+        "loss": loss.detach(),
+        "teacher_entropy": teacher_entropy,
+        "student_entropy": -(n_S @ torch.xlogy(p_SK, p_SK)).sum() / total,
+        "kl": loss.detach() / total - teacher_entropy,
+        "usage": n_T @ q_TK / total,
+    } | _gradients(loss, features, prototypes)
+
+
+def rounding_sizes(problem: Problem) -> Outcome:
+    """By how much each quantity moves, elementwise, per relative change of its logits' terms and of its own two parts.
+
+    Those are what students are drawn to and pushed from; a logit of size s moves its probability by s such changes.
+    """
+    features, prototypes = problem.student_leaves()
+    terms = _Terms.of(problem, features, prototypes)
+    (n_S, n_T, total), log_z_S, log_z_T = terms.masses(), terms.l_SK.logsumexp(dim=1), terms.l_TK.logsumexp(dim=1)
+    push = _gradients((n_S * log_z_S).sum(), features, prototypes)
+    pull = _gradients((terms.pairs_TS * (terms.q_TK @ terms.l_SK.T)).sum(), features, prototypes)
+    student_S = (terms.log_p_SK.detach().exp() * terms.sizes_SK).sum(dim=1)
+    teacher_TK = terms.q_TK * terms.sizes_TK
+    student, teacher = 1 + n_S @ student_S / total, 1 + (n_T @ teacher_TK).sum() / total
+    loss = n_S @ (student_S + log_z_S.detach().abs()) + (terms.pairs_TS * (terms.q_TK @ terms.sizes_SK.T)).sum()
+    teacher_entropy = teacher + n_T @ log_z_T.abs() / total
+    return {
+        "loss": loss,
+        "teacher_entropy": teacher_entropy,
+        "student_entropy": student + n_S @ log_z_S.detach().abs() / total,
+        "kl": loss / total + teacher_entropy,
+        "usage": n_T @ (terms.q_TK + teacher_TK) / total,
+        **{name: student * push[name].abs() + teacher * pull[name].abs() for name in push},
+    }
+
+
+def assert_within_budget(actual: Outcome, problem: Problem) -> dict[str, float]:
+    """The used share of the budget by quantity, in [0, 1].
+
+    Raises:
+        AssertionError: a quantity is missing, of a wrong shape or dtype, not finite, or off by more, with the numbers.
+    """
+    exact_problem = problem.to(torch.float64)
+    truth, dense, sizes = dense_outcome(exact_problem), dense_outcome(problem), rounding_sizes(exact_problem)
+    assert actual.keys() == truth.keys(), f"got {sorted(actual)}, expected {sorted(truth)}"
+    used: dict[str, float] = {}
+    for name, exact in truth.items():
+        got, plain = actual[name], dense[name]
+        form, expected = (tuple(got.shape), got.dtype), (tuple(plain.shape), plain.dtype)
+        assert form == expected, f"{name} is {form}, expected {expected}"
+        for norm, measure in (("largest", _largest), ("root mean square", _root_mean_square)):
+            error = measure(got.double() - exact)
+            allowed = FP64_BUDGET * measure(sizes[name])
+            if accumulation_dtype(got.dtype) != torch.float64:
+                rounding = torch.finfo(torch.float32).eps * sizes[name] + torch.finfo(got.dtype).eps / 2 * exact.abs()
+                allowed = DENSE_ERRORS * measure(plain.double() - exact) + measure(rounding)
+            assert error <= allowed < float("inf"), f"{name}: {norm} error {error:.2e}, budget {allowed:.2e}"
+            used[name] = max(used.get(name, 0.0), error / allowed if allowed else 0.0)
+    return used
+
+
+@dataclass(frozen=True, eq=False)
+class _Terms:
+    """Dense logits and probabilities of both networks, and the weight of every pair of rows."""
+
+    l_SK: Tensor
+    l_TK: Tensor
+    sizes_SK: Tensor  # of the terms of the logits: sums of absolute values
+    sizes_TK: Tensor
+    log_p_SK: Tensor
+    q_TK: Tensor
+    pairs_TS: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem, features_SD: Tensor, prototypes: Prototypes) -> _Terms:
+        dtype = accumulation_dtype(features_SD.dtype)
+        dots_SK, bias_K = _logit_terms(features_SD.to(dtype), prototypes, problem.student_temperature)
+        x_TD, bias_of_teacher = problem.teacher_features.to(dtype), problem.teacher_bias
+        dots_TK, teacher_bias_K = _logit_terms(x_TD, problem.teacher_prototypes, problem.teacher_temperature)
+        teacher_bias_K = teacher_bias_K if bias_of_teacher is None else teacher_bias_K + bias_of_teacher.to(dtype)
+        images = features_SD.shape[0] // problem.pair_weights.shape[1]
+        weights_B = torch.ones(images) if problem.image_weights is None else problem.image_weights
+        return cls(
+            l_SK=dots_SK + bias_K,
+            l_TK=dots_TK + teacher_bias_K,
+            sizes_SK=dots_SK.detach().abs() + bias_K.detach().abs(),
+            sizes_TK=dots_TK.abs() + teacher_bias_K.abs().nan_to_num(posinf=0.0),  # -inf leaves a prototype out
+            log_p_SK=(dots_SK + bias_K).log_softmax(dim=1),
+            q_TK=(dots_TK + teacher_bias_K).softmax(dim=1),
+            pairs_TS=torch.kron(problem.pair_weights.to(dtype), torch.diag(weights_B.to(dtype))),
+        )
+
+    def masses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """n_S, n_T and their sum, or 1 for it where there are no pairs."""
+        n_T = self.pairs_TS.sum(dim=1)
+        return self.pairs_TS.sum(dim=0), n_T, n_T.sum() if n_T.any() else n_T.new_ones(())
+
+
+def _logit_terms(rows_RD: Tensor, prototypes: Prototypes, temperature: float) -> tuple[Tensor, Tensor]:
+    weight_KD = prototypes.weight.to(rows_RD.dtype)
+    norm_K1 = torch.linalg.vector_norm(weight_KD, dim=1, keepdim=True)
+    magnitude_K1 = norm_K1
+    if not prototypes.kind.startswith("linear"):
+        weight_KD = weight_KD * norm_K1.masked_fill(norm_K1 == 0, torch.inf).reciprocal()
+    if prototypes.magnitude is not None:
+        magnitude_K1 = prototypes.magnitude.to(rows_RD.dtype).reshape(-1, 1)
+        weight_KD = magnitude_K1 * weight_KD
+    bias_K = log_vmf_constant(magnitude_K1[:, 0].abs() / temperature, prototypes.dim)
+    return rows_RD @ weight_KD.T / temperature, bias_K if prototypes.has_normalizer else torch.zeros_like(bias_K)
+
+
+def _gradients(loss: Tensor, features: Tensor, prototypes: Prototypes) -> Outcome:
+    leaves = dict(zip(GRADIENTS, (features, prototypes.weight, prototypes.magnitude), strict=True))
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), retain_graph=True), strict=True))
+
+
+def _largest(values: Tensor) -> float:
+    """Largest absolute value; infinity if one is NaN, which compares false with everything."""
+    return float(values.double().abs().nan_to_num(nan=torch.inf).max()) if values.numel() else 0.0
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return float(values.double().nan_to_num(nan=torch.inf).square().mean().sqrt()) if values.numel() else 0.0
