@@ -28,7 +28,9 @@ SCHEDULE = (0.04, 0.04, 0, 1)  # teacher temperature 0.04 throughout
 
 def test_streaming_loss_against_published_loss(benchmark: Any, workload: Workload) -> None:
     inputs = Inputs.of(workload)
-    published = training_step(inputs, inputs.published_layers, PublishedDINOLoss(workload.prototypes, workload.crops, *SCHEDULE))
+    published = training_step(
+        inputs, inputs.published_layers, PublishedDINOLoss(workload.prototypes, workload.crops, *SCHEDULE)
+    )
     streaming = training_step(inputs, inputs.layers, DINOLoss(workload.prototypes, workload.crops, *SCHEDULE))
     compare(benchmark, streaming, published)
     benchmark.extra_info["extra_mib"] = round(peak_extra_mib(streaming, inputs.gradient_bytes), 1)
@@ -45,7 +47,9 @@ def test_vmf_normaliser_against_none(benchmark: Any, workload: Workload, centeri
 
 def test_dense_loss_against_published_loss(benchmark: Any, workload: Workload) -> None:
     inputs = Inputs.of(workload)
-    published = training_step(inputs, inputs.published_layers, PublishedDINOLoss(workload.prototypes, workload.crops, *SCHEDULE))
+    published = training_step(
+        inputs, inputs.published_layers, PublishedDINOLoss(workload.prototypes, workload.crops, *SCHEDULE)
+    )
     dense = training_step(inputs, inputs.published_layers, DINOLoss(workload.prototypes, workload.crops, *SCHEDULE))
     compare(benchmark, dense, published)
 

@@ -16,7 +16,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     cpuinfo = Path("/proc/cpuinfo")
     models = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     machine_info["vmf_kernels"] = {
-        "cpu": next((line.split(":")[1].strip() for line in models if line.startswith("model name")), platform.processor()),
+        "cpu": next(
+            (line.split(":")[1].strip() for line in models if line.startswith("model name")), platform.processor()
+        ),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -37,9 +37,11 @@ def choose_backend(backend: str, rows: Tensor, weight: Tensor) -> ModuleType:
         RuntimeError: the backend asked for cannot run on these tensors; says why.
     """
     if backend == "auto":
-        for name in PREFERENCE.get(rows.device.type, PREFERENCE["cpu"]):
-            if BACKENDS[name].unsupported(rows, weight) is None:
-                return BACKENDS[name]
+        candidates = PREFERENCE.get(rows.device.type, PREFERENCE["cpu"])
+        # the last one takes everything, and would say why not below
+        backend = next(
+            (name for name in candidates if BACKENDS[name].unsupported(rows, weight) is None), candidates[-1]
+        )
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(('auto', *BACKENDS))}")
     reason = BACKENDS[backend].unsupported(rows, weight)

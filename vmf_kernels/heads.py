@@ -39,7 +39,8 @@ class PrototypeLayer(nn.Module):
 
     def prototypes(self) -> Prototypes:
         """The layer's K prototypes, sharing its parameters."""
-        return weight_norm_prototypes(self.weight_g, self.weight_v)
+        # views: DistributedDataParallel finds the parameters an output needs by its graph, where a leaf has no node
+        return weight_norm_prototypes(self.weight_g.view_as(self.weight_g), self.weight_v.view_as(self.weight_v))
 
     def forward(self, features: Tensor) -> PrototypeLogits:
         """[..., D] features to [..., K] logits that are not stored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from vmf_kernels.prototypes import Prototypes
 PROTOTYPE_DIM = "the last dim holds the prototypes, which are never split"
 
 
+@dataclass(eq=False, repr=False)
 class PrototypeLogits:
     """Stands for ``features @ prototypes.effective_weight().T``, the [..., K] logits of a head, without storing them.
 
@@ -28,14 +30,18 @@ class PrototypeLogits:
         ValueError: the features' last dim is not D.
     """
 
-    def __init__(self, features: Tensor, prototypes: Prototypes) -> None:
-        if features.ndim < 1 or features.shape[-1] != prototypes.dim:
+    # a dataclass, because DistributedDataParallel looks for the tensors of a module's output in the fields of one
+    features: Tensor
+    prototypes: Prototypes
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.features, Tensor):
+            return  # a tree of something else in the shape of this one, as torch makes them of a module's outputs
+        if self.features.ndim < 1 or self.features.shape[-1] != self.prototypes.dim:
             raise ValueError(
-                f"features have shape {tuple(features.shape)} but the prototypes dim {prototypes.dim}; "
+                f"features have shape {tuple(self.features.shape)} but the prototypes dim {self.prototypes.dim}; "
                 "expected features [..., D] with that D"
             )
-        self.features = features
-        self.prototypes = prototypes
 
     @property
     def shape(self) -> torch.Size:
@@ -81,7 +87,7 @@ class PrototypeLogits:
     def materialize(self) -> Tensor:
         """[..., K] the stored logits, differentiable: the memory this class exists to save."""
         dtype = torch.promote_types(self.features.dtype, self.prototypes.weight.dtype)
-        return self.features.to(dtype) @ self.prototypes.effective_weight().to(dtype).T
+        return (self.features.to(dtype) @ self.prototypes.effective_weight().to(dtype).T).to(self.dtype)
 
     def detach(self) -> PrototypeLogits:
         """Cut off from autograd."""
@@ -159,6 +165,10 @@ class PrototypeLogits:
         return tuple(self._with(part) for part in parts)
 
 
+# so that the tensors inside are found wherever torch walks a module's outputs (DistributedDataParallel, export)
+torch.export.register_dataclass(Prototypes)
+torch.export.register_dataclass(PrototypeLogits)
+
 ROW_FUNCTIONS = ("chunk", "split", "unsqueeze", "squeeze", "flatten", "detach")
 OPERATORS = (
     *(f"{side}{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul") for side in ("", "r")),
@@ -209,8 +219,10 @@ def project(prototypes: Prototypes, vector_D: Tensor) -> Tensor:
 
 def _same_prototypes(one: Prototypes, other: Prototypes) -> bool:
     """Whether both stand for one layer, detached or not."""
-    weights = one.weight is other.weight or one.weight.data_ptr() == other.weight.data_ptr()
-    return weights and one.kind == other.kind and one.weight.shape == other.weight.shape
+    if one.kind != other.kind or one.weight.shape != other.weight.shape:
+        return False
+    pairs = ((one.weight, other.weight), (one.magnitude, other.magnitude))
+    return all(a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr() != 0) for a, b in pairs)
 
 
 def _advice(name: str) -> str:

@@ -46,7 +46,8 @@ class DINOLoss(nn.Module):
         center_momentum: of the running mean, in [0, 1).
         center_start: "zero" as published, or "first_batch".
         center_update: "forward" moves the centre at the end of each call, as published; "manual" accumulates until
-            ``update_center()`` (gradient accumulation: once per optimiser step, before the teacher moves).
+            ``update_center()`` (gradient accumulation: once per optimiser step, before the teacher moves and before a
+            ``state_dict()``, which holds no pending batches).
         backend: see ``choose_backend``.
 
     Attributes:

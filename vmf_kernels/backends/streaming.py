@@ -72,7 +72,9 @@ class _OnlineSoftmax:
     deviation_R: Tensor  # sum of 2^(l - max) (l - max), for the entropy
     barycentre_DR: Tensor | None
     bias_R: Tensor | None  # sum of 2^(l - max) (bias - common_bias)
-    common_bias: Tensor | float  # a long sum of like numbers rounds the same way in every row: only differences are summed
+    common_bias: (
+        Tensor | float
+    )  # a long sum of like numbers rounds the same way in every row: only differences are summed
 
     @classmethod
     def empty(cls, like: Tensor, rows: int, values: Keys | None) -> _OnlineSoftmax:

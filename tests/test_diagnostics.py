@@ -1,0 +1,122 @@
+"""Duplicates among prototypes against a greedy count written pair by pair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vmf_kernels import diagnostics, unique_prototypes
+
+DIM = 6
+
+
+def greedy_groups(weight: Tensor, threshold: float, metric: str) -> list[int]:
+    """Each prototype joins the first earlier representative within the threshold; zero rows join each other only."""
+    representatives: list[Tensor] = []
+    groups = []
+    for w in weight.double():
+        mu = w / w.norm() if w.any() else w
+        for group, other in enumerate(representatives):
+            distance = 1 - mu @ other if metric == "cosine" else (mu - other).norm()
+            if (mu.any() and other.any() and distance <= threshold) or not (mu.any() or other.any()):
+                groups.append(group)
+                break
+        else:
+            groups.append(len(representatives))
+            representatives.append(mu)
+    return groups
+
+
+def partition(groups: list[int]) -> set[frozenset[int]]:
+    """The sets of prototypes, whatever the groups are called."""
+    return {frozenset(i for i, g in enumerate(groups) if g == group) for group in groups}
+
+
+def clustered(prototypes: int, clusters: int, spread: float) -> Tensor:
+    """[K, D] rows of any norm near a few directions, in random order."""
+    centers = torch.randn(clusters, DIM)
+    weight = centers[torch.randint(clusters, (prototypes,))] + spread * torch.randn(prototypes, DIM)
+    return weight * (0.1 + 10 * torch.rand(prototypes, 1))
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1024])
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize(("metric", "threshold"), [("cosine", 0.025), ("euclidean", 0.025), ("euclidean", 0.3)])
+def test_groups_equal_the_greedy_count(
+    metric: str, threshold: float, spread: float, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnostics, "BLOCK", block)
+    weight = clustered(200, 20, spread)
+    found = unique_prototypes(weight, threshold, metric=metric)
+    expected = greedy_groups(weight, threshold, metric)
+    assert partition(found.group.tolist()) == partition(expected)
+    assert found.count == len(set(expected))
+    assert found.largest_share == max(expected.count(g) for g in expected) / 200
+
+
+@pytest.mark.parametrize("block", [2, 5, 1024])
+def test_zero_rows_form_one_group_across_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "BLOCK", block)
+    weight = torch.randn(9, DIM)
+    weight[[1, 4, 8]] = 0
+    found = unique_prototypes(weight)
+    assert partition(found.group.tolist()) == partition(greedy_groups(weight, 0.025, "cosine"))
+    assert unique_prototypes(torch.zeros(5, DIM)).count == 1
+
+
+@pytest.mark.parametrize("block", [3, 1024])
+def test_the_greedy_rule_depends_on_the_order(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chain a, b, c of neighbours, the middle first makes one group, an end first makes two."""
+    monkeypatch.setattr(diagnostics, "BLOCK", block)
+    angles = torch.tensor([0.0, 0.2, 0.4])
+    chain = torch.stack([angles.cos(), angles.sin()], dim=1)
+    counts = [unique_prototypes(chain[order], 0.025).count for order in ([1, 0, 2], [0, 1, 2], [2, 1, 0])]
+    assert counts == [1, 2, 2]
+
+
+def test_duplicates_share_a_group_in_any_order() -> None:
+    weight = torch.randn(30, DIM).repeat(3, 1)
+    order = torch.randperm(90)
+    found = unique_prototypes(weight[order])
+    assert found.count == 30
+    assert found.largest_share == 3 / 90
+    assert all(len({int(found.group[order == i + 30 * copy]) for copy in range(3)}) == 1 for i in range(30))
+
+
+def test_opposite_directions_and_norms() -> None:
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [100.0, 0.0]])
+    assert unique_prototypes(weight).group.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype_is_counted(dtype: torch.dtype) -> None:
+    weight = torch.eye(DIM).repeat(2, 1).to(dtype)
+    assert unique_prototypes(weight).count == DIM
+
+
+def test_autocast_does_not_round_the_similarities() -> None:
+    angles = torch.tensor([0.0, 0.05])  # 1 - cos is 1.2e-3, under half a step of bfloat16 below 1
+    weight = torch.stack([angles.cos(), angles.sin()], dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert unique_prototypes(weight, 1e-4).count == 2
+
+
+def test_weights_that_require_a_gradient_are_counted() -> None:
+    assert unique_prototypes(torch.randn(4, DIM, requires_grad=True)).count == 4
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "message"),
+    [
+        (torch.randn(3), {}, r"weight is torch.float32 of shape \(3,\)"),
+        (torch.randn(0, 4), {}, r"expected a floating-point matrix \[K, D\] with K >= 1"),
+        (torch.ones(3, 4, dtype=torch.int64), {}, "weight is torch.int64"),
+        (torch.randn(3, 4), {"threshold": -0.1}, "threshold -0.1; expected .* a threshold >= 0"),
+        (torch.randn(3, 4), {"metric": "angle"}, "metric is 'angle'; expected one of cosine, euclidean"),
+    ],
+    ids=["vector", "empty", "integers", "threshold", "metric"],
+)
+def test_wrong_arguments_are_refused(weight: Tensor, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unique_prototypes(weight, **options)  # type: ignore[arg-type]

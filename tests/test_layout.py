@@ -1,0 +1,265 @@
+"""How the library is laid out: who may import whom, how long a file may be, what is public, and what importing does."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vmf_kernels
+
+ROOT = Path(__file__).parents[1]
+MOST_LINES = 400
+
+# Each module imports only from modules above it.
+ORDER = [
+    "_debye",
+    "bessel",
+    "prototypes",
+    "backends",
+    "backends.contract",
+    "backends.reference",
+    "backends.streaming",
+    "assign",
+    "pairing",
+    "once",
+    "statistics",
+    "cross_entropy",
+    "dense_cross_entropy",
+    "logits",
+    "centering",
+    "diagnostics",
+    "koleo",
+    "heads",
+    "losses",
+    "",  # vmf_kernels itself, which names what is public
+    "compat",
+    "compat.dino",
+    "testing",
+]
+
+# Every public name. It grows only in the commit that explains why.
+PUBLIC = [
+    "AssignmentStatistics",
+    "CrossEntropy",
+    "DINOHead",
+    "DINOLoss",
+    "DINOvMFLoss",
+    "KoLeoLoss",
+    "LogitCenter",
+    "ProbabilityCenter",
+    "PrototypeLayer",
+    "PrototypeLogits",
+    "Prototypes",
+    "UniquePrototypes",
+    "linear_prototypes",
+    "log_vmf_constant",
+    "logit_cross_entropy",
+    "matched_prototype_cross_entropy",
+    "multi_crop_weights",
+    "normalized_prototypes",
+    "prototype_cross_entropy",
+    "prototype_usage",
+    "unique_prototypes",
+    "vmf_mean_resultant_length",
+    "vmf_prototypes",
+    "weight_norm_prototypes",
+    "weight_norm_vmf_prototypes",
+]
+
+
+def module_name(path: Path, package: Path) -> str:
+    """Dotted name below the package; "" for the package itself."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of_the_library(source: str) -> Iterator[tuple[str, str | None]]:
+    """Every import of vmf_kernels: the dotted name below it, and the name taken from there if any; relative ones whole."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno} has a relative import; write vmf_kernels out"
+            if node.module is not None and node.module.split(".")[0] == "vmf_kernels":
+                yield from ((node.module.partition(".")[2], alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            yield from ((n.partition(".")[2], None) for n in names if n.split(".")[0] == "vmf_kernels")
+
+
+def layering_faults(sources: dict[str, str]) -> list[str]:
+    """What breaks the order, by module name and source; a sentence each."""
+    faults = [f"{name} is not in ORDER of tests/test_layout.py: add it" for name in sources if name not in ORDER]
+    for name in sources.keys() & set(ORDER):
+        for module, taken in imports_of_the_library(sources[name]):
+            target = f"{module}.{taken}".lstrip(".") if f"{module}.{taken}".lstrip(".") in ORDER else module
+            if target not in ORDER:
+                faults.append(f"{name} imports {target}, which is not in ORDER of tests/test_layout.py: add it")
+            elif ORDER.index(target) >= ORDER.index(name):
+                faults.append(f"{name or 'vmf_kernels'} imports {target or 'vmf_kernels'}, which is not above it")
+    return faults
+
+
+def trainer_faults(source: str) -> list[str]:
+    """Imports of anything but public names; a sentence each."""
+    return [
+        f"imports {taken or 'all'} from vmf_kernels.{module}; expected `from vmf_kernels import` of a public name"
+        for module, taken in imports_of_the_library(source)
+        if module.split(".")[0] != "compat" and (module or taken not in [*PUBLIC, "compat"])
+    ]
+
+
+def test_every_module_imports_only_from_those_above_it() -> None:
+    package = ROOT / "vmf_kernels"
+    faults = layering_faults({module_name(p, package): p.read_text() for p in package.rglob("*.py")})
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "said"),
+    [
+        ("bessel", "from vmf_kernels.prototypes import Keys", "bessel imports prototypes, which is not above it"),
+        ("assign", "def f():\n    from vmf_kernels.backends import streaming, triton", None),
+        (
+            "backends.contract",
+            "from vmf_kernels.backends import reference",
+            "contract imports backends.reference, which",
+        ),
+        ("once", "import vmf_kernels.losses", "once imports losses, which is not above it"),
+        ("heads", "from vmf_kernels import DINOLoss", "heads imports vmf_kernels, which is not above it"),
+        ("losses", "from vmf_kernels.newcomer import thing", "losses imports newcomer, which is not in ORDER"),
+        ("newcomer", "", "newcomer is not in ORDER of tests/test_layout.py: add it"),
+    ],
+)
+def test_an_import_against_the_order_is_found(name: str, source: str, said: str | None) -> None:
+    """Negative control."""
+    faults = layering_faults({name: source})
+    assert (said is None and not faults) or (said is not None and said in faults[0]), f"found {faults}"
+
+
+def test_a_relative_import_is_refused() -> None:
+    """Negative control."""
+    with pytest.raises(AssertionError, match="line 1 has a relative import"):
+        layering_faults({"assign": "from .once import TWICE"})
+
+
+def test_the_order_lists_no_module_that_is_gone() -> None:
+    package = ROOT / "vmf_kernels"
+    gone = set(ORDER) - {module_name(p, package) for p in package.rglob("*.py")}
+    assert not gone, f"ORDER lists {sorted(gone)}, which do not exist"
+
+
+@pytest.mark.parametrize("folder", ["vmf_kernels", "python"])
+def test_no_file_is_too_long(folder: str) -> None:
+    lengths = {p.relative_to(ROOT): len(p.read_text().splitlines()) for p in (ROOT / folder).rglob("*.py")}
+    long = {str(path): lines for path, lines in lengths.items() if lines > MOST_LINES}
+    assert not long, f"more than {MOST_LINES} lines, split by noun: {long}"
+
+
+def test_the_public_names_are_the_frozen_list() -> None:
+    assert vmf_kernels.__all__ == PUBLIC
+    missing = [name for name in PUBLIC if not hasattr(vmf_kernels, name)]
+    assert not missing, f"public but absent: {missing}"
+
+
+def test_the_trainer_uses_public_names_only() -> None:
+    files = list((ROOT / "python" / "vmf_pretrain").rglob("*.py"))
+    faults = [f"{p.name} {fault}" for p in files for fault in trainer_faults(p.read_text())]
+    assert files, "no file of the trainer was found"
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("source", "faulty"),
+    [
+        ("from vmf_kernels import DINOLoss", False),
+        ("from vmf_kernels.compat.dino import DINOLoss", False),
+        ("from vmf_kernels import compat", False),
+        ("from vmf_kernels import assign", True),
+        ("from vmf_kernels.losses import DINOLoss", True),
+        ("import vmf_kernels.losses", True),
+        ("import vmf_kernels", True),
+    ],
+)
+def test_a_private_import_of_the_trainer_is_found(source: str, faulty: bool) -> None:
+    """Negative control."""
+    assert bool(trainer_faults(source)) == faulty
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+WITHOUT_TRITON = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_the_library_works_where_triton_is_absent() -> None:
+    printed = run_python(
+        WITHOUT_TRITON
+        + """
+import torch
+import vmf_kernels as v
+
+x, w = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+p = v.vmf_prototypes(w)
+loss = v.prototype_cross_entropy(x, p, x.detach()[:4], p, torch.ones(2, 3)).loss
+loss.backward()
+print(bool(x.grad.isfinite().all() and w.grad.isfinite().all()), "triton" in sys.modules)
+"""
+    )
+    assert printed.split() == ["True", "False"]
+
+
+def test_triton_is_absent_there() -> None:
+    """Negative control of the one above: the same process cannot import it."""
+    with pytest.raises(AssertionError, match="No module named 'triton'"):
+        run_python(WITHOUT_TRITON + "import triton")
+
+
+def test_importing_changes_no_state_of_the_process() -> None:
+    run_python(
+        """
+import os, warnings
+import torch
+
+def state():
+    return {
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "seed": torch.initial_seed(),
+        "random": torch.get_rng_state().tolist(),
+        "environment": dict(os.environ),
+        "warnings": list(warnings.filters),
+        "cuda": torch.cuda.is_initialized(),
+    }
+
+torch.manual_seed(3)
+before = state()
+import vmf_kernels
+import vmf_kernels.compat.dino
+import vmf_kernels.testing
+after = state()
+changed = [name for name in before if before[name] != after[name]]
+assert not changed, f"importing changes {changed}"
+"""
+    )

@@ -1,0 +1,53 @@
+"""Every block of the README that can run here does, and names only what exists."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
+def test_python_block_runs_and_prints(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(PYTHON_BLOCKS[number], f"README.md block {number}", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.strip(), f"block {number} printed nothing"
+    assert "nan" not in printed, f"block {number} printed {printed!r}"
+
+
+def test_readme_has_its_blocks() -> None:
+    assert len(PYTHON_BLOCKS) == 2, f"found {len(PYTHON_BLOCKS)} python blocks"
+
+
+def test_set_up_command_uses_the_constraints_and_existing_extras() -> None:
+    extras = re.search(r'pip install -c constraints.txt -e "\.\[(.*?)\]"', README)
+    assert extras is not None, "the set-up command is gone"
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    missing = set(extras[1].split(",")) - set(known)
+    assert not missing, f"the README installs extras that do not exist: {missing}"
+
+
+def test_ci_runs_the_readme_s_commands() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert 'pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test]"' in script
+    assert script.rstrip().endswith("pytest"), "CI must end with the README's test command"
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", README))))
+def test_linked_file_exists(path: str) -> None:
+    assert (ROOT / path).exists(), f"README links to {path}, which does not exist"
+
+
+def test_two_line_diff_names_what_the_drop_in_has() -> None:
+    import vmf_kernels.compat.dino as drop_in
+
+    imported = re.search(r"\+from vmf_kernels\.compat\.dino import (\w+), (\w+) as StreamingDINOLoss", README)
+    assert imported is not None, "the diff is gone"
+    missing = [name for name in imported.groups() if not hasattr(drop_in, name)]
+    assert not missing, f"the diff imports {missing}, which the drop-in lacks"
