@@ -1,0 +1,1 @@
+"""Benchmarks of the head loss; see bench_head."""

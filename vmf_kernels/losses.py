@@ -200,13 +200,24 @@ class DINOvMFLoss(DINOLoss):
         *,
         centering: str = "probability",
         center_average: str = "log_probability",
-        **options: Any,
+        center_start: str = "zero",
+        center_update: str = "forward",
+        backend: str = "auto",
     ) -> None:
         if centering not in ("probability", "logit"):
             raise ValueError(f"centering is {centering!r}; expected one of probability, logit")
         self._centering_rule = (centering, center_average)
         schedule = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs)
-        super().__init__(out_dim, ncrops, *schedule, student_temp, center_momentum, **options)
+        super().__init__(
+            out_dim,
+            ncrops,
+            *schedule,
+            student_temp,
+            center_momentum,
+            center_start=center_start,
+            center_update=center_update,
+            backend=backend,
+        )
         self._warned = False
 
     def forward(
