@@ -13,6 +13,7 @@ from bench.workloads import TOY, WORKLOADS, Workload
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.pop("node", None)  # a host's name says nothing about its speed
     cpuinfo = Path("/proc/cpuinfo")
     models = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     machine_info["vmf_kernels"] = {

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.report import table
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -51,3 +53,10 @@ def test_two_line_diff_names_what_the_drop_in_has() -> None:
     assert imported is not None, "the diff is gone"
     missing = [name for name in imported.groups() if not hasattr(drop_in, name)]
     assert not missing, f"the diff imports {missing}, which the drop-in lacks"
+
+
+@pytest.mark.parametrize("results", ["head", "demo"])
+def test_tables_are_those_of_the_committed_results(results: str) -> None:
+    """Numbers in the README come from ``python -m bench.report``, never from a hand."""
+    expected = table(ROOT / "bench" / "results" / "cpu" / f"{results}.json")
+    assert expected in README, f"the README lacks this table:\n{expected}"

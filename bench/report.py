@@ -1,0 +1,62 @@
+"""Tables of the README from the results that are committed.
+
+python -m bench.report bench/results/cpu/head.json
+python -m bench.report bench/results/cpu/demo.json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HEAD_COLUMNS = (
+    "| step | rows | baseline ms | ours ms | speed-up | baseline extra MiB | ours extra MiB |\n"
+    "|---|---|---|---|---|---|---|"
+)
+DEMO_COLUMNS = (
+    "| method | seed | k-NN % | untrained | raw pixels | linear % | MI nats | RankMe | used | unique |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+MEDIANS = ("knn", "knn_untrained", "knn_pixels", "linear", "mutual_information", "rankme")
+
+
+def head_table(results: Mapping[str, Any]) -> str:
+    """Markdown table of a pytest-benchmark JSON of ``bench_head``: medians, each against its interleaved baseline."""
+    rows = [HEAD_COLUMNS]
+    for result in results["benchmarks"]:
+        extra, step = result["extra_info"], result["name"].split("[")[0].removeprefix("test_").replace("_", " ")
+        options = result["name"].split("[")[1].rstrip("]").split("-")
+        name = " ".join([step, *(option for option in options if not option.isdigit())])
+        memory = [f"{extra[key]:.0f}" if key in extra else "" for key in ("baseline_extra_mib", "extra_mib")]
+        times = f"{1e3 * extra['baseline_median_seconds']:.0f} | {1e3 * result['stats']['median']:.0f}"
+        workload = "/".join(option for option in options if option.isdigit())
+        rows.append(f"| {name} | {workload} | {times} | {extra['speedup']:.2f}x | {' | '.join(memory)} |")
+    return "\n".join(rows)
+
+
+def demo_table(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table of demo summaries, with each method's medians."""
+    rows = [DEMO_COLUMNS]
+    for method in sorted({summary["method"] for summary in summaries}, reverse=True):
+        mine = sorted((s for s in summaries if s["method"] == method), key=lambda s: s["seed"])
+        for summary in mine:
+            numbers = " | ".join(f"{summary[key]:.1f}" for key in MEDIANS)
+            counts = f"{summary['prototypes_used']} | {summary['unique_prototypes']}"
+            rows.append(f"| {method} | {summary['seed']} | {numbers} | {counts} |")
+        medians = " | ".join(f"**{statistics.median(s[key] for s in mine):.1f}**" for key in MEDIANS)
+        rows.append(f"| {method} | median | {medians} | | |")
+    return "\n".join(rows)
+
+
+def table(path: Path) -> str:
+    """The table of a results file."""
+    results = json.loads(path.read_text())
+    return head_table(results) if isinstance(results, dict) else demo_table(results)
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1])))
