@@ -111,7 +111,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise PretrainError(f"{folder} holds no checkpoint; expected a folder in it named like step_00000123.")
     damages: list[str] = []
     promised = _promised(folder)
-    if promised is not None and not (folder / promised).exists():
+    if promised is not None and promised not in {path.name.removeprefix(REPLACED) for path in candidates}:
         damages.append(f"{promised}: {LATEST} names it but it is missing")
     for path in candidates:
         try:

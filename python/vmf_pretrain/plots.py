@@ -99,7 +99,7 @@ def plot_kappa(kappa: Tensor, path: Path) -> None:
     title = f"Concentrations of {values.shape[0]} prototypes"
     figure, axes = _figure(title, "concentration κ = ‖w‖ / τ (dimensionless)", "prototypes")
     axes.hist(values.numpy(), bins=KAPPA_BINS, color=COLOURS[0])
-    median = float(values.quantile(0.5)) if values.numel() < 2**24 else float(values.median())
+    median = float(values.median())
     axes.axvline(median, color=COLOURS[1], ls="--", label=f"median {median:.3g}")
     _legend_below(figure)
     _save(figure, path)

@@ -1,0 +1,66 @@
+"""Weights that load, and plots that are pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.pretrain.tiny import differing, digits_config, some_digits, training_on, views_of
+from vmf_pretrain.artefacts import draw_plots, save_weights
+from vmf_pretrain.evaluate import HeadReport
+from vmf_pretrain.networks import build_networks
+from vmf_pretrain.run_folder import MetricsLog, RunFolder
+
+REPORT = HeadReport(
+    mutual_information=1.0,
+    teacher_entropy=0.5,
+    usage=torch.full((32,), 1 / 32),
+    usage_entropy=1.5,
+    prototypes_used=30,
+    unique_prototypes=32,
+    largest_duplicate_share=1 / 32,
+    norms=torch.rand(32) + 0.5,
+)
+
+
+def test_weights_load_strictly_into_a_fresh_network(tmp_path: Path) -> None:
+    training, batches = training_on(digits_config(data={"batch_size": 32}), 64)
+    training.step(0, views_of(batches, 0))
+    folder = RunFolder.create(tmp_path / "run")
+    save_weights(folder, "last", training.teacher, {"step": 1})
+    _, fresh = build_networks(digits_config(seed=9))
+    fresh.load_state_dict(load_file(folder.weights / "last.safetensors"), strict=True)
+    assert differing(fresh.state_dict(), training.teacher.state_dict()) == []
+    assert json.loads((folder.weights / "last.json").read_text()) == {"step": 1}
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    for step in (1, 2):
+        _, teacher = build_networks(digits_config())
+        save_weights(folder, "last", teacher, {"step": step})
+    assert sorted(path.name for path in folder.weights.iterdir()) == ["last.json", "last.safetensors"]
+    assert json.loads((folder.weights / "last.json").read_text()) == {"step": 2}
+    assert differing(load_file(folder.weights / "last.safetensors"), teacher.state_dict()) == []
+
+
+@pytest.mark.parametrize("images", [1, 20])
+def test_every_plot_is_a_picture(images: int, tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    log = MetricsLog(folder, 0)
+    log.write({"step": 0, "knn": 20.0})
+    log.write({"step": 1, "loss": 3.0, "teacher_entropy": 1.0, "kl": 2.0})
+    log.write({"step": 2, "loss": None, "teacher_entropy": None, "kl": None})
+    log.write({"step": 2, "epoch": 1, "knn": 60.0})
+    _, teacher = build_networks(digits_config())
+    draw_plots(folder, digits_config(), REPORT, teacher, some_digits(images), {"untrained": 20.0})
+    for name in ("loss", "knn", "usage", "kappa", "attention"):
+        with Image.open(folder.plots / f"{name}.png") as picture:
+            shades = len(set(picture.convert("L").tobytes()))
+            assert min(picture.size) >= 100, f"{name}.png has {picture.size} pixels"
+        assert shades > 1, f"{name}.png is one shade"

@@ -1,0 +1,221 @@
+"""The command: bad input is one sentence and exit code 2, Ctrl-C is 130 and a command to go on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.pretrain.tiny import (
+    changed,
+    digits_config,
+    one_sentence,
+    photos_config,
+    save_photos,
+    two_classes,
+    yaml_of,
+)
+from vmf_pretrain.cli import main
+from vmf_pretrain.config_file import read_config
+
+PATIENCE = 120  # seconds that a run has to start, or to stop
+UNFIT: dict[str, tuple[str, list[str]]] = {
+    "unreadable YAML": ("data: [", ["is not YAML"]),
+    "python object": ("seed: !!python/object/apply:os.getcwd []", ["is not YAML"]),
+    "misspelt key": ("loss: {teacher_tmp: 0.04}", ["loss.teacher_tmp", "did you mean loss.teacher_temp?"]),
+    "wrong type": ("train: {epochs: soon}", ["epochs", "soon"]),
+    "out of range": ("data: {kind: digits}\nloss: {teacher_temp: 0}", ["loss.teacher_temp is", "greater than 0"]),
+    "no folder": ("data: {kind: folder}", ["data.folder is missing"]),
+}
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says on stderr when it refuses its input."""
+    code = main(arguments)
+    said = capsys.readouterr().err
+    assert code == 2, f"exit code {code}, said {said!r}"
+    assert said.startswith("vmf-pretrain: "), said
+    assert one_sentence(said), said
+    return said
+
+
+@pytest.mark.parametrize("name", list(UNFIT))
+def test_unfit_configuration_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, parts = UNFIT[name]
+    (tmp_path / "config.yaml").write_text(text)
+    said = refused(["fit", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")], capsys)
+    missing = [part for part in parts if part not in said]
+    assert not missing, f"{said!r} does not say {missing}"
+    assert not (tmp_path / "run").exists(), "a refused configuration left a run folder"
+
+
+def test_missing_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["fit", "--config", str(tmp_path / "absent.yaml"), "--out", str(tmp_path / "run")], capsys)
+    assert "absent.yaml cannot be read: No such file" in said
+
+
+def test_fit_without_a_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["fit", "--out", str(tmp_path / "run")], capsys)
+    assert "expected --config FILE, or --resume" in said
+
+
+@pytest.mark.parametrize("name", ["absent", "empty"])
+def test_folder_without_images_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    path = yaml_of(photos_config(tmp_path / name), tmp_path / "config.yaml")
+    said = refused(["fit", "--config", str(path), "--out", str(tmp_path / "run")], capsys)
+    assert str(tmp_path / name) in said
+    assert not (tmp_path / "run").exists(), "a refused folder left a run folder"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_refused_by_name(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_photos(tmp_path / "photos", 15)
+    (tmp_path / "photos" / "notes.jpg").write_text("these are not pixels")
+    config = changed(photos_config(tmp_path / "photos"), data={"workers": workers})
+    path = yaml_of(config, tmp_path / "config.yaml")
+    said = refused(["fit", "--config", str(path), "--out", str(tmp_path / "run")], capsys)
+    assert f"{tmp_path / 'photos' / 'notes.jpg'} cannot be read" in said
+
+
+def test_batch_larger_than_the_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_photos(tmp_path / "photos", 3)
+    path = yaml_of(photos_config(tmp_path / "photos"), tmp_path / "config.yaml")
+    said = refused(["fit", "--config", str(path), "--out", str(tmp_path / "run")], capsys)
+    assert "data.batch_size is 8 but there are 3 training images" in said
+
+
+def test_batch_of_one_with_koleo_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_photos(tmp_path / "photos", 3)
+    config = changed(photos_config(tmp_path / "photos"), data={"batch_size": 1})
+    said = refused(
+        ["fit", "--config", str(yaml_of(config, tmp_path / "config.yaml")), "--out", str(tmp_path / "run")], capsys
+    )
+    assert "batch_size" in said
+
+
+def test_unknown_backbone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = yaml_of(digits_config(backbone={"name": "vit_smal"}), tmp_path / "config.yaml")
+    said = refused(["fit", "--config", str(path), "--out", str(tmp_path / "run")], capsys)
+    assert "backbone.name vit_smal" in said
+    assert not (tmp_path / "run").exists(), "a refused backbone left a run folder"
+
+
+@pytest.mark.parametrize("seed", ["-1", "2147483648"])
+def test_seed_out_of_range_is_refused(seed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["demo", "--seed", seed, "--out", str(tmp_path / "run")], capsys)
+    assert f"seed is {seed}" in said
+
+
+def test_existing_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    said = refused(["demo", "--out", str(tmp_path / "run")], capsys)
+    assert f"run folder {tmp_path / 'run'} already exists" in said
+
+
+@pytest.mark.parametrize("command", ["demo", "fit"])
+def test_resuming_without_a_run_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused([command, "--resume", "--out", str(tmp_path / "absent")], capsys)
+    assert str(tmp_path / "absent") in said
+
+
+@pytest.mark.parametrize("extra", [["--seed", "3"], ["--method", "dino"], ["--config", "other.yaml"]])
+def test_resuming_with_other_settings_is_refused(
+    extra: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(["fit", "--resume", "--out", str(tmp_path / "run"), *extra], capsys)
+    assert f"{extra[0]} does not go with --resume" in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["demo", "--method", "simclr"], ["demo", "--seed", "x"]])
+def test_unknown_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_fit_on_a_folder_of_photographs_runs_to_its_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two_classes(tmp_path / "photos")
+    path = yaml_of(photos_config(tmp_path / "photos"), tmp_path / "config.yaml")
+    arguments = ["fit", "--config", str(path), "--out", str(tmp_path / "run"), "--seed", "3", "--method", "dino"]
+    assert main(arguments) == 0
+    figures = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (figures["seed"], figures["method"], figures["steps"]) == (3, "dino", 1)
+    assert 0 <= figures["knn"] <= 100
+    assert read_config(tmp_path / "run" / "config.yaml").seed == 3
+    assert "tensorboard --logdir" in capsys.readouterr().out
+
+
+def test_runs_without_a_name_get_the_next_free_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
+    two_classes(tmp_path / "photos")
+    path = yaml_of(photos_config(tmp_path / "photos"), tmp_path / "config.yaml")
+    for _ in range(2):
+        assert main(["fit", "--config", str(path)]) == 0
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["fit", "fit-2"]
+
+
+def records_in(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count('"loss"') if metrics.exists() else 0
+
+
+def wait_for(process: subprocess.Popen[str], run: Path, steps: int) -> None:
+    """Until the run has logged some steps."""
+    end = time.monotonic() + PATIENCE
+    while records_in(run) < steps:
+        assert process.poll() is None, f"ended with {process.returncode}: {process.communicate()}"
+        assert time.monotonic() < end, f"no step in {PATIENCE} s"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_stops_cleanly_and_the_command_that_it_prints_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = digits_config(data={"batch_size": 64, "workers": 2}, train={"epochs": 8}, evaluate={"every": 8})
+    path, out = yaml_of(config, tmp_path / "config.yaml"), tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vmf_pretrain.cli", "fit", "--config", str(path), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        wait_for(process, out, steps=3)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+        printed, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == 130, f"exit code {process.returncode}: {errors[-500:]}"
+    assert "Traceback" not in errors, errors
+    assert list((out / "checkpoints").glob("step_*"))
+    steps = records_in(out)
+    assert steps < 160, "the run was over before the signal"
+    command = shlex.split(printed.split("Go on with: vmf-pretrain ")[1].splitlines()[0])
+    monkeypatch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
+    assert main(command) == 0
+    assert records_in(out) == 160
+    assert json.loads((out / "summary.json").read_text())["steps"] == 160
+
+
+def test_recipe_for_photographs_says_what_to_fill_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import vmf_pretrain
+
+    recipe = Path(str(vmf_pretrain.__file__)).parent / "recipes" / "imagefolder_vits16.yaml"
+    said = refused(["fit", "--config", str(recipe), "--out", str(tmp_path / "run")], capsys)
+    placeholder: Any = yaml.safe_load(recipe.read_text())["data"]["folder"]
+    assert placeholder in said

@@ -1,0 +1,83 @@
+"""torchvision's import is mended once, before anything else imports it, and only where it is broken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import vmf_pretrain
+from vmf_pretrain import torchvision_import
+
+LACKING_OPERATORS = RuntimeError("operator torchvision::nms does not exist")
+
+
+class RecordedLibrary:
+    """Stands in for torch.library.Library, whose declarations would stay for the rest of the process."""
+
+    def __init__(self, namespace: str, kind: str) -> None:
+        self.namespace, self.kind = namespace, kind
+        self.schemas: list[str] = []
+
+    def define(self, schema: str) -> None:
+        self.schemas.append(schema)
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType | None]:
+    """What the mended import sees as loaded modules."""
+    loaded: dict[str, ModuleType | None] = {"torchvision": None, "torchvision.ops": None, "torchvisionary": None}
+    monkeypatch.setattr(torchvision_import, "sys", SimpleNamespace(modules=loaded))
+    monkeypatch.setattr(torch.library, "Library", RecordedLibrary)
+    return loaded
+
+
+def answer_imports(monkeypatch: pytest.MonkeyPatch, *answers: Exception | None) -> None:
+    """Let one import after the other succeed (None) or fail."""
+    remaining = iter(answers)
+
+    def import_module(name: str) -> None:
+        answer = next(remaining)
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(torchvision_import, "importlib", SimpleNamespace(import_module=import_module))
+
+
+def test_after_the_package_a_fresh_process_can_import_torchvision_timm_and_lightning() -> None:
+    script = "import vmf_pretrain, torchvision.transforms.v2, timm, lightning.fabric; print('imported')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "imported", f"exit code {done.returncode}: {done.stderr[-500:]}"
+
+
+def test_second_import_declares_nothing() -> None:
+    assert vmf_pretrain.import_torchvision() is None, "torchvision was importable, yet schemas were declared again"
+
+
+def test_missing_operators_are_declared_and_half_imported_modules_dropped(
+    monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType | None]
+) -> None:
+    answer_imports(monkeypatch, LACKING_OPERATORS, None)
+    declared: Any = torchvision_import.import_torchvision()
+    assert (declared.namespace, declared.kind) == ("torchvision", "FRAGMENT")
+    assert declared.schemas == list(torchvision_import.MISSING_OPERATORS)
+    assert list(modules) == ["torchvisionary"], f"left over or lost: {list(modules)}"
+
+
+def test_working_torchvision_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType | None]
+) -> None:
+    answer_imports(monkeypatch, None)
+    assert torchvision_import.import_torchvision() is None
+    assert "torchvision.ops" in modules, "a working import was undone"
+
+
+def test_another_failure_is_passed_on(monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType | None]) -> None:
+    answer_imports(monkeypatch, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        torchvision_import.import_torchvision()
+    assert "torchvision.ops" in modules, "modules were dropped for a failure that is not ours to mend"

@@ -1,0 +1,145 @@
+"""Runs small enough for a test: a ViT of one block on a few digits, or on generated photographs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from vmf_pretrain.batches import ViewBatches
+from vmf_pretrain.config import Config
+from vmf_pretrain.config_file import read_config, write_config
+from vmf_pretrain.images import DigitImages, digits
+from vmf_pretrain.run import Run
+from vmf_pretrain.training import Training
+
+RECIPES = Path(__file__).parents[2] / "python" / "vmf_pretrain" / "recipes"
+PHOTO_SIDE = 48  # pixels
+CONSOLE_WIDTH = 120
+SUMMARY_KEYS = {
+    "knn",
+    "knn_untrained",
+    "knn_pixels",
+    "linear",
+    "mutual_information",
+    "rankme",
+    "prototypes_used",
+    "unique_prototypes",
+    "largest_duplicate_share",
+    "seconds",
+    "method",
+    "seed",
+}
+
+
+def changed(config: Config, **sections: Any) -> Config:
+    """``config`` with whole fields, or with some fields of a section (a mapping), replaced."""
+    values = {
+        name: replace(getattr(config, name), **value) if isinstance(value, Mapping) else value
+        for name, value in sections.items()
+    }
+    return replace(config, **values)
+
+
+def digits_config(**sections: Any) -> Config:
+    """The digits recipe, much smaller: 5 steps of 256 images in each of 2 epochs."""
+    small = changed(
+        read_config(RECIPES / "digits.yaml"),
+        views={"local_count": 1},
+        backbone={"patch_size": 8, "width": 16, "depth": 1, "heads": 1},
+        head={"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+        loss={"warmup_teacher_temp_epochs": 1},
+        optim={"warmup_epochs": 1},
+        train={"epochs": 2, "device": "cpu", "log_every": 1, "checkpoint_every": 1},
+        evaluate={"every": 1, "max_images": 100},
+    )
+    return changed(small, **sections)
+
+
+def photos_config(folder: Path, **sections: Any) -> Config:
+    """The same on an image folder."""
+    small = changed(
+        digits_config(),
+        data={"kind": "folder", "folder": str(folder), "batch_size": 8, "held_out": 0.25},
+        views={"global_size": 32, "local_size": 16},
+        train={"epochs": 1},
+        evaluate={"neighbours": 3},
+    )
+    return changed(small, **sections)
+
+
+def some_digits(count: int) -> DigitImages:
+    """The first training digits."""
+    return digits()[0].subset(torch.arange(count))
+
+
+def save_photos(folder: Path, count: int, side: int = PHOTO_SIDE) -> list[Path]:
+    """``count`` PNGs of noise around a colour that differs from one to the next."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = np.random.default_rng(count)
+    paths = [folder / f"photo_{place:02d}.png" for place in range(count)]
+    for path in paths:
+        noise = numbers.integers(-40, 40, (side, side, 3)) + numbers.integers(40, 215, 3)
+        Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(path)
+    return paths
+
+
+def two_classes(folder: Path, each: int = 8) -> Path:
+    """A folder of two classes with ``each`` photographs."""
+    for name in ("cats", "dogs"):
+        save_photos(folder / name, each)
+    return folder
+
+
+def yaml_of(config: Config, path: Path) -> Path:
+    """``config`` as a file."""
+    write_config(config, path)
+    return path
+
+
+def training_on(config: Config, count: int) -> tuple[Training, ViewBatches]:
+    """A run's state before its first step, and its batches of ``count`` digits."""
+    batches = ViewBatches(some_digits(count), config)
+    return Training(config, batches.steps_per_epoch, Fabric(accelerator="cpu", devices=1)), batches
+
+
+def views_of(batches: ViewBatches, step: int) -> list[Tensor]:
+    """Batch ``step``, which is no error."""
+    views = batches[step]
+    assert isinstance(views, list), views
+    return views
+
+
+def a_run(config: Config, out: Path, *, resume: bool = False) -> tuple[Run, io.StringIO]:
+    """A run and what it prints."""
+    printed = io.StringIO()
+    return Run(config, out, resume=resume, console=Console(file=printed, width=CONSOLE_WIDTH)), printed
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that later steps do not change."""
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def differing(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
+    """Names whose tensors are not the same bit for bit; NaN equals NaN."""
+    assert some.keys() == others.keys(), f"{sorted(some)} against {sorted(others)}"
+    return [name for name, value in some.items() if not _same(value, others[name])]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one.detach().numpy(), other.detach().numpy(), equal_nan=True)
+
+
+def one_sentence(text: str) -> bool:
+    """Whether an error is one line that ends as a sentence does."""
+    return "\n" not in text.strip() and text.strip()[-1] in ".?" and "Traceback" not in text
