@@ -357,7 +357,9 @@ class Config:
             not frozen, "head.norm_prototypes is true but dino-vmf learns the norms; leave it out or use method dino."
         )
         alone = self.data.batch_size == 1 and (self.loss.koleo_weight > 0 or self.head.batch_norm)
-        require(not alone, "data.batch_size is 1 but KoLeo and batch normalisation compare images; expected at least 2.")
+        require(
+            not alone, "data.batch_size is 1 but KoLeo and batch normalisation compare images; expected at least 2."
+        )
         epochs, warm_up = self.train.epochs, self.loss.warmup_teacher_temp_epochs
         require(
             warm_up <= epochs,

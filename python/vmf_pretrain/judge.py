@@ -1,6 +1,6 @@
 """How good the teacher's frozen features are, while a run goes on and at its end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,13 @@ class Judge:
 
     def knn(self, backbone: nn.Module) -> float | None:
         """k-NN accuracy of frozen features on held-out images, percent; None without labels."""
-        return self._compare(self._features(backbone, self.train), lambda: self._features(backbone, self._kept()))
+        if not self._labelled:
+            return None
+        return self._compare(self._features(backbone, self.train), self._features(backbone, self._kept()))
 
     def knn_pixels(self) -> float | None:
         """The same of raw pixels."""
-        return self._compare(self._pixels(self.train), lambda: self._pixels(self._kept()))
+        return self._compare(self._pixels(self.train), self._pixels(self._kept())) if self._labelled else None
 
     def report(self, training: Training) -> tuple[dict[str, Any], HeadReport]:
         """Every figure of the summary that the teacher decides, and what its head does with the training images."""
@@ -44,9 +46,10 @@ class Judge:
             vmf=training.uses_vmf,
             threshold=self.config.evaluate.duplicate_threshold,
         )
+        kept = self._features(teacher.backbone, self._kept()) if self._labelled else None
         figures = {
-            "knn": self._compare(features, lambda: self._features(teacher.backbone, self._kept())),
-            "linear": self._linear(features, teacher.backbone),
+            "knn": None if kept is None else self._compare(features, kept),
+            "linear": None if kept is None else self._linear(features, kept),
             "mutual_information": head.mutual_information,
             "teacher_entropy": head.teacher_entropy,
             "rankme": rankme(features),
@@ -65,20 +68,12 @@ class Judge:
     def _labelled(self) -> bool:
         return self.held_out is not None and self.train.labels is not None and self.held_out.labels is not None
 
-    def _compare(self, train: Tensor, test: Callable[[], Tensor]) -> float | None:
-        if not self._labelled:
-            return None
-        chosen, labels = self.config.evaluate, (self._labels(self.train), self._labels(self._kept()))
-        return float(
-            knn_accuracy(
-                train, labels[0], test(), labels[1], neighbours=chosen.neighbours, temperature=chosen.temperature
-            )
-        )
+    def _compare(self, train: Tensor, kept: Tensor) -> float:
+        labels, kept_labels = self._labels(self.train), self._labels(self._kept())
+        k, temperature = self.config.evaluate.neighbours, self.config.evaluate.temperature
+        return float(knn_accuracy(train, labels, kept, kept_labels, neighbours=k, temperature=temperature))
 
-    def _linear(self, train: Tensor, backbone: nn.Module) -> float | None:
-        if not self._labelled:
-            return None
-        kept = self._features(backbone, self._kept())
+    def _linear(self, train: Tensor, kept: Tensor) -> float:
         return float(linear_accuracy(train, self._labels(self.train), kept, self._labels(self._kept())))
 
     def _features(self, backbone: nn.Module, images: Images) -> Tensor:

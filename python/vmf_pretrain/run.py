@@ -1,5 +1,6 @@
 """A pretraining run from its configuration to its summary."""
 
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -75,7 +76,7 @@ class Run:
             self.save()
             self.console.print(
                 f"Stopped by {interruption.requested.name} at step {self.step}; a checkpoint is written. "
-                f"Go on with: vmf-pretrain fit --resume --out {self.folder.path}",
+                f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(self.folder.path))}",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -158,7 +159,7 @@ class Run:
         if self.config.data.kind == "digits":
             other = "dino" if self.config.method == "dino-vmf" else "dino-vmf"
             return f"vmf-pretrain demo --method {other}"
-        return f"tensorboard --logdir {self.folder.path}"
+        return f"tensorboard --logdir {shlex.quote(str(self.folder.path))}"
 
 
 def load_images(config: Config) -> tuple[Images, Images | None]:

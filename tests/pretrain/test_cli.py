@@ -96,10 +96,11 @@ def test_batch_larger_than_the_data_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_batch_of_one_with_koleo_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_photos(tmp_path / "photos", 3)
-    config = changed(photos_config(tmp_path / "photos"), data={"batch_size": 1})
-    said = refused(
-        ["fit", "--config", str(yaml_of(config, tmp_path / "config.yaml")), "--out", str(tmp_path / "run")], capsys
-    )
+    path = yaml_of(photos_config(tmp_path / "photos"), tmp_path / "config.yaml")
+    values = yaml.safe_load(path.read_text())
+    values["data"]["batch_size"] = 1
+    path.write_text(yaml.safe_dump(values))
+    said = refused(["fit", "--config", str(path), "--out", str(tmp_path / "run")], capsys)
     assert "batch_size" in said
 
 
