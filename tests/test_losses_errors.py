@@ -170,3 +170,18 @@ def test_an_error_leaves_the_center_alone() -> None:
     loss.update_center()
     assert loss.center.eq(0).all()
     assert isinstance(loss.centering, LogitCenter)
+
+
+@pytest.mark.parametrize("make", [DINOLoss, DINOvMFLoss])
+def test_backend_is_known_when_the_loss_is_made(make: type[DINOLoss]) -> None:
+    with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of auto, reference, streaming"):
+        make(7, 2, 0.04, 0.04, 0, 1, backend="fast")
+
+
+def test_nan_prototypes_are_refused_beside_plain_logits() -> None:
+    weight = torch.randn(7, 4)
+    weight[2, 1] = torch.nan
+    prototypes = linear_prototypes(weight)
+    loss = DINOvMFLoss(7, 2, 0.04, 0.04, 0, 1)
+    with pytest.raises(ValueError, match="prototypes contain 1 NaN"):
+        loss(torch.randn(4, 7), torch.randn(4, 7), 0, student_prototypes=prototypes, teacher_prototypes=prototypes)

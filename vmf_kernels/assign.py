@@ -42,8 +42,7 @@ def choose_backend(backend: str, rows: Tensor, weight: Tensor) -> ModuleType:
         backend = next(
             (name for name in candidates if BACKENDS[name].unsupported(rows, weight) is None), candidates[-1]
         )
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(('auto', *BACKENDS))}")
+    check_backend_name(backend)
     reason = BACKENDS[backend].unsupported(rows, weight)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
@@ -131,8 +130,30 @@ def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
+def check_backend_name(backend: str) -> None:
+    """Raise ValueError unless ``backend`` is "auto" or the name of one."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(('auto', *BACKENDS))}")
+
+
+def refuse_nan_prototypes(result: Tensor, *stored: Tensor | None) -> None:
+    """Raise ValueError if ``result`` is NaN because a stored tensor is; looks only where that does not wait for a device."""
+    if result.device.type != "cpu" or not result.isnan().any():
+        return
+    bad = sum(int(tensor.isnan().sum()) for tensor in stored if tensor is not None)
+    if bad:
+        raise ValueError(
+            f"prototypes contain {bad} NaN; expected finite weights (an earlier update has destroyed them)"
+        )
+
+
 def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:
     """Raise ValueError unless ``features`` is a floating-point [R, D] matrix that fits the prototypes."""
+    if not isinstance(prototypes, Prototypes):
+        raise ValueError(
+            f"{name} prototypes are a {type(prototypes).__name__}; expected Prototypes, for example "
+            "linear_prototypes(weight)"
+        )
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(
             f"{name} features are {features.dtype} of shape {tuple(features.shape)}; "
@@ -194,6 +215,7 @@ def _usage_op(
     mean = torch.full((1, features.shape[0]), 1 / features.shape[0], dtype=dtype, device=features.device)
     usage = mean.new_zeros(weight.shape[0])
     choose_backend(backend, features, weight).assign([Query(features, keys, None, mean, usage[None])])
+    refuse_nan_prototypes(usage, weight, magnitude)
     return usage
 
 

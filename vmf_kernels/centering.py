@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmf_kernels.assign import check_bias, column_log_sum_exp, row_log_sum_exp, temperature_tensor
+from vmf_kernels.assign import check_backend_name, check_bias, column_log_sum_exp, row_log_sum_exp, temperature_tensor
 from vmf_kernels.logits import PrototypeLogits, project
 from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype
 
@@ -40,6 +40,9 @@ class Center(nn.Module):
         super().__init__()
         if start not in STARTS:
             raise ValueError(f"start is {start!r}; expected one of {', '.join(STARTS)}")
+        if num_prototypes < 1:
+            raise ValueError(f"num_prototypes is {num_prototypes}; expected at least 1")
+        check_backend_name(backend)
         if not 0 <= momentum < 1:
             raise ValueError(f"center momentum is {momentum}; expected a number in [0, 1)")
         self.momentum = momentum

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmf_kernels.assign import check_bias, check_features, choose_backend, temperature_tensor, without_autocast
+from vmf_kernels.assign import (
+    check_bias,
+    check_features,
+    choose_backend,
+    refuse_nan_prototypes,
+    temperature_tensor,
+    without_autocast,
+)
 from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.once import ReadyGradients, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
@@ -209,8 +216,8 @@ def _cross_entropy_op(
     else:  # the student's barycentre, half its work, serves gradients only
         (by_student,) = run.assign([asked])
         (by_teacher,) = run.assign([answered], student_keys)
-    _refuse_nan_prototypes(student, by_student)
-    _refuse_nan_prototypes(teacher, by_teacher)
+    refuse_nan_prototypes(by_student.log_sum_exp, student_weight, student_magnitude)
+    refuse_nan_prototypes(by_teacher.log_sum_exp, teacher_weight, teacher_magnitude)
 
     barycentre_SD = pairing.to_students(by_teacher.barycentre)
     loss = _loss(by_student, by_teacher, (n_S, n_T), (barycentre_SD * x_SD).sum(dim=1), student_keys.scale)
@@ -348,15 +355,3 @@ def _summary(loss: Tensor, student: Assignment, teacher: Assignment, n_S: Tensor
 
 def _or_one(total: Tensor) -> Tensor:
     return torch.where(total == 0, torch.ones_like(total), total)
-
-
-def _refuse_nan_prototypes(side: _Side, assignment: Assignment) -> None:
-    # looked at only when something already is NaN, and only where looking does not wait for a device
-    if assignment.log_sum_exp.device.type != "cpu" or not assignment.log_sum_exp.isnan().any():
-        return
-    stored = (side.prototypes.weight, side.prototypes.magnitude)
-    bad = sum(int(t.isnan().sum()) for t in stored if t is not None)
-    if bad:
-        raise ValueError(
-            f"prototypes contain {bad} NaN; expected finite weights (an earlier update has destroyed them)"
-        )

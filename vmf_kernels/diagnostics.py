@@ -44,6 +44,8 @@ def unique_prototypes(weight: Tensor, threshold: float = 0.025, *, metric: str =
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; expected one of {', '.join(METRICS)}")
+    if weight.isnan().any():
+        raise ValueError(f"weight contains {int(weight.isnan().sum())} NaN; expected finite prototypes")
     if weight.ndim != 2 or not weight.shape[0] or not weight.is_floating_point() or not threshold >= 0:
         raise ValueError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)} and threshold {threshold}; expected a "

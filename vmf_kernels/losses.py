@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vmf_kernels.assign import refuse_nan_prototypes
 from vmf_kernels.bessel import log_vmf_constant
 from vmf_kernels.centering import Center, LogitCenter, ProbabilityCenter
 from vmf_kernels.cross_entropy import CrossEntropy, prototype_cross_entropy
@@ -316,7 +317,10 @@ def _with_vmf(output: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
 
 def _log_normalizer(prototypes: Prototypes, temperature: float) -> Tensor:
     """[K] log C_D(||w_k|| / tau) relative to 0, differentiable in the stored tensors."""
-    return log_vmf_constant(prototypes.with_vmf().norms() / temperature, prototypes.dim)
+    norms = prototypes.with_vmf().norms()
+    if not torch.compiler.is_compiling():
+        refuse_nan_prototypes(norms, prototypes.weight, prototypes.magnitude)
+    return log_vmf_constant(norms / temperature, prototypes.dim)
 
 
 def _teacher_schedule(warmup: float, final: float, warmup_epochs: int, epochs: int) -> list[float]:

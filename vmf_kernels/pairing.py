@@ -22,11 +22,11 @@ class Pairing(NamedTuple):
     image_weights: Tensor | None  # [B] r; None means 1
 
     def student_mass(self, images: int) -> Tensor:
-        """[S] ``n_s = sum_t a_ts`` (DESIGN equation 3)."""
+        """[S] ``n_s = sum_t a_ts`` (equation 3 of the README here)."""
         return self._spread(self.view_weights.sum(dim=0), images)
 
     def teacher_mass(self, images: int) -> Tensor:
-        """[T] ``n_t = sum_s a_ts`` (DESIGN equation 6)."""
+        """[T] ``n_t = sum_s a_ts`` (equation 6)."""
         return self._spread(self.view_weights.sum(dim=1), images)
 
     def to_students(self, teacher_TD: Tensor) -> Tensor:
@@ -90,6 +90,6 @@ def check_pairing(pairing: Pairing, teacher_rows: int, student_rows: int) -> int
         )
     if pairing.image_weights is not None and tuple(pairing.image_weights.shape) != (images,):
         raise ValueError(
-            f"row weights have shape {tuple(pairing.image_weights.shape)}; expected [{images}], one a pair"
+            f"image or row weights have shape {tuple(pairing.image_weights.shape)}; expected [{images}], one a pair"
         )
     return images

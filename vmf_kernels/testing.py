@@ -1,6 +1,6 @@
 """What the tests measure against: problems, the loss written out densely, and the error budget.
 
-The budget (DESIGN section 5): with the truth in fp64 on the already rounded inputs, a result may be off by twice what the
+The budget (CONTRIBUTING.md): with the truth in fp64 on the already rounded inputs, a result may be off by twice what the
 dense formula in plain torch is off in the same dtype, plus one rounding of every logit and of the result: a band without
 which luck would decide where the dense formula rounds well. It is equations (1) and (2) under autograd; no backend runs.
 

@@ -6,12 +6,8 @@ Legend: N images, T tokens, P prefix tokens (the class token first), h x w patch
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-import vmf_pretrain.torchvision_import  # noqa: F401 -- before timm, which imports torchvision
-
-# isort: split
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.evaluate import device_of, evaluating

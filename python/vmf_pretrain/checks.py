@@ -1,5 +1,7 @@
 """Checks of configuration values, each a one-sentence error."""
 
+import math
+
 from vmf_pretrain.errors import PretrainError
 
 
@@ -12,7 +14,7 @@ def require(condition: bool, message: str) -> None:
 def require_positive(section: str, **values: float) -> None:
     """Every value of the section is > 0."""
     for name, value in values.items():
-        require(value > 0, f"{section}.{name} is {value} but must be greater than 0.")
+        require(0 < value < math.inf, f"{section}.{name} is {value} but must be greater than 0 and finite.")
 
 
 def require_not_negative(section: str, **values: float) -> None:

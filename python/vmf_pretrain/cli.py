@@ -14,6 +14,7 @@ from vmf_pretrain.config_file import read_config
 from vmf_pretrain.errors import PretrainError
 
 BAD_INPUT = 2  # exit code
+INTERRUPTED = 130  # exit code, as shells report a SIGINT
 METHODS = ("dino-vmf", "dino")
 
 
@@ -25,13 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PretrainError as error:
         print(f"vmf-pretrain: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:  # before or after the training itself, which saves first
+        print("vmf-pretrain: stopped; a run that has begun goes on with --resume.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run(chosen: argparse.Namespace) -> int:
     from vmf_pretrain.run import Run  # slow to import: not before the arguments are known to be good
 
     if chosen.out is None:
-        chosen.out = Path("runs") / chosen.command if chosen.resume else _new_folder(Path("runs"), chosen.command)
+        if chosen.resume:
+            raise PretrainError("--resume got no run; expected --out with its folder.")
+        chosen.out = _new_folder(Path("runs"), chosen.command)
     config = _config(chosen)
     run = Run(config, chosen.out, resume=chosen.resume, console=Console())
     return run.train()

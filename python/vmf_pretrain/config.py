@@ -6,6 +6,7 @@ from typing import Literal
 from vmf_pretrain.checks import require, require_not_negative, require_positive, require_range, require_share
 
 GLOBAL_VIEWS = 2  # the ones the teacher sees
+DIGIT_CANVAS = 16  # pixels: side of the canvas that a digit is put on
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ class BackboneConfig:
     drop_path: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive("backbone", patch_size=self.patch_size)
+        shape = {"width": self.width, "depth": self.depth, "heads": self.heads}
+        given = {name: value for name, value in shape.items() if value is not None}
+        require_positive("backbone", patch_size=self.patch_size, **given)
         require(0 <= self.drop_path < 1, f"backbone.drop_path is {self.drop_path} but must lie in [0, 1).")
 
 
@@ -174,7 +177,8 @@ class HeadConfig:
     norm_prototypes: bool | None = None
 
     def __post_init__(self) -> None:
-        require_positive("head", hidden_dim=self.hidden_dim, bottleneck_dim=self.bottleneck_dim, layers=self.layers)
+        require_positive("head", hidden_dim=self.hidden_dim, layers=self.layers)
+        require(self.bottleneck_dim >= 2, f"head.bottleneck_dim is {self.bottleneck_dim} but at least 2 are needed.")
         require(self.prototypes >= 2, f"head.prototypes is {self.prototypes} but at least 2 are needed.")
 
 
@@ -356,9 +360,13 @@ class Config:
         require(
             not frozen, "head.norm_prototypes is true but dino-vmf learns the norms; leave it out or use method dino."
         )
-        alone = self.data.batch_size == 1 and (self.loss.koleo_weight > 0 or self.head.batch_norm)
+        alone = self.data.batch_size == 1 and self.loss.koleo_weight > 0
+        require(not alone, "data.batch_size is 1 but KoLeo (loss.koleo_weight) compares images; expected at least 2.")
+        self._check_digits()
+        rising = self.optim.warmup_epochs
         require(
-            not alone, "data.batch_size is 1 but KoLeo and batch normalisation compare images; expected at least 2."
+            rising <= self.train.epochs,
+            f"optim.warmup_epochs is {rising} but the run has {self.train.epochs} epochs (train.epochs).",
         )
         epochs, warm_up = self.train.epochs, self.loss.warmup_teacher_temp_epochs
         require(
@@ -366,6 +374,14 @@ class Config:
             f"loss.warmup_teacher_temp_epochs is {warm_up} but the run has {epochs} epochs (train.epochs).",
         )
         require(0 <= self.seed < 2**31, f"seed is {self.seed} but must lie between 0 and 2147483647.")
+
+    def _check_digits(self) -> None:
+        sizes = self.views.global_size, self.views.local_size
+        require(
+            self.data.kind == "folder" or (sizes[0] == DIGIT_CANVAS and sizes[1] < DIGIT_CANVAS),
+            f"views.global_size {sizes[0]} and views.local_size {sizes[1]} do not fit digits; expected {DIGIT_CANVAS} and "
+            "less.",
+        )
 
     @property
     def image_channels(self) -> int:

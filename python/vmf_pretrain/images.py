@@ -16,10 +16,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from vmf_pretrain.augment_digits import DIGIT_SIDE, ink_middles
+from vmf_pretrain.config import DIGIT_CANVAS
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.randomness import PLACEMENT, generator_for
 
-CANVAS_SIDE = 16  # pixels
+SIXTEEN_BIT = 257.0  # 65,535 / 255
 FULL_INK = 16.0  # largest value of scikit-learn's digits
 TRAIN_DIGITS = 1297  # the other 500 are held out
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -69,7 +70,7 @@ class FolderImages:
         try:
             with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                rgb = ImageOps.exif_transpose(image).convert("RGB")
+                rgb = _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
         except (OSError, UnidentifiedImageError, *BOMBS, SyntaxError, ValueError) as error:
             raise PretrainError(f"image {path} cannot be read ({error}); mend or remove it.") from None
         pixels: Tensor = functional.to_dtype(functional.pil_to_tensor(rgb), torch.float32, scale=True)
@@ -90,13 +91,20 @@ Images = DigitImages | FolderImages
 SomeImages = TypeVar("SomeImages", DigitImages, FolderImages)
 
 
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """A 16-bit grayscale image on the scale of 8 bits, which ``convert`` would clip to white; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.float64) / SIXTEEN_BIT).clip(0, 255).round().astype(np.uint8))
+
+
 def digits() -> tuple[DigitImages, DigitImages]:
     """Training and held-out digits; the split and each digit's place never change."""
     bundled = load_digits()
     ink = torch.from_numpy((bundled.images / FULL_INK).astype(np.float32))
-    free = CANVAS_SIDE - DIGIT_SIDE + 1
+    free = DIGIT_CANVAS - DIGIT_SIDE + 1
     corners = torch.randint(free, (len(ink), 2), generator=generator_for(SPLIT_SEED, PLACEMENT)).tolist()
-    canvases = torch.zeros(len(ink), CANVAS_SIDE, CANVAS_SIDE)
+    canvases = torch.zeros(len(ink), DIGIT_CANVAS, DIGIT_CANVAS)
     for canvas, digit, (top, left) in zip(canvases, ink, corners, strict=True):
         canvas[top : top + DIGIT_SIDE, left : left + DIGIT_SIDE] = digit
     everything = DigitImages(canvases, ink_middles(canvases), torch.from_numpy(bundled.target).long())

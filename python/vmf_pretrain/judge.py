@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from vmf_pretrain.config import Config
 from vmf_pretrain.evaluate import HeadReport, extract_features, knn_accuracy, linear_accuracy, rankme, report_head
@@ -13,6 +14,7 @@ from vmf_pretrain.images import Images
 from vmf_pretrain.training import Training
 
 BATCH = 256  # images a forward pass
+PIXEL_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Judge:
         return self._compare(self._features(backbone, self.train), self._features(backbone, self._kept()))
 
     def knn_pixels(self) -> float | None:
-        """The same of raw pixels."""
+        """The same of raw pixels, averaged to at most PIXEL_SIDE a side: photographs would fill the memory."""
         return self._compare(self._pixels(self.train), self._pixels(self._kept())) if self._labelled else None
 
     def report(self, training: Training) -> tuple[dict[str, Any], HeadReport]:
@@ -73,7 +75,11 @@ class Judge:
         k, temperature = self.config.evaluate.neighbours, self.config.evaluate.temperature
         return float(knn_accuracy(train, labels, kept, kept_labels, neighbours=k, temperature=temperature))
 
-    def _linear(self, train: Tensor, kept: Tensor) -> float:
+    def _linear(self, train: Tensor, kept: Tensor) -> float | None:
+        if int(self._labels(self.train).max()) == int(
+            self._labels(self.train).min()
+        ):  # a probe has nothing to tell apart
+            return None
         return float(linear_accuracy(train, self._labels(self.train), kept, self._labels(self._kept())))
 
     def _features(self, backbone: nn.Module, images: Images) -> Tensor:
@@ -82,7 +88,8 @@ class Judge:
         return features.float().cpu()
 
     def _pixels(self, images: Images) -> Tensor:
-        return torch.cat([batch.flatten(1) for batch in self._batches(images)])
+        small = (adaptive_avg_pool2d(batch, min(batch.shape[-1], PIXEL_SIDE)) for batch in self._batches(images))
+        return torch.cat([batch.flatten(1) for batch in small])
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         chosen = self._chosen(images)

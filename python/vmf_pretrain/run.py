@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from vmf_pretrain.artefacts import draw_plots, save_weights
@@ -42,22 +43,25 @@ class Run:
         self.started = time.perf_counter()
         self.config = config
         self.console = console
+        if not resume:
+            RunFolder.refuse_existing(out)
         train, held_out = load_images(config)
         self.batches = ViewBatches(train, config)
         self.judge = Judge(train, held_out, config)
-        fabric = Fabric(accelerator=config.train.device, devices=1, precision=config.train.precision)
-        self.training = Training(config, self.batches.steps_per_epoch, fabric)
-        self.folder = RunFolder.reopen(out) if resume else RunFolder.create(out)
+        self.training = Training(config, self.batches.steps_per_epoch, _fabric(config))
         self.step = 0
         self.facts: dict[str, Any] = {"seconds_before": 0.0, "best_knn": None}
         if resume:
+            self.folder = RunFolder.reopen(out)
             checkpoint = load_checkpoint(self.folder.checkpoints)
             self.training.restore(checkpoint)
             self.step, self.facts = checkpoint.step, checkpoint.state
             console.print(f"Going on from step {self.step} of {len(self.batches)}.")
         else:
-            write_config(config, self.folder.config)
             self.facts |= {"knn_pixels": self.judge.knn_pixels(), "knn_untrained": self._knn()}
+            self.folder = RunFolder.create(out)
+            write_config(config, self.folder.config)
+            self.save()  # step 0: whatever stops the first epoch, --resume has something to go on from
 
     def train(self) -> int:
         """Train to the end, or to a signal; the program's exit code."""
@@ -73,7 +77,7 @@ class Run:
                     break
         log.close()
         if interruption.requested is not None and self.step < len(self.batches):
-            self.save()
+            self._keep()
             self.console.print(
                 f"Stopped by {interruption.requested.name} at step {self.step}; a checkpoint is written. "
                 f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(self.folder.path))}",
@@ -131,8 +135,12 @@ class Run:
         if last or (epoch_ends and self._epoch % self.config.evaluate.every == 0):
             self._evaluate(log, progress)
         if last or (epoch_ends and self._epoch % self.config.train.checkpoint_every == 0):
-            self.save()
-            save_weights(self.folder, "last", self.training.teacher, self._weight_facts(None))
+            self._keep()
+
+    def _keep(self) -> None:
+        """A checkpoint, and the teacher's weights of the same step."""
+        self.save()
+        save_weights(self.folder, "last", self.training.teacher, self._weight_facts(None))
 
     def _evaluate(self, log: MetricsLog, progress: RunProgress) -> None:
         accuracy = self._knn()
@@ -160,6 +168,14 @@ class Run:
             other = "dino" if self.config.method == "dino-vmf" else "dino-vmf"
             return f"vmf-pretrain demo --method {other}"
         return f"tensorboard --logdir {shlex.quote(str(self.folder.path))}"
+
+
+def _fabric(config: Config) -> Fabric:
+    try:
+        return Fabric(accelerator=config.train.device, devices=1, precision=config.train.precision)
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise PretrainError(f"train.device {config.train.device} cannot be used here: {reason}.") from None
 
 
 def load_images(config: Config) -> tuple[Images, Images | None]:

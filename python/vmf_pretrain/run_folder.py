@@ -26,9 +26,14 @@ class RunFolder:
         Raises:
             PretrainError: the folder exists and is not empty, or cannot be made.
         """
+        cls.refuse_existing(path)
+        return cls._made(path)
+
+    @classmethod
+    def refuse_existing(cls, path: Path) -> None:
+        """Raise PretrainError where ``path`` is taken; makes nothing."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise PretrainError(f"run folder {path} already exists; choose another with --out, or go on with --resume.")
-        return cls._made(path)
 
     @classmethod
     def reopen(cls, path: Path) -> "RunFolder":

@@ -22,9 +22,14 @@ def verdict(figures: Mapping[str, Any], prototypes: int) -> str:
             "Uniform collapse: every image goes to all prototypes alike (loss near ln K); "
             "lower loss.teacher_temp or start the centre from the first batch."
         )
+    if figures["teacher_entropy"] < NEAR * math.log(prototypes):
+        return (
+            "One-hot collapse: all images go to the same prototype; "
+            "raise loss.teacher_temp, check the centring, or add loss.koleo_weight."
+        )
     return (
-        "One-hot collapse: all images go to the same prototypes; "
-        "raise loss.teacher_temp, check the centring, or add loss.koleo_weight."
+        "The head is dead: every image gets the same distribution over prototypes, or training has hardly begun; "
+        "train longer, raise optim.learning_rate, or add loss.koleo_weight."
     )
 
 
@@ -45,8 +50,8 @@ def print_summary(
     table.add_column("k-NN %", justify="right")
     table.add_column("linear %", justify="right")
     table.add_row("teacher", _percent(figures["knn"]), _percent(figures["linear"]))
-    table.add_row("same network, untrained", _percent(figures["knn_untrained"]), "")
-    table.add_row("raw pixels", _percent(figures["knn_pixels"]), "")
+    table.add_row("same network, untrained", _percent(figures["knn_untrained"]), "-")
+    table.add_row("raw pixels", _percent(figures["knn_pixels"]), "-")
     console.print(table)
     head = Table(title="head", title_justify="left", show_header=False)
     head.add_row("mutual information of images and prototypes", f"{figures['mutual_information']:.2f} nats")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +129,18 @@ def test_loader_gives_the_same_batches_with_and_without_workers_from_any_step(
             if not all(torch.equal(one, other) for one, other in zip(got[place], expected[place], strict=True))
         ]
         assert not wrong, f"{name}: batches {wrong} differ"
+
+
+def test_workers_outlive_the_signals_that_a_terminal_sends_them(tmp_path: Path) -> None:
+    batches = batches_of("digits", tmp_path, data={"workers": 2}, train={"epochs": 10})
+    others = set(multiprocessing.active_children())
+    iterator = iter(load_from(batches, 0))
+    before = [next(iterator) for _ in range(3)]  # by now both are past their start
+    workers = set(multiprocessing.active_children()) - others
+    for worker, number in itertools.product(workers, (signal.SIGINT, signal.SIGTERM)):
+        os.kill(int(str(worker.pid)), number)
+    assert len(workers) == 2
+    assert len(before) + len(list(iterator)) == 20
 
 
 def test_finished_run_has_no_batch_left(tmp_path: Path) -> None:

@@ -340,3 +340,27 @@ def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path: Path) -> None:
     run.train()
     kept = sorted(path.name for path in run.folder.checkpoints.glob("step_*"))
     assert kept == ["step_00000015", "step_00000020"]
+
+
+def test_run_that_fails_in_its_first_step_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = a_run(digits_config(), tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(run.training, "step", failing_step)
+        with pytest.raises(PretrainError, match="not a number"):
+            run.train()
+    assert resumed(tmp_path / "run").step == 0
+
+
+def failing_step(step: int, views: list[Tensor]) -> dict[str, Tensor]:
+    raise PretrainError("the loss is not a number.")
+
+
+def test_refused_run_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmf_pretrain.judge.Judge.knn_pixels", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        a_run(digits_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "a run stopped before it began left its folder"
+
+
+def interrupted(judge: object) -> float:
+    raise KeyboardInterrupt

@@ -46,8 +46,9 @@ def printed(figures: dict[str, Any], width: int = 120) -> str:
         (1.2, 0.999 * math.log(PROTOTYPES), "The head is alive"),
         (0.001, 0.999 * math.log(PROTOTYPES), "Uniform collapse"),
         (0.001, 0.01, "One-hot collapse"),
+        (0.001, 2.0, "The head is dead"),
     ],
-    ids=["alive", "alive and soft", "uniform", "one-hot"],
+    ids=["alive", "alive and soft", "uniform", "one-hot", "same for all"],
 )
 def test_verdict_names_the_state_of_the_head(information: float, entropy: float, said: str) -> None:
     text = verdict({"mutual_information": information, "teacher_entropy": entropy}, PROTOTYPES)

@@ -7,6 +7,7 @@ Two lines of its ``main_dino.py`` change (README); its checkpoints load, in its 
 from __future__ import annotations
 
 import argparse
+import struct
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -59,7 +60,12 @@ def load_checkpoint(
 def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
     # published checkpoints carry their command line as an argparse.Namespace, the one class beside tensors let through
     with torch.serialization.safe_globals([argparse.Namespace]):
-        entries: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            entries: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (struct.error, EOFError) as error:  # how torch meets a file that is no checkpoint at all
+            raise ValueError(
+                f"{path} is not a torch checkpoint ({error}); expected a file that torch.save wrote"
+            ) from None
     return entries
 
 
