@@ -26,7 +26,8 @@ LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
 # Measured with bench/bench_head.py on 2 cores of an EPYC 9004 at K = 65,536, D = 256, fp32:
 BLOCK_PROTOTYPES = 2048  # with 160 rows 1.3 MiB: fits L2
-WORKSPACE_BYTES = 40 * 2**20  # 160 rows of probabilities, about the L3; fewer rows make the products slower
+# 96 rows of probabilities: 32 MiB or more the allocator would map anew each time, fewer rows make the products slower
+WORKSPACE_BYTES = 24 * 2**20
 WORKSPACE_SHARE = 0.5  # of what the logits of all rows would take: a small batch must save memory too
 LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading the prototypes
 LEAST_CHUNK_ROWS = 16
@@ -149,17 +150,17 @@ def _assign_chunk(segments: list[Query], values: Keys | None, out: _Vectors | No
     x_DR = [(query.rows.to(like.dtype) * (query.keys.scale * LOG2_E)).T.contiguous() for query in segments]
     has_sums = out is not None or any(query.sums is not None for query in segments)
     workspace_KR = like.new_empty(count, rows) if has_sums else None
-    scratch_BR = like.new_empty(2, min(BLOCK_PROTOTYPES, count), rows)
+    scratch_BR = like.new_empty(1 if has_sums else 2, min(BLOCK_PROTOTYPES, count), rows)
     maxima = []
     for block in blocks:
-        b_logits, b_spare = scratch_BR[:, : block.stop - block.start]
+        b_logits = scratch_BR[0, : block.stop - block.start]
         b_values = None if values is None else _prototype_block(values, block)
         for query, x, mine in zip(segments, x_DR, columns, strict=True):
             known = b_values if query.keys is values else None
             _score(
                 query.keys, block, _prototype_block(query.keys, block) if known is None else known, x, b_logits[:, mine]
             )
-        b_p = state.absorb(b_logits, b_spare if workspace_KR is None else workspace_KR[block])
+        b_p = state.absorb(b_logits, scratch_BR[1, : len(b_logits)] if workspace_KR is None else workspace_KR[block])
         maxima.append(state.max_R)
         if b_values is not None and values is not None:
             state.gather(b_p, b_values, None if values.bias is None else values.bias[block])
