@@ -26,7 +26,7 @@ from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.once import ReadyGradients, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
 from vmf_kernels.prototypes import Keys, Prototypes, accumulation_dtype, prepare_keys, pull_back_to_stored
-from vmf_kernels.statistics import AssignmentStatistics
+from vmf_kernels.statistics import AssignmentStatistics, or_one, weighted_summary
 
 
 class CrossEntropy(NamedTuple):
@@ -143,14 +143,6 @@ def matched_prototype_cross_entropy(
     )
 
 
-class _Side(NamedTuple):
-    """One network in the operator."""
-
-    features: Tensor  # [R, D]
-    prototypes: Prototypes
-    temperature: Tensor  # []
-
-
 def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -197,18 +189,18 @@ def _cross_entropy_op(
 
     A gradient that is not asked for comes back with 0 elements.
     """
-    student = _Side(student_features, Prototypes(student_weight, student_magnitude, student_kind), student_temperature)
-    teacher = _Side(teacher_features, Prototypes(teacher_weight, teacher_magnitude, teacher_kind), teacher_temperature)
+    student = Prototypes(student_weight, student_magnitude, student_kind)
+    teacher = Prototypes(teacher_weight, teacher_magnitude, teacher_kind)
     run = choose_backend(backend, student_features, student_weight)
     dtype = accumulation_dtype(student_features.dtype)
-    student_keys = prepare_keys(student.prototypes, student_temperature, None, dtype)
-    teacher_keys = prepare_keys(teacher.prototypes, teacher_temperature, teacher_bias, dtype)
+    student_keys = prepare_keys(student, student_temperature, None, dtype)
+    teacher_keys = prepare_keys(teacher, teacher_temperature, teacher_bias, dtype)
     pairing = Pairing(view_weights, image_weights)
     images = check_pairing(pairing, teacher_features.shape[0], student_features.shape[0])
     x_SD, x_TD = student_features.to(dtype), teacher_features.to(dtype)
     n_S, n_T = pairing.student_mass(images), pairing.teacher_mass(images)
 
-    sums = _ColumnBuffers.allocate(student.prototypes, dtype, prototype_gradient)
+    sums = _ColumnBuffers.allocate(student, dtype, prototype_gradient)
     asked = sums.student_query(x_SD, student_keys, n_S)
     answered = sums.teacher_query(x_TD, teacher_keys, n_T, -pairing.to_teachers(x_SD) * student_keys.scale)
     if feature_gradient or prototype_gradient:
@@ -227,9 +219,10 @@ def _cross_entropy_op(
     weight_grad, magnitude_grad = x_SD.new_empty(0), x_SD.new_empty(0)
     if sums.vectors is not None:
         weight_grad = sums.vectors
-        pulled = pull_back_to_stored(student.prototypes, student_temperature, weight_grad, sums.bias_gradient)
+        pulled = pull_back_to_stored(student, student_temperature, weight_grad, sums.bias_gradient)
         magnitude_grad = magnitude_grad if pulled is None else pulled
-    summary = _summary(loss, by_student, by_teacher, n_S, n_T)
+    entropies = (n_T * by_teacher.entropy).sum(), (n_S * by_student.entropy).sum()
+    summary = weighted_summary(loss.to(dtype), *entropies, n_T.sum())
     return loss.to(dtype), summary, sums.usage(n_T), feature_grad, weight_grad, magnitude_grad
 
 
@@ -322,7 +315,7 @@ class _ColumnBuffers(NamedTuple):
 
     def usage(self, n_T: Tensor) -> Tensor:
         """[K] mean teacher probability; zeros where no pair has weight."""
-        return self.mass_2K[1] / _or_one(n_T.sum())
+        return self.mass_2K[1] / or_one(n_T.sum())
 
     def student_query(self, x_SD: Tensor, keys: Keys, n_S: Tensor) -> Query:
         cotangents = None if self.vectors is None else n_S[:, None] * x_SD * keys.scale
@@ -343,15 +336,3 @@ def _loss(
     if teacher.expected_bias is not None:
         loss = loss - (n_T.double() * teacher.expected_bias.double()).sum()
     return loss
-
-
-def _summary(loss: Tensor, student: Assignment, teacher: Assignment, n_S: Tensor, n_T: Tensor) -> Tensor:
-    """[3] weighted means: teacher entropy, student entropy, KL."""
-    total = _or_one(n_T.sum())
-    teacher_entropy = (n_T * teacher.entropy).sum() / total
-    student_entropy = (n_S * student.entropy).sum() / total
-    return torch.stack([teacher_entropy, student_entropy, loss.to(total.dtype) / total - teacher_entropy])
-
-
-def _or_one(total: Tensor) -> Tensor:
-    return torch.where(total == 0, torch.ones_like(total), total)

@@ -20,7 +20,7 @@ from vmf_kernels.cross_entropy import CrossEntropy
 from vmf_kernels.once import TWICE, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
 from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype
-from vmf_kernels.statistics import AssignmentStatistics
+from vmf_kernels.statistics import AssignmentStatistics, or_one, weighted_summary
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
@@ -181,10 +181,8 @@ def _logit_op(
         usage += teacher_mass.reshape(-1) @ q.reshape(-1, count)
         student_lse[chunk], teacher_lse[chunk] = s.log_sum_exp, t.log_sum_exp
     total = weight_B.sum() * view_weights.sum()
-    total = torch.where(total == 0, torch.ones_like(total), total)
-    means = sums / total
-    summary = torch.stack([means[1], means[2], means[0] - means[1]])
-    return sums[0].to(dtype), summary.to(dtype), usage / total, student_lse, teacher_lse
+    summary = weighted_summary(sums[0], sums[1], sums[2], total.double())
+    return sums[0].to(dtype), summary.to(dtype), usage / or_one(total), student_lse, teacher_lse
 
 
 @_logit_op.register_fake

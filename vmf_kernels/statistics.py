@@ -33,6 +33,18 @@ class AssignmentStatistics:
         return entropy(self.usage) - self.teacher_entropy
 
 
+def weighted_summary(loss: Tensor, teacher_entropy: Tensor, student_entropy: Tensor, total: Tensor) -> Tensor:
+    """[3] means (teacher entropy, student entropy, KL) from weighted sums [] over pairs whose weights sum to ``total``."""
+    total = or_one(total)
+    teacher_mean = teacher_entropy / total
+    return torch.stack([teacher_mean, student_entropy / total, loss / total - teacher_mean])
+
+
+def or_one(total: Tensor) -> Tensor:
+    """``total``, or 1 where it is 0: no pair has weight, and every weighted sum is 0 as well."""
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
 def entropy(probabilities: Tensor) -> Tensor:
     """[] Shannon entropy of ``probabilities`` [K], nats; 0 log 0 = 0."""
     return -torch.xlogy(probabilities, probabilities).sum()

@@ -43,8 +43,7 @@ def draw_plots(
     plot_usage(head.usage.cpu(), folder.plots / "usage.png")
     plot_kappa(head.norms.cpu() / config.loss.teacher_temp, folder.plots / "kappa.png")
     sample = images.evaluation_batch(_spread(len(images)))
-    device = next(teacher.parameters()).device
-    maps: Tensor = attention_maps(teacher.backbone, sample.to(device)).cpu()
+    maps: Tensor = attention_maps(teacher.backbone, sample).cpu()
     plot_attention(sample, maps, folder.plots / "attention.png")
 
 

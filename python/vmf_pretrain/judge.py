@@ -42,7 +42,7 @@ class Judge:
         tau = training.teacher_temperature(self.config.train.epochs)
         head = report_head(
             teacher.head,
-            features.to(training.fabric.device),
+            features,
             tau,
             training.loss.centering.bias(tau),
             vmf=training.uses_vmf,
@@ -76,16 +76,13 @@ class Judge:
         return float(knn_accuracy(train, labels, kept, kept_labels, neighbours=k, temperature=temperature))
 
     def _linear(self, train: Tensor, kept: Tensor) -> float | None:
-        if int(self._labels(self.train).max()) == int(
-            self._labels(self.train).min()
-        ):  # a probe has nothing to tell apart
+        labels = self._labels(self.train)
+        if bool((labels == labels[0]).all()):  # a probe has nothing to tell apart
             return None
-        return float(linear_accuracy(train, self._labels(self.train), kept, self._labels(self._kept())))
+        return float(linear_accuracy(train, labels, kept, self._labels(self._kept())))
 
     def _features(self, backbone: nn.Module, images: Images) -> Tensor:
-        device = next(backbone.parameters()).device
-        features: Tensor = extract_features(backbone, (batch.to(device) for batch in self._batches(images)))
-        return features.float().cpu()
+        return extract_features(backbone, self._batches(images))
 
     def _pixels(self, images: Images) -> Tensor:
         small = (adaptive_avg_pool2d(batch, min(batch.shape[-1], PIXEL_SIDE)) for batch in self._batches(images))

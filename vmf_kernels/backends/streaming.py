@@ -41,10 +41,11 @@ def unsupported(rows: Tensor, weight: Tensor) -> str | None:
 def assign(queries: Sequence[Query], values: Keys | None = None, vectors_KD: Tensor | None = None) -> list[Assignment]:
     """Soft assignments as in ``contract``, chunk by chunk of the queries' rows laid end to end."""
     parts: list[list[Assignment]] = [[] for _ in queries]
+    common_bias = 0.0 if values is None or values.bias is None else values.bias.median()
     overwrite = True
     for chunk in _chunks(queries):
         out = None if vectors_KD is None else _Vectors(vectors_KD, overwrite)
-        for index, part in zip(chunk, _assign_chunk(list(chunk.values()), values, out), strict=True):
+        for index, part in zip(chunk, _assign_chunk(list(chunk.values()), values, common_bias, out), strict=True):
             parts[index].append(part)
         overwrite = False
     return [_joined(part) for part in parts]
@@ -73,12 +74,11 @@ class _OnlineSoftmax:
     deviation_R: Tensor  # sum of 2^(l - max) (l - max), for the entropy
     barycentre_DR: Tensor | None
     bias_R: Tensor | None  # sum of 2^(l - max) (bias - common_bias)
-    common_bias: (
-        Tensor | float
-    )  # a long sum of like numbers rounds the same way in every row: only differences are summed
+    # a long sum of like numbers rounds the same way in every row: only differences from this are summed
+    common_bias: Tensor | float
 
     @classmethod
-    def empty(cls, like: Tensor, rows: int, values: Keys | None) -> _OnlineSoftmax:
+    def empty(cls, like: Tensor, rows: int, values: Keys | None, common_bias: Tensor | float) -> _OnlineSoftmax:
         zero = like.new_zeros(rows)
         return cls(
             # the lowest finite number, not -inf: (-inf) - (-inf) would be NaN
@@ -87,7 +87,7 @@ class _OnlineSoftmax:
             deviation_R=zero,
             barycentre_DR=None if values is None else like.new_zeros(values.weight.shape[1], rows),
             bias_R=None if values is None or values.bias is None else zero,
-            common_bias=0.0 if values is None or values.bias is None else values.bias.median(),
+            common_bias=common_bias,
         )
 
     def absorb(self, logits_BR: Tensor, out_BR: Tensor) -> Tensor:
@@ -142,11 +142,13 @@ class _Vectors(NamedTuple):
         torch.addmm(target, p_BR, cotangents_RD, beta=0 if self.overwrite else 1, out=target)
 
 
-def _assign_chunk(segments: list[Query], values: Keys | None, out: _Vectors | None) -> list[Assignment]:
+def _assign_chunk(
+    segments: list[Query], values: Keys | None, common_bias: Tensor | float, out: _Vectors | None
+) -> list[Assignment]:
     keys, like = segments[0].keys, segments[0].keys.scale
     count, blocks, columns = keys.weight.shape[0], list(_blocks(keys)), _columns(segments)
     rows = columns[-1].stop
-    state = _OnlineSoftmax.empty(like, rows, values)
+    state = _OnlineSoftmax.empty(like, rows, values, common_bias)
     x_DR = [(query.rows.to(like.dtype) * (query.keys.scale * LOG2_E)).T.contiguous() for query in segments]
     has_sums = out is not None or any(query.sums is not None for query in segments)
     workspace_KR = like.new_empty(count, rows) if has_sums else None
