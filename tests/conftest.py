@@ -1,11 +1,18 @@
-"""What every test starts from: one seed, and one thread, for two that wait for each other on a busy machine crawl."""
+"""What every test starts from: one seed, and one thread, for two that wait for each other on a busy machine crawl.
+
+Without a GPU, Triton's kernels run under its interpreter, which is chosen before any of them is imported.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -19,7 +19,7 @@ from vmf_kernels.assign import (
     temperature_tensor,
     without_autocast,
 )
-from vmf_kernels.backends import reference, streaming
+from vmf_kernels.backends.contract import Backend
 from vmf_kernels.prototypes import KINDS, prepare_keys
 from vmf_kernels.testing import random_problem
 
@@ -156,8 +156,8 @@ def test_compiled_in_one_graph_they_equal_eager() -> None:
 
 def test_auto_takes_the_first_backend_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3)
-    able = cast(ModuleType, SimpleNamespace(unsupported=lambda rows, weight: None))
-    unable = cast(ModuleType, SimpleNamespace(unsupported=lambda rows, weight: "no such processor"))
+    able = cast(Backend, SimpleNamespace(unsupported=lambda rows, weight: None))
+    unable = cast(Backend, SimpleNamespace(unsupported=lambda rows, weight: "no such processor"))
     monkeypatch.setattr(assign, "BACKENDS", {"unable": unable, "able": able})
     monkeypatch.setattr(assign, "PREFERENCE", {"cpu": ("unable", "able")})
     assert choose_backend("auto", x, x) is able
@@ -165,14 +165,15 @@ def test_auto_takes_the_first_backend_that_can_run(monkeypatch: pytest.MonkeyPat
 
 def test_auto_means_streaming_and_a_name_means_that_backend() -> None:
     x = torch.randn(2, 3)
-    assert choose_backend("auto", x, x) is streaming
-    assert choose_backend("streaming", x, x) is streaming
-    assert choose_backend("reference", x, x) is reference
+    assert choose_backend("auto", x, x) is assign.BACKENDS["streaming"]
+    assert choose_backend("streaming", x, x) is assign.BACKENDS["streaming"]
+    assert choose_backend("reference", x, x) is assign.BACKENDS["reference"]
 
 
 def test_a_backend_asked_for_by_name_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3)
-    monkeypatch.setattr(streaming, "unsupported", lambda rows, weight: "no such processor")
+    unable = cast(Backend, SimpleNamespace(unsupported=lambda rows, weight: "no such processor"))
+    monkeypatch.setitem(assign.BACKENDS, "streaming", unable)
     with pytest.raises(RuntimeError, match="backend 'streaming' cannot run here: no such processor"):
         choose_backend("streaming", x, x)
 
@@ -214,7 +215,7 @@ def test_what_only_one_op_needs_is_checked_too() -> None:
         prototype_usage(torch.randn(3, 4), prototypes, 0.1, torch.zeros(6))
     with pytest.raises(ValueError, match=r"offset has shape \(1,\); expected \[3\], one for each row"):
         column_log_sum_exp(torch.randn(3, 4), prototypes, 0.1, torch.zeros(1))
-    with pytest.raises(ValueError, match="unknown backend 'gpu'; expected one of auto, reference, streaming"):
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; expected one of auto, reference, streaming, triton"):
         prototype_usage(torch.randn(3, 4), prototypes, 0.1, backend="gpu")
 
 

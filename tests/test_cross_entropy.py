@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmf_kernels import Prototypes, cross_entropy, matched_prototype_cross_entropy, prototype_cross_entropy
-from vmf_kernels.backends import streaming
+from vmf_kernels import Prototypes, assign, matched_prototype_cross_entropy, prototype_cross_entropy
+from vmf_kernels.backends import composed, streaming
+from vmf_kernels.backends.composed import ComposedBackend
 from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.prototypes import KINDS, Keys
 from vmf_kernels.testing import (
@@ -332,16 +333,17 @@ def test_a_broken_backend_fails_the_budget(
 ) -> None:
     """Negative control."""
     problem = random_problem(images=3, views=(2, 5), prototypes=127, dim=24, dtype=dtype)
-    monkeypatch.setattr(streaming, "assign", broken(streaming.assign))
+    damaged = ComposedBackend(broken(streaming.assign), streaming.column_log_sum_exp)
+    monkeypatch.setitem(assign.BACKENDS, "streaming", damaged)
     with pytest.raises(AssertionError, match=r"error .*, budget"):
         assert_within_budget(library_outcome(problem, "streaming"), problem)
 
 
 def test_a_lost_gradient_of_the_normaliser_fails_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: beta, equation (6), replaced by zeros; only the gradient at the prototypes can tell."""
-    pull_back = cross_entropy.pull_back_to_stored
+    pull_back = composed.pull_back_to_stored
     monkeypatch.setattr(
-        cross_entropy, "pull_back_to_stored", lambda p, t, gradient, beta: pull_back(p, t, gradient, 0 * beta)
+        composed, "pull_back_to_stored", lambda p, t, gradient, beta: pull_back(p, t, gradient, 0 * beta)
     )
     problem = random_problem(images=3, views=(2, 5), prototypes=127, kind="linear_vmf", dtype=torch.float32)
     with pytest.raises(AssertionError, match="weight_gradient: largest error"):
@@ -364,11 +366,10 @@ def test_the_budget_of_every_quantity_is_a_few_roundings_and_refuses_nan(name: s
 
 
 def test_no_backend_is_asked_by_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("assign", "column_log_sum_exp"):
-        monkeypatch.setattr(streaming, name, None)
+    monkeypatch.setattr(assign, "BACKENDS", dict.fromkeys(assign.BACKENDS))
     problem = random_problem(prototypes=127)
     assert torch.isfinite(dense_outcome(problem)["loss"])
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'unsupported'"):
         prototype_cross_entropy(
             problem.student_features,
             problem.student_prototypes,

@@ -382,6 +382,7 @@ WRONG: list[Any] = [
     pytest.param({"student_temperature": 0.0}, "student_temperature is 0.0; expected a number > 0", id="student-tau"),
     pytest.param({"teacher_temperature": torch.tensor(-1.0)}, "teacher_temperature is -1.0", id="teacher-tau"),
     pytest.param({"teacher_temperature": torch.ones(2)}, "teacher_temperature has 2 elements", id="taus"),
+    pytest.param({"backend": "numpy"}, "unknown backend 'numpy'; expected one of auto, torch, triton", id="backend"),
 ]
 
 

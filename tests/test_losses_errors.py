@@ -174,7 +174,7 @@ def test_an_error_leaves_the_center_alone() -> None:
 
 @pytest.mark.parametrize("make", [DINOLoss, DINOvMFLoss])
 def test_backend_is_known_when_the_loss_is_made(make: type[DINOLoss]) -> None:
-    with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of auto, reference, streaming"):
+    with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of auto, reference, streaming, triton"):
         make(7, 2, 0.04, 0.04, 0, 1, backend="fast")
 
 

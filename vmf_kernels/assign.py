@@ -7,25 +7,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from vmf_kernels.backends import reference, streaming
-from vmf_kernels.backends.contract import Query
-from vmf_kernels.prototypes import Prototypes, accumulation_dtype, prepare_keys
+from vmf_kernels.backends.composed import ComposedBackend
+from vmf_kernels.backends.contract import Backend
+from vmf_kernels.backends.triton import TritonBackend
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "streaming": streaming}
-PREFERENCE = {"cuda": ("streaming",), "cpu": ("streaming",)}  # of "auto", best first; other devices go as "cpu"
+BACKENDS: dict[str, Backend] = {
+    "reference": ComposedBackend(reference.assign, reference.column_log_sum_exp),
+    "streaming": ComposedBackend(streaming.assign, streaming.column_log_sum_exp),
+    "triton": TritonBackend(),
+}
+PREFERENCE = {
+    "cuda": ("triton", "streaming"),
+    "cpu": ("streaming",),
+}  # of "auto", best first; other devices go as "cpu"
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-def choose_backend(backend: str, rows: Tensor, weight: Tensor) -> ModuleType:
-    """The module that computes the operator on these tensors.
+def choose_backend(backend: str, rows: Tensor, weight: Tensor) -> Backend:
+    """The one that computes the operator on these tensors.
 
     Args:
         backend: "auto" takes the first that can run; a name takes that one or raises.
@@ -210,11 +218,8 @@ def _usage_op(
     temperature: Tensor,
     backend: str,
 ) -> Tensor:
-    dtype = accumulation_dtype(features.dtype)
-    keys = prepare_keys(Prototypes(weight, magnitude, kind), temperature, bias, dtype)
-    mean = torch.full((1, features.shape[0]), 1 / features.shape[0], dtype=dtype, device=features.device)
-    usage = mean.new_zeros(weight.shape[0])
-    choose_backend(backend, features, weight).assign([Query(features, keys, None, mean, usage[None])])
+    run = choose_backend(backend, features, weight)
+    usage = run.usage(features, Prototypes(weight, magnitude, kind), temperature, bias)
     refuse_nan_prototypes(usage, weight, magnitude)
     return usage
 
@@ -237,9 +242,8 @@ def _(
 def _row_op(
     features: Tensor, weight: Tensor, magnitude: Tensor | None, kind: str, temperature: Tensor, backend: str
 ) -> Tensor:
-    keys = prepare_keys(Prototypes(weight, magnitude, kind), temperature, None, accumulation_dtype(features.dtype))
-    lse: Tensor = choose_backend(backend, features, weight).assign([Query(features, keys)])[0].log_sum_exp
-    return lse
+    run = choose_backend(backend, features, weight)
+    return run.row_log_sum_exp(features, Prototypes(weight, magnitude, kind), temperature)
 
 
 @_row_op.register_fake
@@ -260,9 +264,8 @@ def _column_op(
     offset: Tensor,
     backend: str,
 ) -> Tensor:
-    keys = prepare_keys(Prototypes(weight, magnitude, kind), temperature, None, accumulation_dtype(features.dtype))
-    lse: Tensor = choose_backend(backend, features, weight).column_log_sum_exp(features, keys, offset)
-    return lse
+    run = choose_backend(backend, features, weight)
+    return run.column_log_sum_exp(features, Prototypes(weight, magnitude, kind), temperature, offset)
 
 
 @_column_op.register_fake

@@ -123,7 +123,7 @@ class _MeanResultantLength(torch.autograd.Function):
 # DLMF 10.29.1 divided by I_nu. Downwards nothing in it cancels, and each step shrinks the error of the one before.
 
 
-def _orders(dim: int) -> list[float]:
+def orders(dim: int) -> list[float]:
     """The orders to visit, in steps of one: from the first where the expansion serves down to dim/2 - 1."""
     order = dim / 2 - 1
     steps_up = max(0, math.ceil(MIN_DEBYE_ORDER - order))
@@ -132,12 +132,12 @@ def _orders(dim: int) -> list[float]:
 
 def _log_constant(kappa: Tensor, dim: int) -> Tensor:
     """log C_dim(kappa) - log C_dim(0): the expansion at the largest order, then one term <= 0 per step down."""
-    orders = _orders(dim)
-    log_constant = _debye_log_constant(kappa, orders[0])
-    if len(orders) == 1:
+    visited = orders(dim)
+    log_constant = _debye_log_constant(kappa, visited[0])
+    if len(visited) == 1:
         return log_constant
-    ratio = _debye_ratio(kappa, orders[0])
-    for order in orders[:-1]:
+    ratio = _debye_ratio(kappa, visited[0])
+    for order in visited[:-1]:
         scaled = kappa * ratio
         log_constant = log_constant - torch.log1p(scaled / (2 * order))
         ratio = kappa / (2 * order + scaled)
@@ -146,22 +146,22 @@ def _log_constant(kappa: Tensor, dim: int) -> Tensor:
 
 def _mean_resultant_length(kappa: Tensor, dim: int) -> Tensor:
     """r_nu at nu = dim/2 - 1."""
-    orders = _orders(dim)
-    ratio = _debye_ratio(kappa, orders[0])
-    for order in orders[:-1]:
+    visited = orders(dim)
+    ratio = _debye_ratio(kappa, visited[0])
+    for order in visited[:-1]:
         ratio = kappa / (2 * order + kappa * ratio)
     return ratio
 
 
 def _mean_resultant_slope(kappa: Tensor, dim: int) -> Tensor:
     """Derivative of r_nu by kappa at nu = dim/2 - 1: the recurrence of the ratio, differentiated."""
-    orders = _orders(dim)
-    if len(orders) == 1:
-        return _debye_ratio_slope(kappa, orders[0])
+    visited = orders(dim)
+    if len(visited) == 1:
+        return _debye_ratio_slope(kappa, visited[0])
     # float64: the slope's steps, unlike the ratio's, do cancel, and float32 would keep four digits of it at dim = 2
     k = kappa.double()
-    ratio, slope = _debye_ratio(k, orders[0]), _debye_ratio_slope(k, orders[0])
-    for order in orders[:-1]:
+    ratio, slope = _debye_ratio(k, visited[0]), _debye_ratio_slope(k, visited[0])
+    for order in visited[:-1]:
         denominator = 2 * order + k * ratio
         slope = (2 * order - k * (k * slope)) / denominator / denominator
         ratio = k / denominator
@@ -177,7 +177,7 @@ def _debye_log_constant(kappa: Tensor, order: float) -> Tensor:
     z = kappa / order
     s = torch.hypot(z, torch.ones_like(z))  # not sqrt(1 + z^2): that square overflows float32 from 2e19 on
     d = z * (z / (1 + s))
-    q = _polynomial(s.reciprocal(), _difference_coefficients(order, kappa.dtype))
+    q = _polynomial(s.reciprocal(), difference_coefficients(order, kappa.dtype))
     return order * (torch.log1p(d / 2) - d) + torch.log1p(d) / 2 + (d / s) * q
 
 
@@ -186,7 +186,7 @@ def _debye_ratio(kappa: Tensor, order: float) -> Tensor:
     z = kappa / order
     s = torch.hypot(z, torch.ones_like(z))
     t = s.reciprocal()
-    p = _polynomial(t, _slope_coefficients(order, kappa.dtype))
+    p = _polynomial(t, slope_coefficients(order, kappa.dtype))
     return z / (1 + s) - (z * t) * t * (p / order)
 
 
@@ -194,7 +194,7 @@ def _debye_ratio_slope(kappa: Tensor, order: float) -> Tensor:
     """Derivative of ``_debye_ratio`` by kappa: ``t^2 (1/(1 + t) + w/nu)/nu``, w = (1 - 2 t^2) p + (1 - t^2) t p'."""
     z = kappa / order
     t = torch.hypot(z, torch.ones_like(z)).reciprocal()
-    p = _slope_coefficients(order, kappa.dtype)
+    p = slope_coefficients(order, kappa.dtype)
     # the coefficient of t^m in w takes only p[m] and p[m - 2]
     w = [(m + 1) * a - m * b for m, (a, b) in enumerate(zip([*p, 0.0, 0.0], [0.0, 0.0, *p], strict=True))]
     return t * t * (1 / (1 + t) + _polynomial(t, w) / order) / order
@@ -210,13 +210,13 @@ def _expansion_coefficients(order: float, dtype: torch.dtype) -> list[float]:
     return coefficients
 
 
-def _difference_coefficients(order: float, dtype: torch.dtype) -> list[float]:
+def difference_coefficients(order: float, dtype: torch.dtype) -> list[float]:
     """Coefficients of q in ``(1 - t) q(t) = sum_j (D_j(1) - D_j(t))/nu^j``: that of t^i sums those of D beyond i."""
     expansion = _expansion_coefficients(order, dtype)
     return [math.fsum(expansion[i + 1 :]) for i in range(len(expansion) - 1)]
 
 
-def _slope_coefficients(order: float, dtype: torch.dtype) -> list[float]:
+def slope_coefficients(order: float, dtype: torch.dtype) -> list[float]:
     """Coefficients of ``p(t) = 1/2 + t sum_j D_j'(t)/nu^j``."""
     expansion = _expansion_coefficients(order, dtype)
     return [0.5, *(power * expansion[power] for power in range(1, len(expansion)))]

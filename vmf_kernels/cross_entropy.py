@@ -22,11 +22,11 @@ from vmf_kernels.assign import (
     temperature_tensor,
     without_autocast,
 )
-from vmf_kernels.backends.contract import Assignment, Query
+from vmf_kernels.backends.contract import LossInputs
 from vmf_kernels.once import ReadyGradients, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
-from vmf_kernels.prototypes import Keys, Prototypes, accumulation_dtype, prepare_keys, pull_back_to_stored
-from vmf_kernels.statistics import AssignmentStatistics, or_one, weighted_summary
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype
+from vmf_kernels.statistics import AssignmentStatistics
 
 
 class CrossEntropy(NamedTuple):
@@ -65,7 +65,7 @@ def prototype_cross_entropy(
         student_temperature, teacher_temperature: positive; a float or a tensor of one element.
         teacher_bias: [K] nats added to the teacher's logits (a centre or dual vector), or None.
         image_weights: [B] further weight of each image, or None.
-        backend: "auto", "streaming" or "reference".
+        backend: "auto", "triton", "streaming" or "reference".
 
     Returns:
         The loss, nats, and its statistics.
@@ -191,39 +191,23 @@ def _cross_entropy_op(
     """
     student = Prototypes(student_weight, student_magnitude, student_kind)
     teacher = Prototypes(teacher_weight, teacher_magnitude, teacher_kind)
-    run = choose_backend(backend, student_features, student_weight)
-    dtype = accumulation_dtype(student_features.dtype)
-    student_keys = prepare_keys(student, student_temperature, None, dtype)
-    teacher_keys = prepare_keys(teacher, teacher_temperature, teacher_bias, dtype)
-    pairing = Pairing(view_weights, image_weights)
-    images = check_pairing(pairing, teacher_features.shape[0], student_features.shape[0])
-    x_SD, x_TD = student_features.to(dtype), teacher_features.to(dtype)
-    n_S, n_T = pairing.student_mass(images), pairing.teacher_mass(images)
-
-    sums = _ColumnBuffers.allocate(student, dtype, prototype_gradient)
-    asked = sums.student_query(x_SD, student_keys, n_S)
-    answered = sums.teacher_query(x_TD, teacher_keys, n_T, -pairing.to_teachers(x_SD) * student_keys.scale)
-    if feature_gradient or prototype_gradient:
-        by_teacher, by_student = run.assign([answered, asked], student_keys, sums.vectors)
-    else:  # the student's barycentre, half its work, serves gradients only
-        (by_student,) = run.assign([asked])
-        (by_teacher,) = run.assign([answered], student_keys)
-    refuse_nan_prototypes(by_student.log_sum_exp, student_weight, student_magnitude)
-    refuse_nan_prototypes(by_teacher.log_sum_exp, teacher_weight, teacher_magnitude)
-
-    barycentre_SD = pairing.to_students(by_teacher.barycentre)
-    loss = _loss(by_student, by_teacher, (n_S, n_T), (barycentre_SD * x_SD).sum(dim=1), student_keys.scale)
-    feature_grad = x_SD.new_empty(0)
-    if feature_gradient:
-        feature_grad = student_keys.scale * (n_S[:, None] * by_student.barycentre - barycentre_SD)  # (4)
-    weight_grad, magnitude_grad = x_SD.new_empty(0), x_SD.new_empty(0)
-    if sums.vectors is not None:
-        weight_grad = sums.vectors
-        pulled = pull_back_to_stored(student, student_temperature, weight_grad, sums.bias_gradient)
-        magnitude_grad = magnitude_grad if pulled is None else pulled
-    entropies = (n_T * by_teacher.entropy).sum(), (n_S * by_student.entropy).sum()
-    summary = weighted_summary(loss.to(dtype), *entropies, n_T.sum())
-    return loss.to(dtype), summary, sums.usage(n_T), feature_grad, weight_grad, magnitude_grad
+    outputs = choose_backend(backend, student_features, student_weight).cross_entropy(
+        LossInputs(
+            student_features,
+            student,
+            teacher_features,
+            teacher,
+            teacher_bias,
+            Pairing(view_weights, image_weights),
+            student_temperature,
+            teacher_temperature,
+            feature_gradient,
+            prototype_gradient,
+        )
+    )
+    refuse_nan_prototypes(outputs.loss, student_weight, student_magnitude)
+    refuse_nan_prototypes(outputs.loss, teacher_weight, teacher_magnitude)
+    return outputs
 
 
 @_cross_entropy_op.register_fake
@@ -290,49 +274,3 @@ def _backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tup
 
 
 _cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _ColumnBuffers(NamedTuple):
-    """Sums over rows that both networks contribute to: equations (5) and (6)."""
-
-    vectors: Tensor | None  # [K, D] gradient at the student's effective prototypes
-    mass_2K: Tensor  # sum_s n_s p_s(k), sum_t n_t q_t(k)
-    student_mass_wanted: bool
-
-    @classmethod
-    def allocate(cls, prototypes: Prototypes, dtype: torch.dtype, prototype_gradient: bool) -> _ColumnBuffers:
-        weight = prototypes.weight
-        return cls(
-            weight.new_empty(weight.shape, dtype=dtype) if prototype_gradient else None,
-            weight.new_zeros(2, prototypes.count, dtype=dtype),
-            prototype_gradient and prototypes.has_normalizer,
-        )
-
-    @property
-    def bias_gradient(self) -> Tensor:
-        """[K] beta."""
-        return self.mass_2K[0] - self.mass_2K[1]
-
-    def usage(self, n_T: Tensor) -> Tensor:
-        """[K] mean teacher probability; zeros where no pair has weight."""
-        return self.mass_2K[1] / or_one(n_T.sum())
-
-    def student_query(self, x_SD: Tensor, keys: Keys, n_S: Tensor) -> Query:
-        cotangents = None if self.vectors is None else n_S[:, None] * x_SD * keys.scale
-        if not self.student_mass_wanted:
-            return Query(x_SD, keys, cotangents)
-        return Query(x_SD, keys, cotangents, n_S[None], self.mass_2K[:1])
-
-    def teacher_query(self, x_TD: Tensor, keys: Keys, n_T: Tensor, cotangents_TD: Tensor) -> Query:
-        return Query(x_TD, keys, None if self.vectors is None else cotangents_TD, n_T[None], self.mass_2K[1:])
-
-
-def _loss(
-    student: Assignment, teacher: Assignment, mass: tuple[Tensor, Tensor], alignment_S: Tensor, scale: Tensor
-) -> Tensor:
-    """[] equation (3), summed in fp64: the three terms nearly cancel when the logits share a large offset."""
-    n_S, n_T = mass
-    loss = (n_S.double() * student.log_sum_exp.double() - alignment_S.double() * scale.double()).sum()
-    if teacher.expected_bias is not None:
-        loss = loss - (n_T.double() * teacher.expected_bias.double()).sum()
-    return loss

@@ -1,7 +1,7 @@
 """The same cross-entropy for codebases that keep their head: logits in, one fused pass, one gradient pass.
 
-Images go through in chunks that fit the cache; every logit is read once forward and once backward, and nothing else of the
-size of the logits is stored but their gradient.
+In torch, images go through in chunks that fit the cache; on NVIDIA GPUs the kernels of ``backends.triton.logits`` take over.
+Every student logit is read once forward and once backward, and nothing of the size of the logits is stored but their gradient.
 
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
 """
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from vmf_kernels.assign import check_bias, temperature_tensor, without_autocast
+from vmf_kernels.backends.triton import logits as triton_logits
+from vmf_kernels.backends.triton.logits import Side, Sums
 from vmf_kernels.cross_entropy import CrossEntropy
 from vmf_kernels.once import TWICE, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
@@ -24,6 +26,7 @@ from vmf_kernels.statistics import AssignmentStatistics, or_one, weighted_summar
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
+BACKENDS = ("auto", "torch", "triton")
 CHUNK_BYTES = 8 * 2**20  # of logits at once: a few such copies stay in a 32 MiB L3
 
 
@@ -37,6 +40,7 @@ def logit_cross_entropy(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     image_weights: Tensor | None = None,
+    backend: str = "auto",
 ) -> CrossEntropy:
     """Weighted sum over pairs of rows of ``-sum_k q_t(k) log p_s(k)`` from stored logits.
 
@@ -50,12 +54,16 @@ def logit_cross_entropy(
         pair_weights, image_weights: [G, V] and [B] or None, as there.
         student_temperature, teacher_temperature: positive; a float or a tensor of one element.
         student_bias, teacher_bias: [K] nats, e.g. vMF log-normalisers and minus the centre, or None.
+        backend: "torch" runs anywhere; "triton" has kernels for NVIDIA GPUs, rows of adjacent elements, up to fp32 and up to
+            8 teacher views; "auto" takes it for CUDA tensors that it can run on.
 
     Raises:
-        ValueError: shapes, weights or temperatures do not fit; says what was got and what was expected.
-        RuntimeError: differentiated twice.
+        ValueError: shapes, weights, temperatures or the backend's name do not fit; says what was got and what was expected.
+        RuntimeError: differentiated twice, or the backend asked for cannot run.
     Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, section 3.1.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     _check_logits(student_logits, teacher_logits)
     check_bias(student_bias, student_logits.shape[1], "student_bias")
     check_bias(teacher_bias, student_logits.shape[1], "teacher_bias")
@@ -72,6 +80,7 @@ def logit_cross_entropy(
         images,
         temperature_tensor(student_temperature, "student_temperature", device),
         temperature_tensor(teacher_temperature, "teacher_temperature", device),
+        backend,
     )
     return CrossEntropy(loss, AssignmentStatistics.of_op(summary, usage))
 
@@ -102,9 +111,9 @@ class _Logits(NamedTuple):
     bias: Tensor | None  # [K], base 2
 
     @classmethod
-    def of(cls, rows: Tensor, views: int, temperature: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Logits:
-        scaled = None if bias is None else bias.reshape(-1).to(dtype).clamp(min=LOWEST_BIAS) * LOG2_E
-        return cls(_by_view(rows, views), (LOG2_E / temperature).to(dtype), scaled)
+    def of(cls, side: Side, views: int, dtype: torch.dtype) -> _Logits:
+        scaled = None if side.bias is None else side.bias.reshape(-1).to(dtype).clamp(min=LOWEST_BIAS) * LOG2_E
+        return cls(_by_view(side.logits, views), (LOG2_E / side.temperature).to(dtype), scaled)
 
     def chunk(self, images: slice) -> Tensor:
         """[b, views, K] base-2 logits of some images, a fresh tensor."""
@@ -146,6 +155,72 @@ def _image_chunks(images: int, row_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + size, images))
 
 
+def _takes_triton(backend: str, student: Side, teacher: Side, view_weights: Tensor) -> bool:
+    """Whether the kernels run; "auto" never takes them where they are interpreted, on the CPU.
+
+    Raises:
+        RuntimeError: they are asked for by name and cannot run; says why.
+    """
+    if backend == "torch" or (backend == "auto" and student.logits.device.type != "cuda"):
+        return False
+    reason = triton_logits.unsupported(student.logits, teacher.logits, view_weights)
+    if backend == "triton" and reason is not None:
+        raise RuntimeError(f"backend 'triton' cannot run here: {reason}")
+    return reason is None
+
+
+def _torch_forward(student: Side, teacher: Side, view_weights: Tensor, weight_B: Tensor) -> Sums:
+    """``triton_logits.forward`` in torch, for any floating dtype and strides."""
+    (teacher_views, views), count = view_weights.shape, student.logits.shape[1]
+    dtype = accumulation_dtype(student.logits.dtype)
+    student_rows, teacher_rows = _Logits.of(student, views, dtype), _Logits.of(teacher, teacher_views, dtype)
+    images = student_rows.rows.shape[1]
+    sums = torch.zeros(3, dtype=torch.float64, device=student.logits.device)
+    usage = view_weights.new_zeros(count)
+    student_lse, teacher_lse = usage.new_empty(images, views), usage.new_empty(images, teacher_views)
+    for chunk in _image_chunks(images, (views + teacher_views) * count * dtype.itemsize):
+        s, t = _Softmax.of(student_rows.chunk(chunk)), _Softmax.of(teacher_rows.chunk(chunk))
+        q = t.unnormalized / t.mass[..., None]
+        # log p relative to the row's maximum: an offset common to the row never enters
+        cross = s.mass.log2()[:, None, :] - q @ s.deviation.transpose(1, 2)
+        weight_bGV = weight_B[chunk, None, None] * view_weights
+        teacher_mass, student_mass = weight_bGV.sum(dim=2), weight_bGV.sum(dim=1)
+        sums += torch.stack(
+            [(weight_bGV * cross).sum() * LN_2, (teacher_mass * t.entropy()).sum(), (student_mass * s.entropy()).sum()]
+        )
+        usage += teacher_mass.reshape(-1) @ q.reshape(-1, count)
+        student_lse[chunk], teacher_lse[chunk] = s.log_sum_exp, t.log_sum_exp
+    return Sums(sums, usage, student_lse, teacher_lse)
+
+
+def _torch_backward(
+    loss_grad: Tensor,
+    student: Side,
+    teacher: Side,
+    view_weights: Tensor,
+    weight_B: Tensor,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``triton_logits.backward`` in torch, for any floating dtype and strides."""
+    (teacher_views, views), count = view_weights.shape, student.logits.shape[1]
+    dtype = accumulation_dtype(student.logits.dtype)
+    student_rows, teacher_rows = _Logits.of(student, views, dtype), _Logits.of(teacher, teacher_views, dtype)
+    # scaled in fp32 before the cast: under a GradScaler the unscaled gradient would underflow in fp16
+    weight_B = weight_B * loss_grad.to(dtype)
+    gradient = torch.empty_like(student.logits, memory_format=torch.contiguous_format)
+    by_view = _by_view(gradient, views)
+    bias_gradient = view_weights.new_zeros(count)
+    for chunk in _image_chunks(weight_B.shape[0], (views + teacher_views) * count * dtype.itemsize):
+        p = student_rows.chunk(chunk).sub_(student_lse[chunk, :, None]).exp2_()
+        q = teacher_rows.chunk(chunk).sub_(teacher_lse[chunk, :, None]).exp2_()
+        p.mul_(view_weights.sum(dim=0)[:, None]).sub_(view_weights.T @ q).mul_(weight_B[chunk, None, None])
+        if student.bias is not None:
+            bias_gradient += p.sum(dim=(0, 1))
+        by_view[:, chunk] = p.mul_(student.temperature.to(dtype).reciprocal()).transpose(0, 1)
+    return gradient, bias_gradient
+
+
 @torch.library.custom_op("vmf_kernels::logit_cross_entropy", mutates_args=())
 @without_autocast
 def _logit_op(
@@ -157,32 +232,19 @@ def _logit_op(
     image_weights: Tensor | None,
     student_temperature: Tensor,
     teacher_temperature: Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], statistics [3], usage [K], base-2 log-sum-exp of the student [B, V] and of the teacher [B, G])."""
-    (teacher_views, views), count = view_weights.shape, student_logits.shape[1]
-    dtype = accumulation_dtype(student_logits.dtype)
-    student = _Logits.of(student_logits, views, student_temperature, student_bias, dtype)
-    teacher = _Logits.of(teacher_logits, teacher_views, teacher_temperature, teacher_bias, dtype)
-    images = student.rows.shape[1]
+    student = Side(student_logits, student_bias, student_temperature)
+    teacher = Side(teacher_logits, teacher_bias, teacher_temperature)
+    images = student_logits.shape[0] // view_weights.shape[1]
     weight_B = view_weights.new_ones(images) if image_weights is None else image_weights
-    sums = torch.zeros(3, dtype=torch.float64, device=student_logits.device)  # loss, H(q), H(p), weighted
-    usage = view_weights.new_zeros(count)
-    student_lse, teacher_lse = usage.new_empty(images, views), usage.new_empty(images, teacher_views)
-    for chunk in _image_chunks(images, (views + teacher_views) * count * dtype.itemsize):
-        s, t = _Softmax.of(student.chunk(chunk)), _Softmax.of(teacher.chunk(chunk))
-        q = t.unnormalized / t.mass[..., None]
-        # log p relative to the row's maximum: an offset common to the row never enters
-        cross = s.mass.log2()[:, None, :] - q @ s.deviation.transpose(1, 2)
-        weight_bGV = weight_B[chunk, None, None] * view_weights
-        teacher_mass, student_mass = weight_bGV.sum(dim=2), weight_bGV.sum(dim=1)
-        sums += torch.stack(
-            [(weight_bGV * cross).sum() * LN_2, (teacher_mass * t.entropy()).sum(), (student_mass * s.entropy()).sum()]
-        )
-        usage += teacher_mass.reshape(-1) @ q.reshape(-1, count)
-        student_lse[chunk], teacher_lse[chunk] = s.log_sum_exp, t.log_sum_exp
+    forward = triton_logits.forward if _takes_triton(backend, student, teacher, view_weights) else _torch_forward
+    sums = forward(student, teacher, view_weights, weight_B)
     total = weight_B.sum() * view_weights.sum()
-    summary = weighted_summary(sums[0], sums[1], sums[2], total.double())
-    return sums[0].to(dtype), summary.to(dtype), usage / or_one(total), student_lse, teacher_lse
+    loss, teacher_entropy, student_entropy = sums.terms.unbind()
+    summary, dtype = weighted_summary(loss, teacher_entropy, student_entropy, total.double()), view_weights.dtype
+    return loss.to(dtype), summary.to(dtype), sums.usage / or_one(total), sums.student_lse, sums.teacher_lse
 
 
 @_logit_op.register_fake
@@ -195,6 +257,7 @@ def _(
     image_weights: Tensor | None,
     student_temperature: Tensor,
     teacher_temperature: Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     teacher_views, views = view_weights.shape
     images = student_logits.shape[0] // views
@@ -216,27 +279,15 @@ def _logit_backward_op(
     teacher_temperature: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Gradient at the student's logits [S, K], in their dtype, and at its bias [K]."""
-    (teacher_views, views), count = view_weights.shape, student_logits.shape[1]
-    dtype = accumulation_dtype(student_logits.dtype)
-    student = _Logits.of(student_logits, views, student_temperature, student_bias, dtype)
-    teacher = _Logits.of(teacher_logits, teacher_views, teacher_temperature, teacher_bias, dtype)
-    images = student.rows.shape[1]
+    student = Side(student_logits, student_bias, student_temperature)
+    teacher = Side(teacher_logits, teacher_bias, teacher_temperature)
+    images = student_logits.shape[0] // view_weights.shape[1]
     weight_B = view_weights.new_ones(images) if image_weights is None else image_weights
-    # scaled in fp32 before the cast: under a GradScaler the unscaled gradient would underflow in fp16
-    weight_B = weight_B * loss_grad.to(dtype)
-    gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    by_view = _by_view(gradient, views)
-    bias_gradient = view_weights.new_zeros(count)
-    for chunk in _image_chunks(images, (views + teacher_views) * count * dtype.itemsize):
-        p = student.chunk(chunk).sub_(student_lse[chunk, :, None]).exp2_()
-        q = teacher.chunk(chunk).sub_(teacher_lse[chunk, :, None]).exp2_()
-        p.mul_(view_weights.sum(dim=0)[:, None]).sub_(view_weights.T @ q).mul_(weight_B[chunk, None, None])
-        if student_bias is not None:
-            bias_gradient += p.sum(dim=(0, 1))
-        by_view[:, chunk] = p.mul_(student_temperature.to(dtype).reciprocal()).transpose(0, 1)
-    return gradient, bias_gradient
+    backward = triton_logits.backward if _takes_triton(backend, student, teacher, view_weights) else _torch_backward
+    return backward(loss_grad, student, teacher, view_weights, weight_B, student_lse, teacher_lse)
 
 
 @_logit_backward_op.register_fake
@@ -252,6 +303,7 @@ def _(
     teacher_temperature: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
     return gradient, view_weights.new_empty(student_logits.shape[1])
@@ -259,20 +311,21 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     mark_by_products(ctx, output)
-    ctx.save_for_backward(*inputs, *output[3:])
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[3:])
 
 
 def _backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs, lse = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
     if loss_grad is None:
-        return no_gradients(len(inputs))
+        return no_gradients(len(inputs) + 1)
     if torch.is_grad_enabled():
         raise RuntimeError(TWICE.format(name="logit_cross_entropy"))
-    logits_grad, bias_grad = _logit_backward_op(loss_grad, *inputs, *lse)
+    logits_grad, bias_grad = _logit_backward_op(loss_grad, *inputs, *lse, ctx.backend)
     return (
         cast_like(logits_grad, ctx.needs_input_grad[0], inputs[0]),
         cast_like(bias_grad, ctx.needs_input_grad[1], inputs[1]),
-        *no_gradients(len(inputs) - 2),
+        *no_gradients(len(inputs) - 1),  # the backend counts
     )
 
 

@@ -38,7 +38,3 @@ def test_only_what_is_asked_for_is_given() -> None:
     (assignment,) = reference.assign(*bare)
     assert (assignment.barycentre, assignment.expected_bias) == (None, None)
     assert worst_error(reference, bare) <= BUDGET[torch.float64]
-
-
-def test_it_can_always_run() -> None:
-    assert reference.unsupported(torch.empty(0, 3), torch.empty(1, 3)) is None

@@ -1,23 +1,64 @@
-"""What every backend computes.
+"""What every backend computes, and what those made of a soft assignment have in common.
 
-Legend: R rows, K prototypes, D embedding dim, J column weightings. With logits
-``l_rk = scale gain_k <x_r, weight_k> + bias_k`` and ``p_r = softmax_k(l_r)`` a backend module provides
-
-    unsupported(rows, weight) -> str | None               why it cannot run on these tensors
-    assign(queries, values, vectors_KD) -> [Assignment]   one a query; adds to the queries' sums, writes vectors_KD
-    column_log_sum_exp(rows_RD, keys, offset_R) -> [K]    log sum_r exp(l_rk - offset_r)
-
-``vectors_KD[k] = sum over queries and rows of p_rk cotangent_r`` is the operator's backward pass, equation (5). No backend
-stores a [R, K] tensor for all rows at once, except ``reference``, which defines what is correct.
+Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim, J column weightings. With logits
+``l_rk = scale gain_k <x_r, weight_k> + bias_k`` and ``p_r = softmax_k(l_r)``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from vmf_kernels.prototypes import Keys
+from vmf_kernels.pairing import Pairing
+from vmf_kernels.prototypes import Keys, Prototypes
+
+
+class LossInputs(NamedTuple):
+    """Arguments of the loss, checked: see ``prototype_cross_entropy``."""
+
+    student_features: Tensor  # [S, D]
+    student: Prototypes
+    teacher_features: Tensor  # [T, D]
+    teacher: Prototypes
+    teacher_bias: Tensor | None  # [K]
+    pairing: Pairing
+    student_temperature: Tensor  # [] float64
+    teacher_temperature: Tensor  # [] float64
+    feature_gradient: bool
+    prototype_gradient: bool
+
+
+class LossOutputs(NamedTuple):
+    """The loss and what comes with it; fp32 (fp64 for fp64 features). A gradient not asked for has 0 elements."""
+
+    loss: Tensor  # [] nats
+    summary: Tensor  # [3] mean teacher entropy, student entropy and KL, nats
+    usage: Tensor  # [K] mean teacher probability
+    feature_gradient: Tensor  # [S, D]
+    weight_gradient: Tensor  # [K, D]
+    magnitude_gradient: Tensor  # [K]; 0 elements without weight norm
+
+
+class Backend(Protocol):
+    """One way to compute the operator. None stores a [R, K] tensor, except ``reference``, which defines what is correct."""
+
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
+        """Why it cannot run on these tensors, or None."""
+
+    def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
+        """Equations (3)-(7) of the README."""
+
+    def usage(self, features: Tensor, prototypes: Prototypes, temperature: Tensor, bias: Tensor | None) -> Tensor:
+        """[K] mean probability of each prototype."""
+
+    def row_log_sum_exp(self, features: Tensor, prototypes: Prototypes, temperature: Tensor) -> Tensor:
+        """[R] ``log sum_k exp(l_rk)``."""
+
+    def column_log_sum_exp(
+        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
+    ) -> Tensor:
+        """[K] ``log sum_r exp(l_rk - offset_r)``; -inf for 0 rows."""
 
 
 class Query(NamedTuple):

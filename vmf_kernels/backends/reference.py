@@ -11,13 +11,8 @@ from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.prototypes import Keys, accumulation_dtype
 
 
-def unsupported(rows: Tensor, weight: Tensor) -> str | None:
-    """None: every floating dtype on every device is supported."""
-    return None
-
-
 def assign(queries: Sequence[Query], values: Keys | None = None, vectors_KD: Tensor | None = None) -> list[Assignment]:
-    """Soft assignments as in ``contract``, each through its whole [R, K] matrix of logits."""
+    """Soft assignments as in ``composed.Assign``, each through its whole [R, K] matrix of logits."""
     if vectors_KD is not None:
         vectors_KD.zero_()
     return [_assign(query, values, vectors_KD) for query in queries]

@@ -33,13 +33,8 @@ LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading t
 LEAST_CHUNK_ROWS = 16
 
 
-def unsupported(rows: Tensor, weight: Tensor) -> str | None:
-    """None: every floating dtype on every device is supported."""
-    return None
-
-
 def assign(queries: Sequence[Query], values: Keys | None = None, vectors_KD: Tensor | None = None) -> list[Assignment]:
-    """Soft assignments as in ``contract``, chunk by chunk of the queries' rows laid end to end."""
+    """Soft assignments as in ``composed.Assign``, chunk by chunk of the queries' rows laid end to end."""
     parts: list[list[Assignment]] = [[] for _ in queries]
     common_bias = 0.0 if values is None or values.bias is None else values.bias.median()
     overwrite = True

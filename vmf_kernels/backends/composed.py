@@ -1,0 +1,152 @@
+"""Backends made of a soft assignment and a column log-sum-exp in plain torch.
+
+Numbers in brackets are the equations of the README of the package.
+
+Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.backends.contract import Assignment, LossInputs, LossOutputs, Query
+from vmf_kernels.pairing import check_pairing
+from vmf_kernels.prototypes import Keys, Prototypes, accumulation_dtype, prepare_keys, pull_back_to_stored
+from vmf_kernels.statistics import or_one, weighted_summary
+
+
+class Assign(Protocol):
+    """Soft assignments, one a query: adds to the queries' sums, writes the vectors.
+
+    ``vectors_KD[k] = sum over queries and rows of p_rk cotangent_r`` is the operator's backward pass, equation (5).
+    """
+
+    def __call__(  # noqa: D102
+        self, queries: list[Query], values: Keys | None = None, vectors_KD: Tensor | None = None
+    ) -> list[Assignment]: ...
+
+
+class ColumnLogSumExp(Protocol):
+    """[K] ``log sum_r exp(l_rk - offset_r)`` over rows [R, D]."""
+
+    def __call__(self, rows_RD: Tensor, keys: Keys, offset_R: Tensor) -> Tensor: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class ComposedBackend:
+    """``contract.Backend`` from its two passes; any floating dtype, any device."""
+
+    assign: Assign
+    columns: ColumnLogSumExp
+
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
+        """None: every floating dtype on every device is supported."""
+        return None
+
+    def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
+        """See ``contract.Backend``."""
+        dtype = accumulation_dtype(inputs.student_features.dtype)
+        x_SD, x_TD = inputs.student_features.to(dtype), inputs.teacher_features.to(dtype)
+        student_keys = prepare_keys(inputs.student, inputs.student_temperature, None, dtype)
+        teacher_keys = prepare_keys(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, dtype)
+        images = check_pairing(inputs.pairing, len(x_TD), len(x_SD))
+        n_S, n_T = inputs.pairing.student_mass(images), inputs.pairing.teacher_mass(images)
+
+        sums = _ColumnBuffers.allocate(inputs.student, dtype, inputs.prototype_gradient)
+        asked = sums.student_query(x_SD, student_keys, n_S)
+        answered = sums.teacher_query(x_TD, teacher_keys, n_T, -inputs.pairing.to_teachers(x_SD) * student_keys.scale)
+        if inputs.feature_gradient or inputs.prototype_gradient:
+            by_teacher, by_student = self.assign([answered, asked], student_keys, sums.vectors)
+        else:  # the student's barycentre, half its work, serves gradients only
+            (by_student,) = self.assign([asked])
+            (by_teacher,) = self.assign([answered], student_keys)
+
+        barycentre_SD = inputs.pairing.to_students(_present(by_teacher.barycentre))
+        loss = _loss(by_student, by_teacher, (n_S, n_T), (barycentre_SD * x_SD).sum(dim=1), student_keys.scale)
+        feature_grad = x_SD.new_empty(0)
+        if inputs.feature_gradient:
+            feature_grad = student_keys.scale * (n_S[:, None] * _present(by_student.barycentre) - barycentre_SD)  # (4)
+        weight_grad, magnitude_grad = x_SD.new_empty(0), x_SD.new_empty(0)
+        if sums.vectors is not None:
+            weight_grad = sums.vectors
+            pulled = pull_back_to_stored(inputs.student, inputs.student_temperature, weight_grad, sums.bias_gradient)
+            magnitude_grad = magnitude_grad if pulled is None else pulled
+        entropies = (n_T * by_teacher.entropy).sum(), (n_S * by_student.entropy).sum()
+        summary = weighted_summary(loss.to(dtype), *entropies, n_T.sum())
+        return LossOutputs(loss.to(dtype), summary, sums.usage(n_T), feature_grad, weight_grad, magnitude_grad)
+
+    def usage(self, features: Tensor, prototypes: Prototypes, temperature: Tensor, bias: Tensor | None) -> Tensor:
+        """See ``contract.Backend``."""
+        dtype = accumulation_dtype(features.dtype)
+        keys = prepare_keys(prototypes, temperature, bias, dtype)
+        mean = torch.full((1, features.shape[0]), 1 / features.shape[0], dtype=dtype, device=features.device)
+        usage = mean.new_zeros(prototypes.count)
+        self.assign([Query(features, keys, None, mean, usage[None])])
+        return usage
+
+    def row_log_sum_exp(self, features: Tensor, prototypes: Prototypes, temperature: Tensor) -> Tensor:
+        """See ``contract.Backend``."""
+        keys = prepare_keys(prototypes, temperature, None, accumulation_dtype(features.dtype))
+        return self.assign([Query(features, keys)])[0].log_sum_exp
+
+    def column_log_sum_exp(
+        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
+    ) -> Tensor:
+        """See ``contract.Backend``."""
+        keys = prepare_keys(prototypes, temperature, None, accumulation_dtype(features.dtype))
+        return self.columns(features, keys, offset)
+
+
+class _ColumnBuffers(NamedTuple):
+    """Sums over rows that both networks contribute to: equations (5) and (6)."""
+
+    vectors: Tensor | None  # [K, D] gradient at the student's effective prototypes
+    mass_2K: Tensor  # sum_s n_s p_s(k), sum_t n_t q_t(k)
+    student_mass_wanted: bool
+
+    @classmethod
+    def allocate(cls, prototypes: Prototypes, dtype: torch.dtype, prototype_gradient: bool) -> _ColumnBuffers:
+        weight = prototypes.weight
+        return cls(
+            weight.new_empty(weight.shape, dtype=dtype) if prototype_gradient else None,
+            weight.new_zeros(2, prototypes.count, dtype=dtype),
+            prototype_gradient and prototypes.has_normalizer,
+        )
+
+    @property
+    def bias_gradient(self) -> Tensor:
+        """[K] beta."""
+        return self.mass_2K[0] - self.mass_2K[1]
+
+    def usage(self, n_T: Tensor) -> Tensor:
+        """[K] mean teacher probability; zeros where no pair has weight."""
+        return self.mass_2K[1] / or_one(n_T.sum())
+
+    def student_query(self, x_SD: Tensor, keys: Keys, n_S: Tensor) -> Query:
+        cotangents = None if self.vectors is None else n_S[:, None] * x_SD * keys.scale
+        if not self.student_mass_wanted:
+            return Query(x_SD, keys, cotangents)
+        return Query(x_SD, keys, cotangents, n_S[None], self.mass_2K[:1])
+
+    def teacher_query(self, x_TD: Tensor, keys: Keys, n_T: Tensor, cotangents_TD: Tensor) -> Query:
+        return Query(x_TD, keys, None if self.vectors is None else cotangents_TD, n_T[None], self.mass_2K[1:])
+
+
+def _loss(
+    student: Assignment, teacher: Assignment, mass: tuple[Tensor, Tensor], alignment_S: Tensor, scale: Tensor
+) -> Tensor:
+    """[] equation (3), summed in fp64: the three terms nearly cancel when the logits share a large offset."""
+    n_S, n_T = mass
+    loss = (n_S.double() * student.log_sum_exp.double() - alignment_S.double() * scale.double()).sum()
+    if teacher.expected_bias is not None:
+        loss = loss - (n_T.double() * teacher.expected_bias.double()).sum()
+    return loss
+
+
+def _present(barycentre: Tensor | None) -> Tensor:
+    assert barycentre is not None, "a pass with values gave no barycentre"
+    return barycentre

@@ -1,0 +1,54 @@
+"""Triton backend: the streaming operator on NVIDIA GPUs from compute capability 8.0 up.
+
+The kernels are imported when they are first wanted: the library works where Triton is absent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.backends.contract import LossInputs, LossOutputs
+from vmf_kernels.backends.triton.launch import unsupported_device
+from vmf_kernels.backends.triton.tiles import MAX_DIM
+from vmf_kernels.prototypes import Prototypes
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class TritonBackend:
+    """``contract.Backend`` on fused kernels: no logits in memory, no atomics, no host synchronisation."""
+
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
+        """Devices, dtypes and embedding dims there are no kernels for."""
+        if rows.dtype not in DTYPES:
+            return f"it computes in bfloat16, float16 or float32, but the features are {rows.dtype}"
+        if weight.shape[1] > MAX_DIM:
+            return f"the embedding dim is {weight.shape[1]}; it goes up to {MAX_DIM}"
+        return unsupported_device(rows.device)
+
+    def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
+        """See ``contract.Backend``."""
+        from vmf_kernels.backends.triton import operator
+
+        return operator.cross_entropy(inputs)
+
+    def usage(self, features: Tensor, prototypes: Prototypes, temperature: Tensor, bias: Tensor | None) -> Tensor:
+        """See ``contract.Backend``."""
+        from vmf_kernels.backends.triton import operator
+
+        return operator.usage(features, prototypes, temperature, bias)
+
+    def row_log_sum_exp(self, features: Tensor, prototypes: Prototypes, temperature: Tensor) -> Tensor:
+        """See ``contract.Backend``."""
+        from vmf_kernels.backends.triton import operator
+
+        return operator.row_log_sum_exp(features, prototypes, temperature)
+
+    def column_log_sum_exp(
+        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
+    ) -> Tensor:
+        """See ``contract.Backend``."""
+        from vmf_kernels.backends.triton import operator
+
+        return operator.column_log_sum_exp(features, prototypes, temperature, offset)

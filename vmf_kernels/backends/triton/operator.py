@@ -1,0 +1,150 @@
+"""The operator on Triton's kernels, launch by launch.
+
+Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.backends.contract import LossInputs, LossOutputs
+from vmf_kernels.backends.triton import launch
+from vmf_kernels.backends.triton.passes import (
+    Columns,
+    Side,
+    column_pass,
+    matched_column_pass,
+    padded_rows,
+    row_pass,
+)
+from vmf_kernels.backends.triton.prototypes import PackedPrototypes, pack_prototypes, pull_back
+from vmf_kernels.backends.triton.rows import (
+    finish_students,
+    merge_log_sum_exp,
+    merge_offsets,
+    merge_teachers,
+    pack_rows,
+    padded_features,
+    sum_losses,
+)
+from vmf_kernels.backends.triton.tiles import Layout, Tile, has_tile, tile_of
+from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
+
+LOG2_E = 1.4426950408889634
+
+
+def cross_entropy(inputs: LossInputs) -> LossOutputs:
+    """Loss, statistics and gradients: preparation, row pass and merge of both networks, then the column pass."""
+    features, teacher_features = inputs.student_features, inputs.teacher_features
+    dtype = product_dtype(features, teacher_features)
+    with launch.on_device(features):
+        student = pack_prototypes(inputs.student, inputs.student_temperature, None, dtype)
+        teacher = pack_prototypes(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, dtype)
+        layout = student.layout
+        wants_gradient = inputs.feature_gradient or inputs.prototype_gradient
+        own = "student" if wants_gradient else "scores"
+        own_tile = _tile(own, features, layout)
+        teacher_tile = _tile("teacher", teacher_features, layout)
+        gathering = _column_name(inputs, layout)
+        column_tile = _tile(gathering, features, layout)
+        padded = (
+            padded_rows(len(features), [own_tile, column_tile]),
+            padded_rows(len(teacher_features), [teacher_tile, column_tile]),
+        )
+        rows = pack_rows(inputs, dtype, layout, padded)
+
+        drawn = row_pass(rows.teacher, teacher, student, "teacher", teacher_tile)
+        teachers = merge_teachers(drawn, rows.teacher_mass, rows.unit, layout, has_value_bias=student.has_bias)
+        pushed = row_pass(rows.student, student, student if wants_gradient else None, own, own_tile)
+        students = finish_students(inputs, pushed, rows, teachers, layout, has_value_bias=student.has_bias)
+        totals = sum_losses(students, teachers, rows.teacher_mass)
+
+        sides = Side(rows.student, student, students.offset), Side(rows.teacher, teacher, teachers.offset)
+        out = _column_buffers(inputs, rows.unit)
+        if gathering == "matched":
+            matched_column_pass(*sides, rows.unit, totals.weight, out, column_tile)
+        else:
+            asked = sides[0] if inputs.prototype_gradient else None
+            column_pass(asked, sides[1], rows.cotangents, rows.unit, totals.weight, out, column_tile)
+        magnitude_gradient = None
+        if out.vectors is not None and out.bias_gradient is not None:
+            magnitude_gradient = pull_back(inputs.student, inputs.student_temperature, out.vectors, out.bias_gradient)
+    return LossOutputs(
+        totals.loss,
+        totals.summary,
+        out.usage,
+        students.feature_gradient,
+        features.new_empty(0, dtype=torch.float32) if out.vectors is None else out.vectors,
+        features.new_empty(0, dtype=torch.float32) if magnitude_gradient is None else magnitude_gradient,
+    )
+
+
+def usage(features: Tensor, prototypes: Prototypes, temperature: Tensor, bias: Tensor | None) -> Tensor:
+    """[K] mean probability of each prototype."""
+    dtype = product_dtype(features)
+    with launch.on_device(features):
+        keys = pack_prototypes(prototypes, temperature, bias, dtype)
+        layout = keys.layout
+        tile = _tile("scores", features, layout)
+        column_tile = _tile("columns", features, layout)
+        count = padded_rows(len(features), [tile, column_tile])
+        rows, exists = padded_features(features, count, dtype, layout)
+        unit = exists.new_ones(())
+        offset = merge_offsets(row_pass(rows, keys, None, "scores", tile), exists, unit, layout)
+        result = exists.new_empty(keys.prototypes)
+        total = exists.new_full((), float(len(features)))
+        column_pass(None, Side(rows, keys, offset), rows, unit, total, Columns(None, None, result), column_tile)
+    return result
+
+
+def row_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Tensor) -> Tensor:
+    """[R] log-sum-exp over the prototypes, nats."""
+    dtype = product_dtype(features)
+    with launch.on_device(features):
+        keys = pack_prototypes(prototypes, temperature, None, dtype)
+        tile = _tile("scores", features, keys.layout)
+        rows, _ = padded_features(features, padded_rows(len(features), [tile]), dtype, keys.layout)
+        return merge_log_sum_exp(row_pass(rows, keys, None, "scores", tile), None)[: len(features)]
+
+
+def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor) -> Tensor:
+    """[K] ``log sum_r exp(l_rk - offset_r)``: the row pass with the roles of rows and prototypes swapped."""
+    dtype = product_dtype(features)
+    with launch.on_device(features):
+        keys = pack_prototypes(prototypes, temperature, None, dtype)
+        if not len(features):
+            return keys.bias.new_full((keys.prototypes,), -torch.inf)
+        tile = _tile("scores", features, keys.layout, rows=keys.prototypes)
+        count = -(-len(features) // tile.prototypes) * tile.prototypes
+        rows, _ = padded_features(features, count, dtype, keys.layout)
+        bias = keys.bias.new_full((count,), LOWEST_BIAS)
+        bias[: len(features)] = offset * -LOG2_E
+        swapped = PackedPrototypes(rows, bias, temperature, len(features), keys.layout, True)
+        return merge_log_sum_exp(row_pass(keys.weight, swapped, None, "scores", tile), keys.bias)[: keys.prototypes]
+
+
+def product_dtype(*rows: Tensor) -> torch.dtype:
+    """Dtype of the products: that of the rows, float32 for rows of two dtypes."""
+    dtype = rows[0].dtype
+    return dtype if all(other.dtype == dtype for other in rows) else torch.float32
+
+
+def _tile(name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
+    target = launch.target_of(features.device)
+    return tile_of(name, target, layout.precision, layout.width, features.shape[0] if rows is None else rows)
+
+
+def _column_name(inputs: LossInputs, layout: Layout) -> str:
+    """Which column pass: "matched" for a one-to-one pairing, where the table says that it is faster, else "columns"."""
+    one_to_one = tuple(inputs.pairing.view_weights.shape) == (1, 1) and inputs.prototype_gradient
+    target = launch.target_of(inputs.student_features.device)
+    return "matched" if one_to_one and has_tile("matched", target, layout.precision, layout.width) else "columns"
+
+
+def _column_buffers(inputs: LossInputs, like: Tensor) -> Columns:
+    """Room for the results of the column pass, fp32."""
+    new, (count, dim) = like.new_empty, inputs.student.weight.shape
+    if not inputs.prototype_gradient:
+        return Columns(None, None, new(count))
+    return Columns(new(count, dim), new(count), new(count))

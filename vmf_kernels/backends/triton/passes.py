@@ -1,0 +1,185 @@
+"""The row pass and the column pass, launched.
+
+Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim; all but results padded to whole tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.backends.triton import launch
+from vmf_kernels.backends.triton.column_kernels import gather_columns_kernel, gather_matched_columns_kernel
+from vmf_kernels.backends.triton.prototypes import PackedPrototypes
+from vmf_kernels.backends.triton.row_kernels import assign_rows_kernel
+from vmf_kernels.backends.triton.tiles import NO_TENSOR_CORES, Layout, Tile, split_count
+
+WORKSPACE_BYTES = 32 * 2**20  # of unmerged barycentres: what splitting few rows over many programs may take
+SPLITS_AT_ONCE = 16  # that a merging program loads together
+
+
+class Parts(NamedTuple):
+    """What a row pass leaves behind, one part for each split of the prototypes."""
+
+    statistics: Tensor  # [4, N, R] running maximum, mass, first moment, summed value bias
+    barycentre: Tensor  # [N, R, D] unnormalised; a stand-in without values
+
+    @property
+    def splits(self) -> int:
+        """N."""
+        return self.statistics.shape[1]
+
+
+class Side(NamedTuple):
+    """One network in the column pass."""
+
+    rows: Tensor  # [R, D]
+    keys: PackedPrototypes
+    offset: Tensor  # [R] base 2
+
+
+class Columns(NamedTuple):
+    """Where the column pass writes."""
+
+    vectors: Tensor | None  # [K, D] fp32 gradient at the effective prototypes
+    bias_gradient: Tensor | None  # [K] fp32
+    usage: Tensor  # [K] fp32
+
+
+def padded_rows(rows: int, tiles: list[Tile]) -> int:
+    """``rows`` with their padding to whole blocks of every pass that reads them; at least one block."""
+    block = max(tile.rows for tile in tiles)  # a multiple of the others: all are powers of two
+    return max(1, -(-rows // block)) * block
+
+
+def row_pass(rows: Tensor, keys: PackedPrototypes, values: PackedPrototypes | None, name: str, tile: Tile) -> Parts:
+    """Soft assignment of ``rows`` to ``keys`` with the barycentre of ``values``, unmerged; ``name`` is of the pass."""
+    count, layout = rows.shape[0], keys.layout
+    blocks = count // tile.rows
+    prototype_blocks = keys.weight.shape[0] // tile.prototypes
+    most = WORKSPACE_BYTES // (count * layout.width * 4) if values is not None else prototype_blocks
+    target = launch.target_of(rows.device)
+    splits = split_count(blocks * tile.parts, prototype_blocks, target.multiprocessors, max(1, most))
+    split_blocks = -(-prototype_blocks // splits)
+    splits = -(-prototype_blocks // split_blocks)
+    statistics = torch.empty(4, splits, count, dtype=torch.float32, device=rows.device)
+    barycentre = statistics if values is None else statistics.new_empty(splits, count, layout.width)
+    has_value_bias = name == "teacher" and values is not None and values.has_bias
+    kind = "none" if values is None else "keys" if values is keys and tile.parts == 1 else "own"
+    launch.run(
+        assign_rows_kernel,
+        (blocks, splits, tile.parts),
+        _blocks(rows, tile.rows, layout, tile),
+        _blocks(keys.weight, tile.prototypes, layout, tile),
+        _blocks((keys if values is None else values).weight, tile.prototypes, layout, tile),
+        keys.bias,
+        keys.bias if values is None else values.bias,
+        keys.temperature,
+        statistics,
+        barycentre,
+        count,
+        split_blocks * tile.prototypes,
+        keys.weight.shape[0],
+        N_ROWS=tile.rows,
+        N_PROTOTYPES=tile.prototypes,
+        VALUE_CHUNKS=layout.chunks // tile.parts,
+        VALUES=kind,
+        HAS_VALUE_BIAS=has_value_bias,
+        **_common(layout, tile),
+    )
+    return Parts(statistics, barycentre)
+
+
+def column_pass(
+    student: Side | None, teacher: Side, cotangents: Tensor, unit: Tensor, total: Tensor, out: Columns, tile: Tile
+) -> None:
+    """Equations (5) and (6) over both networks' rows; without a student only the usage."""
+    layout = teacher.keys.layout
+    asked = teacher if student is None else student
+    blocks = [
+        _blocks(matrix, size, layout, tile)
+        for matrix, size in (
+            (asked.keys.weight, tile.prototypes),
+            (asked.rows, tile.rows),
+            (teacher.keys.weight, tile.prototypes),
+            (teacher.rows, tile.rows),
+            (cotangents, tile.rows),
+        )
+    ]
+    launch.run(
+        gather_columns_kernel,
+        (teacher.keys.weight.shape[0] // tile.prototypes, tile.parts if student is not None else 1),
+        *blocks,
+        *_sides(asked, teacher, unit, total, out),
+        asked.rows.shape[0],
+        teacher.rows.shape[0],
+        *_sizes(teacher, out),
+        N_ROWS=tile.rows,
+        N_PROTOTYPES=tile.prototypes,
+        VALUE_CHUNKS=layout.chunks // tile.parts if student is not None else layout.chunks,
+        HAS_STUDENTS=student is not None,
+        **_common(layout, tile),
+    )
+
+
+def matched_column_pass(student: Side, teacher: Side, unit: Tensor, total: Tensor, out: Columns, tile: Tile) -> None:
+    """``column_pass`` where row r of the student learns from row r of the teacher."""
+    layout = teacher.keys.layout
+    blocks = [
+        _blocks(matrix, size, layout, tile)
+        for side in (student, teacher)
+        for matrix, size in ((side.keys.weight, tile.prototypes), (side.rows, tile.rows))
+    ]
+    launch.run(
+        gather_matched_columns_kernel,
+        (teacher.keys.weight.shape[0] // tile.prototypes,),
+        *blocks,
+        *_sides(student, teacher, unit, total, out),
+        min(student.rows.shape[0], teacher.rows.shape[0]),
+        *_sizes(teacher, out),
+        N_ROWS=tile.rows,
+        N_PROTOTYPES=tile.prototypes,
+        **_common(layout, tile),
+    )
+
+
+def _sides(student: Side, teacher: Side, unit: Tensor, total: Tensor, out: Columns) -> list[Tensor]:
+    return [
+        student.keys.bias,
+        teacher.keys.bias,
+        student.offset,
+        teacher.offset,
+        student.keys.temperature,
+        teacher.keys.temperature,
+        unit,
+        total,
+        out.usage if out.vectors is None else out.vectors,
+        out.usage if out.bias_gradient is None else out.bias_gradient,
+        out.usage,
+    ]
+
+
+def _sizes(teacher: Side, out: Columns) -> tuple[int, int]:
+    return teacher.keys.prototypes, 0 if out.vectors is None else out.vectors.shape[1]
+
+
+def _common(layout: Layout, tile: Tile) -> dict[str, Any]:
+    return {
+        "CHUNK": layout.chunk,
+        "CHUNKS": layout.chunks,
+        "PRECISION": "ieee" if layout.precision == NO_TENSOR_CORES else "tf32",  # without effect on 16-bit products
+        "TMA": tile.tma,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _blocks(matrix: Tensor, rows: int, layout: Layout, tile: Tile) -> Any:
+    """What a kernel loads tiles [rows, chunk] of the matrix through: the pointer, or a tensor descriptor."""
+    if not tile.tma:
+        return matrix
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, layout.chunk])
