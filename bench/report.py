@@ -2,6 +2,7 @@
 
 python -m bench.report bench/results/cpu/head.json
 python -m bench.report bench/results/cpu/demo.json
+python -m bench.report bench/results/<name of a GPU>/head.json     with the ratios and whether each target was met
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench.gpu.tables import gpu_table
 
 HEAD_COLUMNS = (
     "| step | rows | baseline ms | ours ms | speed-up | baseline extra MiB | ours extra MiB |\n"
@@ -55,6 +58,8 @@ def demo_table(summaries: Sequence[Mapping[str, Any]]) -> str:
 def table(path: Path) -> str:
     """The table of a results file."""
     results = json.loads(path.read_text())
+    if isinstance(results, dict) and "schema" in results:
+        return gpu_table(results)
     return head_table(results) if isinstance(results, dict) else demo_table(results)
 
 

@@ -1,0 +1,85 @@
+"""What the numbers were measured on and with: GPU, driver, clocks, versions, commit. Reads only, never sets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+from bench.gpu.settings import ROOT
+
+PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "hypothesis", "liger-kernel")
+CLOCK_FIELDS = (
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "temperature.gpu",
+    "power.draw",
+    "power.limit",
+    "utilization.gpu",
+    "memory.used",
+)
+REPLY_SECONDS = 20
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit, by name."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "cuda": torch.version.cuda,
+        "driver": _query_gpu(("driver_version",)).get("driver_version"),
+        "device": _device(),
+        "commit": _reply(["git", "-C", str(ROOT), "rev-parse", "HEAD"]),
+        "uncommitted_changes": bool(_reply(["git", "-C", str(ROOT), "status", "--porcelain"])),
+    }
+
+
+def clocks() -> dict[str, str]:
+    """What nvidia-smi says of clocks, temperature and load; empty without it."""
+    return _query_gpu(CLOCK_FIELDS)
+
+
+def slug(name: str) -> str:
+    """Lower-case name of a folder: "NVIDIA H200" to "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _device() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"name": platform.machine(), "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _query_gpu(fields: tuple[str, ...]) -> dict[str, str]:
+    reply = _reply(["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"])
+    return dict(zip(fields, (value.strip() for value in reply.split(",")), strict=False)) if reply else {}
+
+
+def _reply(command: list[str]) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REPLY_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

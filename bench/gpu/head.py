@@ -1,0 +1,209 @@
+"""One workload: every variant is prepared and checked, then all are timed together, then ours is looked into."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bench.baselines import Loss
+from bench.gpu import probes
+from bench.gpu.agreement import Outcome, exact_outcome, outcome_of, refuse_disagreement, relative_errors
+from bench.gpu.environment import clocks
+from bench.gpu.losses import OURS, SAME_KERNELS, Variant, variants
+from bench.gpu.record import Record, attempt
+from bench.gpu.settings import Settings
+from bench.gpu.timing import Measure, Step, Stopwatch, interleaved, rounds_within
+from bench.workloads import HeadInputs, HeadShape
+
+PREPARE_SECONDS = 40  # most for one variant: mostly its compilation
+COMPILE_MEMORY_SHARE = 0.28  # of the device, for each process that only compiles
+LEAST_ROUNDS, DRY_ROUNDS = 5, 2
+RING_AGAIN_SECONDS = 5.0  # a compiler that catches everything may swallow the first
+TIMING_SHARE = 0.35  # of a workload's time, kept for timing when compilation is slow
+STEP_SECONDS, WALL_SECONDS, FORWARD_SECONDS, GRAPH_SECONDS = 3.0, 1.0, 1.0, 0.5
+
+
+class OvertimeError(Exception):
+    """A variant took longer to prepare than it may."""
+
+
+class DeviceLostError(RuntimeError):
+    """The device no longer answers this process."""
+
+
+def run(settings: Settings, record: Record, shape: HeadShape, skip: tuple[str, ...] = ()) -> None:
+    """Measure a workload; ``skip`` names variants that an earlier process lost the device to, and spares their like."""
+    lost = set(skip) | (set(SAME_KERNELS) if set(skip) & set(SAME_KERNELS) else set())
+    inputs = HeadInputs.of(shape, device=settings.device)
+    describe(record, shape)
+    exact = exact_outcome(inputs)
+    preparing = replace(settings, deadline=settings.deadline - TIMING_SHARE * settings.seconds_left())
+    ready: dict[str, Loss] = {}
+    for name, variant in variants(settings.backend, shape).items():
+        if name in lost or preparing.seconds_left() < 0:
+            reason = "the device was lost to its like" if name in lost else "no time left to prepare it"
+            record.put("variants", name, value={"title": variant.title, "status": "skipped", "reason": reason})
+            continue
+        loss = prepare(name, variant, inputs, exact, preparing, record)
+        if loss is not None:
+            ready[name] = loss
+        refuse_lost_device(settings, record, name)
+    del exact
+    measure(ready, inputs, settings, record)
+    if OURS in ready:
+        look_into(ready[OURS], inputs, settings, record)
+
+
+def describe(record: Record, shape: HeadShape) -> None:
+    """Put the workload's sizes on record."""
+    sizes = {name: getattr(shape, name) for name in ("student_rows", "teacher_rows", "prototypes", "dim", "matched")}
+    for name, value in {"name": shape.name, "flops": shape.flops, **sizes}.items():
+        record.put(name, value=value)
+
+
+def prepare(
+    name: str,
+    variant: Variant,
+    inputs: HeadInputs,
+    exact: tuple[Outcome, float],
+    settings: Settings,
+    record: Record,
+) -> Loss | None:
+    """Compile a variant and check it; the record says what came of it. None where there is nothing to time."""
+    start = time.monotonic()
+    errors: dict[str, float] = {}
+
+    def action() -> Loss:
+        with limited(min(PREPARE_SECONDS, max(settings.seconds_left(), 1))):
+            loss = variant.prepare(inputs, settings.compiler())
+            outcome = outcome_of(loss, inputs)
+        if variant.omits_teacher_entropy:
+            outcome["loss"] = outcome["loss"] + exact[1]
+        if variant.same_loss:
+            errors.update(relative_errors(outcome, exact[0]))
+            if not variant.is_ours:
+                refuse_disagreement(errors)
+        return loss
+
+    loss, outcome = attempt(action)
+    inputs.clear_gradients()
+    entry: dict[str, Any] = {"title": variant.title, "is_ours": variant.is_ours, **outcome, "relative_errors": errors}
+    if variant.is_ours and errors:  # timed all the same: its numbers help to find out why
+        entry["disagreement"] = attempt(lambda: refuse_disagreement(errors))[1].get("reason")
+    if loss is not None:
+        step = probes.training_step(loss, inputs)
+        mib, memory = attempt(lambda: probes.peak_extra_mib(step, inputs))
+        entry |= {"extra_mib": mib} if mib is not None else memory
+        loss = loss if mib is not None else None
+    record.put("variants", name, value=entry | {"prepare_seconds": round(time.monotonic() - start, 2)})
+    return loss
+
+
+def measure(ready: dict[str, Loss], inputs: HeadInputs, settings: Settings, record: Record) -> None:
+    """Times of all variants, interleaved: on the device, for a waiting host, and of the forward pass."""
+    stopwatch = Stopwatch(settings.device)
+    steps = {name: probes.training_step(loss, inputs) for name, loss in ready.items()}
+    forwards = {name: probes.forward_step(loss, inputs) for name, loss in ready.items()}
+    record.put("clocks_before", value=clocks())
+    plan: list[tuple[str, Measure, dict[str, Step], float]] = [
+        ("step_ms", stopwatch.device_milliseconds, steps, STEP_SECONDS),
+        ("wall_ms", stopwatch.wall_milliseconds, steps, WALL_SECONDS),
+        ("forward_ms", stopwatch.device_milliseconds, forwards, FORWARD_SECONDS),
+    ]
+    for key, how, which, seconds in plan:
+        warm, total = warm_up(which, stopwatch, record, key)
+        least = DRY_ROUNDS if settings.dry else LEAST_ROUNDS
+        rounds = rounds_within(min(seconds, max(settings.seconds_left(), 0) / 4), total, least=least)
+        for name, times in interleaved(how, warm, rounds).items():
+            record.put("variants", name, key, value=times._asdict())
+            if key == "step_ms":
+                record.put("variants", name, "tflops", value=inputs.shape.flops / times.median / 1e9)
+    record.put("clocks_after", value=clocks())
+
+
+def warm_up(steps: dict[str, Step], stopwatch: Stopwatch, record: Record, key: str) -> tuple[dict[str, Step], float]:
+    """The steps that run, and the milliseconds of a round of them; the record says why the others do not."""
+    warm, total = {}, 0.0
+    for name, step in steps.items():
+        milliseconds, outcome = attempt(lambda step=step: stopwatch.warm_up(step))  # type: ignore[misc]
+        if milliseconds is None:
+            record.put("variants", name, key, value=outcome)
+            continue
+        warm[name] = step
+        total += 2 * milliseconds  # the backlog is about as long as the step
+    return warm, total
+
+
+def look_into(loss: Loss, inputs: HeadInputs, settings: Settings, record: Record) -> None:
+    """Kernels, repeatability and graph replay of ours."""
+    for key, probe in (("kernels", probes.kernels), ("repeatable", probes.is_repeatable)):
+        result, outcome = attempt(lambda probe=probe: probe(loss, inputs))  # type: ignore[misc]
+        record.put("variants", OURS, key, value=outcome if result is None else result)
+    if settings.device.type != "cuda":
+        record.put("variants", OURS, "graph", value={"status": "not available", "reason": "graphs need a GPU"})
+        return
+    graph, outcome = attempt(lambda: probes.captured(loss, inputs))
+    record.put("variants", OURS, "graph", value=outcome)
+    if graph is None:
+        return
+    replay, equal = graph
+    stopwatch = Stopwatch(settings.device)
+    rounds = rounds_within(GRAPH_SECONDS, 2 * stopwatch.warm_up(replay))
+    times = interleaved(stopwatch.device_milliseconds, {"graph": replay}, rounds)["graph"]
+    record.put("variants", OURS, "graph", value={**outcome, "equals_eager": equal, "step_ms": times._asdict()})
+
+
+def compile_all(settings: Settings, record: Record, shapes: tuple[HeadShape, ...]) -> None:
+    """Run each baseline once on these workloads, so that later processes find what torch.compile caches on disk."""
+    if settings.device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(COMPILE_MEMORY_SHARE)  # the tests run beside it
+    for shape in shapes:
+        inputs = HeadInputs.of(shape, device=settings.device)
+        for name, variant in variants(settings.backend, shape).items():
+            if not variant.is_ours and name != "B1" and settings.seconds_left() > 0:
+                _, outcome = attempt(lambda v=variant, i=inputs: compile_one(v, i, settings))  # type: ignore[misc]
+                record.put(shape.name, name, value=outcome)
+        torch.compiler.reset()  # or the next shape would count as a recompilation, of which there is a limit
+
+
+def compile_one(variant: Variant, inputs: HeadInputs, settings: Settings) -> None:
+    """One step of a variant."""
+    with limited(min(PREPARE_SECONDS, max(settings.seconds_left(), 1))):
+        outcome_of(variant.prepare(inputs, settings.compiler()), inputs)
+
+
+def refuse_lost_device(settings: Settings, record: Record, name: str) -> None:
+    """After an illegal access every later call of the process fails: say who did it, and end."""
+    if settings.device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        record.put("device_lost_to", value=name)
+        raise DeviceLostError(f"the device was lost to {name}: {error}") from error
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise ``OvertimeError`` in the main thread after so long; elsewhere no limit can be set, and none is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(_signal: int, _frame: object) -> None:
+        raise OvertimeError(f"took more than {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, RING_AGAIN_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

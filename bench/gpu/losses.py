@@ -1,0 +1,129 @@
+"""What is measured as ours: the operator, the stored-logit loss behind a plain head, and the module users call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench.baselines import BASELINES, Compile, Loss, effective_weights
+from bench.workloads import HeadInputs, HeadShape
+from vmf_kernels import (
+    DINOLoss,
+    PrototypeLogits,
+    Prototypes,
+    logit_cross_entropy,
+    matched_prototype_cross_entropy,
+    prototype_cross_entropy,
+    weight_norm_prototypes,
+    weight_norm_vmf_prototypes,
+)
+
+MOST_STREAMING_ROWS = 1280  # plain torch: minutes of no interest beyond
+OURS = "ours"
+SAME_KERNELS = (OURS, "ours vMF", "DINOLoss")  # where one of them crashes the others will
+
+
+class Variant(NamedTuple):
+    """A loss to measure."""
+
+    title: str
+    prepare: Callable[[HeadInputs, Compile], Loss]
+    is_ours: bool = True
+    same_loss: bool = True  # as the others of its workload: checked before it is timed
+    omits_teacher_entropy: bool = False
+
+
+def ours(backend: str, stored: Callable[[Tensor, Tensor], Prototypes] = weight_norm_prototypes) -> Loss:
+    """The operator on a backend; ``stored`` turns magnitude and direction into prototypes."""
+
+    def loss(inputs: HeadInputs) -> Tensor:
+        student_temperature, teacher_temperature = inputs.temperatures
+        sides = (
+            inputs.student_features,
+            stored(inputs.student_magnitude, inputs.student_direction),
+            inputs.teacher_features,
+            stored(inputs.teacher_magnitude, inputs.teacher_direction),
+        )
+        if inputs.shape.matched:
+            return matched_prototype_cross_entropy(
+                *sides,
+                inputs.image_weights,
+                student_temperature=student_temperature,
+                teacher_temperature=teacher_temperature,
+                teacher_bias=inputs.teacher_bias,
+                backend=backend,
+            ).loss
+        return prototype_cross_entropy(
+            *sides,
+            inputs.pair_weights,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            teacher_bias=inputs.teacher_bias,
+            image_weights=inputs.image_weights,
+            backend=backend,
+        ).loss
+
+    return loss
+
+
+def stored_logits(inputs: HeadInputs) -> Tensor:
+    """A plain head, bf16 products under autocast, and ``logit_cross_entropy``."""
+    with torch.autocast(inputs.student_features.device.type, torch.bfloat16):
+        student_weight, teacher_weight = effective_weights(inputs)
+        student = functional.linear(inputs.student_features, student_weight)
+        with torch.no_grad():
+            teacher = functional.linear(inputs.teacher_features, teacher_weight)
+    student_temperature, teacher_temperature = inputs.temperatures
+    return logit_cross_entropy(
+        student,
+        teacher,
+        inputs.pair_weights,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        teacher_bias=inputs.teacher_bias,
+        image_weights=inputs.image_weights,
+    ).loss
+
+
+def prepare_module(inputs: HeadInputs, backend: str) -> Loss:
+    """``DINOLoss`` as users call it, its own centre moved at each call."""
+    shape, tau = inputs.shape, inputs.teacher_temperature
+    module = DINOLoss(shape.prototypes, shape.student_views, tau, tau, 0, 1, backend=backend).to(inputs.center.device)
+
+    def loss(inputs: HeadInputs) -> Tensor:
+        student = weight_norm_prototypes(inputs.student_magnitude, inputs.student_direction)
+        teacher = weight_norm_prototypes(inputs.teacher_magnitude, inputs.teacher_direction)
+        logits = PrototypeLogits(inputs.student_features, student), PrototypeLogits(inputs.teacher_features, teacher)
+        value: Tensor = module(*logits, 0)
+        return value
+
+    return loss
+
+
+def variants(backend: str, shape: HeadShape) -> dict[str, Variant]:
+    """Everything to measure on a workload, in the order in which it is prepared."""
+    base = {
+        name: Variant(b.title, b.prepare, is_ours=False, omits_teacher_entropy=b.omits_teacher_entropy)
+        for name, b in BASELINES.items()
+    }
+    mine = {OURS: Variant(f"operator, {backend}", lambda inputs, compile_: ours(backend))}
+    mine["ours vMF"] = Variant(
+        f"operator, {backend}, vMF normaliser",
+        lambda inputs, compile_: ours(backend, weight_norm_vmf_prototypes),
+        same_loss=False,
+    )
+    if not shape.matched:
+        mine["DINOLoss"] = Variant(
+            f"DINOLoss, {backend}", lambda inputs, compile_: prepare_module(inputs, backend), same_loss=False
+        )
+    if shape.student_rows <= MOST_STREAMING_ROWS and backend != "streaming":
+        mine["streaming"] = Variant("operator, plain torch", lambda inputs, compile_: ours("streaming"))
+    mine["logits"] = Variant("logit_cross_entropy behind a plain head", lambda inputs, compile_: stored_logits)
+    first = {
+        "B1": base.pop("B1")
+    }  # runs anywhere: whatever ours does to the device, there is something to compare with
+    return first | mine | base

@@ -1,0 +1,26 @@
+"""One small loss and its gradients, for compute-sanitizer to watch: python -m bench.gpu.sanitizer_case cuda triton."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from bench.gpu.agreement import outcome_of
+from bench.gpu.losses import ours
+from bench.workloads import HeadInputs, HeadShape
+
+SHAPE = HeadShape(16, 2, 6, prototypes=1000, dim=64)  # 96/32 rows; no size is a multiple of a tile but D
+
+
+def run(device: str, backend: str) -> float:
+    """The loss, once its gradients are known to be finite."""
+    outcome = outcome_of(ours(backend), HeadInputs.of(SHAPE, device=torch.device(device)))
+    for name, value in outcome.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return outcome["loss"].item()
+
+
+if __name__ == "__main__":
+    print(f"loss {run(*sys.argv[1:3]):.4f}")

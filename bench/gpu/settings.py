@@ -1,0 +1,50 @@
+"""What a stage is told: where it runs, at which sizes, and how long it may take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.baselines import Compile
+from bench.workloads import HEAD_SHAPES, TOY_HEAD_SHAPES, HeadShape
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of every stage.
+
+    Attributes:
+        backend: of the library, what is measured as "ours".
+        dry: toy sizes on the CPU, nothing compiled by inductor: proves the script, measures nothing.
+        deadline: ``time.monotonic()`` at which the stage should have finished.
+        out: folder of the results.
+    """
+
+    backend: str
+    dry: bool
+    deadline: float
+    out: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return torch.device("cpu" if self.dry else "cuda")
+
+    @property
+    def shapes(self) -> tuple[HeadShape, ...]:
+        """Workloads, the most wanted first."""
+        return TOY_HEAD_SHAPES if self.dry else HEAD_SHAPES
+
+    def compiler(self) -> Compile:
+        """``torch.compile`` for static shapes; a dry run traces, and runs what it traced eagerly."""
+        options = {"backend": "eager"} if self.dry else {"dynamic": False}
+        return lambda function: torch.compile(function, **options)
+
+    def seconds_left(self) -> float:
+        """Until the deadline; negative after it."""
+        return self.deadline - time.monotonic()

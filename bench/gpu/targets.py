@@ -1,0 +1,129 @@
+"""What is to be reached on a GPU, and whether a run reached it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bench.gpu.losses import OURS
+
+MAIN_SIZES = {"prototypes": 65_536, "dim": 256}
+SPEEDUPS = (((640, 128), "B1", 8.0), ((640, 128), "B2", 3.0), ((3771, 3771), "B1", 3.0), ((3771, 3771), "B2", 2.0))
+RIVALS = ("B3", "B3g", "B4", "B5", "B6")
+RIVAL_MEMORY = 1 / 5
+RATES = (400.0, 550.0)  # TFLOP/s, counted as 8 (R_s + R_t) K D
+LEAST_ROWS_FOR_RATE = 3771
+MOST_EXTRA_MIB = 100e6 / 2**20
+MOST_LAUNCHES = {"forward": 6, "backward": 3}
+MOST_DENSE_ERRORS = 2.0
+TINY_ERROR = 1e-7  # relative: one rounding of an fp32 result, below which a ratio of errors is luck
+
+Workload = Mapping[str, Any]
+
+
+class Target(NamedTuple):
+    """A target and what came of it; ``met`` is None where nothing was measured."""
+
+    quantity: str
+    to_reach: str
+    measured: str
+    met: bool | None
+
+
+def targets(data: Mapping[str, Any], workloads: Sequence[Workload]) -> Iterator[Target]:
+    """Every target, in the order of the design."""
+    yield from _speedups(workloads)
+    for workload in workloads:
+        yield from _rivals(workload)
+    for workload in workloads:
+        yield from _rates(workload)
+        yield _memory(workload)
+        yield from _launches(workload)
+    yield from _errors(data)
+
+
+def _speedups(workloads: Sequence[Workload]) -> Iterator[Target]:
+    for rows, baseline, least in SPEEDUPS:
+        quantity, wanted = f"{rows[0]}/{rows[1]} vs {baseline}", f">= {least:g}x"
+        found = [
+            w for w in workloads if (w["student_rows"], w["teacher_rows"]) == rows and MAIN_SIZES.items() <= w.items()
+        ]
+        ratio = _ratio(found[0], baseline) if found else None
+        yield Target(quantity, wanted, *((f"{ratio:.2f}x", ratio >= least) if ratio is not None else ("", None)))
+
+
+def _rivals(workload: Workload) -> Iterator[Target]:
+    ratios = {name: ratio for name in RIVALS if (ratio := _ratio(workload, name)) is not None}
+    quantity = f"{workload['name']} vs best of B3 to B6"
+    if not ratios:
+        yield Target(quantity, "> 1x", "", None)
+        return
+    best = min(ratios, key=lambda name: ratios[name])
+    yield Target(quantity, "> 1x", f"{ratios[best]:.2f}x ({best})", ratios[best] > 1)
+    mine, theirs = (workload["variants"][name]["extra_mib"] for name in (OURS, best))
+    yield Target(
+        f"{workload['name']} memory of {best}", "< 1/5", f"{mine:.0f} of {theirs:.0f} MiB", mine < RIVAL_MEMORY * theirs
+    )
+
+
+def _rates(workload: Workload) -> Iterator[Target]:
+    if workload["student_rows"] >= LEAST_ROWS_FOR_RATE:
+        rate = _ours(workload).get("tflops")
+        for least in RATES:
+            measured = "" if rate is None else f"{rate:.0f} TFLOP/s"
+            yield Target(
+                f"{workload['name']} rate", f">= {least:.0f} TFLOP/s", measured, None if rate is None else rate >= least
+            )
+
+
+def _memory(workload: Workload) -> Target:
+    extra = _ours(workload).get("extra_mib")
+    measured = "" if extra is None else f"{extra:.0f} MiB"
+    met = None if extra is None else extra <= MOST_EXTRA_MIB
+    return Target(f"{workload['name']} extra memory", f"<= {MOST_EXTRA_MIB:.0f} MiB", measured, met)
+
+
+def _launches(workload: Workload) -> Iterator[Target]:
+    recorded, graph = _ours(workload).get("kernels", {}), _ours(workload).get("graph", {})
+    for name, most in MOST_LAUNCHES.items():
+        count = recorded[name]["launches"] if name in recorded else None
+        measured, met = ("", None) if count is None else (f"{count:g}", count <= most)
+        yield Target(f"{workload['name']} kernels {name}", f"<= {most}", measured, met)
+    equal = graph.get("equals_eager", False if graph.get("status") == "failed" else None)
+    yield Target(f"{workload['name']} in a CUDA graph", "same bits", graph.get("status", ""), equal)
+    repeatable = _ours(workload).get("repeatable")
+    flag = repeatable if isinstance(repeatable, bool) else None
+    yield Target(f"{workload['name']} repeated", "same bits", "" if flag is None else str(flag), flag)
+
+
+def _errors(data: Mapping[str, Any]) -> Iterator[Target]:
+    results = data["results"].get("errors", {})
+    checks: list[tuple[str, str, Callable[[float, float], bool]]] = [
+        ("dense", "<= 2x the dense formula's", lambda mine, other: mine <= max(MOST_DENSE_ERRORS * other, TINY_ERROR)),
+        ("autocast", "<= 2x bf16 autocast's", lambda mine, other: mine <= max(MOST_DENSE_ERRORS * other, TINY_ERROR)),
+    ]
+    for kind, wanted, holds in checks:
+        pairs = [
+            (f"{case}, {quantity}", error, result[kind][quantity])
+            for case, result in results.items()
+            for quantity, error in result.get("ours", {}).items()
+            if quantity in result.get(kind, {})
+        ]
+        over = [name for name, mine, other in pairs if not holds(mine, other)]
+        worst = max((mine / max(other, TINY_ERROR) for _, mine, other in pairs), default=0.0)
+        measured = f"{len(pairs) - len(over)} of {len(pairs)} quantities, worst {worst:.1f}x" if pairs else ""
+        yield Target("errors", wanted, measured, not over if pairs else None)
+
+
+def _ours(workload: Workload) -> Mapping[str, Any]:
+    mine: Mapping[str, Any] = workload.get("variants", {}).get(OURS, {})
+    return mine
+
+
+def _ratio(workload: Workload, baseline: str) -> float | None:
+    """Median time of the baseline over ours; None where either was not timed, or ours is wrong."""
+    times = [workload.get("variants", {}).get(name, {}).get("step_ms", {}).get("median") for name in (baseline, OURS)]
+    if None in times or _ours(workload).get("disagreement"):
+        return None
+    ratio: float = times[0] / times[1]
+    return ratio

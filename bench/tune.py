@@ -1,0 +1,230 @@
+"""Search for tile sizes: what compiles without a spill, and of that what is fastest.
+
+    python -m bench.tune --arch 90                        no GPU: the best that is expected of what compiles
+    python -m bench.tune --seconds 150 --out tiles.json   on a GPU: the fastest of what compiles there
+    python -m bench.tune --install tiles.json             puts measured entries into the table of the package
+
+Both write the format of ``vmf_kernels/backends/triton/tiles.json``; each entry says what chose it.
+
+Legend: R rows, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.ahead_of_time import SHARED_MEMORY, Compiled, compile_launch, recording
+from bench.pass_case import PassCase
+from vmf_kernels.backends.triton.tiles import (
+    FEW_ROWS,
+    NO_TENSOR_CORES,
+    PASSES,
+    PRECISIONS,
+    ROW_PASSES,
+    TABLE_PATH,
+    WIDTHS,
+    Tile,
+    family,
+    layout_of,
+)
+
+# What a thread can spend on sums and scores; the rest are addresses, statistics, and the operands of fp32 products
+REGISTERS = {"16-bit": 232, "tf32": 150, "ieee": 110}
+ELEMENT_BYTES = {"16-bit": 2, "tf32": 4, "ieee": 4}
+TRIES = 8  # candidates compiled for an entry before it is given up
+MEASURED = 4  # candidates timed for an entry
+SIDES = (128, 64, 32, 16)
+Table = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
+
+
+def entry_names() -> list[str]:
+    """Names in a table: the passes, and the row passes over few rows."""
+    return [*PASSES, *(f"{name} few" for name in ROW_PASSES)]
+
+
+def candidates(name: str, precision: str, width: int, shared: int) -> list[Tile]:
+    """Tiles that should fit registers and shared memory, best first by ``expected_cost``."""
+    layout = layout_of(width, precision)
+    few, base = name.endswith(" few"), name.removesuffix(" few")
+    found = []
+    for rows, prototypes, warps, stages, parts in itertools.product(SIDES, SIDES, (8, 4), (3, 2, 1), (1, 2, 4)):
+        tile = Tile(rows, prototypes, parts, warps, stages)
+        if (few and rows > FEW_ROWS) or layout.chunks % parts or (parts > 1 and base in ("scores", "matched")):
+            continue
+        if (
+            _shared_bytes(base, tile, precision, layout.width) <= shared
+            and _registers(base, tile, layout.width) <= REGISTERS[precision]
+        ):
+            found.append(tile)
+    return sorted(found, key=lambda tile: expected_cost(base, tile))
+
+
+def _shared_bytes(name: str, tile: Tile, precision: str, width: int) -> int:
+    """Expected shared memory: the block that stays, and the streamed blocks once a stage."""
+    stays, streams = (tile.rows, tile.prototypes) if name in ROW_PASSES else (tile.prototypes, tile.rows)
+    row_bytes = width * ELEMENT_BYTES[precision]
+    shares = tile.parts > 1  # parts of the columns are loaded beside the whole, not taken from it
+    streamed = {"student": 1 + shares / tile.parts, "scores": 1.0, "teacher": 1 + 1 / tile.parts, "matched": 2.0}
+    kept = 2 if name == "matched" else 1
+    return int(row_bytes * (kept * stays + tile.stages * streams * streamed.get(name, 1 + 1 / tile.parts)))
+
+
+def _registers(name: str, tile: Tile, width: int) -> float:
+    """Expected registers a thread needs for fp32 sums and scores."""
+    stays, streams = (tile.rows, tile.prototypes) if name in ROW_PASSES else (tile.prototypes, tile.rows)
+    sums = 0 if name == "scores" else stays * width / tile.parts
+    scores = stays * streams * (2 if name == "matched" else 1)
+    return (sums + scores) / (32 * tile.warps)
+
+
+def expected_cost(name: str, tile: Tile) -> float:
+    """Relative time expected of a tile; what steers the search where nothing can be measured.
+
+    The block that stays (rows in a row pass, prototypes in a column pass) decides how often the streamed matrix is read; the
+    block that streams, how many products amortise an online-softmax step and a barrier; parts repeat the logits.
+    """
+    stays, streams = (tile.rows, tile.prototypes) if name in ROW_PASSES else (tile.prototypes, tile.rows)
+    products = (1 + tile.parts) / 2
+    pipeline = {1: 1.35, 2: 1.0, 3: 0.97}[tile.stages]
+    # one warpgroup of four warps for every 64 rows that stay is what the tensor cores take at once
+    occupancy = 1.0 if tile.warps * 16 == stays else 1.08
+    return products * (1 + 24 / stays) * (1 + 12 / streams) * pipeline * occupancy
+
+
+def compiled(name: str, precision: str, width: int, tile: Tile, arch: int) -> Compiled:
+    """What the compiler makes of a pass with this tile."""
+    case = PassCase.of(name, precision, width, device=torch.device("cpu"))
+    with recording(arch) as launches:
+        case.run(tile)
+    (recorded,) = launches
+    return compile_launch(recorded, arch)
+
+
+def is_clean(report: Compiled, precision: str, arch: int) -> bool:
+    """No spill, within the shared memory, on tensor cores (which IEEE products have not)."""
+    matrix = report.matrix > 0 or precision == NO_TENSOR_CORES
+    return report.spills == 0 and report.shared <= SHARED_MEMORY[arch] and matrix
+
+
+def clean_candidates(name: str, precision: str, width: int, arch: int) -> Iterator[Tile]:
+    """Candidates that compile cleanly, best expected first."""
+    for tile in candidates(name, precision, width, SHARED_MEMORY[arch])[:TRIES]:
+        try:
+            report = compiled(name, precision, width, tile, arch)
+        except Exception as error:  # the compiler's own errors have no common class
+            print(f"{name} {precision} {width} {tile}: {type(error).__name__}", file=sys.stderr)
+            continue
+        if is_clean(report, precision, arch):
+            yield tile
+
+
+def expected_entry(job: tuple[str, str, int, int]) -> dict[str, Any] | None:
+    """The table's entry for a pass without a GPU, or None if no candidate is clean."""
+    tile = next(clean_candidates(*job), None)
+    if tile is None:
+        return None
+    entry = asdict(tile) | {"chosen_by": "expected cost, the best that compiles without spills; not measured"}
+    # with half the rows in a block its fewer products are not expected to be faster: for a measurement to say
+    return entry | {"used": False} if job[0] == "matched" else entry
+
+
+def expected_table(arch: int, workers: int) -> Table:
+    """The part of the table for one architecture."""
+    jobs = [(name, precision, width, arch) for precision in PRECISIONS for width in WIDTHS for name in entry_names()]
+    table: Table = {}
+    with ProcessPoolExecutor(workers) as pool:
+        for job, entry in zip(jobs, pool.map(expected_entry, jobs), strict=True):
+            name, precision, width, _ = job
+            print(*job, entry, file=sys.stderr, flush=True)
+            if entry is not None:
+                table.setdefault(family(arch), {}).setdefault(precision, {}).setdefault(str(width), {})[name] = entry
+    return table
+
+
+def measured_table(seconds: float, widths: tuple[int, ...]) -> Table:
+    """The fastest tiles on this GPU in 16-bit precision, as many as the time allows; the largest workloads first."""
+    device = torch.device("cuda")
+    major, minor = torch.cuda.get_device_capability()
+    arch, until, table = 10 * major + minor, time.monotonic() + seconds, {}
+    for width, name in itertools.product(widths, entry_names()):
+        if time.monotonic() > until:
+            break
+        entry = measured_entry(name, width, arch, device)
+        table.setdefault(family(arch), {}).setdefault("16-bit", {}).setdefault(str(width), {})[name] = entry
+        print(arch, name, width, entry, flush=True)
+    return table
+
+
+def measured_entry(name: str, width: int, arch: int, device: torch.device) -> dict[str, Any]:
+    """The fastest of the best candidates, each also through tensor descriptors."""
+    case, times = PassCase.of(name, "16-bit", width, device=device), {}
+    plain = candidates(name, "16-bit", width, SHARED_MEMORY[int(family(arch))])[: 2 * MEASURED]
+    described = [Tile(**(asdict(tile) | {"tma": True})) for tile in plain[:MEASURED] if arch >= 90]
+    for tile in [*plain, *described]:
+        try:
+            times[tile] = case.median_ms(tile)
+        except (
+            Exception
+        ) as error:  # a tile that does not fit is no candidate; the compiler's errors have no common class
+            print(f"{name} {width} {tile}: {type(error).__name__}", file=sys.stderr)
+    best = min(times, key=lambda tile: times[tile])
+    rate = case.operations / times[best] / 1e9
+    note = f"measured: {times[best]:.3f} ms, {rate:.0f} TFLOP/s, best of {len(times)} on {torch.cuda.get_device_name()}"
+    entry = asdict(best) | {"chosen_by": f"{note}, torch {torch.__version__}"}
+    if name == "matched":
+        general = PassCase.of("columns", "16-bit", width, device=device)
+        rival = min(
+            general.median_ms(tile)
+            for tile in candidates("columns", "16-bit", width, SHARED_MEMORY[int(family(arch))])[:1]
+        )
+        entry["used"] = times[best] < rival
+    return entry
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """``old`` with the entries of ``new`` over it, nested tables merged."""
+    result = dict(old)
+    for key, value in new.items():
+        nested = isinstance(value, Mapping) and "rows" not in value
+        result[key] = merged(result.get(key, {}), value) if nested else value
+    return result
+
+
+def write(table: Mapping[str, Any], path: Path) -> None:
+    """Put the entries into a table file, keeping the others it has."""
+    old = json.loads(path.read_text())["tiles"] if path.exists() else {}
+    path.write_text(json.dumps({"tiles": merged(old, table)}, indent=1, sort_keys=True) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    parser.add_argument("--arch", type=int, choices=sorted(SHARED_MEMORY), help="compile only, for this capability")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    parser.add_argument("--seconds", type=float, default=150.0, help="time to measure for")
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 384, 128], help="embedding dims to measure")
+    parser.add_argument("--install", type=Path, help="a table to merge into the package's")
+    parser.add_argument("--out", type=Path, default=TABLE_PATH, help="table to write to; keeps its other entries")
+    options = parser.parse_args(arguments)
+    if options.install is not None:
+        write(json.loads(options.install.read_text())["tiles"], TABLE_PATH)
+    elif options.arch is not None:
+        write(expected_table(options.arch, options.workers), options.out)
+    elif torch.cuda.is_available():
+        write(measured_table(options.seconds, tuple(options.widths)), options.out)
+    else:
+        parser.error("no GPU here to measure on; --arch compiles for one without it")
+
+
+if __name__ == "__main__":
+    main()
