@@ -17,19 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from vmf_kernels.backends.triton import launch
 
 MULTIPROCESSORS = {80: 108, 86: 84, 90: 132, 100: 148}
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may have
-MATRIX_INSTRUCTIONS = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTC.MMA"}
-DTYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
+TENSOR_MEMORY = 512  # columns a multiprocessor has
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -55,6 +47,7 @@ class Compiled:
     registers: int
     spills: int  # loads from and stores to local memory
     shared: int
+    tensor_memory: int  # columns that a program's sums take from sm_100 on
     matrix: int  # tensor-core instructions
     bulk_copies: int  # TMA loads
     asynchronous_copies: int  # cp.async loads
@@ -67,9 +60,11 @@ def recording(arch: int) -> Iterator[list[Launch]]:
 
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         names = [parameter.name for parameter in kernel.params]
-        values = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k not in OPTIONS}
-        missing = set(names) ^ set(values)
-        assert not missing, f"{kernel.__name__} is launched with wrong arguments: {sorted(missing)}"
+        by_name = {name: value for name, value in options.items() if name not in OPTIONS}
+        given = [*names[: len(args)], *(f"positional {i}" for i in range(len(names), len(args))), *by_name]
+        wrong = {name for name in {*names, *given} if (name in names) + given.count(name) != 2}
+        assert not wrong, f"{kernel.__name__} is launched with wrong arguments: {sorted(wrong)}"
+        values = dict(zip(names, args, strict=False)) | by_name
         launches.append(Launch(kernel, grid, values, {k: v for k, v in options.items() if k in OPTIONS}))
 
     target = launch.Target(arch, MULTIPROCESSORS[arch])
@@ -82,27 +77,34 @@ def recording(arch: int) -> Iterator[list[Launch]]:
 
 
 def compile_launch(recorded: Launch, arch: int) -> Compiled:
-    """Compile one recorded launch for ``arch``.
+    """Compile one recorded launch for ``arch``, by Triton's own launcher, which specialises it as it would on the device."""
+    from triton.runtime import driver
 
-    Raises:
-        RuntimeError: the compiler refuses the kernel; says why.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    pretended = _PretendedDevice(arch)
+    with mock.patch.object(driver, "_active", pretended):
+        built = recorded.kernel.warmup(grid=recorded.grid, **recorded.arguments, **recorded.options)
+    return _report(built)
 
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(recorded.kernel.params):
-        value = recorded.arguments[parameter.name]
-        kind = "constexpr" if parameter.is_constexpr else _type_of(value)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[parameter.name] = value
-        elif _divisible(value):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(recorded.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(recorded.options))
-    return _report(built, arch)
+
+class _PretendedDevice:
+    """What Triton asks its driver when it compiles a launch; nothing can be loaded or run through it."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        """NVIDIA, of the capability."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        """A number for each capability: Triton caches what it compiles by device."""
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
 
 
 def tool(name: str) -> Path:
@@ -112,31 +114,13 @@ def tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
-def _type_of(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"*{DTYPES[value.dtype]}"
-    if isinstance(value, int):
-        if value == 1:
-            return "constexpr"  # as the launcher specialises it
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    if isinstance(value, float):
-        return "fp32"
-    block = ", ".join(str(size) for size in value.block_shape)
-    return f"tensordesc<{DTYPES[value.base.dtype]}[{block}]>"
-
-
-def _divisible(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr() % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
-
-
-def _report(built: Any, arch: int) -> Compiled:
+def _report(built: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         usage = _output([str(tool("cuobjdump")), "--dump-resource-usage", file.name])
-        code = _output([str(tool("nvdisasm")), "-c", file.name])
+        # without the analysis of branches: a third of its time, and only labels would need it
+        code = _output([str(tool("nvdisasm")), "-c", "-ndf", file.name])
     instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, re.MULTILINE)
     registers = re.findall(r"REG:(\d+)", usage)
 
@@ -147,6 +131,7 @@ def _report(built: Any, arch: int) -> Compiled:
         registers=max(int(number) for number in registers),
         spills=count("LDL", "STL"),
         shared=built.metadata.shared,
+        tensor_memory=getattr(built.metadata, "tmem_size", None) or 0,
         matrix=count("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA", "QGMMA", "IMMA"),
         bulk_copies=count("UTMALDG"),
         asynchronous_copies=count("LDGSTS"),

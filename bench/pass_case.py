@@ -30,13 +30,15 @@ class PassCase:
     teacher: Tensor  # [K, D]
 
     @classmethod
-    def of(cls, name: str, precision: str, width: int, *, device: torch.device) -> PassCase:
-        """The case at K = 65,536; on the CPU, where it is only compiled, with memory that nobody touches."""
+    def of(
+        cls, name: str, precision: str, width: int, *, device: torch.device, dtype: torch.dtype | None = None
+    ) -> PassCase:
+        """The case at K = 65,536, in ``dtype`` or the usual one; on the CPU, to be compiled only, in memory nobody touches."""
         layout, base = layout_of(width, precision), name.removesuffix(" few")
         rows = FEW_ROWS if name.endswith(" few") else MANY_ROWS
 
         def matrix(count: int) -> Tensor:
-            empty = torch.empty(count, layout.width, dtype=DTYPES[precision], device=device)
+            empty = torch.empty(count, layout.width, dtype=dtype or DTYPES[precision], device=device)
             return empty if device.type == "cpu" else empty.normal_(std=width**-0.5)
 
         return cls(base, precision, layout, matrix(rows), matrix(PROTOTYPES), matrix(PROTOTYPES))

@@ -14,20 +14,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.ahead_of_time import SHARED_MEMORY, Compiled, compile_launch, recording
+from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, Compiled, compile_launch, recording
 from bench.pass_case import PassCase
 from vmf_kernels.backends.triton.tiles import (
     FEW_ROWS,
+    MAX_WIDTH_OF_ANY_CHUNKS,
     NO_TENSOR_CORES,
     PASSES,
     PRECISIONS,
@@ -42,10 +44,12 @@ from vmf_kernels.backends.triton.tiles import (
 # What a thread can spend on sums and scores; the rest are addresses, statistics, and the operands of fp32 products
 REGISTERS = {"16-bit": 232, "tf32": 150, "ieee": 110}
 ELEMENT_BYTES = {"16-bit": 2, "tf32": 4, "ieee": 4}
-TRIES = 8  # candidates compiled for an entry before it is given up
-MEASURED = 4  # candidates timed for an entry
+TRIES = 24  # candidates compiled for an entry before it is given up: tf32 at D = 768 takes more than 8
+MEASURED = 6  # candidates timed for an entry, by expected cost
+MEASURED_PAIRS = 4  # and of those that go in pairs
+FIRST_WITH_DESCRIPTORS = 90
 SIDES = (128, 64, 32, 16)
-Table = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
+PARTS = (1, 2, 3, 4, 8)
 
 
 def entry_names() -> list[str]:
@@ -57,17 +61,19 @@ def candidates(name: str, precision: str, width: int, shared: int) -> list[Tile]
     """Tiles that should fit registers and shared memory, best first by ``expected_cost``."""
     layout = layout_of(width, precision)
     few, base = name.endswith(" few"), name.removesuffix(" few")
+    # below, a smaller dim of the same entry may have a number of chunks that the parts do not divide
+    has_parts = base not in ("scores", "matched") and width > MAX_WIDTH_OF_ANY_CHUNKS
     found = []
-    for rows, prototypes, warps, stages, parts in itertools.product(SIDES, SIDES, (8, 4), (3, 2, 1), (1, 2, 4)):
+    for rows, prototypes, warps, stages, parts in itertools.product(SIDES, SIDES, (8, 4), (3, 2, 1), PARTS):
         tile = Tile(rows, prototypes, parts, warps, stages)
-        if (few and rows > FEW_ROWS) or layout.chunks % parts or (parts > 1 and base in ("scores", "matched")):
+        if (few and rows > FEW_ROWS) or (parts > 1 and (layout.chunks % parts or not has_parts)):
             continue
         if (
             _shared_bytes(base, tile, precision, layout.width) <= shared
             and _registers(base, tile, layout.width) <= REGISTERS[precision]
         ):
             found.append(tile)
-    return sorted(found, key=lambda tile: expected_cost(base, tile))
+    return sorted(found, key=lambda tile: expected_cost(base, tile, precision))
 
 
 def _shared_bytes(name: str, tile: Tile, precision: str, width: int) -> int:
@@ -88,7 +94,7 @@ def _registers(name: str, tile: Tile, width: int) -> float:
     return (sums + scores) / (32 * tile.warps)
 
 
-def expected_cost(name: str, tile: Tile) -> float:
+def expected_cost(name: str, tile: Tile, precision: str) -> float:
     """Relative time expected of a tile; what steers the search where nothing can be measured.
 
     The block that stays (rows in a row pass, prototypes in a column pass) decides how often the streamed matrix is read; the
@@ -96,7 +102,9 @@ def expected_cost(name: str, tile: Tile) -> float:
     """
     stays, streams = (tile.rows, tile.prototypes) if name in ROW_PASSES else (tile.prototypes, tile.rows)
     products = (1 + tile.parts) / 2
-    pipeline = {1: 1.35, 2: 1.0, 3: 0.97}[tile.stages]
+    # without a pipeline the streamed block waits in registers, where one of fp32 leaves no room for sums
+    alone = 3.0 if precision == "tf32" else 1.35
+    pipeline = {1: alone, 2: 1.0, 3: 0.97}[tile.stages]
     # one warpgroup of four warps for every 64 rows that stay is what the tensor cores take at once
     occupancy = 1.0 if tile.warps * 16 == stays else 1.08
     return products * (1 + 24 / stays) * (1 + 12 / streams) * pipeline * occupancy
@@ -112,9 +120,10 @@ def compiled(name: str, precision: str, width: int, tile: Tile, arch: int) -> Co
 
 
 def is_clean(report: Compiled, precision: str, arch: int) -> bool:
-    """No spill, within the shared memory, on tensor cores (which IEEE products have not)."""
+    """No spill, within the shared and the tensor memory, on tensor cores (which IEEE products have not)."""
     matrix = report.matrix > 0 or precision == NO_TENSOR_CORES
-    return report.spills == 0 and report.shared <= SHARED_MEMORY[arch] and matrix
+    fits = report.shared <= SHARED_MEMORY[arch] and report.tensor_memory <= TENSOR_MEMORY
+    return report.spills == 0 and fits and matrix
 
 
 def clean_candidates(name: str, precision: str, width: int, arch: int) -> Iterator[Tile]:
@@ -139,57 +148,82 @@ def expected_entry(job: tuple[str, str, int, int]) -> dict[str, Any] | None:
     return entry | {"used": False} if job[0] == "matched" else entry
 
 
-def expected_table(arch: int, workers: int) -> Table:
-    """The part of the table for one architecture."""
-    jobs = [(name, precision, width, arch) for precision in PRECISIONS for width in WIDTHS for name in entry_names()]
-    table: Table = {}
+def expected_table(arch: int, workers: int, path: Path) -> None:
+    """Write the part of the table for one architecture, entry by entry; entries that the file already has are kept."""
+    known = json.loads(path.read_text())["tiles"].get(family(arch), {}) if path.exists() else {}
+    jobs = [
+        (name, precision, width, arch)
+        for precision in PRECISIONS
+        for width in WIDTHS
+        for name in entry_names()
+        if name not in known.get(precision, {}).get(str(width), {})
+    ]
     with ProcessPoolExecutor(workers) as pool:
         for job, entry in zip(jobs, pool.map(expected_entry, jobs), strict=True):
             name, precision, width, _ = job
             print(*job, entry, file=sys.stderr, flush=True)
             if entry is not None:
-                table.setdefault(family(arch), {}).setdefault(precision, {}).setdefault(str(width), {})[name] = entry
-    return table
+                write({family(arch): {precision: {str(width): {name: entry}}}}, path)
 
 
-def measured_table(seconds: float, widths: tuple[int, ...]) -> Table:
-    """The fastest tiles on this GPU in 16-bit precision, as many as the time allows; the largest workloads first."""
+def measured_table(seconds: float, widths: tuple[int, ...], path: Path) -> None:
+    """Write the fastest tiles on this GPU in 16-bit precision, entry by entry while the time lasts; see ``measured_entry``."""
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability()
-    arch, until, table = 10 * major + minor, time.monotonic() + seconds, {}
-    for width, name in itertools.product(widths, entry_names()):
-        if time.monotonic() > until:
-            break
-        entry = measured_entry(name, width, arch, device)
-        table.setdefault(family(arch), {}).setdefault("16-bit", {}).setdefault(str(width), {})[name] = entry
-        print(arch, name, width, entry, flush=True)
-    return table
+    arch, until = 10 * major + minor, time.monotonic() + seconds
+    for width in widths:  # the largest workloads first
+        rival = None
+        for name in entry_names():
+            if time.monotonic() > until:
+                return
+            times = measured_times(name, width, arch, device)
+            print(arch, name, width, times, flush=True)
+            if not times:
+                continue
+            entry = measured_entry(name, width, times, rival)
+            if name == "columns":
+                rival = min(times.values())
+            write({family(arch): {"16-bit": {str(width): {name: entry}}}}, path)
 
 
-def measured_entry(name: str, width: int, arch: int, device: torch.device) -> dict[str, Any]:
-    """The fastest of the best candidates, each also through tensor descriptors."""
+def measured_candidates(name: str, width: int, arch: int) -> list[Tile]:
+    """Tiles worth timing: the best by ``expected_cost``, the best of those that go in pairs, both also through descriptors."""
+    shared = SHARED_MEMORY[int(family(arch))]
+    fitting = candidates(name, "16-bit", width, shared)
+    # Two programs on one multiprocessor overlap the softmax of one with the products of the other, which Triton cannot do
+    # within a program; their blocks are smaller, which ``expected_cost`` counts against them, so only a clock can decide.
+    pairs = [tile for tile in fitting if goes_in_pairs(name, tile, width, shared)]
+    plain = list(dict.fromkeys([*fitting[:MEASURED], *pairs[:MEASURED_PAIRS]]))
+    described = [*fitting[: MEASURED // 2], *pairs[: MEASURED_PAIRS // 2]] if arch >= FIRST_WITH_DESCRIPTORS else []
+    return plain + [replace(tile, tma=True) for tile in dict.fromkeys(described)]
+
+
+def goes_in_pairs(name: str, tile: Tile, width: int, shared: int) -> bool:
+    """Whether two 16-bit programs fit on a multiprocessor, each with the 1 KiB that the system keeps; 255 registers do."""
+    return tile.warps == 4 and _shared_bytes(name.removesuffix(" few"), tile, "16-bit", width) <= shared // 2 - 1024
+
+
+def measured_times(name: str, width: int, arch: int, device: torch.device) -> dict[Tile, float]:
+    """Milliseconds of each candidate that runs on the device."""
     case, times = PassCase.of(name, "16-bit", width, device=device), {}
-    plain = candidates(name, "16-bit", width, SHARED_MEMORY[int(family(arch))])[: 2 * MEASURED]
-    described = [Tile(**(asdict(tile) | {"tma": True})) for tile in plain[:MEASURED] if arch >= 90]
-    for tile in [*plain, *described]:
+    for tile in measured_candidates(name, width, arch):
         try:
             times[tile] = case.median_ms(tile)
         except (
             Exception
         ) as error:  # a tile that does not fit is no candidate; the compiler's errors have no common class
             print(f"{name} {width} {tile}: {type(error).__name__}", file=sys.stderr)
+    return times
+
+
+def measured_entry(name: str, width: int, times: Mapping[Tile, float], rival: float | None) -> dict[str, Any]:
+    """The fastest of the timed tiles; ``matched`` is to be used if it beats ``rival``, ms of the pass that it stands in for."""
     best = min(times, key=lambda tile: times[tile])
-    rate = case.operations / times[best] / 1e9
+    operations = PassCase.of(name, "16-bit", width, device=torch.device("cpu")).operations
+    rate = operations / times[best] / 1e9
     note = f"measured: {times[best]:.3f} ms, {rate:.0f} TFLOP/s, best of {len(times)} on {torch.cuda.get_device_name()}"
     entry = asdict(best) | {"chosen_by": f"{note}, torch {torch.__version__}"}
-    if name == "matched":
-        general = PassCase.of("columns", "16-bit", width, device=device)
-        rival = min(
-            general.median_ms(tile)
-            for tile in candidates("columns", "16-bit", width, SHARED_MEMORY[int(family(arch))])[:1]
-        )
-        entry["used"] = times[best] < rival
-    return entry
+    return entry | {"used": rival is not None and times[best] < rival} if name == "matched" else entry
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,9 +236,11 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(table: Mapping[str, Any], path: Path) -> None:
-    """Put the entries into a table file, keeping the others it has."""
+    """Put the entries into a table file, keeping the others it has; one entry a line."""
     old = json.loads(path.read_text())["tiles"] if path.exists() else {}
-    path.write_text(json.dumps({"tiles": merged(old, table)}, indent=1, sort_keys=True) + "\n")
+    text = json.dumps({"tiles": merged(old, table)}, indent=1, sort_keys=True)
+    innermost = re.sub(r"\{([^{}]*)\}", lambda found: "{" + " ".join(found[1].split()) + "}", text)
+    path.write_text(innermost + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -219,9 +255,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.install is not None:
         write(json.loads(options.install.read_text())["tiles"], TABLE_PATH)
     elif options.arch is not None:
-        write(expected_table(options.arch, options.workers), options.out)
+        expected_table(options.arch, options.workers, options.out)
     elif torch.cuda.is_available():
-        write(measured_table(options.seconds, tuple(options.widths)), options.out)
+        measured_table(options.seconds, tuple(options.widths), options.out)
     else:
         parser.error("no GPU here to measure on; --arch compiles for one without it")
 

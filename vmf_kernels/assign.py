@@ -81,6 +81,7 @@ def prototype_usage(
         ValueError: shapes, temperature or backend name do not fit; says what was got and expected.
     """
     _check_rows(features, prototypes, bias)
+    features = in_autocast_dtype(features)
     if features.shape[0] == 0:
         raise ValueError("features has 0 rows; expected at least one to take a mean over")
     tau = temperature_tensor(temperature, "temperature", features.device)
@@ -93,6 +94,7 @@ def row_log_sum_exp(
 ) -> Tensor:
     """[R] log-sum-exp over the prototypes of each row's logits; arguments and errors as ``prototype_usage``."""
     _check_rows(features, prototypes, None)
+    features = in_autocast_dtype(features)
     tau = temperature_tensor(temperature, "temperature", features.device)
     rows: Tensor = _row_op(*_flat(features, prototypes), tau, backend)
     return rows
@@ -113,6 +115,7 @@ def column_log_sum_exp(
         features, prototypes, temperature, backend: as in ``prototype_usage``, which also lists the errors.
     """
     _check_rows(features, prototypes, None)
+    features = in_autocast_dtype(features)
     if tuple(offset.shape) != (features.shape[0],):
         raise ValueError(f"offset has shape {tuple(offset.shape)}; expected [{features.shape[0]}], one for each row")
     tau = temperature_tensor(temperature, "temperature", features.device)
@@ -183,6 +186,17 @@ def check_bias(bias: Tensor | None, count: int, name: str) -> None:
     """Raise ValueError unless ``bias`` is None or has one element for each of ``count`` prototypes."""
     if bias is not None and bias.numel() != count:
         raise ValueError(f"{name} has {bias.numel()} elements; expected one for each of the {count} prototypes")
+
+
+def in_autocast_dtype(features: Tensor) -> Tensor:
+    """The features as the last layer of a head would see them: fp32 ones cast where a region of autocast is on.
+
+    Only on a GPU, where 16-bit products are what the region asks for; a CPU's are no faster, and it keeps fp32.
+    """
+    kind = features.device.type
+    if kind == "cuda" and features.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return features.to(torch.get_autocast_dtype(kind))
+    return features
 
 
 def without_autocast(op: Callable[Concatenate[Tensor, P], Result]) -> Callable[Concatenate[Tensor, P], Result]:

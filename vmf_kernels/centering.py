@@ -156,7 +156,7 @@ class LogitCenter(Center):
     ) -> tuple[Tensor, Tensor]:
         if isinstance(teacher, Tensor):
             total = _all_reduce(teacher.detach().sum(dim=0, dtype=accumulation_dtype(teacher.dtype)))
-            return total, _all_reduce(total.new_tensor(float(teacher.shape[0])))
+            return total, _all_reduce(total.new_full((), float(teacher.shape[0])))
         features = teacher.detach().flatten().features
         summed = features.sum(dim=0, dtype=accumulation_dtype(features.dtype))
         packed = _all_reduce(torch.cat([summed, summed.new_full((1,), float(features.shape[0]))]))
@@ -217,12 +217,12 @@ class ProbabilityCenter(Center):
         if isinstance(teacher, Tensor):
             check_bias(bias, teacher.shape[1], "bias")
             total = _stored_column_log_sum(teacher.detach(), temperature, bias)
-            return total, total.new_tensor(float(teacher.shape[0]))
+            return total, total.new_full((), float(teacher.shape[0]))
         rows = teacher.detach().flatten()
         inputs = (rows.features, rows.prototypes, temperature)
         lse = row_log_sum_exp(*inputs, backend=self.backend)
         total = column_log_sum_exp(*inputs, lse, backend=self.backend)
-        return total, total.new_tensor(float(rows.shape[0]))
+        return total, total.new_full((), float(rows.shape[0]))
 
     def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         if not _has_ranks():

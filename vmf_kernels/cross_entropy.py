@@ -18,6 +18,7 @@ from vmf_kernels.assign import (
     check_bias,
     check_features,
     choose_backend,
+    in_autocast_dtype,
     refuse_nan_prototypes,
     temperature_tensor,
     without_autocast,
@@ -62,7 +63,8 @@ def prototype_cross_entropy(
         teacher_prototypes: K prototypes of dim D, its own copy.
         pair_weights: [G, V] weight of teacher view g against student view v of the same image, not negative; with B = 1
             an arbitrary matrix [T, S] between single rows.
-        student_temperature, teacher_temperature: positive; a float or a tensor of one element.
+        student_temperature, teacher_temperature: positive; a float or a tensor of one element. On a GPU, tensors given as
+            weights and temperatures should be there as well: copying one over waits for the device.
         teacher_bias: [K] nats added to the teacher's logits (a centre or dual vector), or None.
         image_weights: [B] further weight of each image, or None.
         backend: "auto", "triton", "streaming" or "reference".
@@ -78,6 +80,7 @@ def prototype_cross_entropy(
     """
     _check_sides(student_features, student_prototypes, teacher_features, teacher_prototypes)
     check_bias(teacher_bias, teacher_prototypes.count, "teacher_bias")
+    student_features, teacher_features = in_autocast_dtype(student_features), in_autocast_dtype(teacher_features)
     device = student_features.device
     dtype = accumulation_dtype(student_features.dtype)
     pairing = Pairing(

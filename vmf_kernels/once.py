@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmf_kernels.backends.triton.launch import unsupported_device
+
 TWICE = (
     "{name} cannot be differentiated twice: its gradient is formed in closed form and recorded as a constant; "
     "expected backward() or autograd.grad() without create_graph=True"
@@ -36,7 +38,16 @@ class ReadyGradients:
         self._gradients = None
         if scale.device.type == "cpu" and scale.item() == 1.0:
             return list(gradients)
-        return [g.mul_(scale.to(g.dtype)) for g in gradients]
+        return [_scaled(g, scale) for g in gradients]
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """``gradient`` times ``scale``, in place; on a GPU its memory is left alone where the scale turns out to be 1."""
+    if gradient.dtype != torch.float32 or gradient.device.type != "cuda" or unsupported_device(gradient.device):
+        return gradient.mul_(scale.to(gradient.dtype))
+    from vmf_kernels.backends.triton.prototypes import scale_in_place
+
+    return scale_in_place(gradient, scale)
 
 
 def cast_like(gradient: Tensor, needed: bool, stored: Tensor | None) -> Tensor | None:

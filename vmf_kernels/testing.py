@@ -3,7 +3,8 @@
 The budget (CONTRIBUTING.md): with the truth in fp64 on the already rounded inputs, a result may be off by twice what the
 dense formula in plain torch is off in the same dtype, plus one rounding of every logit and of the result: a band without
 which luck would decide where the dense formula rounds well. It is equations (1) and (2) under autograd; no backend runs.
-A backend that forms 16-bit features' products in 16 bits is held against the dense formula that does so (``products``).
+A backend that forms 16-bit features' products in 16 bits is held against the dense formula that does so (``products``), and
+on a GPU set to tf32 the dense formula's products of fp32 are torch's own in tf32.
 
 Legend: S / T student / teacher rows, G / V their views, B images, R rows of either, K prototypes, D embedding dim.
 """
@@ -22,6 +23,7 @@ from vmf_kernels.prototypes import Prototypes, accumulation_dtype
 
 DENSE_ERRORS = 2.0  # how often the dense formula's error a result may be off
 LOSS_SCALE = 2.0**16  # what a GradScaler starts with: without one the dense formula's gradient underflows in fp16
+TF32_EPS = 2.0**-10  # relative spacing of the numbers that tensor cores see of fp32 ones
 FP64_BUDGET = 1e-12  # of the rounding sizes; the truth is no more exact than that
 GRADIENTS = ("feature_gradient", "weight_gradient", "magnitude_gradient")
 
@@ -69,6 +71,7 @@ def random_problem(
     dim: int = 24,
     kind: str = "weight_norm_vmf",
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
 ) -> Problem:
     """A problem with unit features, signed magnitudes around 1, positive pair and image weights, and a teacher bias.
 
@@ -77,9 +80,10 @@ def random_problem(
         views, prototypes, dim: (G, V), K and D.
         kind: one of ``vmf_kernels.prototypes.KINDS``, for both networks.
         dtype: of features, prototypes and bias; drawn in fp64 from torch's generator and then rounded.
+        device: of every tensor, and of the generator: another device draws other numbers.
     """
 
-    normal, uniform = (partial(draw, dtype=torch.float64) for draw in (torch.randn, torch.rand))
+    normal, uniform = (partial(draw, dtype=torch.float64, device=device) for draw in (torch.randn, torch.rand))
 
     def features(rows: int) -> Tensor:
         return torch.nn.functional.normalize(normal(rows, dim), dim=1)
@@ -178,7 +182,8 @@ def assert_within_budget(actual: Outcome, problem: Problem, products: torch.dtyp
     exact_problem = problem.to(torch.float64)
     truth, dense, sizes = dense_outcome(exact_problem), dense_outcome(problem, products), rounding_sizes(exact_problem)
     assert actual.keys() == truth.keys(), f"got {sorted(actual)}, expected {sorted(truth)}"
-    chance = {} if products is None else _chance(exact_problem, torch.finfo(products).eps)
+    eps = _products_eps(problem, products)
+    chance = {} if eps is None else _chance(exact_problem, eps)
     used: dict[str, float] = {}
     for name, exact in truth.items():
         got, plain = actual[name], dense[name]
@@ -193,6 +198,15 @@ def assert_within_budget(actual: Outcome, problem: Problem, products: torch.dtyp
             assert error <= allowed < float("inf"), f"{name}: {norm} error {error:.2e}, budget {allowed:.2e}"
             used[name] = max(used.get(name, 0.0), error / allowed if allowed else 0.0)
     return used
+
+
+def _products_eps(problem: Problem, products: torch.dtype | None) -> float | None:
+    """Relative spacing of the operands of the dense formula's products, where it is wider than that of their sums."""
+    if products is not None:
+        return torch.finfo(products).eps
+    features = problem.student_features
+    in_fp32 = features.device.type == "cuda" and accumulation_dtype(features.dtype) == torch.float32
+    return TF32_EPS if in_fp32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else None
 
 
 def _chance(problem: Problem, eps: float) -> dict[str, float]:
@@ -233,7 +247,7 @@ class _Terms:
         dots_TK, teacher_bias_K = _logit_terms(x_TD, problem.teacher_prototypes, problem.teacher_temperature, products)
         teacher_bias_K = teacher_bias_K if bias_of_teacher is None else teacher_bias_K + bias_of_teacher.to(dtype)
         images = features_SD.shape[0] // problem.pair_weights.shape[1]
-        weights_B = torch.ones(images) if problem.image_weights is None else problem.image_weights
+        weights_B = features_SD.new_ones(images) if problem.image_weights is None else problem.image_weights
         return cls(
             l_SK=dots_SK + bias_K,
             l_TK=dots_TK + teacher_bias_K,

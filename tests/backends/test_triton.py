@@ -20,6 +20,7 @@ from tests.test_cross_entropy import HARD
 from vmf_kernels import assign, linear_prototypes, prototype_cross_entropy, prototype_usage
 from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.triton import launch, tiles
+from vmf_kernels.backends.triton.prototypes import scale_in_place
 from vmf_kernels.backends.triton.tiles import Tile
 from vmf_kernels.prototypes import KINDS
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome, random_problem
@@ -245,6 +246,14 @@ def test_only_the_gradients_that_are_wanted_are_formed(wanted: str) -> None:
     assert torch.equal(torch.autograd.grad(3 * loss, leaf)[0], 3 * complete[name])
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0, 0.0])
+def test_gradients_are_scaled_in_place(factor: float) -> None:
+    gradient = torch.randn(77, 129)
+    expected = gradient * factor
+    assert scale_in_place(gradient, torch.tensor(factor)) is gradient
+    assert torch.equal(gradient, expected)
+
+
 def test_a_repeat_is_bitwise_equal() -> None:
     problem = random_problem(images=6, views=(2, 4), prototypes=300, dim=24, dtype=torch.float16)
     first, second = (library_outcome(problem, "triton") for _ in range(2))
@@ -334,6 +343,12 @@ def test_auto_never_takes_the_interpreter() -> None:
 def test_what_it_cannot_run_is_said(rows: Tensor, weight: Tensor, said: str) -> None:
     with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run here: .*{said}"):
         assign.choose_backend("triton", rows, weight)
+
+
+def test_a_part_that_no_tile_fits_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "INTERPRETER_TILES", {"student": Tile(16, 16)})
+    with pytest.raises(RuntimeError, match="no tile of ieee products at embedding dim 4 fits compute"):
+        assign.choose_backend("triton", torch.empty(2, 4), torch.empty(3, 4))
 
 
 def test_without_interpreter_or_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vmf_kernels.backends.contract import LossInputs, LossOutputs
-from vmf_kernels.backends.triton.launch import unsupported_device
-from vmf_kernels.backends.triton.tiles import MAX_DIM
+from vmf_kernels.backends.triton.launch import target_of, unsupported_device
+from vmf_kernels.backends.triton.tiles import MAX_DIM, NEEDED, has_tile, precision_of
 from vmf_kernels.prototypes import Prototypes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,7 +25,14 @@ class TritonBackend:
             return f"it computes in bfloat16, float16 or float32, but the features are {rows.dtype}"
         if weight.shape[1] > MAX_DIM:
             return f"the embedding dim is {weight.shape[1]}; it goes up to {MAX_DIM}"
-        return unsupported_device(rows.device)
+        reason = unsupported_device(rows.device)
+        if reason is not None:
+            return reason
+        target, precision = target_of(rows.device), precision_of(rows.dtype)
+        if not all(has_tile(name, target, precision, weight.shape[1]) for name in NEEDED):
+            part = f"compute capability {target.arch / 10:.1f}"
+            return f"no tile of {precision} products at embedding dim {weight.shape[1]} fits {part}"
+        return None
 
     def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
         """See ``contract.Backend``."""

@@ -54,10 +54,12 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
         )
         rows = pack_rows(inputs, dtype, layout, padded)
 
-        drawn = row_pass(rows.teacher, teacher, student, "teacher", teacher_tile)
-        teachers = merge_teachers(drawn, rows.teacher_mass, rows.unit, layout, has_value_bias=student.has_bias)
-        pushed = row_pass(rows.student, student, student if wants_gradient else None, own, own_tile)
-        students = finish_students(inputs, pushed, rows, teachers, layout, has_value_bias=student.has_bias)
+        parts = row_pass(rows.teacher, teacher, student, "teacher", teacher_tile)
+        teachers = merge_teachers(parts, rows.teacher_mass, rows.unit, layout, has_value_bias=student.has_bias)
+        del parts  # tens of MiB, which the student's can take over
+        parts = row_pass(rows.student, student, student if wants_gradient else None, own, own_tile)
+        students = finish_students(inputs, parts, rows, teachers, layout, has_value_bias=student.has_bias)
+        del parts
         totals = sum_losses(students, teachers, rows.teacher_mass)
 
         sides = Side(rows.student, student, students.offset), Side(rows.teacher, teacher, teachers.offset)

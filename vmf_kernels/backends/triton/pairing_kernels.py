@@ -12,6 +12,9 @@ import triton.language as tl
 from vmf_kernels.backends.triton.blocks import LN_2
 from vmf_kernels.backends.triton.row_kernels import merged_chunk, merged_statistics, row_offset
 
+# Numbers that change from step to step (masked patches): one compiled kernel has to serve them all.
+VARYING = ["images", "student_views", "teacher_views", "student_padded", "row_count", "splits"]
+
 
 @triton.jit
 def image_weight(p_image_weights, i_image, HAS_IMAGE_WEIGHTS: tl.constexpr):
@@ -22,7 +25,7 @@ def image_weight(p_image_weights, i_image, HAS_IMAGE_WEIGHTS: tl.constexpr):
     return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def pack_rows_kernel(
     p_student,
     p_teacher,
@@ -93,7 +96,7 @@ def pack_rows_kernel(
         tl.store(p_teacher_mass + i_row, mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def finish_students_kernel(
     p_statistics,
     p_barycentre,
@@ -169,7 +172,7 @@ def finish_students_kernel(
     tl.store(p_loss + i_row, weight.to(tl.float64) * (top + log_mass).to(tl.float64) * LN_2 - drawn)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["student_count", "teacher_count"])
 def sum_losses_kernel(
     p_loss_terms,
     p_student_entropy,

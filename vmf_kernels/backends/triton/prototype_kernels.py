@@ -180,3 +180,13 @@ def pull_back_kernel(
             tl.store(p_magnitude_gradient + o_k, along + radial * sign, mask=m_k)
         b_gradient = (b_gradient - b_weight * (along * inverse_norm)[:, None]) * gain[:, None]
     tl.store(p_tile, b_gradient, mask=m_tile)
+
+
+@triton.jit
+def scale_kernel(p_values, p_factor, count, N: tl.constexpr):
+    """Values times a factor, in place; for a factor of 1, the usual gradient of a loss, they are not touched."""
+    factor = tl.load(p_factor).to(tl.float32)
+    if factor != 1.0:
+        o_value = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+        m_value = o_value < count
+        tl.store(p_values + o_value, tl.load(p_values + o_value, mask=m_value) * factor, mask=m_value)

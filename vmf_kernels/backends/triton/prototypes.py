@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmf_kernels.backends.triton import launch
-from vmf_kernels.backends.triton.prototype_kernels import pack_prototypes_kernel, pull_back_kernel
+from vmf_kernels.backends.triton.prototype_kernels import pack_prototypes_kernel, pull_back_kernel, scale_kernel
 from vmf_kernels.backends.triton.tiles import Layout, layout_of, pad_to, precision_of
 from vmf_kernels.bessel import difference_coefficients, orders, slope_coefficients
 from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
@@ -19,6 +19,7 @@ from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 # [prototypes, D] fp32 elements of a program: 16 a thread and array, enough 16-byte loads in flight to reach memory speed
 BLOCK_ELEMENTS = 2048
 WARPS = 4
+SCALED_AT_ONCE = 4096
 
 
 class PackedPrototypes(NamedTuple):
@@ -106,6 +107,21 @@ def pull_back(
         num_warps=WARPS,
     )
     return magnitude_gradient
+
+
+def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient`` (fp32, contiguous) times ``factor`` []; where that is 1 its memory is not touched, nor waited for."""
+    with launch.on_device(gradient):
+        launch.run(
+            scale_kernel,
+            (-(-gradient.numel() // SCALED_AT_ONCE),),
+            gradient,
+            factor,
+            gradient.numel(),
+            N=SCALED_AT_ONCE,
+            num_warps=WARPS,
+        )
+    return gradient
 
 
 def _expansion(dim: int) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def row_offset(log_sum_exp, weight, unit):
     return log_sum_exp - tl.log2(unit * weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count", "splits"])
 def merge_kernel(
     p_statistics,
     p_barycentre,
@@ -196,7 +196,7 @@ def merge_kernel(
             tl.store(p_merged + i_row.to(tl.int64) * width + o_column, b_barycentre / mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count", "splits"])
 def merge_log_sum_exp_kernel(
     p_statistics, p_bias, p_log_sum_exp, row_count, splits, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr
 ):

@@ -25,13 +25,16 @@ FEW_ROWS = 64  # up to here a smaller block of rows wastes less than it costs
 # student and scores read one matrix (keys = values, or no values), teacher two
 PASSES = ("student", "teacher", "scores", "columns", "matched")
 ROW_PASSES = PASSES[:3]
+NEEDED = PASSES[:4]
 SMALL_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KiB of shared memory a block, unlike their generation's data-centre part
 PRECISIONS = ("16-bit", "tf32", "ieee")
 NO_TENSOR_CORES = "ieee"
 NOTES = ("chosen_by", "used")  # of an entry, beside the fields of its tile
 INTERPRETER_PAD = 64
-# wider tiles of fp32 do not fit the registers: products without tensor cores are unrolled over the whole chunk
-WIDEST_CHUNK = {"16-bit": 128, "tf32": 64, NO_TENSOR_CORES: 32}
+MAX_WIDTH_OF_ANY_CHUNKS = 384
+# As wide as can be, because between the products of two chunks the compiler waits for the tensor cores; but wider tiles of
+# fp32 do not fit the registers: products without tensor cores are unrolled over the whole chunk.
+WIDEST_CHUNK = {"16-bit": 256, "tf32": 64, NO_TENSOR_CORES: 32}
 
 
 class Layout(NamedTuple):
@@ -68,12 +71,12 @@ class Tile:
 
 def layout_of(dim: int, precision: str) -> Layout:
     """Chunks for an embedding dim: D = 384 is three of 128, not one of 512."""
-    if dim > 384:  # from here on passes may share the columns, and every part takes as many chunks
+    if dim > MAX_WIDTH_OF_ANY_CHUNKS:  # from here on passes may share the columns, and every part takes as many chunks
         dim = next(width for width in WIDTHS if dim <= width)
-    widest = WIDEST_CHUNK[precision]
-    if 2 * 64 < dim <= 3 * 64:
-        widest = min(widest, 64)
-    chunk = min(widest, max(16, 1 << (dim - 1).bit_length()))
+    whole = max(16, 1 << (dim - 1).bit_length())
+    # three quarters of a power of two are three chunks
+    chunk = whole // 4 if whole >= 256 and dim <= whole // 4 * 3 else whole
+    chunk = min(WIDEST_CHUNK[precision], chunk)
     return Layout(chunk, -(-dim // chunk), precision)
 
 
@@ -105,10 +108,11 @@ def tile_of(name: str, target: Target, precision: str, dim: int, rows: int | Non
 
 
 def has_tile(name: str, target: Target, precision: str, dim: int) -> bool:
-    """Whether a pass is to be used there: ``matched`` only where it is expected or measured to be faster."""
+    """Whether a pass is to be used there: none where no tile fits the part, ``matched`` only where it is faster."""
     if target.arch == INTERPRETER_ARCH:
         return name in INTERPRETER_TILES
-    entries = table()[family(target.arch)][precision][str(next(width for width in WIDTHS if dim <= width))]
+    part = table().get(family(target.arch), {}).get(precision, {})
+    entries = part.get(str(next(width for width in WIDTHS if dim <= width)), {})
     return name in entries and bool(entries[name].get("used", True))
 
 
@@ -142,7 +146,7 @@ INTERPRETER_TILES = {
 
 
 def split_count(row_blocks: int, prototype_blocks: int, multiprocessors: int, most: int) -> int:
-    """Splits of the prototypes: the fewest that leave the last wave of programs nearly as full as the best would.
+    """Splits of the prototypes: the fewest that take nearly as few steps as the best number would.
 
     Args:
         row_blocks, prototype_blocks: blocks of either.
@@ -150,14 +154,15 @@ def split_count(row_blocks: int, prototype_blocks: int, multiprocessors: int, mo
         most: bound from the workspace, at least 1.
     """
 
-    def fullness(splits: int) -> float:
-        waves = row_blocks * splits / multiprocessors
-        return waves / max(1, -(-row_blocks * splits // multiprocessors))
+    def steps(splits: int) -> int:
+        """Blocks of prototypes that a multiprocessor goes through, one after the other."""
+        waves = -(-row_blocks * splits // multiprocessors)
+        return waves * -(-prototype_blocks // splits)
 
     counts = range(1, max(1, min(most, prototype_blocks, MOST_SPLITS)) + 1)
-    best = max(fullness(count) for count in counts)
-    return next(count for count in counts if fullness(count) >= ENOUGH_OF_BEST * best)
+    fewest = min(steps(count) for count in counts)
+    return next(count for count in counts if steps(count) <= NEAR_THE_BEST * fewest)
 
 
-MOST_SPLITS = 128  # at most one a multiprocessor: with more, merging would cost what it saves
-ENOUGH_OF_BEST = 0.95
+MOST_SPLITS = 128  # about one a multiprocessor: with more, merging would cost what it saves
+NEAR_THE_BEST = 1.05

@@ -1,0 +1,278 @@
+"""What the compiler makes of every kernel as it ships, without a GPU.
+
+    python -m bench.compile_report --arch 90 --json bench/results/compiled/sm_90.json
+
+Runs the operator on untouched CPU tensors at K = 65,536 for every embedding dim and precision of the tile table, records
+each launch, and compiles the different ones as the launch would: registers, spills, shared memory against what the part has,
+tensor-core instructions. Exits with 1 if a kernel spills, does not fit, or misses its tensor cores.
+
+Legend: S / T student / teacher rows, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, Compiled, Launch, compile_launch, recording
+from bench.pass_case import DTYPES, MANY_ROWS, PROTOTYPES, PassCase
+from vmf_kernels.backends.contract import LossInputs
+from vmf_kernels.backends.triton import tiles
+from vmf_kernels.backends.triton.launch import Target
+from vmf_kernels.backends.triton.prototypes import scale_in_place
+from vmf_kernels.backends.triton.tiles import (
+    FEW_ROWS,
+    NO_TENSOR_CORES,
+    PRECISIONS,
+    ROW_PASSES,
+    TABLE_PATH,
+    WIDTHS,
+    has_tile,
+    tile_of,
+)
+from vmf_kernels.pairing import Pairing
+from vmf_kernels.prototypes import Prototypes
+
+KERNELS = Path(TABLE_PATH).parent
+AROUND_DIMS = (256, 384)  # that the kernels around the passes are compiled for; they have no tiles to choose
+WITH_PRODUCTS = ("assign_rows_kernel", "gather_columns_kernel", "gather_matched_columns_kernel")
+REQUIRED = ("student", "teacher", "scores", "columns")  # passes, without which nothing runs
+VIEWS = (2, 10)  # of teacher and student in a multi-crop step
+COLUMNS = ("dim", "products", "tile", "num_warps", "num_stages", "registers", "spills")
+HEAD = "| kernel | D | products | tile | warps | stages | registers | spills | shared KiB | limit | matrix | loads |"
+
+
+class Configuration(NamedTuple):
+    """One embedding dim in one precision."""
+
+    dim: int
+    precision: str
+    dtype: torch.dtype
+    around: bool  # with the kernels around the passes
+
+
+def configurations(
+    dims: Iterable[int] = WIDTHS, precisions: Iterable[str] = PRECISIONS, *, whole: bool = True
+) -> Iterator[Configuration]:
+    """Everything the table has tiles for; fp16 differs from bf16 in an instruction's name only, and is taken once.
+
+    Not ``whole``: only the passes, and not in fp16.
+    """
+    for precision, dim in itertools.product(precisions, dims):
+        around = whole and dim in AROUND_DIMS and precision == "16-bit"
+        yield Configuration(dim, precision, DTYPES[precision], around)
+        if whole and (dim, precision) == (256, "16-bit"):
+            yield Configuration(dim, precision, torch.float16, around)
+
+
+def is_served(arch: int, configuration: Configuration) -> bool:
+    """Whether the table has the passes there; for wide fp32 some parts have neither the registers nor the shared memory."""
+    width = next(width for width in WIDTHS if configuration.dim <= width)
+    entries = tiles.table()[tiles.family(arch)].get(configuration.precision, {}).get(str(width), {})
+    return all(name in entries for name in REQUIRED)
+
+
+def shipped_launches(arch: int, configuration: Configuration) -> list[Launch]:
+    """The different launches of one configuration."""
+    with recording(arch) as launches:
+        _passes(arch, configuration)
+        if configuration.around:
+            for kind in ("linear", "normalized", "weight_norm", "linear_vmf", "weight_norm_vmf"):
+                _operator(configuration, kind)
+            _stored_logits(configuration)
+            scale_in_place(torch.empty(PROTOTYPES, configuration.dim), torch.ones(()))
+    different: dict[str, Launch] = {}
+    for launch in launches:
+        different.setdefault(_key(launch), launch)
+    return list(different.values())
+
+
+def report(job: tuple[int, Configuration]) -> list[dict[str, Any]]:
+    """One row for each launch of a configuration."""
+    arch, configuration = job
+    return [row_of(launch, configuration, compile_launch(launch, arch), arch) for launch in shipped_launches(*job)]
+
+
+def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What is wrong with the kernels; a sentence each."""
+    found = []
+    for row in rows:
+        what = f"{row['kernel']} at D = {row['dim']}, {row['products']}"
+        if row["spills"]:
+            found.append(f"{what} spills {row['spills']} times")
+        if row["shared"] > row["limit"]:
+            found.append(f"{what} takes {row['shared']} bytes of shared memory; the part has {row['limit']}")
+        if row["tensor_memory"] > TENSOR_MEMORY:
+            found.append(f"{what} takes {row['tensor_memory']} columns of tensor memory; there are {TENSOR_MEMORY}")
+        if row["kernel"] in WITH_PRODUCTS and row["products"] != NO_TENSOR_CORES and not row["matrix"]:
+            found.append(f"{what} uses no tensor cores")
+    return found
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [HEAD, "|" + "---|" * HEAD[1:].count("|")]
+    for row in rows:
+        loads = f"{row['bulk_copies']} TMA" if row["bulk_copies"] else f"{row['asynchronous_copies']} cp.async"
+        columns = [f"{row['kernel']} {row['mode']}".strip(), *(row[name] for name in COLUMNS)]
+        columns += [f"{row['shared'] / 1024:.0f}", row["limit"] // 1024, row["matrix"], loads]
+        lines.append("| " + " | ".join(str(column) for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def source_digest() -> str:
+    """Of the kernels' code and the tile table: comments, docstrings, formatting and Python's version do not count."""
+    digest = hashlib.sha256(json.dumps(_tiles_only(json.loads(TABLE_PATH.read_text())), sort_keys=True).encode())
+    for path in sorted(KERNELS.glob("*.py")):
+        digest.update(json.dumps(_code(ast.parse(path.read_text()))).encode())
+    return digest.hexdigest()
+
+
+def _code(node: Any) -> Any:
+    """A syntax tree as nested lists, without docstrings and what is empty: some versions of Python have more such fields."""
+    if isinstance(node, list):
+        return [_code(element) for element in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    values = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        values["body"] = node.body[1:]
+    return [type(node).__name__, *([name, _code(value)] for name, value in values.items() if value not in (None, []))]
+
+
+def _tiles_only(value: Any) -> Any:
+    """The table without what chose its entries."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _tiles_only(entry) for key, entry in value.items() if key != "chosen_by"}
+
+
+def _passes(arch: int, configuration: Configuration) -> None:
+    """Every pass of the table, over many rows and over few, by itself."""
+    target, (dim, precision, dtype, _) = Target(arch, 1), configuration
+    for name in (*REQUIRED, "matched"):
+        for rows in (MANY_ROWS, FEW_ROWS) if name in ROW_PASSES else (MANY_ROWS,):
+            if name != "matched" or has_tile(name, target, precision, dim):
+                tile = tile_of(name, target, precision, dim, rows)
+                case = PassCase.of(name, precision, dim, device=torch.device("cpu"), dtype=dtype)
+                case.run(tile)
+
+
+def _operator(configuration: Configuration, kind: str) -> None:
+    """The whole operator, with a centre and, one to one, with row weights; usage and log-sums without a gradient."""
+    from vmf_kernels.backends.triton import operator
+
+    temperature = torch.ones((), dtype=torch.float64)
+    for views, images in ((VIEWS, 64), ((1, 1), MANY_ROWS)):
+        student, teacher = (
+            torch.empty(count * images, configuration.dim, dtype=configuration.dtype) for count in views[::-1]
+        )
+        weight = Prototypes(
+            torch.empty(PROTOTYPES, configuration.dim),
+            torch.empty(PROTOTYPES, 1) if kind.startswith("weight_norm") else None,
+            kind,
+        )
+        pairing = Pairing(torch.empty(views), None if images == 64 else torch.empty(images))
+        bias = torch.empty(PROTOTYPES) if images == 64 else None
+        inputs = LossInputs(student, weight, teacher, weight, bias, pairing, temperature, temperature, True, True)
+        operator.cross_entropy(inputs)
+        operator.cross_entropy(inputs._replace(feature_gradient=False, prototype_gradient=False))
+    operator.usage(student, weight, temperature, None)
+    operator.row_log_sum_exp(student, weight, temperature)
+    operator.column_log_sum_exp(student, weight, temperature, torch.empty(len(student)))
+
+
+def _stored_logits(configuration: Configuration) -> None:
+    """Loss and gradient on stored logits, with biases and without."""
+    from vmf_kernels import logit_cross_entropy
+
+    teacher_views, student_views = VIEWS
+    student = torch.empty(student_views * 64, PROTOTYPES, dtype=configuration.dtype, requires_grad=True)
+    teacher = torch.empty(teacher_views * 64, PROTOTYPES, dtype=configuration.dtype)
+    for bias in (None, torch.empty(PROTOTYPES)):
+        loss = logit_cross_entropy(
+            student, teacher, torch.ones(VIEWS), student_bias=bias, teacher_bias=bias, backend="triton"
+        ).loss
+        loss.backward()
+
+
+def _key(launch: Launch) -> str:
+    """What makes two launches the same kernel: constants, dtypes, divisibility."""
+    arguments = {name: _kind(value) for name, value in launch.arguments.items()}
+    return f"{launch.name} {arguments} {launch.options}"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        return str(getattr(value, "block_shape", value))
+    return "1" if value == 1 else "16 n" if value % 16 == 0 else "n"
+
+
+def row_of(launch: Launch, configuration: Configuration, compiled: Compiled, arch: int) -> dict[str, Any]:
+    sizes = [launch.arguments.get(name) for name in ("N_ROWS", "N_PROTOTYPES")]
+    mode = next((str(launch.arguments[name]) for name in ("VALUES", "COTANGENTS") if name in launch.arguments), "")
+    return {
+        "kernel": launch.name,
+        "mode": mode,
+        "dim": configuration.dim,
+        "products": configuration.precision,
+        "dtype": str(configuration.dtype).removeprefix("torch."),
+        "tile": " x ".join(str(size) for size in sizes if size is not None),
+        "num_warps": launch.options.get("num_warps", 4),
+        "num_stages": launch.options.get("num_stages", 3),
+        **asdict(compiled),
+        "limit": SHARED_MEMORY[arch],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table, write the JSON; 1 if a kernel has a fault."""
+    import triton
+
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__)
+    parser.add_argument(
+        "--arch", type=int, choices=sorted(SHARED_MEMORY), required=True, help="compute capability * 10"
+    )
+    parser.add_argument("--json", type=Path, help="where to write the report")
+    parser.add_argument("--dims", type=int, nargs="+", default=list(WIDTHS), help="embedding dims")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the products")
+    parser.add_argument("--passes", action="store_true", help="only the passes, without the kernels around them")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    options = parser.parse_args(arguments)
+    asked = configurations(options.dims, options.precisions, whole=not options.passes)
+    jobs = []
+    for configuration in asked:
+        if is_served(options.arch, configuration):
+            jobs.append((options.arch, configuration))
+        else:
+            print(f"no tiles for D = {configuration.dim} in {configuration.precision} on sm_{options.arch}")
+    with ProcessPoolExecutor(options.workers) as pool:
+        rows = [row for found in pool.map(report, jobs) for row in found]
+    print(table(rows))
+    found = faults(rows)
+    print(
+        "\n".join(found)
+        or f"{len(rows)} kernels for sm_{options.arch}: no spill, all fit, tensor cores where they should be"
+    )
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        content = {"arch": options.arch, "triton": triton.__version__, "source": source_digest(), "kernels": rows}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
