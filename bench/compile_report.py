@@ -33,6 +33,7 @@ from vmf_kernels.backends.triton.launch import Target
 from vmf_kernels.backends.triton.prototypes import scale_in_place
 from vmf_kernels.backends.triton.tiles import (
     FEW_ROWS,
+    NEEDED,
     NO_TENSOR_CORES,
     PRECISIONS,
     ROW_PASSES,
@@ -45,9 +46,9 @@ from vmf_kernels.pairing import Pairing
 from vmf_kernels.prototypes import Prototypes
 
 KERNELS = Path(TABLE_PATH).parent
+COEFFICIENTS = [KERNELS.parents[1] / name for name in ("_debye.py", "bessel.py")]
 AROUND_DIMS = (256, 384)  # that the kernels around the passes are compiled for; they have no tiles to choose
 WITH_PRODUCTS = ("assign_rows_kernel", "gather_columns_kernel", "gather_matched_columns_kernel")
-REQUIRED = ("student", "teacher", "scores", "columns")  # passes, without which nothing runs
 VIEWS = (2, 10)  # of teacher and student in a multi-crop step
 COLUMNS = ("dim", "products", "tile", "num_warps", "num_stages", "registers", "spills")
 HEAD = "| kernel | D | products | tile | warps | stages | registers | spills | shared KiB | limit | matrix | loads |"
@@ -80,7 +81,7 @@ def is_served(arch: int, configuration: Configuration) -> bool:
     """Whether the table has the passes there; for wide fp32 some parts have neither the registers nor the shared memory."""
     width = next(width for width in WIDTHS if configuration.dim <= width)
     entries = tiles.table()[tiles.family(arch)].get(configuration.precision, {}).get(str(width), {})
-    return all(name in entries for name in REQUIRED)
+    return all(name in entries for name in NEEDED)
 
 
 def shipped_launches(arch: int, configuration: Configuration) -> list[Launch]:
@@ -132,9 +133,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def source_digest() -> str:
-    """Of the kernels' code and the tile table: comments, docstrings, formatting and Python's version do not count."""
+    """Of the kernels' code, their coefficients and the tile table; comments, docstrings and formatting do not count."""
     digest = hashlib.sha256(json.dumps(_tiles_only(json.loads(TABLE_PATH.read_text())), sort_keys=True).encode())
-    for path in sorted(KERNELS.glob("*.py")):
+    for path in [*sorted(KERNELS.glob("*.py")), *COEFFICIENTS]:
         digest.update(json.dumps(_code(ast.parse(path.read_text()))).encode())
     return digest.hexdigest()
 
@@ -161,7 +162,7 @@ def _tiles_only(value: Any) -> Any:
 def _passes(arch: int, configuration: Configuration) -> None:
     """Every pass of the table, over many rows and over few, by itself."""
     target, (dim, precision, dtype, _) = Target(arch, 1), configuration
-    for name in (*REQUIRED, "matched"):
+    for name in (*NEEDED, "matched"):
         for rows in (MANY_ROWS, FEW_ROWS) if name in ROW_PASSES else (MANY_ROWS,):
             if name != "matched" or has_tile(name, target, precision, dim):
                 tile = tile_of(name, target, precision, dim, rows)

@@ -6,15 +6,18 @@ Legend: R rows, K prototypes, D embedding dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vmf_kernels.backends.triton import launch
-from vmf_kernels.backends.triton.tiles import FEW_ROWS, Layout, Tile, layout_of
+from vmf_kernels.backends.triton.tiles import FEW_ROWS, ROW_PASSES, Layout, Tile, layout_of
 
 PROTOTYPES = 65_536
 MANY_ROWS = 3840  # masked patches of a ViT-L/16 batch of 64: 3771 with padding
+TEMPERATURE = 0.07
+BASE_2_OF_K = 16.0  # log-sum-exp of rows that no prototype attracts
 DTYPES = {"16-bit": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
@@ -26,14 +29,19 @@ class PassCase:
     precision: str
     layout: Layout
     rows: Tensor  # [R, D]
-    student: Tensor  # [K, D]
-    teacher: Tensor  # [K, D]
+    keys: tuple[Any, Any]  # PackedPrototypes of the student and the teacher
+    offset: Tensor  # [R] of the column passes
+    unit: Tensor  # [] 1
+    out: Any  # Columns: where the column passes write
 
     @classmethod
     def of(
         cls, name: str, precision: str, width: int, *, device: torch.device, dtype: torch.dtype | None = None
     ) -> PassCase:
         """The case at K = 65,536, in ``dtype`` or the usual one; on the CPU, to be compiled only, in memory nobody touches."""
+        from vmf_kernels.backends.triton.passes import Columns
+        from vmf_kernels.backends.triton.prototypes import PackedPrototypes
+
         layout, base = layout_of(width, precision), name.removesuffix(" few")
         rows = FEW_ROWS if name.endswith(" few") else MANY_ROWS
 
@@ -41,7 +49,45 @@ class PassCase:
             empty = torch.empty(count, layout.width, dtype=dtype or DTYPES[precision], device=device)
             return empty if device.type == "cpu" else empty.normal_(std=width**-0.5)
 
-        return cls(base, precision, layout, matrix(rows), matrix(PROTOTYPES), matrix(PROTOTYPES))
+        def column(count: int, value: float) -> Tensor:
+            return torch.full((count,), value, device=device)
+
+        temperature = torch.full((), TEMPERATURE, dtype=torch.float64, device=device)
+        bias = column(PROTOTYPES, 0.0)
+        keys = [PackedPrototypes(matrix(PROTOTYPES), bias, temperature, PROTOTYPES, layout, True) for _ in range(2)]
+        vectors = torch.empty(PROTOTYPES, layout.width, device=device)
+        out = Columns(vectors, torch.empty_like(bias), torch.empty_like(bias))
+        unit = torch.ones((), device=device)
+        return cls(base, precision, layout, matrix(rows), (keys[0], keys[1]), column(rows, BASE_2_OF_K), unit, out)
+
+    def run(self, tile: Tile) -> Any:
+        """One launch; what it leaves behind: ``passes.Parts`` or ``passes.Columns``."""
+        from vmf_kernels.backends.triton.passes import Side, column_pass, matched_column_pass, row_pass
+
+        student, teacher, unit = *self.keys, self.unit
+        with launch.on_device(self.rows):
+            if self.name in ROW_PASSES:
+                keys = student if self.name == "student" else teacher
+                values = None if self.name == "scores" else student
+                return row_pass(self.rows, keys, values, self.name, tile)
+            sides = Side(self.rows, student, self.offset), Side(self.rows, teacher, self.offset)
+            if self.name == "matched":
+                matched_column_pass(*sides, unit, unit, self.out, tile)
+            else:
+                column_pass(*sides, self.rows, unit, unit, self.out, tile)
+            return self.out
+
+    def result(self, tile: Tile) -> Tensor:
+        """What the pass computes, whatever the tile: merged rows, or the gradient at the prototypes."""
+        from vmf_kernels.backends.triton.rows import merge_log_sum_exp, merge_teachers
+
+        left = self.run(tile)
+        if self.name not in ROW_PASSES:
+            return torch.cat([left.vectors.flatten(), left.usage])
+        if self.name == "scores":
+            return merge_log_sum_exp(left, None)
+        weight = torch.ones_like(self.offset)
+        return merge_teachers(left, weight, self.unit, self.layout, has_value_bias=False).barycentre
 
     @property
     def operations(self) -> float:
@@ -49,44 +95,9 @@ class PassCase:
         products = {"student": 2, "teacher": 2, "scores": 1, "columns": 4, "matched": 3}[self.name]
         return 2.0 * products * self.rows.shape[0] * PROTOTYPES * self.layout.width
 
-    def run(self, tile: Tile) -> None:
-        """One launch."""
-        from vmf_kernels.backends.triton.passes import Columns, Side, column_pass, matched_column_pass, row_pass
-        from vmf_kernels.backends.triton.prototypes import PackedPrototypes
-
-        new = self.rows.new_empty
-        bias, temperature = new(PROTOTYPES, dtype=torch.float32), new((), dtype=torch.float64)
-        if self.rows.is_cuda:
-            bias.zero_()
-            temperature.fill_(0.07)
-        student, teacher = (
-            PackedPrototypes(weight, bias, temperature, PROTOTYPES, self.layout, True)
-            for weight in (self.student, self.teacher)
-        )
-        with launch.on_device(self.rows):
-            if self.name == "student":
-                row_pass(self.rows, student, student, "student", tile)
-            elif self.name == "teacher":
-                row_pass(self.rows, teacher, student, "teacher", tile)
-            elif self.name == "scores":
-                row_pass(self.rows, teacher, None, "scores", tile)
-            else:
-                offset = torch.full(self.rows.shape[:1], 16.0, device=self.rows.device)
-                sides = Side(self.rows, student, offset), Side(self.rows, teacher, offset)
-                unit, total = offset.new_ones(()), offset.new_ones(())
-                out = Columns(
-                    offset.new_empty(PROTOTYPES, self.layout.width),
-                    offset.new_empty(PROTOTYPES),
-                    offset.new_empty(PROTOTYPES),
-                )
-                if self.name == "matched":
-                    matched_column_pass(*sides, unit, total, out, tile)
-                else:
-                    column_pass(*sides, self.rows, unit, total, out, tile)
-
     def median_ms(self, tile: Tile) -> float:
-        """Median time on the device, with a cold L2."""
-        from triton.testing import do_bench
+        """Median time on the device, from a graph: the short passes take less than their launch does on the host."""
+        from triton.testing import do_bench_cudagraph
 
-        median: float = do_bench(lambda: self.run(tile), warmup=20, rep=80, quantiles=[0.5])
+        median: float = do_bench_cudagraph(lambda: self.run(tile), rep=60, quantiles=[0.5])
         return median

@@ -60,7 +60,8 @@ def costs(students: int, teachers: int) -> Iterator[Cost]:
     yield Cost("sum_losses", memory=(students + teachers) * 16)
     yield _column_pass(students, teachers)
     yield Cost("pull_back", memory=3 * matrix * 4)
-    yield Cost("scale, by 1")
+    for gradient in ("features", "weight", "magnitude"):
+        yield Cost(f"scale {gradient}, by 1")
 
 
 def table(workload: str) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
 from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, Compiled, compile_launch, recording
 from bench.pass_case import PassCase
@@ -48,6 +49,7 @@ TRIES = 24  # candidates compiled for an entry before it is given up: tf32 at D 
 MEASURED = 6  # candidates timed for an entry, by expected cost
 MEASURED_PAIRS = 4  # and of those that go in pairs
 FIRST_WITH_DESCRIPTORS = 90
+LARGEST_ERROR = 0.02  # relative, between two tiles in bf16
 SIDES = (128, 64, 32, 16)
 PARTS = (1, 2, 3, 4, 8)
 
@@ -131,7 +133,7 @@ def clean_candidates(name: str, precision: str, width: int, arch: int) -> Iterat
     for tile in candidates(name, precision, width, SHARED_MEMORY[arch])[:TRIES]:
         try:
             report = compiled(name, precision, width, tile, arch)
-        except Exception as error:  # the compiler's own errors have no common class
+        except (TritonError, RuntimeError, ValueError) as error:  # refused by Triton, or by a pass of its compiler
             print(f"{name} {precision} {width} {tile}: {type(error).__name__}", file=sys.stderr)
             continue
         if is_clean(report, precision, arch):
@@ -204,15 +206,22 @@ def goes_in_pairs(name: str, tile: Tile, width: int, shared: int) -> bool:
 
 
 def measured_times(name: str, width: int, arch: int, device: torch.device) -> dict[Tile, float]:
-    """Milliseconds of each candidate that runs on the device."""
+    """Milliseconds of each candidate that runs on the device and computes what the first one does."""
     case, times = PassCase.of(name, "16-bit", width, device=device), {}
+    expected = None
     for tile in measured_candidates(name, width, arch):
         try:
+            result = case.result(tile)
+            expected = result if expected is None else expected
+            error = float((result - expected).norm() / expected.norm())
+            if not error <= LARGEST_ERROR:
+                print(f"{name} {width} {tile}: differs by {error:.1e} from the first tile", file=sys.stderr)
+                continue
             times[tile] = case.median_ms(tile)
-        except (
-            Exception
-        ) as error:  # a tile that does not fit is no candidate; the compiler's errors have no common class
+        except (TritonError, RuntimeError) as error:  # a tile that does not fit is no candidate
             print(f"{name} {width} {tile}: {type(error).__name__}", file=sys.stderr)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises where the device no longer answers
     return times
 
 

@@ -194,7 +194,9 @@ def _cross_entropy_op(
     """
     student = Prototypes(student_weight, student_magnitude, student_kind)
     teacher = Prototypes(teacher_weight, teacher_magnitude, teacher_kind)
-    outputs = choose_backend(backend, student_features, student_weight).cross_entropy(
+    outputs = choose_backend(
+        backend, _rows_of_products(student_features, teacher_features), student_weight
+    ).cross_entropy(
         LossInputs(
             student_features,
             student,
@@ -211,6 +213,13 @@ def _cross_entropy_op(
     refuse_nan_prototypes(outputs.loss, student_weight, student_magnitude)
     refuse_nan_prototypes(outputs.loss, teacher_weight, teacher_magnitude)
     return outputs
+
+
+def _rows_of_products(student: Tensor, teacher: Tensor) -> Tensor:
+    """Rows in the dtype that both networks' products have: fp32 (empty) where 16-bit rows meet those of another dtype."""
+    if student.dtype == teacher.dtype or student.dtype.itemsize > 2:
+        return student
+    return student.new_empty(0, student.shape[1], dtype=torch.float32)
 
 
 @_cross_entropy_op.register_fake

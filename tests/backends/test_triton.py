@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.backends.interpreted import Damage, correct_bf16, damaged
 from tests.test_cross_entropy import HARD
-from vmf_kernels import assign, linear_prototypes, prototype_cross_entropy, prototype_usage
+from vmf_kernels import assign, cross_entropy, linear_prototypes, prototype_cross_entropy, prototype_usage
 from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.triton import launch, tiles
 from vmf_kernels.backends.triton.prototypes import scale_in_place
@@ -81,6 +81,24 @@ def test_bf16_prototypes_and_fp32_features_meet(views: tuple[int, int]) -> None:
     assert_within_budget(outcome, problem)
 
 
+def test_rows_of_two_dtypes_are_multiplied_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_problem(images=3, views=(2, 4), prototypes=127, dim=24, dtype=torch.float32)
+    problem = replace(problem, student_features=problem.student_features.half())
+    outcome, expected = library_outcome(problem, "triton"), library_outcome(problem, "reference")
+    error = (outcome["weight_gradient"] - expected["weight_gradient"]).abs().max().item()
+    assert error <= 1e-6, f"error {error:.1e}, budget 1e-6"
+    # what decides whether the kernels serve them is that dtype too
+    asked: list[torch.dtype] = []
+    choose = assign.choose_backend
+    monkeypatch.setattr(
+        cross_entropy,
+        "choose_backend",
+        lambda name, rows, weight: (asked.append(rows.dtype), choose(name, rows, weight))[1],
+    )
+    library_outcome(problem, "streaming")
+    assert asked == [torch.float32]
+
+
 def small_weights(problem: Problem) -> Problem:
     return replace(problem, pair_weights=problem.pair_weights * 1e-6)
 
@@ -98,6 +116,15 @@ def test_fp16_keeps_probabilities_in_range(change: Callable[[Problem], Problem],
     problem = random_problem(images=7, views=views, prototypes=1000, dim=24, kind="linear_vmf", dtype=torch.float32)
     problem = change(problem.to(torch.float16))
     assert_within_budget(library_outcome(problem, "triton"), problem, torch.float16)
+
+
+@pytest.mark.parametrize("images", [0, 3])
+@pytest.mark.parametrize("views", [(2, 4), (1, 1)], ids=["views", "one to one"])
+def test_no_pair_with_weight_is_no_loss_in_fp16(views: tuple[int, int], images: int) -> None:
+    problem = random_problem(images=images, views=views, prototypes=40, dim=24, dtype=torch.float16)
+    outcome = library_outcome(replace(problem, pair_weights=0 * problem.pair_weights), "triton")
+    nonzero = [name for name, value in outcome.items() if value.any()]
+    assert not nonzero, f"{nonzero} are not 0"
 
 
 TILES = {
@@ -168,6 +195,16 @@ def a_coarse_expansion(kernel: str, arguments: list[Any], options: dict[str, Any
         options["COEFFICIENTS"] = tuple(0.0 for _ in options["COEFFICIENTS"])
 
 
+def targets_of_the_wrong_rows(kernel: str, arguments: list[Any], options: dict[str, Any]) -> None:
+    if kernel == "gather_matched_columns_kernel":
+        arguments[3] = arguments[3].roll(1, 0)
+
+
+def offsets_of_the_wrong_rows(kernel: str, arguments: list[Any], options: dict[str, Any]) -> None:
+    if kernel == "gather_matched_columns_kernel":
+        arguments[6] = arguments[6].roll(1, 0)
+
+
 DAMAGES = [
     values_of_the_wrong_prototypes,
     no_teacher_bias,
@@ -191,6 +228,15 @@ def test_a_damaged_launch_fails_the_budget(damage: Damage, dtype: torch.dtype) -
         assert_within_budget(library_outcome(problem, "triton"), problem, None if dtype == torch.float32 else dtype)
 
 
+@pytest.mark.parametrize("damage", [targets_of_the_wrong_rows, offsets_of_the_wrong_rows])
+def test_a_damaged_one_to_one_launch_fails_the_budget(damage: Damage) -> None:
+    """Negative control."""
+    problem = random_problem(images=37, views=(1, 1), prototypes=127, dim=24, dtype=torch.float32)
+    with damaged(damage) as names, pytest.raises(AssertionError, match=r"error .*, budget"):
+        assert_within_budget(library_outcome(problem, "triton"), problem)
+    assert "gather_matched_columns_kernel" in names
+
+
 def test_an_undamaged_launch_passes() -> None:
     """Negative control of the one above: what it patches changes nothing by itself."""
     problem = random_problem(images=6, views=(2, 4), prototypes=127, dim=24, dtype=torch.float32)
@@ -200,7 +246,7 @@ def test_an_undamaged_launch_passes() -> None:
 
 
 def test_forward_and_backward_are_ten_launches() -> None:
-    """DESIGN's six forward and three backward ones, and the packing of the rows."""
+    """Eight up to the loss, two for the gradient at the prototypes; scaling on a GPU adds one for each gradient."""
     problem = random_problem(images=2, views=(2, 3), prototypes=127, dim=24, dtype=torch.float32)
     with damaged(lambda kernel, arguments, options: None) as names:
         library_outcome(problem, "triton")

@@ -13,10 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vmf_kernels.backends.triton.blocks import LN_2, LOG2_E
 from vmf_kernels.prototypes import LOWEST_BIAS
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST_NATS = tl.constexpr(LOWEST_BIAS)
 LOWEST = tl.constexpr(LOWEST_BIAS * 1.4426950408889634)  # stands for -inf, whose product with 0 would be NaN
 OUTSIDE = tl.constexpr(2 * LOWEST_BIAS * 1.4426950408889634)  # past the last prototype: 2^(OUTSIDE - any score) is 0

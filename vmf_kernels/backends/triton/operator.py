@@ -42,8 +42,7 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
         student = pack_prototypes(inputs.student, inputs.student_temperature, None, dtype)
         teacher = pack_prototypes(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, dtype)
         layout = student.layout
-        wants_gradient = inputs.feature_gradient or inputs.prototype_gradient
-        own = "student" if wants_gradient else "scores"
+        own = "student" if inputs.feature_gradient else "scores"  # only equation (4) has the student's barycentre
         own_tile = _tile(own, features, layout)
         teacher_tile = _tile("teacher", teacher_features, layout)
         gathering = _column_name(inputs, layout)
@@ -57,7 +56,7 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
         parts = row_pass(rows.teacher, teacher, student, "teacher", teacher_tile)
         teachers = merge_teachers(parts, rows.teacher_mass, rows.unit, layout, has_value_bias=student.has_bias)
         del parts  # tens of MiB, which the student's can take over
-        parts = row_pass(rows.student, student, student if wants_gradient else None, own, own_tile)
+        parts = row_pass(rows.student, student, student if inputs.feature_gradient else None, own, own_tile)
         students = finish_students(inputs, parts, rows, teachers, layout, has_value_bias=student.has_bias)
         del parts
         totals = sum_losses(students, teachers, rows.teacher_mass)
@@ -120,7 +119,7 @@ def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Te
         tile = _tile("scores", features, keys.layout, rows=keys.prototypes)
         count = -(-len(features) // tile.prototypes) * tile.prototypes
         rows, _ = padded_features(features, count, dtype, keys.layout)
-        bias = keys.bias.new_full((count,), LOWEST_BIAS)
+        bias = keys.bias.new_full((count,), 2 * LOWEST_BIAS)
         bias[: len(features)] = offset * -LOG2_E
         swapped = PackedPrototypes(rows, bias, temperature, len(features), keys.layout, True)
         return merge_log_sum_exp(row_pass(keys.weight, swapped, None, "scores", tile), keys.bias)[: keys.prototypes]

@@ -138,7 +138,7 @@ def finish_students_kernel(
     tl.store(p_offset + i_row, row_offset(top + log_mass, weight, tl.load(p_unit)))
     tl.store(p_entropy + i_row, weight * (log_mass - moment / mass) * LN_2)
     exists = i_row < student_views * images
-    view, image = i_row // images, i_row % images
+    view, image = i_row // tl.maximum(images, 1), i_row % tl.maximum(images, 1)
     scale = 1.0 / tl.load(p_temperature)
     image_factor = 0.0
     if exists:

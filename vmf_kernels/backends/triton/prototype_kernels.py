@@ -102,8 +102,8 @@ def pack_prototypes_kernel(
 ):
     """N prototypes as stored -> as the passes read them: effective, cast, padded with zeros to whole tiles, and their bias.
 
-    Writes [K padded, WIDTH] ``w_k`` and [K padded] ``log2(e) (extra bias + log C_D(||w_k||/tau))``; the padding's bias is the
-    lowest there is, so that it weighs nothing. KIND: "linear", "normalized" or "weight_norm". Equation (1) of the README.
+    Writes [K padded, WIDTH] ``w_k`` and [K padded] ``log2(e) (extra bias + log C_D(||w_k||/tau))``; the padding's bias is
+    lower than any, so that it weighs nothing. KIND: "linear", "normalized" or "weight_norm". Equation (1) of the README.
     """
     o_k = tl.program_id(0) * N + tl.arange(0, N)
     o_column = tl.arange(0, COLUMNS)
@@ -126,8 +126,8 @@ def pack_prototypes_kernel(
     if VMF:
         kappa = norm * (1.0 / tl.load(p_temperature).to(tl.float32))
         bias += log_vmf_constant(kappa, ORDER, STEPS, COEFFICIENTS, SLOPES)
-    # not maximum, which would hide a NaN
-    bias = tl.where((bias < lowest_bias) | (o_k >= prototype_count), lowest_bias, bias)
+    bias = tl.where(bias < lowest_bias, lowest_bias, bias)  # not maximum, which would hide a NaN
+    bias = tl.where(m_k, bias, 2 * lowest_bias)  # padding weighs nothing beside a prototype that is left out
     tl.store(p_bias + o_k, bias * LOG2_E)
 
 

@@ -26,7 +26,7 @@ class PackedPrototypes(NamedTuple):
     """Effective prototypes, cast to the dtype of the products and padded to whole tiles."""
 
     weight: Tensor  # [K padded, D padded]
-    bias: Tensor  # [K padded] fp32, base 2; the padding's is the lowest there is
+    bias: Tensor  # [K padded] fp32, base 2; the padding's is lower than any
     temperature: Tensor  # [] float64
     prototypes: int  # K
     layout: Layout
@@ -111,6 +111,7 @@ def pull_back(
 
 def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
     """``gradient`` (fp32, contiguous) times ``factor`` []; where that is 1 its memory is not touched, nor waited for."""
+    assert gradient.is_contiguous(), "gradients are formed contiguous"
     with launch.on_device(gradient):
         launch.run(
             scale_kernel,

@@ -22,6 +22,7 @@ SUMS_AT_ONCE = 1024
 # 2^this times the largest weight of a row is about the largest fp16 holds: probabilities of a row spread over 65,536
 # prototypes would otherwise be subnormal there
 FP16_HEADROOM = 14
+LEAST_LARGEST = 2.0**-100  # of the rows' weights, where all of them are 0: the unit must stay finite
 
 
 class PackedRows(NamedTuple):
@@ -100,7 +101,7 @@ def pack_rows(inputs: LossInputs, dtype: torch.dtype, layout: Layout, padded: tu
     )
     if dtype == torch.float16:
         largest = torch.maximum(packed.student_mass.amax(), packed.teacher_mass.amax())
-        exponent = FP16_HEADROOM - largest.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil()
+        exponent = FP16_HEADROOM - largest.clamp(min=LEAST_LARGEST).log2().ceil()
         packed = packed._replace(unit=exponent.exp2())
     return packed
 

@@ -32,6 +32,8 @@ NO_TENSOR_CORES = "ieee"
 NOTES = ("chosen_by", "used")  # of an entry, beside the fields of its tile
 INTERPRETER_PAD = 64
 MAX_WIDTH_OF_ANY_CHUNKS = 384
+MOST_SPLITS = 128  # about one a multiprocessor: with more, merging would cost what it saves
+NEAR_THE_BEST = 1.05
 # As wide as can be, because between the products of two chunks the compiler waits for the tensor cores; but wider tiles of
 # fp32 do not fit the registers: products without tensor cores are unrolled over the whole chunk.
 WIDEST_CHUNK = {"16-bit": 256, "tf32": 64, NO_TENSOR_CORES: 32}
@@ -145,6 +147,7 @@ INTERPRETER_TILES = {
 }
 
 
+@functools.cache  # 20 to 40 microseconds
 def split_count(row_blocks: int, prototype_blocks: int, multiprocessors: int, most: int) -> int:
     """Splits of the prototypes: the fewest that take nearly as few steps as the best number would.
 
@@ -162,7 +165,3 @@ def split_count(row_blocks: int, prototype_blocks: int, multiprocessors: int, mo
     counts = range(1, max(1, min(most, prototype_blocks, MOST_SPLITS)) + 1)
     fewest = min(steps(count) for count in counts)
     return next(count for count in counts if steps(count) <= NEAR_THE_BEST * fewest)
-
-
-MOST_SPLITS = 128  # about one a multiprocessor: with more, merging would cost what it saves
-NEAR_THE_BEST = 1.05
