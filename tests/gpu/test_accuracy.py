@@ -16,12 +16,15 @@ from torch import Tensor
 from tests.backends.interpreted import damaged
 from tests.backends.test_triton import no_teacher_bias
 from tests.test_cross_entropy import HARD
-from vmf_kernels import prototype_usage
+from vmf_kernels import prototype_usage, vmf_prototypes
 from vmf_kernels.assign import BACKENDS, choose_backend, column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.triton import launch, operator, tiles
+from vmf_kernels.backends.triton.prototypes import pack_prototypes
+from vmf_kernels.prototypes import prepare_keys
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome, random_problem
 
 K = 65_536
+LOG2_E = 1.4426950408889634
 CPU = torch.device("cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SHAPES = {"640/128": (64, (2, 10)), "1000/1000": (1000, (1, 1))}  # images, (teacher views, student views)
@@ -82,6 +85,37 @@ def test_tf32_is_as_near_the_truth_as_torch_s_own(shape: str, device: torch.devi
 @pytest.mark.parametrize("kind", ["linear", "linear_vmf", "normalized", "weight_norm"])
 def test_every_kind_of_prototypes_matches_the_fp64_truth(kind: str, device: torch.device) -> None:
     check_random((64, (2, 10), K, 256), BF16, device, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tensor_descriptors_load_what_pointers_do(
+    shape: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped table has no such tile; ``bench.tune`` may put one there."""
+    if launch.target_of(device).arch < 90:
+        pytest.skip("tensor descriptors need compute capability 9.0")
+    smaller = {"student": (64, 64), "teacher": (64, 64), "columns": (64, 64)}
+
+    def described(name: str, *rest: object) -> tiles.Tile:
+        return tiles.Tile(*smaller[name], warps=4, tma=True)
+
+    monkeypatch.setattr(operator, "tile_of", described)
+    check_random((*SHAPES[shape], 4096, 256), BF16, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [24, 256])
+def test_the_normaliser_on_the_device_is_that_of_fp64(dim: int, device: torch.device) -> None:
+    """The device divides and takes roots approximately; kappa from 1e-3 to 1e5."""
+    weight = torch.nn.functional.normalize(torch.randn(4099, dim, device=device), dim=1)
+    weight *= torch.logspace(-4, 4, 4099, device=device)[:, None]
+    temperature = torch.full((), 0.1, dtype=FP64, device=device)
+    packed = pack_prototypes(vmf_prototypes(weight), temperature, None, FP32)
+    exact = prepare_keys(vmf_prototypes(weight.double()), temperature, None, FP64).bias
+    assert exact is not None
+    error = ((packed.bias[:4099].double() / LOG2_E - exact) / exact).abs().max().item()
+    assert error <= 2e-6, f"relative error {error:.1e}, budget 2e-6"
 
 
 @pytest.mark.gpu
