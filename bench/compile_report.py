@@ -28,7 +28,6 @@ import torch
 from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, Compiled, Launch, compile_launch, recording
 from bench.pass_case import DTYPES, MANY_ROWS, PROTOTYPES, PassCase
 from vmf_kernels.backends.contract import LossInputs
-from vmf_kernels.backends.triton import tiles
 from vmf_kernels.backends.triton.launch import Target
 from vmf_kernels.backends.triton.prototypes import scale_in_place
 from vmf_kernels.backends.triton.tiles import (
@@ -79,9 +78,7 @@ def configurations(
 
 def is_served(arch: int, configuration: Configuration) -> bool:
     """Whether the table has the passes there; for wide fp32 some parts have neither the registers nor the shared memory."""
-    width = next(width for width in WIDTHS if configuration.dim <= width)
-    entries = tiles.table()[tiles.family(arch)].get(configuration.precision, {}).get(str(width), {})
-    return all(name in entries for name in NEEDED)
+    return all(has_tile(name, Target(arch, 1), configuration.precision, configuration.dim) for name in NEEDED)
 
 
 def shipped_launches(arch: int, configuration: Configuration) -> list[Launch]:

@@ -21,6 +21,7 @@ from vmf_kernels.backends.triton.tiles import (
     MAX_DIM,
     MOST_SPLITS,
     NEAR_THE_BEST,
+    NEEDED,
     NOTES,
     PASSES,
     PRECISIONS,
@@ -38,7 +39,6 @@ from vmf_kernels.backends.triton.tiles import (
 )
 
 FAMILIES = ("80", "86", "90", "100")
-REQUIRED = ("student", "teacher", "scores", "columns")
 # Wide fp32, of which the smallest blocks there are, 16 rows and 16 prototypes, spill or take more than the shared memory.
 UNSERVED = {
     ("80", "tf32", 1024),
@@ -228,7 +228,7 @@ def test_a_pass_that_is_not_faster_is_not_used(
 
 @pytest.mark.parametrize("part", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", NEEDED)
 def test_the_shipped_table_has_a_tile_for_every_dim(name: str, precision: str, part: str) -> None:
     of_width = tiles.table()[part].get(precision, {})
     missing = {
@@ -244,7 +244,7 @@ def test_what_the_table_does_not_serve_is_named() -> None:
     served = {
         (part, precision, width)
         for part, precision, width in UNSERVED
-        if set(REQUIRED) <= tiles.table()[part].get(precision, {}).get(str(width), {}).keys()
+        if set(NEEDED) <= tiles.table()[part].get(precision, {}).get(str(width), {}).keys()
     }
     assert not served, f"{served} have tiles now"
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vmf_kernels.bessel import log_vmf_constant
-from vmf_kernels.cross_entropy import prototype_cross_entropy
+from vmf_kernels.cross_entropy import CrossEntropy, prototype_cross_entropy
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype
 
 DENSE_ERRORS = 2.0  # how often the dense formula's error a result may be off
@@ -50,6 +50,21 @@ class Problem:
         for leaf in [t for t in (stored.weight, stored.magnitude) if t is not None]:
             leaf.requires_grad_()
         return self.student_features.detach().requires_grad_(), stored
+
+    def cross_entropy(self, features: Tensor, prototypes: Prototypes, backend: str = "auto") -> CrossEntropy:
+        """The problem's loss for the student's features and prototypes, which may be leaves of autograd."""
+        return prototype_cross_entropy(
+            features,
+            prototypes,
+            self.teacher_features,
+            self.teacher_prototypes,
+            self.pair_weights,
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+            teacher_bias=self.teacher_bias,
+            image_weights=self.image_weights,
+            backend=backend,
+        )
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Every tensor converted: up to fp64 for the truth, down to round the inputs of a problem."""
@@ -107,18 +122,7 @@ def random_problem(
 def library_outcome(problem: Problem, backend: str = "auto") -> Outcome:
     """What ``prototype_cross_entropy`` makes of the problem, gradients included."""
     features, prototypes = problem.student_leaves()
-    loss, statistics = prototype_cross_entropy(
-        features,
-        prototypes,
-        problem.teacher_features,
-        problem.teacher_prototypes,
-        problem.pair_weights,
-        student_temperature=problem.student_temperature,
-        teacher_temperature=problem.teacher_temperature,
-        teacher_bias=problem.teacher_bias,
-        image_weights=problem.image_weights,
-        backend=backend,
-    )
+    loss, statistics = problem.cross_entropy(features, prototypes, backend)
     return {"loss": loss.detach()} | vars(statistics) | _gradients(loss, features, prototypes)
 
 

@@ -273,16 +273,7 @@ def test_only_the_gradients_that_are_wanted_are_formed(wanted: str) -> None:
         features = features.detach()
     if wanted != "prototypes":
         prototypes = prototypes.detach()
-    loss, statistics = prototype_cross_entropy(
-        features,
-        prototypes,
-        problem.teacher_features,
-        problem.teacher_prototypes,
-        problem.pair_weights,
-        teacher_bias=problem.teacher_bias,
-        image_weights=problem.image_weights,
-        backend="triton",
-    )
+    loss, statistics = problem.cross_entropy(features, prototypes, "triton")
     assert torch.equal(loss.detach(), complete["loss"])
     torch.testing.assert_close(statistics.usage, complete["usage"], rtol=1e-6, atol=1e-9)
     if wanted == "neither":

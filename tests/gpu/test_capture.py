@@ -26,7 +26,6 @@ from vmf_kernels import (
     PrototypeLogits,
     Prototypes,
     logit_cross_entropy,
-    prototype_cross_entropy,
 )
 from vmf_kernels.testing import Problem, random_problem
 
@@ -71,16 +70,7 @@ def loss_step(problem: Problem) -> Step:
     features, prototypes = problem.student_leaves()
 
     def step() -> dict[str, Tensor]:
-        loss, statistics = prototype_cross_entropy(
-            features,
-            prototypes,
-            problem.teacher_features,
-            problem.teacher_prototypes,
-            problem.pair_weights,
-            teacher_bias=problem.teacher_bias,
-            image_weights=problem.image_weights,
-            backend="triton",
-        )
+        loss, statistics = problem.cross_entropy(features, prototypes, "triton")
         leaves = [leaf for leaf in (features, prototypes.weight, prototypes.magnitude) if leaf is not None]
         names = ("feature_gradient", "weight_gradient", "magnitude_gradient")
         gradients = dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
