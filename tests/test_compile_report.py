@@ -30,13 +30,14 @@ from bench.compile_report import (
     source_digest,
     table,
 )
-from tests.test_tiles import REQUIRED, UNSERVED
+from tests.test_tiles import UNSERVED
 from vmf_kernels.backends.triton import launch, tiles
-from vmf_kernels.backends.triton.tiles import PRECISIONS, TABLE_PATH, WIDTHS
+from vmf_kernels.backends.triton.tiles import NEEDED, PRECISIONS, TABLE_PATH, WIDTHS
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "bench" / "results" / "compiled"
 ARCHITECTURES = (80, 90, 100)
+ENTRY = {"rows": 64, "prototypes": 64, "chosen_by": "a test"}
 FIELDS = {"kernel", "mode", "dim", "products", "dtype", "tile", "num_warps", "num_stages", "limit"} | {
     "registers",
     "spills",
@@ -285,7 +286,7 @@ def test_the_committed_report_covers_the_table(committed: dict[str, Any]) -> Non
 def test_a_configuration_is_served_if_the_table_has_every_pass(
     precision: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = {"16-bit": {"256": dict.fromkeys(REQUIRED, "a tile")}, "tf32": {"256": {"student": "a tile"}}}
+    made = {"16-bit": {"256": dict.fromkeys(NEEDED, ENTRY)}, "tf32": {"256": {"student": ENTRY}}}
     monkeypatch.setattr(tiles, "table", lambda: {"90": made})
     assert is_served(90, Configuration(200, precision, torch.float32, False)) is expected
 
