@@ -20,6 +20,7 @@ ORDER = [
     "_debye",
     "bessel",
     "prototypes",
+    "ranks",
     "pairing",
     "statistics",
     "backends",

@@ -1,0 +1,97 @@
+"""Collectives that also work with one rank, and with no process group at all.
+
+A group is a ``torch.distributed`` process group; None is the default group where one exists, and this process alone where none
+does. Every rank of a group calls each function equally often, whatever rows it holds.
+
+Legend: P ranks, R rows, D any trailing dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, distributed_c10d
+
+from vmf_kernels.prototypes import LOWEST_BIAS
+
+
+def count_ranks(group: ProcessGroup | None = None) -> int:
+    """Number of ranks P; 1 without a process group."""
+    return torch.distributed.get_world_size(group) if _exists() else 1
+
+
+def rank_in(group: ProcessGroup | None = None) -> int:
+    """This process's place in the group, from 0; 0 without a process group."""
+    return torch.distributed.get_rank(group) if _exists() else 0
+
+
+def sum_over_ranks(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Sum over ranks, in place; the tensor itself for one rank."""
+    return _all_reduce(tensor, ReduceOp.SUM, group)
+
+
+def max_over_ranks(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Maximum over ranks, in place; the tensor itself for one rank."""
+    return _all_reduce(tensor, ReduceOp.MAX, group)
+
+
+def log_sum_exp_over_ranks(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """``log sum_ranks exp(values)``, relative to the maximum over ranks, where nothing overflows and none underflows."""
+    if count_ranks(group) == 1:
+        return values
+    # a number, not -inf, where every rank has -inf: (-inf) - (-inf) would be NaN
+    top = max_over_ranks(values.clone(), group).clamp(min=LOWEST_BIAS)
+    return sum_over_ranks((values - top).exp(), group).log() + top
+
+
+def gather_rows(rows_RD: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, int]:
+    """The rows of all ranks end to end, and where this rank's own begin; differentiable, R may differ and be 0.
+
+    The gradient of a row is the sum of what all ranks give it.
+    """
+    if count_ranks(group) == 1:
+        return rows_RD, 0
+    sizes = [torch.empty(1, dtype=torch.int64, device=rows_RD.device) for _ in range(count_ranks(group))]
+    torch.distributed.all_gather(sizes, torch.full_like(sizes[0], rows_RD.shape[0]), group)
+    counts, mine = [int(size) for size in sizes], rank_in(group)
+    gathered: Tensor = _GatherRows.apply(rows_RD, counts, mine, group)  # type: ignore[no-untyped-call]
+    return gathered, sum(counts[:mine])
+
+
+def name_of(group: ProcessGroup | None) -> str:
+    """A name to hand to a ``torch.library`` op; "" for None."""
+    return "" if group is None else group.group_name
+
+
+def group_named(name: str) -> ProcessGroup | None:
+    """The group that ``name_of`` has named."""
+    # private, but what torch's own collectives in compiled graphs go by: an op's argument cannot be a group
+    return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined, no-any-return]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, counts: list[int], mine: int, group: ProcessGroup | None) -> Tensor:
+        ctx.span, ctx.group = slice(sum(counts[:mine]), sum(counts[: mine + 1])), group
+        # all_gather wants equal shapes: every rank sends as many rows as the largest has
+        padded = rows_RD.new_zeros(max(counts), *rows_RD.shape[1:])
+        padded[: counts[mine]] = rows_RD
+        parts = [torch.empty_like(padded) for _ in counts]
+        torch.distributed.all_gather(parts, padded, group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return sum_over_ranks(gradient.contiguous().clone(), ctx.group)[ctx.span], None, None, None
+
+
+def _all_reduce(tensor: Tensor, op: Any, group: ProcessGroup | None) -> Tensor:
+    if count_ranks(group) > 1:
+        torch.distributed.all_reduce(tensor, op, group)
+    return tensor
+
+
+def _exists() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
