@@ -68,7 +68,7 @@ def name_of(group: ProcessGroup | None) -> str:
 def group_named(name: str) -> ProcessGroup | None:
     """The group that ``name_of`` has named."""
     # private, but what torch's own collectives in compiled graphs go by: an op's argument cannot be a group
-    return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined, no-any-return]
+    return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined, arg-type]
 
 
 class _GatherRows(torch.autograd.Function):
