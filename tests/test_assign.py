@@ -78,6 +78,17 @@ def test_usage_sums_to_one_and_a_bias_moves_it(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_row_sums_take_a_bias(backend: str) -> None:
+    features, prototypes = rows_and_prototypes("weight_norm_vmf", torch.float64)
+    bias = torch.randn(1000, dtype=torch.float64)
+    usage = prototype_usage(features[:1], prototypes, TEMPERATURE, bias, backend=backend)
+    lse = row_log_sum_exp(features[:1], prototypes, TEMPERATURE, bias, backend=backend)
+    column = column_log_sum_exp(features[:1], prototypes, TEMPERATURE, lse, backend=backend)
+    error = (usage.log() - (column + bias)).abs().max()
+    assert error < 1e-10, f"off by {error:.1e} nats"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_log_of_a_column_does_not_underflow(backend: str) -> None:
     """A prototype no row is near has probability exp(-1000), 0 in any dtype; its logarithm is what a centre needs."""
     features, weight = torch.ones(3, 2), torch.tensor([[0.0, 0.0], [-500.0, -500.0]])
@@ -139,7 +150,7 @@ def test_ops_pass_opcheck(op: str, kind: str) -> None:
     head = (problem.student_features, stored.weight, stored.magnitude, kind)
     tails: dict[str, tuple[object, ...]] = {
         "prototype_usage": (torch.zeros(17), tau),
-        "row_log_sum_exp": (tau,),
+        "row_log_sum_exp": (torch.randn(17), tau),
         "column_log_sum_exp": (tau, torch.zeros(9)),
     }
     overload = getattr(torch.ops.vmf_kernels, op).default

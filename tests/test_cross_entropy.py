@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels import Prototypes, assign, matched_prototype_cross_entropy, prototype_cross_entropy
 from vmf_kernels.backends import composed, streaming
@@ -266,48 +267,60 @@ Assign = Callable[[Sequence[Query], Keys | None, Tensor | None], list[Assignment
 
 
 def shuffled_values(assign: Assign) -> Assign:
-    return lambda queries, values, vectors: assign(
-        queries, None if values is None else values._replace(weight=values.weight.roll(1, 0)), vectors
+    return lambda queries, values, vectors, group=None: assign(
+        queries, None if values is None else values._replace(weight=values.weight.roll(1, 0)), vectors, group
     )
 
 
 def dropped_value_bias(assign: Assign) -> Assign:
-    return lambda queries, values, vectors: assign(
-        queries, None if values is None or values.bias is None else values._replace(bias=0 * values.bias), vectors
+    return lambda queries, values, vectors, group=None: assign(
+        queries,
+        None if values is None or values.bias is None else values._replace(bias=0 * values.bias),
+        vectors,
+        group,
     )
 
 
 def dropped_key_bias(assign: Assign) -> Assign:
-    return lambda queries, values, vectors: assign(
-        [query._replace(keys=query.keys._replace(bias=None)) for query in queries], values, vectors
+    return lambda queries, values, vectors, group=None: assign(
+        [query._replace(keys=query.keys._replace(bias=None)) for query in queries], values, vectors, group
     )
 
 
 def permuted_prototypes(assign: Assign) -> Assign:
-    return lambda queries, values, vectors: assign(
+    return lambda queries, values, vectors, group=None: assign(
         [queries[0]._replace(keys=queries[0].keys._replace(weight=queries[0].keys.weight.flip(0))), *queries[1:]],
         values,
         vectors,
+        group,
     )
 
 
 def dropped_column_sums(assign: Assign) -> Assign:
-    return lambda queries, values, vectors: assign(
-        [query._replace(sums=None if query.sums is None else query.sums.clone()) for query in queries], values, vectors
+    return lambda queries, values, vectors, group=None: assign(
+        [query._replace(sums=None if query.sums is None else query.sums.clone()) for query in queries],
+        values,
+        vectors,
+        group,
     )
 
 
 def bfloat16_features(assign: Assign) -> Assign:
-    return lambda queries, values, vectors: assign(
-        [query._replace(rows=query.rows.bfloat16().to(query.rows.dtype)) for query in queries], values, vectors
+    return lambda queries, values, vectors, group=None: assign(
+        [query._replace(rows=query.rows.bfloat16().to(query.rows.dtype)) for query in queries], values, vectors, group
     )
 
 
 def one_wrong_row(assign: Assign) -> Assign:
     """The last row of the gradient at the prototypes lost, as by a block one short."""
 
-    def broken(queries: Sequence[Query], values: Keys | None, vectors: Tensor | None) -> list[Assignment]:
-        result = assign(queries, values, vectors)
+    def broken(
+        queries: Sequence[Query],
+        values: Keys | None = None,
+        vectors: Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> list[Assignment]:
+        result = assign(queries, values, vectors, group)
         if vectors is not None:
             vectors[-1] = 0
         return result

@@ -11,12 +11,14 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends import reference, streaming
 from vmf_kernels.backends.composed import ComposedBackend
 from vmf_kernels.backends.contract import Backend
 from vmf_kernels.backends.triton import TritonBackend
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype
+from vmf_kernels.ranks import group_named, name_of
 
 BACKENDS: dict[str, Backend] = {
     "reference": ComposedBackend(reference.assign, reference.column_log_sum_exp),
@@ -64,6 +66,7 @@ def prototype_usage(
     bias: Tensor | None = None,
     *,
     backend: str = "auto",
+    prototype_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Mean probability that each prototype receives from a batch, without its [R, K] probabilities.
 
@@ -73,9 +76,10 @@ def prototype_usage(
         temperature: positive; a float or a tensor of one element.
         bias: [K] nats added to the logits, e.g. ``center.bias(temperature)``, or None.
         backend: see ``choose_backend``.
+        prototype_group: ranks that share out the prototypes, as in ``prototype_cross_entropy``; None for one that has all.
 
     Returns:
-        [K] probabilities, fp32 (fp64 for fp64 features), summing to 1; no gradient.
+        [K] probabilities, fp32 (fp64 for fp64 features), summing to 1 (over all ranks of the group); no gradient.
 
     Raises:
         ValueError: shapes, temperature or backend name do not fit; says what was got and expected.
@@ -85,18 +89,24 @@ def prototype_usage(
     if features.shape[0] == 0:
         raise ValueError("features has 0 rows; expected at least one to take a mean over")
     tau = temperature_tensor(temperature, "temperature", features.device)
-    usage: Tensor = _usage_op(*_flat(features, prototypes), None if bias is None else bias.detach(), tau, backend)
+    usage: Tensor = _usage_op(*_flat(features, prototypes), _detached(bias), tau, backend, name_of(prototype_group))
     return usage
 
 
 def row_log_sum_exp(
-    features: Tensor, prototypes: Prototypes, temperature: float | Tensor, *, backend: str = "auto"
+    features: Tensor,
+    prototypes: Prototypes,
+    temperature: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    prototype_group: ProcessGroup | None = None,
 ) -> Tensor:
     """[R] log-sum-exp over the prototypes of each row's logits; arguments and errors as ``prototype_usage``."""
-    _check_rows(features, prototypes, None)
+    _check_rows(features, prototypes, bias)
     features = in_autocast_dtype(features)
     tau = temperature_tensor(temperature, "temperature", features.device)
-    rows: Tensor = _row_op(*_flat(features, prototypes), tau, backend)
+    rows: Tensor = _row_op(*_flat(features, prototypes), _detached(bias), tau, backend, name_of(prototype_group))
     return rows
 
 
@@ -108,7 +118,7 @@ def column_log_sum_exp(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """[K] ``log sum_r exp(l_rk - offset_r)`` over the rows; -inf for 0 rows.
+    """[K] ``log sum_r exp(l_rk - offset_r)`` over the rows; -inf for 0 rows. Each prototype stands alone: no group is needed.
 
     Args:
         offset: [R] nats; the row log-sum-exp makes it the log of the summed probabilities.
@@ -215,6 +225,10 @@ def _check_rows(features: Tensor, prototypes: Prototypes, bias: Tensor | None) -
     check_bias(bias, prototypes.count, "bias")
 
 
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
 def _flat(features: Tensor, prototypes: Prototypes) -> tuple[Tensor, Tensor, Tensor | None, str]:
     """The leading arguments of every op: torch.library takes tensors, not a dataclass."""
     stored = prototypes.detach()
@@ -231,9 +245,10 @@ def _usage_op(
     bias: Tensor | None,
     temperature: Tensor,
     backend: str,
+    group: str = "",
 ) -> Tensor:
     run = choose_backend(backend, features, weight)
-    usage = run.usage(features, Prototypes(weight, magnitude, kind), temperature, bias)
+    usage = run.usage(features, Prototypes(weight, magnitude, kind), temperature, bias, group_named(group))
     refuse_nan_prototypes(usage, weight, magnitude)
     return usage
 
@@ -247,6 +262,7 @@ def _(
     bias: Tensor | None,
     temperature: Tensor,
     backend: str,
+    group: str = "",
 ) -> Tensor:
     return features.new_empty(weight.shape[0], dtype=accumulation_dtype(features.dtype))
 
@@ -254,15 +270,29 @@ def _(
 @torch.library.custom_op("vmf_kernels::row_log_sum_exp", mutates_args=())
 @without_autocast
 def _row_op(
-    features: Tensor, weight: Tensor, magnitude: Tensor | None, kind: str, temperature: Tensor, backend: str
+    features: Tensor,
+    weight: Tensor,
+    magnitude: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    temperature: Tensor,
+    backend: str,
+    group: str = "",
 ) -> Tensor:
     run = choose_backend(backend, features, weight)
-    return run.row_log_sum_exp(features, Prototypes(weight, magnitude, kind), temperature)
+    return run.row_log_sum_exp(features, Prototypes(weight, magnitude, kind), temperature, bias, group_named(group))
 
 
 @_row_op.register_fake
 def _(
-    features: Tensor, weight: Tensor, magnitude: Tensor | None, kind: str, temperature: Tensor, backend: str
+    features: Tensor,
+    weight: Tensor,
+    magnitude: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    temperature: Tensor,
+    backend: str,
+    group: str = "",
 ) -> Tensor:
     return features.new_empty(features.shape[0], dtype=accumulation_dtype(features.dtype))
 

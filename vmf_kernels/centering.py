@@ -15,18 +15,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from vmf_kernels.assign import check_backend_name, check_bias, column_log_sum_exp, row_log_sum_exp, temperature_tensor
+from vmf_kernels.assign import check_backend_name, temperature_tensor
+from vmf_kernels.log_sums import LogSums
 from vmf_kernels.logits import PrototypeLogits, project
-from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype
+from vmf_kernels.prototypes import accumulation_dtype
+from vmf_kernels.ranks import RowRanks
 
 STARTS = ("zero", "first_batch")
 AVERAGES = ("log_probability", "probability")
-ROWS_AT_ONCE = 64  # of stored logits: 16 MiB of fp32 at K = 65,536
 
 
 class Center(nn.Module):
     """What both centres share: the buffer, its start, and the step of the running mean.
+
+    Args:
+        num_prototypes: K; this rank's own, where ranks share out the prototypes.
+        momentum: of the running mean, in [0, 1).
+        start: "zero", or "first_batch" to begin at the first batch's mean instead of drifting there.
+        backend: of streaming passes over the teacher, see ``choose_backend``.
+        prototype_group: ranks that share out the prototypes and hold the same rows, or None.
+        row_group: ranks whose rows count together; None for all ranks, or, with a prototype group, for this rank alone.
 
     Attributes:
         center: [1, K] fp32 buffer, the only entry of the state dict; NaN until a first batch has started it.
@@ -35,7 +45,14 @@ class Center(nn.Module):
     center: Tensor
 
     def __init__(
-        self, num_prototypes: int, momentum: float = 0.9, *, start: str = "zero", backend: str = "auto"
+        self,
+        num_prototypes: int,
+        momentum: float = 0.9,
+        *,
+        start: str = "zero",
+        backend: str = "auto",
+        prototype_group: ProcessGroup | None = None,
+        row_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if start not in STARTS:
@@ -47,9 +64,18 @@ class Center(nn.Module):
             raise ValueError(f"center momentum is {momentum}; expected a number in [0, 1)")
         self.momentum = momentum
         self.backend = backend
+        self.prototype_group = prototype_group
+        self._row_ranks = RowRanks.of(prototype_group, row_group)
         self.register_buffer("center", torch.full((1, num_prototypes), torch.nan if start == "first_batch" else 0.0))
         self._started = start == "zero"
         self._pending: tuple[Tensor, Tensor] | None = None
+
+    def target_bias(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """[K] nats to add to the logits of this batch, whose mean an unstarted centre begins at; as ``accumulate``."""
+        self.begin(teacher, temperature, bias)
+        return self.bias(temperature)
 
     def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
         """Set a centre that has not started to the mean of this batch; call before ``bias``, arguments as ``accumulate``."""
@@ -136,11 +162,7 @@ class LogitCenter(Center):
 
     The batch mean is ``W mean(x)``: no logits are formed and ranks exchange D + 1 numbers instead of K.
 
-    Args:
-        num_prototypes: K.
-        momentum: of the running mean, in [0, 1).
-        start: "zero", or "first_batch" to begin at the first batch's mean instead of drifting there.
-        backend: unused here; the sibling's.
+    Arguments as ``Center``; the backend is not needed.
 
     Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, equation 4.
     """
@@ -155,11 +177,11 @@ class LogitCenter(Center):
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if isinstance(teacher, Tensor):
-            total = _all_reduce(teacher.detach().sum(dim=0, dtype=accumulation_dtype(teacher.dtype)))
-            return total, _all_reduce(total.new_full((), float(teacher.shape[0])))
+            total = self._row_ranks.sum(teacher.detach().sum(dim=0, dtype=accumulation_dtype(teacher.dtype)))
+            return total, self._row_ranks.sum(total.new_full((), float(teacher.shape[0])))
         features = teacher.detach().flatten().features
         summed = features.sum(dim=0, dtype=accumulation_dtype(features.dtype))
-        packed = _all_reduce(torch.cat([summed, summed.new_full((1,), float(features.shape[0]))]))
+        packed = self._row_ranks.sum(torch.cat([summed, summed.new_full((1,), float(features.shape[0]))]))
         return project(teacher.prototypes, packed[:-1]), packed[-1]
 
     def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,11 +202,8 @@ class ProbabilityCenter(Center):
     ``e^c <- m e^c + (1 - m) mean_b softmax(l_b)``. Both stay in log space, where a prototype far from every row is finite.
 
     Args:
-        num_prototypes: K.
-        momentum: of the running mean, in [0, 1).
         average: "log_probability" or "probability".
-        start: "zero" (uniform), or "first_batch".
-        backend: of the streaming passes over the teacher, see ``choose_backend``.
+        num_prototypes, momentum, start, backend, prototype_group, row_group: as ``Center``; "zero" is uniform.
 
     Source: Govindarajan et al., ICLR 2023 (arXiv:2405.10939), "probability-space centering".
     """
@@ -197,8 +216,11 @@ class ProbabilityCenter(Center):
         average: str = "log_probability",
         start: str = "zero",
         backend: str = "auto",
+        prototype_group: ProcessGroup | None = None,
+        row_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(num_prototypes, momentum, start=start, backend=backend)
+        groups = {"prototype_group": prototype_group, "row_group": row_group}
+        super().__init__(num_prototypes, momentum, start=start, backend=backend, **groups)
         if average not in AVERAGES:
             raise ValueError(f"average is {average!r}; expected one of {', '.join(AVERAGES)}")
         self.average = average
@@ -214,24 +236,14 @@ class ProbabilityCenter(Center):
     def _statistic(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if isinstance(teacher, Tensor):
-            check_bias(bias, teacher.shape[1], "bias")
-            total = _stored_column_log_sum(teacher.detach(), temperature, bias)
-            return total, total.new_full((), float(teacher.shape[0]))
-        rows = teacher.detach().flatten()
-        inputs = (rows.features, rows.prototypes, temperature)
-        lse = row_log_sum_exp(*inputs, backend=self.backend)
-        total = column_log_sum_exp(*inputs, lse, backend=self.backend)
+        rows = teacher if isinstance(teacher, Tensor) else teacher.detach().flatten()
+        sums = LogSums(rows, temperature, bias, self.backend, self.prototype_group)
+        total = sums.over_rows(sums.over_prototypes())
         return total, total.new_full((), float(rows.shape[0]))
 
     def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        if not _has_ranks():
-            return total, rows
-        # probabilities are summed over ranks, never their logs; relative to the maximum, where none underflows
-        top = total.clone()
-        torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX)
-        top = top.clamp(min=LOWEST_BIAS)
-        return _all_reduce((total - top).exp()).log() + top, _all_reduce(rows)
+        # probabilities are summed over ranks, never their logs
+        return self._row_ranks.log_sum_exp(total), self._row_ranks.sum(rows)
 
     def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return torch.logaddexp(one[0], other[0]), one[1] + other[1]
@@ -244,25 +256,3 @@ class ProbabilityCenter(Center):
             return super()._step(center, batch)
         kept = math.log(self.momentum) if self.momentum > 0 else -math.inf
         return torch.logaddexp(center + kept, batch + math.log1p(-self.momentum))
-
-
-def _stored_column_log_sum(logits: Tensor, temperature: float | Tensor, bias: Tensor | None) -> Tensor:
-    """[K] log of the summed probabilities of stored logits, a few rows at a time."""
-    dtype = accumulation_dtype(logits.dtype)
-    tau = temperature_tensor(temperature, "teacher_temperature", logits.device).to(dtype)
-    total = torch.full((logits.shape[1],), -torch.inf, dtype=dtype, device=logits.device)
-    for rows in torch.split(logits, ROWS_AT_ONCE) if logits.shape[0] else ():
-        scaled = rows.to(dtype) / tau if bias is None else rows.to(dtype) / tau + bias
-        total = torch.logaddexp(total, scaled.log_softmax(dim=1).logsumexp(dim=0))
-    return total
-
-
-def _has_ranks() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _all_reduce(total: Tensor) -> Tensor:
-    """Sum over ranks, in place; the tensor itself without a process group."""
-    if _has_ranks():
-        torch.distributed.all_reduce(total)
-    return total

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels.assign import (
     check_bias,
@@ -27,7 +28,8 @@ from vmf_kernels.backends.contract import LossInputs
 from vmf_kernels.once import ReadyGradients, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype
-from vmf_kernels.statistics import AssignmentStatistics
+from vmf_kernels.ranks import group_named, name_of, sum_over_ranks
+from vmf_kernels.statistics import AssignmentStatistics, SharedStatistics, entropy
 
 
 class CrossEntropy(NamedTuple):
@@ -49,6 +51,7 @@ def prototype_cross_entropy(
     teacher_bias: Tensor | None = None,
     image_weights: Tensor | None = None,
     backend: str = "auto",
+    prototype_group: ProcessGroup | None = None,
 ) -> CrossEntropy:
     """Weighted sum over pairs of rows of ``-sum_k q_t(k) log p_s(k)``, without any [rows, K] tensor.
 
@@ -68,6 +71,9 @@ def prototype_cross_entropy(
         teacher_bias: [K] nats added to the teacher's logits (a centre or dual vector), or None.
         image_weights: [B] further weight of each image, or None.
         backend: "auto", "triton", "streaming" or "reference".
+        prototype_group: ranks that share out the prototypes: each has a block of them (K may differ) and the same rows,
+            bitwise, and gets the loss and the features' gradient whole, its own prototypes' gradient and usage. They
+            exchange D + 4 numbers a row, never logits. None where this rank has all prototypes.
 
     Returns:
         The loss, nats, and its statistics.
@@ -105,9 +111,14 @@ def prototype_cross_entropy(
         _wants_gradient(student_features),
         _wants_gradient(student.weight, student.magnitude),
         backend,
+        name_of(prototype_group),
     )
     loss, summary, usage = outputs[:3]
-    return CrossEntropy(loss, AssignmentStatistics.of_op(summary, usage))
+    statistics = AssignmentStatistics.of_op(summary, usage)
+    if prototype_group is not None:
+        usage_entropy = sum_over_ranks(entropy(statistics.usage), prototype_group)
+        statistics = SharedStatistics(**vars(statistics), usage_entropy=usage_entropy)
+    return CrossEntropy(loss, statistics)
 
 
 def matched_prototype_cross_entropy(
@@ -121,6 +132,7 @@ def matched_prototype_cross_entropy(
     teacher_temperature: float | Tensor = 0.04,
     teacher_bias: Tensor | None = None,
     backend: str = "auto",
+    prototype_group: ProcessGroup | None = None,
 ) -> CrossEntropy:
     """One-to-one sibling of ``prototype_cross_entropy``: row r of the student learns from row r of the teacher.
 
@@ -128,8 +140,8 @@ def matched_prototype_cross_entropy(
         student_features, teacher_features: [R, D] rows, e.g. the masked patches of the student and the same patches as
             the teacher sees them.
         row_weights: [R] weight of each pair, e.g. 1 / (masked patches of its image * images).
-        student_prototypes, teacher_prototypes, student_temperature, teacher_temperature, teacher_bias, backend: as
-            there, and so are the result and the errors.
+        student_prototypes, teacher_prototypes, student_temperature, teacher_temperature, teacher_bias, backend,
+            prototype_group: as there, and so are the result and the errors.
     Source: Zhou et al., "iBOT", ICLR 2022, equation 2.
     """
     return prototype_cross_entropy(
@@ -143,6 +155,7 @@ def matched_prototype_cross_entropy(
         teacher_bias=teacher_bias,
         image_weights=row_weights,
         backend=backend,
+        prototype_group=prototype_group,
     )
 
 
@@ -187,6 +200,7 @@ def _cross_entropy_op(
     feature_gradient: bool,
     prototype_gradient: bool,
     backend: str,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], statistics [3], usage [K], and the gradients at student features, weight and magnitude).
 
@@ -208,6 +222,7 @@ def _cross_entropy_op(
             teacher_temperature,
             feature_gradient,
             prototype_gradient,
+            group_named(group),
         )
     )
     refuse_nan_prototypes(outputs.loss, student_weight, student_magnitude)
@@ -240,6 +255,7 @@ def _(
     feature_gradient: bool,
     prototype_gradient: bool,
     backend: str,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     count = student_weight.shape[0]
     has_magnitude = prototype_gradient and student_magnitude is not None

@@ -8,7 +8,7 @@ Legend: P ranks, R rows, D any trailing dim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,36 @@ def group_named(name: str) -> ProcessGroup | None:
     """The group that ``name_of`` has named."""
     # private, but what torch's own collectives in compiled graphs go by: an op's argument cannot be a group
     return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined, arg-type]
+
+
+class RowRanks(NamedTuple):
+    """Ranks whose rows count together; every rank's rows go into a sum once."""
+
+    group: ProcessGroup | None
+    alone: bool  # this process has all rows
+
+    @classmethod
+    def of(cls, prototype_group: ProcessGroup | None, row_group: ProcessGroup | None) -> RowRanks:
+        """All ranks by default; ranks that share out the prototypes hold the same rows, which must not count twice.
+
+        Raises:
+            ValueError: there are ranks beyond the prototype group, and no row group says which of them have other rows.
+        """
+        alone = prototype_group is not None and row_group is None
+        if alone and count_ranks(prototype_group) < count_ranks():
+            raise ValueError(
+                f"prototype_group has {count_ranks(prototype_group)} of {count_ranks()} ranks and row_group is None; "
+                "expected row_group=, the ranks that hold this rank's block of prototypes and other rows"
+            )
+        return cls(row_group, alone)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """As ``sum_over_ranks``."""
+        return tensor if self.alone else sum_over_ranks(tensor, self.group)
+
+    def log_sum_exp(self, values: Tensor) -> Tensor:
+        """As ``log_sum_exp_over_ranks``."""
+        return values if self.alone else log_sum_exp_over_ranks(values, self.group)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -33,6 +33,18 @@ class AssignmentStatistics:
         return entropy(self.usage) - self.teacher_entropy
 
 
+@dataclass(frozen=True, eq=False)
+class SharedStatistics(AssignmentStatistics):
+    """The same where ranks share out the prototypes: ``usage`` is that of this rank's own."""
+
+    usage_entropy: Tensor  # [] H(mean q) over the prototypes of all ranks
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """[] mutual information between images and the prototypes of all ranks."""
+        return self.usage_entropy - self.teacher_entropy
+
+
 def weighted_summary(loss: Tensor, teacher_entropy: Tensor, student_entropy: Tensor, total: Tensor) -> Tensor:
     """[3] means (teacher entropy, student entropy, KL) from weighted sums [] over pairs whose weights sum to ``total``."""
     total = or_one(total)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import Assignment, LossInputs, LossOutputs, Query
 from vmf_kernels.pairing import check_pairing
@@ -22,11 +23,16 @@ from vmf_kernels.statistics import or_one, weighted_summary
 class Assign(Protocol):
     """Soft assignments, one a query: adds to the queries' sums, writes the vectors.
 
-    ``vectors_KD[k] = sum over queries and rows of p_rk cotangent_r`` is the operator's backward pass, equation (5).
+    ``vectors_KD[k] = sum over queries and rows of p_rk cotangent_r`` is the operator's backward pass, equation (5). Ranks of a
+    group share out the prototypes: every result over them is that over all ranks'.
     """
 
     def __call__(  # noqa: D102
-        self, queries: list[Query], values: Keys | None = None, vectors_KD: Tensor | None = None
+        self,
+        queries: list[Query],
+        values: Keys | None = None,
+        vectors_KD: Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> list[Assignment]: ...
 
 
@@ -59,11 +65,12 @@ class ComposedBackend:
         sums = _ColumnBuffers.allocate(inputs.student, dtype, inputs.prototype_gradient)
         asked = sums.student_query(x_SD, student_keys, n_S)
         answered = sums.teacher_query(x_TD, teacher_keys, n_T, -inputs.pairing.to_teachers(x_SD) * student_keys.scale)
+        group = inputs.prototype_group
         if inputs.feature_gradient or inputs.prototype_gradient:
-            by_teacher, by_student = self.assign([answered, asked], student_keys, sums.vectors)
+            by_teacher, by_student = self.assign([answered, asked], student_keys, sums.vectors, group)
         else:  # the student's barycentre, half its work, serves gradients only
-            (by_student,) = self.assign([asked])
-            (by_teacher,) = self.assign([answered], student_keys)
+            (by_student,) = self.assign([asked], group=group)
+            (by_teacher,) = self.assign([answered], student_keys, group=group)
 
         barycentre_SD = inputs.pairing.to_students(_present(by_teacher.barycentre))
         loss = _loss(by_student, by_teacher, (n_S, n_T), (barycentre_SD * x_SD).sum(dim=1), student_keys.scale)
@@ -79,19 +86,33 @@ class ComposedBackend:
         summary = weighted_summary(loss.to(dtype), *entropies, n_T.sum())
         return LossOutputs(loss.to(dtype), summary, sums.usage(n_T), feature_grad, weight_grad, magnitude_grad)
 
-    def usage(self, features: Tensor, prototypes: Prototypes, temperature: Tensor, bias: Tensor | None) -> Tensor:
+    def usage(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
         """See ``contract.Backend``."""
         dtype = accumulation_dtype(features.dtype)
         keys = prepare_keys(prototypes, temperature, bias, dtype)
         mean = torch.full((1, features.shape[0]), 1 / features.shape[0], dtype=dtype, device=features.device)
         usage = mean.new_zeros(prototypes.count)
-        self.assign([Query(features, keys, None, mean, usage[None])])
+        self.assign([Query(features, keys, None, mean, usage[None])], group=group)
         return usage
 
-    def row_log_sum_exp(self, features: Tensor, prototypes: Prototypes, temperature: Tensor) -> Tensor:
+    def row_log_sum_exp(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
         """See ``contract.Backend``."""
-        keys = prepare_keys(prototypes, temperature, None, accumulation_dtype(features.dtype))
-        return self.assign([Query(features, keys)])[0].log_sum_exp
+        keys = prepare_keys(prototypes, temperature, bias, accumulation_dtype(features.dtype))
+        return self.assign([Query(features, keys)], group=group)[0].log_sum_exp
 
     def column_log_sum_exp(
         self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor

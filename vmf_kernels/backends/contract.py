@@ -1,7 +1,8 @@
 """What every backend computes, and what those made of a soft assignment have in common.
 
 Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim, J column weightings. With logits
-``l_rk = scale gain_k <x_r, weight_k> + bias_k`` and ``p_r = softmax_k(l_r)``.
+``l_rk = scale gain_k <x_r, weight_k> + bias_k`` and ``p_r = softmax_k(l_r)``. With a group, its ranks hold the same rows and a
+part of the prototypes each: K counts a rank's own, and softmax runs over those of all ranks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels.pairing import Pairing
 from vmf_kernels.prototypes import Keys, Prototypes
@@ -27,6 +29,7 @@ class LossInputs(NamedTuple):
     teacher_temperature: Tensor  # [] float64
     feature_gradient: bool
     prototype_gradient: bool
+    prototype_group: ProcessGroup | None = None  # ranks that share out the prototypes
 
 
 class LossOutputs(NamedTuple):
@@ -49,10 +52,24 @@ class Backend(Protocol):
     def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
         """Equations (3)-(7) of the README."""
 
-    def usage(self, features: Tensor, prototypes: Prototypes, temperature: Tensor, bias: Tensor | None) -> Tensor:
+    def usage(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
         """[K] mean probability of each prototype."""
 
-    def row_log_sum_exp(self, features: Tensor, prototypes: Prototypes, temperature: Tensor) -> Tensor:
+    def row_log_sum_exp(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
         """[R] ``log sum_k exp(l_rk)``."""
 
     def column_log_sum_exp(

@@ -6,32 +6,46 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.prototypes import Keys, accumulation_dtype
+from vmf_kernels.ranks import count_ranks, log_sum_exp_over_ranks, sum_over_ranks
 
 
-def assign(queries: Sequence[Query], values: Keys | None = None, vectors_KD: Tensor | None = None) -> list[Assignment]:
+def assign(
+    queries: Sequence[Query],
+    values: Keys | None = None,
+    vectors_KD: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> list[Assignment]:
     """Soft assignments as in ``composed.Assign``, each through its whole [R, K] matrix of logits."""
     if vectors_KD is not None:
         vectors_KD.zero_()
-    return [_assign(query, values, vectors_KD) for query in queries]
+    return [_assign(query, values, vectors_KD, group) for query in queries]
 
 
-def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None) -> Assignment:
+def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None, group: ProcessGroup | None) -> Assignment:
     logits_RK = logits(query.rows, query.keys)
-    log_p_RK = logits_RK.log_softmax(dim=1)
+    log_p_RK, lse_R = logits_RK.log_softmax(dim=1), logits_RK.logsumexp(dim=1)
+    if group is not None and count_ranks(group) > 1:
+        own_R, lse_R = lse_R, log_sum_exp_over_ranks(lse_R, group)
+        log_p_RK += (own_R - lse_R)[:, None]
     p_RK = log_p_RK.exp()
     if query.weights is not None and query.sums is not None:
         query.sums.add_(query.weights @ p_RK)
     if query.cotangents is not None and vectors_KD is not None:
         vectors_KD.add_(p_RK.T @ query.cotangents)
     return Assignment(
-        log_sum_exp=logits_RK.logsumexp(dim=1),
-        entropy=-(p_RK * log_p_RK).sum(dim=1),
-        barycentre=None if values is None else p_RK @ effective_weight(values, p_RK.dtype),
-        expected_bias=None if values is None or values.bias is None else p_RK @ values.bias,
+        log_sum_exp=lse_R,
+        entropy=_total(-(p_RK * log_p_RK).sum(dim=1), group),
+        barycentre=None if values is None else _total(p_RK @ effective_weight(values, p_RK.dtype), group),
+        expected_bias=None if values is None or values.bias is None else _total(p_RK @ values.bias, group),
     )
+
+
+def _total(share: Tensor, group: ProcessGroup | None) -> Tensor:
+    return share if group is None else sum_over_ranks(share, group)
 
 
 def column_log_sum_exp(rows_RD: Tensor, keys: Keys, offset_R: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.prototypes import Keys
+from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
@@ -33,14 +35,19 @@ LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading t
 LEAST_CHUNK_ROWS = 16
 
 
-def assign(queries: Sequence[Query], values: Keys | None = None, vectors_KD: Tensor | None = None) -> list[Assignment]:
+def assign(
+    queries: Sequence[Query],
+    values: Keys | None = None,
+    vectors_KD: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> list[Assignment]:
     """Soft assignments as in ``composed.Assign``, chunk by chunk of the queries' rows laid end to end."""
     parts: list[list[Assignment]] = [[] for _ in queries]
-    common_bias = 0.0 if values is None or values.bias is None else values.bias.median()
+    shared = _Shared.of(queries[0].keys, values, group)
     overwrite = True
-    for chunk in _chunks(queries):
+    for chunk in _chunks(queries, shared.prototypes):
         out = None if vectors_KD is None else _Vectors(vectors_KD, overwrite)
-        for index, part in zip(chunk, _assign_chunk(list(chunk.values()), values, common_bias, out), strict=True):
+        for index, part in zip(chunk, _assign_chunk(list(chunk.values()), values, shared, out), strict=True):
             parts[index].append(part)
         overwrite = False
     return [_joined(part) for part in parts]
@@ -58,6 +65,24 @@ def column_log_sum_exp(rows_RD: Tensor, keys: Keys, offset_R: Tensor) -> Tensor:
                 logits_BR += keys.bias[block, None]
             total_K[block] = torch.logaddexp(total_K[block], logits_BR.logsumexp(dim=1))
     return total_K
+
+
+class _Shared(NamedTuple):
+    """What the ranks that share out the prototypes have to agree on; alone, this process's own."""
+
+    group: ProcessGroup | None  # None for one rank
+    prototypes: int  # the most that a rank has: chunks of rows must be the same everywhere
+    common_bias: Tensor | float  # of the values
+
+    @classmethod
+    def of(cls, keys: Keys, values: Keys | None, group: ProcessGroup | None) -> _Shared:
+        count = keys.weight.shape[0]
+        common_bias = 0.0 if values is None or values.bias is None else values.bias.median()
+        if group is None or count_ranks(group) == 1:
+            return cls(None, count, common_bias)
+        # any bias near the middle will do
+        agreed = max_over_ranks(torch.stack([keys.scale.new_tensor(count), keys.scale * 0 + common_bias]), group)
+        return cls(group, int(agreed[0]), agreed[1])
 
 
 @dataclass
@@ -108,6 +133,23 @@ class _OnlineSoftmax:
         if self.bias_R is not None and bias_B is not None:
             self.bias_R = self.bias_R + (bias_B - self.common_bias) @ p_BR
 
+    def merge_over_ranks(self, group: ProcessGroup) -> None:
+        """Make the sums those over the prototypes of all ranks: one maximum and D + 3 sums a row are exchanged."""
+        shift = self.max_R - max_over_ranks(self.max_R.clone(), group)
+        decay = shift.exp2()
+        # a rank far below the others weighs 0, and its shift is too large to multiply with
+        deviation_R = decay * (self.deviation_R + torch.where(decay > 0, shift, 0.0) * self.mass_R)
+        parts = [decay * self.mass_R, deviation_R, *([] if self.bias_R is None else [decay * self.bias_R])]
+        if self.barycentre_DR is not None:
+            parts.extend(decay * self.barycentre_DR)
+        sums = sum_over_ranks(torch.stack(parts), group)
+        self.max_R = self.max_R - shift
+        self.mass_R, self.deviation_R, rest = sums[0], sums[1], sums[2:]
+        if self.bias_R is not None:
+            self.bias_R, rest = rest[0], rest[1:]
+        if self.barycentre_DR is not None:
+            self.barycentre_DR = rest
+
     def results(self, segments: list[slice]) -> list[Assignment]:
         """One assignment for each segment of the chunk's rows, nats."""
         log_mass = self.mass_R.log2()
@@ -138,12 +180,12 @@ class _Vectors(NamedTuple):
 
 
 def _assign_chunk(
-    segments: list[Query], values: Keys | None, common_bias: Tensor | float, out: _Vectors | None
+    segments: list[Query], values: Keys | None, shared: _Shared, out: _Vectors | None
 ) -> list[Assignment]:
     keys, like = segments[0].keys, segments[0].keys.scale
     count, blocks, columns = keys.weight.shape[0], list(_blocks(keys)), _columns(segments)
     rows = columns[-1].stop
-    state = _OnlineSoftmax.empty(like, rows, values, common_bias)
+    state = _OnlineSoftmax.empty(like, rows, values, shared.common_bias)
     x_DR = [(query.rows.to(like.dtype) * (query.keys.scale * LOG2_E)).T.contiguous() for query in segments]
     has_sums = out is not None or any(query.sums is not None for query in segments)
     workspace_KR = like.new_empty(count, rows) if has_sums else None
@@ -161,6 +203,8 @@ def _assign_chunk(
         maxima.append(state.max_R)
         if b_values is not None and values is not None:
             state.gather(b_p, b_values, None if values.bias is None else values.bias[block])
+    if shared.group is not None:
+        state.merge_over_ranks(shared.group)
     if workspace_KR is not None:
         # 2^(block max - max) / mass turns a block's unnormalised probabilities into the final ones
         normalizers = [(max_R - state.max_R).exp2() / state.mass_R for max_R in maxima]
@@ -205,11 +249,10 @@ def _blocks(keys: Keys) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK_PROTOTYPES, count))
 
 
-def _chunks(queries: Sequence[Query]) -> Iterator[dict[int, Query]]:
+def _chunks(queries: Sequence[Query], prototypes: int) -> Iterator[dict[int, Query]]:
     """Chunks of the queries' rows, each from query index to the rows it holds; a query of 0 rows is in the first."""
     ends = list(itertools.accumulate(query.rows.shape[0] for query in queries))
-    keys = queries[0].keys
-    for chunk in _row_chunks(ends[-1], keys.weight.shape[0], keys.scale.dtype):
+    for chunk in _row_chunks(ends[-1], prototypes, queries[0].keys.scale.dtype):
         segments = {}
         for index, (query, end) in enumerate(zip(queries, ends, strict=True)):
             start = end - query.rows.shape[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import LossInputs, LossOutputs
 from vmf_kernels.backends.triton.launch import target_of, unsupported_device
@@ -40,17 +41,31 @@ class TritonBackend:
 
         return operator.cross_entropy(inputs)
 
-    def usage(self, features: Tensor, prototypes: Prototypes, temperature: Tensor, bias: Tensor | None) -> Tensor:
+    def usage(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
         """See ``contract.Backend``."""
         from vmf_kernels.backends.triton import operator
 
-        return operator.usage(features, prototypes, temperature, bias)
+        return operator.usage(features, prototypes, temperature, bias, group)
 
-    def row_log_sum_exp(self, features: Tensor, prototypes: Prototypes, temperature: Tensor) -> Tensor:
+    def row_log_sum_exp(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
         """See ``contract.Backend``."""
         from vmf_kernels.backends.triton import operator
 
-        return operator.row_log_sum_exp(features, prototypes, temperature)
+        return operator.row_log_sum_exp(features, prototypes, temperature, bias, group)
 
     def column_log_sum_exp(
         self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor

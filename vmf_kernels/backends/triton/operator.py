@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import LossInputs, LossOutputs
 from vmf_kernels.backends.triton import launch
@@ -53,10 +54,11 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
         )
         rows = pack_rows(inputs, dtype, layout, padded)
 
-        parts = row_pass(rows.teacher, teacher, student, "teacher", teacher_tile)
+        parts = row_pass(rows.teacher, teacher, student, "teacher", teacher_tile, inputs.prototype_group)
         teachers = merge_teachers(parts, rows.teacher_mass, rows.unit, layout, has_value_bias=student.has_bias)
         del parts  # tens of MiB, which the student's can take over
-        parts = row_pass(rows.student, student, student if inputs.feature_gradient else None, own, own_tile)
+        values = student if inputs.feature_gradient else None
+        parts = row_pass(rows.student, student, values, own, own_tile, inputs.prototype_group)
         students = finish_students(inputs, parts, rows, teachers, layout, has_value_bias=student.has_bias)
         del parts
         totals = sum_losses(students, teachers, rows.teacher_mass)
@@ -81,7 +83,13 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
     )
 
 
-def usage(features: Tensor, prototypes: Prototypes, temperature: Tensor, bias: Tensor | None) -> Tensor:
+def usage(
+    features: Tensor,
+    prototypes: Prototypes,
+    temperature: Tensor,
+    bias: Tensor | None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     """[K] mean probability of each prototype."""
     dtype = product_dtype(features)
     with launch.on_device(features):
@@ -92,21 +100,28 @@ def usage(features: Tensor, prototypes: Prototypes, temperature: Tensor, bias: T
         count = padded_rows(len(features), [tile, column_tile])
         rows, exists = padded_features(features, count, dtype, layout)
         unit = exists.new_ones(())
-        offset = merge_offsets(row_pass(rows, keys, None, "scores", tile), exists, unit, layout)
+        parts = row_pass(rows, keys, None, "scores", tile, group)
+        offset = merge_offsets(parts, exists, unit, layout)
         result = exists.new_empty(keys.prototypes)
         total = exists.new_full((), float(len(features)))
         column_pass(None, Side(rows, keys, offset), rows, unit, total, Columns(None, None, result), column_tile)
     return result
 
 
-def row_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Tensor) -> Tensor:
+def row_log_sum_exp(
+    features: Tensor,
+    prototypes: Prototypes,
+    temperature: Tensor,
+    bias: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     """[R] log-sum-exp over the prototypes, nats."""
     dtype = product_dtype(features)
     with launch.on_device(features):
-        keys = pack_prototypes(prototypes, temperature, None, dtype)
+        keys = pack_prototypes(prototypes, temperature, bias, dtype)
         tile = _tile("scores", features, keys.layout)
         rows, _ = padded_features(features, padded_rows(len(features), [tile]), dtype, keys.layout)
-        return merge_log_sum_exp(row_pass(rows, keys, None, "scores", tile), None)[: len(features)]
+        return merge_log_sum_exp(row_pass(rows, keys, None, "scores", tile, group), None)[: len(features)]
 
 
 def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.triton import launch
 from vmf_kernels.backends.triton.column_kernels import gather_columns_kernel, gather_matched_columns_kernel
 from vmf_kernels.backends.triton.prototypes import PackedPrototypes
 from vmf_kernels.backends.triton.row_kernels import assign_rows_kernel
 from vmf_kernels.backends.triton.tiles import NO_TENSOR_CORES, Layout, Tile, split_count
+from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 WORKSPACE_BYTES = 32 * 2**20  # of unmerged barycentres: what splitting few rows over many programs may take
 SPLITS_AT_ONCE = 16  # that a merging program loads together
@@ -54,8 +56,18 @@ def padded_rows(rows: int, tiles: list[Tile]) -> int:
     return max(1, -(-rows // block)) * block
 
 
-def row_pass(rows: Tensor, keys: PackedPrototypes, values: PackedPrototypes | None, name: str, tile: Tile) -> Parts:
-    """Soft assignment of ``rows`` to ``keys`` with the barycentre of ``values``, unmerged; ``name`` is of the pass."""
+def row_pass(
+    rows: Tensor,
+    keys: PackedPrototypes,
+    values: PackedPrototypes | None,
+    name: str,
+    tile: Tile,
+    group: ProcessGroup | None = None,
+) -> Parts:
+    """Soft assignment of ``rows`` to ``keys`` with the barycentre of ``values``, unmerged; ``name`` is of the pass.
+
+    Ranks of a group share out the prototypes: the parts are then one, the sums over all ranks.
+    """
     count, layout = rows.shape[0], keys.layout
     blocks = count // tile.rows
     prototype_blocks = keys.weight.shape[0] // tile.prototypes
@@ -89,7 +101,29 @@ def row_pass(rows: Tensor, keys: PackedPrototypes, values: PackedPrototypes | No
         HAS_VALUE_BIAS=has_value_bias,
         **_common(layout, tile),
     )
-    return Parts(statistics, barycentre)
+    parts = Parts(statistics, barycentre)
+    if group is None or count_ranks(group) == 1:
+        return parts
+    return _merged_over_ranks(parts, group, has_values=values is not None)
+
+
+def _merged_over_ranks(parts: Parts, group: ProcessGroup, *, has_values: bool) -> Parts:
+    """One part whose sums run over all splits of all ranks; one maximum and D + 3 sums a row are exchanged."""
+    top_NR, mass_NR, moment_NR, bias_NR = parts.statistics
+    top_R = max_over_ranks(top_NR.amax(dim=0), group)
+    shift_NR = top_NR - top_R
+    weight_NR = shift_NR.exp2()
+    # a split far below the others weighs 0, and its shift is too large to multiply with
+    moment_NR = moment_NR + torch.where(weight_NR > 0, shift_NR, 0.0) * mass_NR
+    sums_R3 = torch.stack([(weight_NR * part).sum(dim=0) for part in (mass_NR, moment_NR, bias_NR)], dim=1)
+    if not has_values:
+        sums = sum_over_ranks(sums_R3, group)
+        return Parts(torch.stack([top_R, *sums.unbind(1)])[:, None], parts.barycentre)
+    width = parts.barycentre.shape[2]
+    barycentre_RD = torch.einsum("nr,nrd->rd", weight_NR, parts.barycentre)
+    sums = sum_over_ranks(torch.cat([barycentre_RD, sums_R3], dim=1), group)
+    barycentre_RD, sums_R3 = sums[:, :width].contiguous(), sums[:, width:]
+    return Parts(torch.stack([top_R, *sums_R3.unbind(1)])[:, None].contiguous(), barycentre_RD[None])
 
 
 def column_pass(
