@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from vmf_kernels import LogitCenter, ProbabilityCenter
 from vmf_pretrain.config import Config
 from vmf_pretrain.evaluate import HeadReport, extract_features, knn_accuracy, linear_accuracy, rankme, report_head
 from vmf_pretrain.images import Images
@@ -40,11 +41,13 @@ class Judge:
         teacher = training.teacher
         features = self._features(teacher.backbone, self.train)
         tau = training.teacher_temperature(self.config.train.epochs)
+        center = training.loss.centering
+        assert isinstance(center, LogitCenter | ProbabilityCenter), "the trainer's losses have a running centre"
         head = report_head(
             teacher.head,
             features,
             tau,
-            training.loss.centering.bias(tau),
+            center.bias(tau),
             vmf=training.uses_vmf,
             threshold=self.config.evaluate.duplicate_threshold,
         )

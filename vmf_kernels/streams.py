@@ -1,0 +1,258 @@
+"""One stream of tokens through both networks' heads: what the losses of the family are made of.
+
+Class tokens are one stream, masked patches another, each with its own centre and temperatures.
+
+Legend: R rows, S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.assign import refuse_nan_prototypes
+from vmf_kernels.bessel import log_vmf_constant
+from vmf_kernels.centering import LogitCenter, ProbabilityCenter
+from vmf_kernels.cross_entropy import CrossEntropy
+from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.prototypes import Prototypes
+from vmf_kernels.sinkhorn import SinkhornKnopp
+from vmf_kernels.targets import TeacherTargets, target_cross_entropy
+
+UPDATES = ("forward", "manual")
+RULES = ("logit", "probability", "sinkhorn_knopp")
+FROZEN_NORMS = (
+    "DINO-vMF is on but the prototypes' norms are frozen (norm_last_layer=True): with all norms at 1 every component has "
+    "the same precision and the loss equals DINO up to centring; use norm_last_layer=False"
+)
+
+
+class StreamOptions(TypedDict, total=False):
+    """Keywords that every loss takes and hands to its ``Stream``, whose docstring says what they mean."""
+
+    centering: str
+    center_average: str
+    center_start: str
+    center_update: str
+    backend: str
+    prototype_group: ProcessGroup | None
+    row_group: ProcessGroup | None
+
+
+class Outputs(NamedTuple):
+    """What both heads return for one stream, the same kind on both sides, and the bias that stored logits lack."""
+
+    student: PrototypeLogits | Tensor  # [S, K]
+    teacher: PrototypeLogits | Tensor  # [T, K]
+    student_bias: Tensor | None = None  # [K] nats
+    teacher_bias: Tensor | None = None  # [K] nats
+
+
+class Stream(nn.Module):
+    """Targets by a centring rule, the cross-entropy with them, and the centre's step.
+
+    Args:
+        num_prototypes: K; this rank's own, where ranks share out the prototypes.
+        student_temp: student temperature.
+        center_momentum: of the centre's running mean, in [0, 1).
+        centering: "logit" (``LogitCenter``, DINO), "probability" (``ProbabilityCenter``, DINO-vMF) or "sinkhorn_knopp"
+            (``SinkhornKnopp``, DINOv2: from each batch alone, without a running mean).
+        center_average: "log_probability" or "probability", of ``ProbabilityCenter``.
+        center_start: "zero" as published, or "first_batch".
+        center_update: "forward" moves the centre with each batch, as published; "manual" accumulates until the loss's
+            ``update_center()`` (gradient accumulation: once per optimiser step, before the teacher moves and before a
+            ``state_dict()``, which holds no pending batches).
+        backend: see ``choose_backend``.
+        prototype_group, row_group: ranks that share out the prototypes, and ranks with other rows, as in ``Center``.
+
+    Raises:
+        ValueError: a temperature is not positive, or an option unknown.
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        student_temp: float,
+        center_momentum: float,
+        *,
+        centering: str = "logit",
+        center_average: str = "log_probability",
+        center_start: str = "zero",
+        center_update: str = "forward",
+        backend: str = "auto",
+        prototype_group: ProcessGroup | None = None,
+        row_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if not student_temp > 0:
+            raise ValueError(f"student_temp is {student_temp}; expected a number > 0")
+        if center_update not in UPDATES:
+            raise ValueError(f"center_update is {center_update!r}; expected one of {', '.join(UPDATES)}")
+        if centering not in RULES:
+            raise ValueError(f"centering is {centering!r}; expected one of {', '.join(RULES)}")
+        self.num_prototypes = num_prototypes
+        self.student_temp = student_temp
+        self.center_update = center_update
+        self.backend = backend
+        self.prototype_group = prototype_group
+        self.centering: LogitCenter | ProbabilityCenter | SinkhornKnopp
+        groups = {"prototype_group": prototype_group, "row_group": row_group}
+        if centering == "sinkhorn_knopp":
+            self.centering = SinkhornKnopp(3, backend=backend, **groups)
+        elif centering == "probability":
+            self.centering = ProbabilityCenter(
+                num_prototypes, center_momentum, average=center_average, start=center_start, backend=backend, **groups
+            )
+        else:
+            self.centering = LogitCenter(num_prototypes, center_momentum, start=center_start, backend=backend, **groups)
+
+    def prepare(
+        self,
+        student: PrototypeLogits | Tensor,
+        teacher: PrototypeLogits | Tensor,
+        teacher_temp: float,
+        prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
+    ) -> Outputs:
+        """Check what the heads returned; the prototypes matter to ``VMFStream`` only.
+
+        Raises:
+            TypeError: one side is stored and the other is not.
+            ValueError: the teacher has another number of prototypes.
+        """
+        if isinstance(student, PrototypeLogits) != isinstance(teacher, PrototypeLogits):
+            raise TypeError(
+                f"student output is {type(student).__name__} but teacher output {type(teacher).__name__}; expected both "
+                "heads to return PrototypeLogits, or both plain logits"
+            )
+        if teacher.shape[-1] != self.num_prototypes:
+            raise ValueError(
+                f"teacher output has {teacher.shape[-1]} prototypes; expected out_dim = {self.num_prototypes}"
+            )
+        return Outputs(student, teacher)
+
+    def forward(
+        self, outputs: Outputs, pair_weights: Tensor, teacher_temp: float, image_weights: Tensor | None = None
+    ) -> CrossEntropy:
+        """The cross-entropy over pairs, as ``prototype_cross_entropy``; the centre stays."""
+        bias = self.centering.target_bias(outputs.teacher, teacher_temp, outputs.teacher_bias)
+        if outputs.teacher_bias is not None:
+            bias = bias + outputs.teacher_bias
+        return target_cross_entropy(
+            outputs.student,
+            TeacherTargets(outputs.teacher, teacher_temp, bias),
+            pair_weights,
+            student_temperature=self.student_temp,
+            student_bias=outputs.student_bias,
+            image_weights=image_weights,
+            backend=self.backend,
+            prototype_group=self.prototype_group,
+        )
+
+    def observe(self, teacher: PrototypeLogits | Tensor, teacher_temp: float, bias: Tensor | None = None) -> None:
+        """Take the teacher's batch into the centre, after use; [R, K], a stored one's vMF normaliser as ``bias``."""
+        self.centering.accumulate(teacher, teacher_temp, bias)
+        if self.center_update == "forward":
+            self.centering.apply_pending()
+
+
+class VMFStream(Stream):
+    """The same with prototypes of free norm as von Mises-Fisher components of precision ``||w_k|| / tau``.
+
+    Each network's logits gain ``log C_D(||w_k|| / tau)`` of its own prototypes at its own temperature; gradients flow
+    through the student's.
+
+    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+    """
+
+    _warned = False
+
+    def prepare(
+        self,
+        student: PrototypeLogits | Tensor,
+        teacher: PrototypeLogits | Tensor,
+        teacher_temp: float,
+        prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
+    ) -> Outputs:
+        """As there; plain logits need both networks' prototypes.
+
+        Raises:
+            ValueError: as there; or plain logits came without prototypes, with another number of them, or with normalised
+                ones, which have no precision.
+        """
+        student, teacher = super().prepare(student, teacher, teacher_temp)[:2]
+        if isinstance(student, PrototypeLogits) and isinstance(teacher, PrototypeLogits):
+            self._warn_if_frozen(student.prototypes)
+            return Outputs(_with_vmf(student), _with_vmf(teacher))
+        for side, output, given in zip(("student", "teacher"), (student, teacher), prototypes, strict=True):
+            if given is None:
+                raise ValueError(
+                    f"{side} output is plain logits of shape {tuple(output.shape)} without the prototypes' norms, which the "
+                    f"vMF normaliser needs; expected {side}_prototypes= (for example "
+                    "weight_norm_prototypes(layer.weight_g, layer.weight_v)), or a head that returns PrototypeLogits"
+                )
+            if given.count != output.shape[-1]:
+                raise ValueError(
+                    f"{side}_prototypes hold {given.count} prototypes but the {side} output has "
+                    f"{output.shape[-1]} columns; both must be K"
+                )
+        of_student, of_teacher = prototypes
+        assert of_student is not None
+        assert of_teacher is not None
+        self._warn_if_frozen(of_student)
+        student_bias = _log_normalizer(of_student, self.student_temp)
+        return Outputs(student, teacher, student_bias, _log_normalizer(of_teacher.detach(), teacher_temp))
+
+    def _warn_if_frozen(self, prototypes: Prototypes) -> None:
+        magnitude = prototypes.magnitude
+        frozen = magnitude is not None and not magnitude.requires_grad
+        # a warning cannot be traced: a compiled step is warned of only where it runs eagerly first
+        silent = self._warned or torch.compiler.is_compiling()
+        if frozen and prototypes.weight.requires_grad and not silent:
+            warnings.warn(FROZEN_NORMS, UserWarning, stacklevel=4)
+            self._warned = True
+
+
+def temperature_schedule(warmup: float, final: float, warmup_epochs: int, epochs: int, first: int = 0) -> list[float]:
+    """Teacher temperature of each epoch: linear from epoch ``first``; the last of the warm-up already has the final value.
+
+    Raises:
+        ValueError: a temperature is not positive, or the run is shorter than the warm-up or than one epoch.
+    """
+    for name, value in (("warmup_teacher_temp", warmup), ("teacher_temp", final)):
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; expected a number > 0")
+    if epochs < max(first + warmup_epochs, 1):
+        raise ValueError(
+            f"nepochs is {epochs} and warmup_teacher_temp_epochs {warmup_epochs}"
+            f"{f', from epoch {first} on' if first else ''}; expected nepochs of at least 1 and at least the warm-up"
+        )
+    warm_up: list[float] = np.linspace(warmup, final, warmup_epochs).tolist()
+    return [warmup] * first + warm_up + [final] * (epochs - first - warmup_epochs)
+
+
+def of_epoch(schedule: list[float], epoch: int) -> float:
+    """The schedule's value.
+
+    Raises:
+        ValueError: the epoch is beyond the run.
+    """
+    if not 0 <= epoch < len(schedule):
+        raise ValueError(f"epoch is {epoch}; expected 0 to {len(schedule) - 1}, the run's nepochs")
+    return schedule[epoch]
+
+
+def _with_vmf(output: PrototypeLogits) -> PrototypeLogits:
+    return PrototypeLogits(output.features, output.prototypes.with_vmf())
+
+
+def _log_normalizer(prototypes: Prototypes, temperature: float) -> Tensor:
+    """[K] log C_D(||w_k|| / tau) relative to 0, differentiable in the stored tensors."""
+    norms = prototypes.with_vmf().norms()
+    if not torch.compiler.is_compiling():
+        refuse_nan_prototypes(norms, prototypes.weight, prototypes.magnitude)
+    return log_vmf_constant(norms / temperature, prototypes.dim)
