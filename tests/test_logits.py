@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from tests.measure import allocations_of
 from vmf_kernels import DINOHead, DINOLoss, PrototypeLogits, linear_prototypes, weight_norm_prototypes
+from vmf_kernels.unstored import UnstoredRows
 
 ROWS, PROTOTYPES, DIM = 12, 7, 4
 Operation = Callable[[Any], Any]
@@ -35,10 +36,22 @@ def make_logits(*rows: int, dtype: torch.dtype = torch.float64) -> Any:
 def stored(result: Any) -> list[Tensor]:
     """The result's parts, each as a stored tensor."""
     parts = result if isinstance(result, Sequence) and not isinstance(result, torch.Size) else [result]
-    return [part.materialize() if isinstance(part, PrototypeLogits) else part for part in parts]
+    return [part.materialize() if isinstance(part, UnstoredRows) else part for part in parts]
+
+
+def split_of_blocks(x: Any, sizes: list[int]) -> list[Any]:
+    """What attention masks of variable length do to separate the tensors that they joined: [1, sum, K] to [1, size, K] each."""
+    return [part.reshape([1, -1, *part.shape[2:]]) for part in x.split(sizes, dim=1)]
+
+
+def by_image(x: Any) -> Any:
+    """Rows [12, K] as [3, 4, K]: operations on the inner dim of rows."""
+    return torch.stack(x.chunk(3))
 
 
 MASK = torch.arange(ROWS) % 3 == 0
+GRID = (torch.arange(ROWS) % 5 < 2).reshape(3, 4)
+# each on rows [12, K]; `by_image` makes them [3, 4, K], a batch of patches
 ROW_OPERATIONS: dict[str, Operation] = {
     "chunk": lambda x: x.chunk(3),
     "chunk-uneven": lambda x: x.chunk(5),
@@ -72,12 +85,50 @@ ROW_OPERATIONS: dict[str, Operation] = {
     "flatten-split": lambda x: torch.cat([part[None] for part in x.chunk(3)]).flatten(0, -2),
     "index-inner": lambda x: torch.cat([part[None] for part in x.chunk(3)])[:, 1],
     "index-both": lambda x: torch.cat([part[None] for part in x.chunk(3)])[torch.tensor([0, 2]), 1:],
+    "unbind": lambda x: x.unbind(),
+    "torch.unbind": lambda x: torch.unbind(x, dim=-2),
+    "split_with_sizes": lambda x: x.split_with_sizes([5, 7]),
+    "torch.split_with_sizes": lambda x: torch.split_with_sizes(x, [5, 7], dim=0),
+    "split-blocks": lambda x: split_of_blocks(x[None], [3, 9]),
+    "pop": lambda x: split_of_blocks(x[None], [3, 9]).pop(0).squeeze(0)[:2],
+    "index_select": lambda x: x.index_select(0, torch.tensor([3, 3, 11])),
+    "torch.index_select-keywords": lambda x: torch.index_select(input=x, dim=0, index=torch.tensor([1])),
+    "row-and-all-prototypes": lambda x: x[3, :],
+    "ellipsis": lambda x: x[...],
+    "ellipsis-first": lambda x: by_image(x)[..., :2, :],
+    "ellipsis-new-dim": lambda x: x[None, ...],
+    "class-token": lambda x: by_image(x)[:, 0],
+    "patch-tokens": lambda x: by_image(x)[:, 1:],
+    "mask-of-images-and-patches": lambda x: by_image(x)[GRID],
+    "two-index-tensors": lambda x: by_image(x)[torch.tensor([0, 2]), torch.tensor([3, 1]), :],
+    "unflatten": lambda x: x.unflatten(0, (3, 4)),
+    "unflatten-list": lambda x: x.unflatten(0, [3, -1]),
+    "unflatten-keywords": lambda x: by_image(x).unflatten(dim=-2, sizes=(2, 2)),
+    "flatten-keywords": lambda x: by_image(x).flatten(start_dim=0, end_dim=1),
+    "view": lambda x: x.view(3, -1, PROTOTYPES),
+    "view-of-shape": lambda x: x.view(3, -1, *x.shape[1:]),
+    "view-last-inferred": lambda x: x.view(3, 4, -1),
+    "reshape": lambda x: by_image(x).reshape(-1, PROTOTYPES),
+    "reshape-keyword": lambda x: torch.reshape(x, shape=(4, 3, PROTOTYPES)),
+    "squeeze-all": lambda x: x[None, :, None].squeeze(),
+    "squeeze-dims": lambda x: x[None, :, None].squeeze((0, 2)),
+    "torch.stack": lambda x: torch.stack(x.chunk(3)),
+    "torch.stack-inner": lambda x: torch.stack(list(x.chunk(3)), dim=1),
+    "contiguous": lambda x: by_image(x)[:, 1:].contiguous(),
+    "clone": lambda x: x.clone(),
+    "to-dtype": lambda x: x.to(torch.float64),
+    "to-device": lambda x: x.to("cpu"),
+    "to-other": lambda x: x.to(torch.zeros(1, dtype=torch.float64)),
+    "type": lambda x: x.type(torch.float64),
+    "type-name": lambda x: (x.type(), x.type("torch.DoubleTensor").dtype),
     "detach": lambda x: x.detach(),
     "torch.detach": lambda x: torch.detach(x),
     "shape": lambda x: x.shape,
     "size": lambda x: x.size(),
     "size-dim": lambda x: (x.size(0), x.size(-1)),
     "sizes": lambda x: (len(x), x.dim(), x.ndim, x.shape[0] // 2),
+    "numel": lambda x: (x.numel(), torch.numel(x), by_image(x).numel()),
+    "is_floating_point": lambda x: (x.is_floating_point(), torch.is_floating_point(x)),
     "dtype": lambda x: x.dtype,
     "device": lambda x: x.device,
     "requires_grad": lambda x: (x.requires_grad, x.detach().requires_grad),
@@ -95,6 +146,38 @@ def test_row_operation_equals_that_on_stored_logits(name: str) -> None:
             continue
         assert (one.shape, one.dtype, one.requires_grad) == (other.shape, other.dtype, other.requires_grad)
         torch.testing.assert_close(one, other)
+
+
+HALF_OPERATIONS: dict[str, Operation] = {
+    "half": lambda x: x.half(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "to-dtype": lambda x: x.to(torch.float16),
+    "type": lambda x: x.type(torch.float16),
+    "type-name": lambda x: x.type("torch.BFloat16Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", HALF_OPERATIONS)
+def test_a_cast_to_16_bits_gives_the_logits_of_rounded_features(name: str) -> None:
+    logits, do = make_logits(), HALF_OPERATIONS[name]
+    got, expected = do(logits), do(logits.materialize())
+    assert got.dtype == expected.dtype
+    error = (got.materialize().double() - logits.materialize()).abs().max()
+    budget = 32 * torch.finfo(expected.dtype).eps * logits.features.norm(dim=1).max()
+    assert 0 < error <= budget, f"{error} against a budget of {budget}"
+
+
+def test_a_cast_keeps_gradients() -> None:
+    logits = make_logits()
+    logits.float().materialize().sum().backward()
+    assert logits.features.grad.dtype == torch.float64
+    assert logits.features.grad.norm() > 0
+
+
+def test_moving_to_another_device_moves_the_prototypes() -> None:
+    moved = make_logits().to("meta")
+    assert {t.device.type for t in (moved.features, moved.prototypes.weight, moved.prototypes.magnitude)} == {"meta"}
+    assert moved.materialize().shape == (ROWS, PROTOTYPES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -137,9 +220,12 @@ VALUE_OPERATIONS: dict[str, Operation] = {
     "torch.sum": lambda x: torch.sum(x, dim=0, keepdim=True),
     "torch.exp": lambda x: torch.exp(x),
     "argmax": lambda x: x.argmax(dim=1),
-    "half": lambda x: x.half(),
-    "to": lambda x: x.to(torch.float32),
-    "view": lambda x: x.view(2, -1, PROTOTYPES),
+    "to-integers": lambda x: x.to(torch.int64),
+    "view-as-another-dtype": lambda x: x.view(torch.int64),
+    "max": lambda x: x.max(dim=1)[1],
+    "einsum": lambda x: torch.einsum("bk,bk->b", x, x),
+    "as-index-of-a-tensor": lambda x: torch.index_select(torch.zeros(3), 0, x),
+    "transpose": lambda x: x.t(),
     "divide": lambda x: x / 0.1,
     "divide-a-number": lambda x: 1 / x,
     "add": lambda x: x + 1,
@@ -152,7 +238,6 @@ VALUE_OPERATIONS: dict[str, Operation] = {
     "negate": lambda x: -x,
     "less": lambda x: x < 0,
     "in-place": lambda x: operator.itruediv(x, 0.1),
-    "torch.stack": lambda x: torch.stack([x, x]),
     "isnan": lambda x: torch.isnan(x),
 }
 
@@ -176,18 +261,48 @@ PROTOTYPE_DIM_OPERATIONS: dict[str, Operation] = {
     "squeeze": lambda x: x.squeeze(-1),
     "flatten": lambda x: x.flatten(0, -1),
     "beyond": lambda x: x.chunk(2, dim=-3),
+    "index-after-ellipsis": lambda x: x[..., 0, 2],
+    "slice-after-ellipsis": lambda x: x[..., :-1],
+    "new-dim-last": lambda x: x[..., None],
+    "mask-of-prototypes": lambda x: x[:, torch.arange(PROTOTYPES) < 3],
+    "index_select": lambda x: x.index_select(1, torch.tensor([0])),
+    "unflatten": lambda x: x.unflatten(-1, (PROTOTYPES, 1)),
+    "torch.stack": lambda x: torch.stack([x, x], dim=2),
+    "view-flat": lambda x: x.view(-1),
+    "view-other": lambda x: x.view(PROTOTYPES, ROWS),
+    "view-last-inferred": lambda x: x.view(-1, -1),
+    "reshape-nothing": lambda x: x.reshape(()),
+    "iterate-a-row": lambda x: list(x[0]),
 }
 
 
 @pytest.mark.parametrize("name", PROTOTYPE_DIM_OPERATIONS)
 def test_the_dim_of_prototypes_is_not_split(name: str) -> None:
-    with pytest.raises((TypeError, IndexError), match=r"holds the prototypes.*materialize\(\)"):
+    with pytest.raises((TypeError, ValueError, IndexError), match=r"holds the prototypes.*materialize\(\)"):
         PROTOTYPE_DIM_OPERATIONS[name](make_logits())
 
 
-def test_cat_of_two_heads_is_refused() -> None:
-    with pytest.raises(ValueError, match="different prototypes; expected rows of one head"):
-        torch.cat([make_logits(), make_logits()])
+@pytest.mark.parametrize("join", [torch.cat, torch.stack])
+def test_cat_of_two_heads_is_refused(join: Operation) -> None:
+    with pytest.raises(
+        ValueError, match=f"torch.{join.__name__} of .* different prototypes; expected rows of one head"
+    ):
+        join([make_logits(), make_logits()])
+
+
+def test_a_single_prototype_is_not_squeezed() -> None:
+    logits: Any = PrototypeLogits(torch.randn(1, 1, DIM), linear_prototypes(torch.randn(1, DIM)))
+    assert logits.squeeze().shape == (1,)
+    assert logits.squeeze().squeeze().shape == (1,)
+
+
+@pytest.mark.parametrize("strides", ["transposed", "sliced"])
+def test_features_of_any_strides_can_be_viewed(strides: str) -> None:
+    """Stored logits are contiguous whatever their features were."""
+    whole = torch.randn(3, 6, DIM)
+    features = whole.transpose(0, 1) if strides == "transposed" else whole[:, 1:]
+    logits: Any = PrototypeLogits(features, linear_prototypes(torch.randn(PROTOTYPES, DIM)))
+    torch.testing.assert_close(logits.view(-1, PROTOTYPES).materialize(), logits.materialize().view(-1, PROTOTYPES))
 
 
 def test_cat_with_stored_logits_is_refused() -> None:
