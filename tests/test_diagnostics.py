@@ -6,20 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.measure import allocations_of
 from vmf_kernels import diagnostics, unique_prototypes
 
 DIM = 6
 
 
-def greedy_groups(weight: Tensor, threshold: float, metric: str) -> list[int]:
-    """Each prototype joins the first earlier representative within the threshold; zero rows join each other only."""
+def greedy_groups(weight: Tensor, eps: float, metric: str) -> list[int]:
+    """Each prototype joins the first earlier representative within eps; zero rows join each other only."""
     representatives: list[Tensor] = []
     groups = []
     for w in weight.double():
         mu = w / w.norm() if w.any() else w
         for group, other in enumerate(representatives):
             distance = 1 - mu @ other if metric == "cosine" else (mu - other).norm()
-            if (mu.any() and other.any() and distance <= threshold) or not (mu.any() or other.any()):
+            if (mu.any() and other.any() and distance <= eps) or not (mu.any() or other.any()):
                 groups.append(group)
                 break
         else:
@@ -33,6 +34,11 @@ def partition(groups: list[int]) -> set[frozenset[int]]:
     return {frozenset(i for i, g in enumerate(groups) if g == group) for group in groups}
 
 
+def members(groups: list[int]) -> list[list[int]]:
+    """The prototypes of each group, in the order of the groups."""
+    return [[i for i, g in enumerate(groups) if g == group] for group in sorted(set(groups))]
+
+
 def clustered(prototypes: int, clusters: int, spread: float) -> Tensor:
     """[K, D] rows of any norm near a few directions, in random order."""
     centers = torch.randn(clusters, DIM)
@@ -42,17 +48,19 @@ def clustered(prototypes: int, clusters: int, spread: float) -> Tensor:
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1024])
 @pytest.mark.parametrize("spread", [0.0, 0.05, 0.5])
-@pytest.mark.parametrize(("metric", "threshold"), [("cosine", 0.025), ("euclidean", 0.025), ("euclidean", 0.3)])
+@pytest.mark.parametrize(("metric", "eps"), [("cosine", 0.025), ("euclidean", 0.025), ("euclidean", 0.3)])
 def test_groups_equal_the_greedy_count(
-    metric: str, threshold: float, spread: float, block: int, monkeypatch: pytest.MonkeyPatch
+    metric: str, eps: float, spread: float, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnostics, "BLOCK", block)
     weight = clustered(200, 20, spread)
-    found = unique_prototypes(weight, threshold, metric=metric)
-    expected = greedy_groups(weight, threshold, metric)
-    assert partition(found.group.tolist()) == partition(expected)
+    found = unique_prototypes(weight, eps, metric)
+    expected = greedy_groups(weight, eps, metric)
+    # without zero rows groups are numbered in the order of their first members, as in the naive count
+    assert found.group.tolist() == expected
     assert found.count == len(set(expected))
     assert found.largest_share == max(expected.count(g) for g in expected) / 200
+    assert found.largest.tolist() == max(members(expected), key=len)
 
 
 @pytest.mark.parametrize("block", [2, 5, 1024])
@@ -84,6 +92,42 @@ def test_duplicates_share_a_group_in_any_order() -> None:
     assert all(len({int(found.group[order == i + 30 * copy]) for copy in range(3)}) == 1 for i in range(30))
 
 
+def test_the_largest_group_may_be_that_of_zero_rows() -> None:
+    weight = torch.eye(DIM)
+    weight[[0, 3, 5]] = 0
+    found = unique_prototypes(weight)
+    assert found.largest.tolist() == [0, 3, 5]
+    assert found.largest_share == 0.5
+    assert found.largest.dtype == torch.int64
+
+
+def test_of_equally_large_groups_the_first_is_the_largest() -> None:
+    assert unique_prototypes(torch.eye(DIM)).largest.tolist() == [0]
+
+
+@pytest.mark.parametrize("weight", [torch.randn(64, DIM), torch.eye(DIM).repeat(3, 1), torch.zeros(4, DIM)])
+def test_the_prototypes_stay_as_they_are(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "BLOCK", 8)
+    before = weight.clone()
+    unique_prototypes(weight)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicates"])
+def test_memory_is_that_of_tiles_and_directions(duplicates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "BLOCK", 256)
+    prototypes, dim = 4096, 16
+    weight = torch.randn(prototypes, dim)
+    if duplicates:
+        weight[8:] = weight[torch.randint(8, (prototypes - 8,))]
+    found = allocations_of(lambda: unique_prototypes(weight))
+    tile, copy = 4 * diagnostics.BLOCK**2, weight.numel() * 4
+    assert found.largest <= tile, f"one allocation of {found.largest} bytes"
+    budget = 2 * copy + 4 * tile  # a tile, the rows of it that are found, and their comparison as booleans and integers
+    assert found.peak <= budget, f"{found.peak} bytes at once, budget {budget}"
+    assert allocations_of(lambda: weight[: diagnostics.BLOCK] @ weight.T).largest > budget, "negative control"
+
+
 def test_opposite_directions_and_norms() -> None:
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [100.0, 0.0]])
     assert unique_prototypes(weight).group.tolist() == [0, 1, 0]
@@ -112,10 +156,10 @@ def test_weights_that_require_a_gradient_are_counted() -> None:
         (torch.randn(3), {}, r"weight is torch.float32 of shape \(3,\)"),
         (torch.randn(0, 4), {}, r"expected a floating-point matrix \[K, D\] with K >= 1"),
         (torch.ones(3, 4, dtype=torch.int64), {}, "weight is torch.int64"),
-        (torch.randn(3, 4), {"threshold": -0.1}, "threshold -0.1; expected .* a threshold >= 0"),
+        (torch.randn(3, 4), {"eps": -0.1}, "eps -0.1; expected .* an eps >= 0"),
         (torch.randn(3, 4), {"metric": "angle"}, "metric is 'angle'; expected one of cosine, euclidean"),
     ],
-    ids=["vector", "empty", "integers", "threshold", "metric"],
+    ids=["vector", "empty", "integers", "eps", "metric"],
 )
 def test_wrong_arguments_are_refused(weight: Tensor, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

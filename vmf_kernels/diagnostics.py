@@ -1,6 +1,6 @@
 """Duplicates among prototypes: how many a head really has (partial prototype collapse).
 
-Legend: K prototypes, D embedding dim, M representatives, C prototypes of a block.
+Legend: K prototypes, D embedding dim, C prototypes of a block, M representatives of one, N members of the largest group.
 """
 
 from __future__ import annotations
@@ -14,49 +14,56 @@ from torch.nn import functional
 from vmf_kernels.prototypes import accumulation_dtype
 
 METRICS = ("cosine", "euclidean")
-BLOCK = (
-    1024  # prototypes compared at once: [1024, 65536] fp32 similarities are 256 MiB at worst, when none is a duplicate
-)
+BLOCK = 1024  # prototypes a side of a tile of similarities: 4 MiB of fp32, stays in L2/L3
 
 
 @dataclass(frozen=True, eq=False)
 class UniquePrototypes:
-    """Groups of prototypes that lie within the threshold of their group's first member."""
+    """Groups of prototypes that lie within eps of their group's first member."""
 
     count: int  # groups
     largest_share: float  # of all prototypes, in the largest group; 1 / K when none is a duplicate
     group: Tensor  # [K] int64, the group of each prototype
 
+    @property
+    def largest(self) -> Tensor:
+        """[N] int64, ascending: the prototypes of the largest group, of equally large ones the first."""
+        return (self.group == self.group.bincount().argmax()).nonzero().flatten()
+
 
 @torch.no_grad()
-def unique_prototypes(weight: Tensor, threshold: float = 0.025, *, metric: str = "cosine") -> UniquePrototypes:
+def unique_prototypes(weight: Tensor, eps: float = 0.025, metric: str = "cosine") -> UniquePrototypes:
     """Count prototypes that differ in direction, greedily: each joins the first earlier representative within reach.
+
+    Streaming: besides fp32 (fp64 for fp64 prototypes) directions [K, D] only tiles of similarities are held.
 
     Args:
         weight: [K, D] prototypes, floating point; only directions count, zero rows form one group.
-        threshold: largest distance within a group; cosine distance ``1 - <mu_i, mu_j>`` or euclidean ``||mu_i - mu_j||``.
+        eps: largest distance within a group; cosine distance ``1 - <mu_i, mu_j>`` or euclidean ``||mu_i - mu_j||``.
         metric: "cosine" or "euclidean".
 
     Raises:
-        ValueError: ``weight`` is not a matrix of at least one row, the metric is unknown or the threshold negative.
+        ValueError: ``weight`` is not a matrix of at least one row, the metric is unknown or eps negative.
     Source: Govindarajan et al., "On partial prototype collapse in the DINO family of self-supervised methods", BMVC 2024
-        (arXiv:2410.14060); 0.025 is the threshold of later tables, the metric and the greedy rule a reconstruction.
+        (arXiv:2410.14060); 0.025 is the eps of later tables, the metric and the greedy rule a reconstruction.
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; expected one of {', '.join(METRICS)}")
     if weight.isnan().any():
         raise ValueError(f"weight contains {int(weight.isnan().sum())} NaN; expected finite prototypes")
-    if weight.ndim != 2 or not weight.shape[0] or not weight.is_floating_point() or not threshold >= 0:
+    if weight.ndim != 2 or not weight.shape[0] or not weight.is_floating_point() or not eps >= 0:
         raise ValueError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)} and threshold {threshold}; expected a "
-            "floating-point matrix [K, D] with K >= 1 and a threshold >= 0"
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)} and eps {eps}; expected a "
+            "floating-point matrix [K, D] with K >= 1 and an eps >= 0"
         )
     # ||a - b||^2 = 2 - 2 <a, b> for unit vectors: one similarity serves both metrics
-    least = 1 - (threshold if metric == "cosine" else threshold**2 / 2)
+    least = 1 - (eps if metric == "cosine" else eps**2 / 2)
     directions = functional.normalize(weight.to(accumulation_dtype(weight.dtype)), dim=1)
     has_direction = directions.any(dim=1)
+    if not has_direction.all():
+        directions = directions[has_direction]
     with torch.autocast(weight.device.type, enabled=False):  # similarities near 1 need their fp32 digits
-        groups = _greedy_groups(directions[has_direction], least)
+        groups = _greedy_groups(directions, least)
     group = groups.new_full((weight.shape[0],), int(groups.max()) + 1 if len(groups) else 0)  # of the zero rows
     group[has_direction] = groups
     sizes = group.bincount()
@@ -64,28 +71,38 @@ def unique_prototypes(weight: Tensor, threshold: float = 0.025, *, metric: str =
 
 
 def _greedy_groups(directions_KD: Tensor, least: float) -> Tensor:
-    """[K] groups of unit rows, block by block."""
-    groups, representatives = [], directions_KD[:0]
+    """[K] groups of unit rows, block by block; overwrites the rows."""
+    groups, count = [], 0
     for block_CD in torch.split(directions_KD, BLOCK):
-        group_C, representatives = _join(block_CD, representatives, least)
+        group_C = _first_within_reach(block_CD, directions_KD[:count], least)
+        new = _found_groups(block_CD, group_C, count, least)
+        # representatives move to the front, which never reaches the blocks still to come
+        directions_KD[count : count + len(new)] = block_CD[new]
+        count += len(new)
         groups.append(group_C)
     return torch.cat(groups)
 
 
-def _join(block_CD: Tensor, representatives_MD: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Groups of a block's prototypes, and the representatives with the new ones appended."""
+def _first_within_reach(block_CD: Tensor, representatives_MD: Tensor, least: float) -> Tensor:
+    """[C] the first representative within reach of each prototype, int64; -1 where there is none."""
     group_C = torch.full((block_CD.shape[0],), -1, dtype=torch.int64, device=block_CD.device)
-    if representatives_MD.shape[0]:
-        near_CM = block_CD @ representatives_MD.T >= least
-        found = near_CM.any(dim=1)
+    for start in range(0, representatives_MD.shape[0], BLOCK):
+        similarity_CM = block_CD @ representatives_MD[start : start + BLOCK].T
+        # a maximum is cheap; which one is first matters only in rows that it lets through
+        found = ((similarity_CM.amax(dim=1) >= least) & (group_C < 0)).nonzero().flatten()
         # argmax of a boolean finds the first true
-        group_C[found] = near_CM[found].int().argmax(dim=1)
+        group_C[found] = (similarity_CM[found] >= least).int().argmax(dim=1) + start
+    return group_C
+
+
+def _found_groups(block_CD: Tensor, group_C: Tensor, first: int, least: float) -> list[int]:
+    """Give the prototypes without a group new ones from ``first`` on, in place; the members that found them."""
     near_CC = block_CD @ block_CD.T >= least
     new: list[int] = []
     for row in range(block_CD.shape[0]):
         if group_C[row] < 0:
             near = near_CC[row] & (group_C < 0)
             near[row] = True  # rounding may put a prototype just out of reach of itself
-            group_C[near] = representatives_MD.shape[0] + len(new)
+            group_C[near] = first + len(new)
             new.append(row)
-    return group_C, torch.cat([representatives_MD, block_CD[new]])
+    return new
