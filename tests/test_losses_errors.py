@@ -117,9 +117,7 @@ def test_different_numbers_of_prototypes_are_refused(output: str) -> None:
 
 def test_plain_logits_without_norms_are_refused_by_dino_vmf() -> None:
     student, teacher = (output.materialize() for output in outputs())
-    with pytest.raises(
-        ValueError, match=r"expected student_prototypes=.*weight_norm_prototypes"
-    ):
+    with pytest.raises(ValueError, match=r"expected student_prototypes=.*weight_norm_prototypes"):
         DINOvMFLoss(50, *SCHEDULE)(student, teacher, 0)
 
 

@@ -6,8 +6,10 @@ from vmf_kernels.centering import LogitCenter, ProbabilityCenter
 from vmf_kernels.cross_entropy import CrossEntropy, matched_prototype_cross_entropy, prototype_cross_entropy
 from vmf_kernels.dense_cross_entropy import logit_cross_entropy
 from vmf_kernels.diagnostics import UniquePrototypes, unique_prototypes
+from vmf_kernels.fuse import fuse_head
 from vmf_kernels.heads import DINOHead, PrototypeLayer
-from vmf_kernels.koleo import KoLeoLoss
+from vmf_kernels.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
+from vmf_kernels.koleo import DistributedKoLeoLoss, KoLeoLoss, PrototypeKoLeoLoss
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.losses import DINOLoss, DINOvMFLoss
 from vmf_kernels.pairing import multi_crop_weights
@@ -19,7 +21,9 @@ from vmf_kernels.prototypes import (
     weight_norm_prototypes,
     weight_norm_vmf_prototypes,
 )
+from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.statistics import AssignmentStatistics
+from vmf_kernels.targets import TeacherTargets, target_cross_entropy
 
 __all__ = [
     "AssignmentStatistics",
@@ -27,13 +31,22 @@ __all__ = [
     "DINOHead",
     "DINOLoss",
     "DINOvMFLoss",
+    "DistributedKoLeoLoss",
+    "IBOTLoss",
+    "IBOTPatchLoss",
+    "IBOTvMFLoss",
+    "IBOTvMFPatchLoss",
     "KoLeoLoss",
     "LogitCenter",
     "ProbabilityCenter",
+    "PrototypeKoLeoLoss",
     "PrototypeLayer",
     "PrototypeLogits",
     "Prototypes",
+    "SinkhornKnopp",
+    "TeacherTargets",
     "UniquePrototypes",
+    "fuse_head",
     "linear_prototypes",
     "log_vmf_constant",
     "logit_cross_entropy",
@@ -42,6 +55,7 @@ __all__ = [
     "normalized_prototypes",
     "prototype_cross_entropy",
     "prototype_usage",
+    "target_cross_entropy",
     "unique_prototypes",
     "vmf_mean_resultant_length",
     "vmf_prototypes",

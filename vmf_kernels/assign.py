@@ -17,7 +17,7 @@ from vmf_kernels.backends import reference, streaming
 from vmf_kernels.backends.composed import ComposedBackend
 from vmf_kernels.backends.contract import Backend
 from vmf_kernels.backends.triton import TritonBackend
-from vmf_kernels.prototypes import Prototypes, accumulation_dtype
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_freed
 from vmf_kernels.ranks import group_named, name_of
 
 BACKENDS: dict[str, Backend] = {
@@ -44,8 +44,9 @@ def choose_backend(backend: str, rows: Tensor, weight: Tensor) -> Backend:
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the backend asked for cannot run on these tensors; says why.
+        RuntimeError: the backend asked for cannot run on these tensors, or the prototypes' memory has been freed; says why.
     """
+    refuse_freed(weight)
     if backend == "auto":
         candidates = PREFERENCE.get(rows.device.type, PREFERENCE["cpu"])
         # the last one takes everything, and would say why not below
@@ -169,12 +170,13 @@ def refuse_nan_prototypes(result: Tensor, *stored: Tensor | None) -> None:
 
 
 def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:
-    """Raise ValueError unless ``features`` is a floating-point [R, D] matrix that fits the prototypes."""
+    """Raise ValueError unless ``features`` is a floating-point [R, D] matrix that fits the prototypes, which still exist."""
     if not isinstance(prototypes, Prototypes):
         raise ValueError(
             f"{name} prototypes are a {type(prototypes).__name__}; expected Prototypes, for example "
             "linear_prototypes(weight)"
         )
+    refuse_freed(prototypes.weight, prototypes.magnitude)
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(
             f"{name} features are {features.dtype} of shape {tuple(features.shape)}; "

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ class PrototypeLayer(nn.Module):
 
     def forward(self, features: Tensor) -> PrototypeLogits:
         """[..., D] features to [..., K] logits that are not stored."""
-        return PrototypeLogits(features, self.prototypes())
+        return outlive(self, PrototypeLogits(features, self.prototypes()))
 
 
 class DINOHead(nn.Module):
@@ -83,11 +85,7 @@ class DINOHead(nn.Module):
                 f"in_dim, out_dim, hidden_dim, bottleneck_dim are {in_dim}, {out_dim}, {hidden_dim}, {bottleneck_dim}; "
                 "expected at least 1, 1, 1 and 2"
             )
-        self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, max(nlayers, 1), use_bn=use_bn)
-        for module in self.mlp.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                nn.init.zeros_(module.bias)
+        self.mlp = projection_mlp(in_dim, hidden_dim, bottleneck_dim, nlayers, use_bn=use_bn)
         self.last_layer = PrototypeLayer(bottleneck_dim, out_dim, frozen_norm=norm_last_layer)
 
     def forward(self, x: Tensor) -> PrototypeLogits:
@@ -96,18 +94,55 @@ class DINOHead(nn.Module):
         # the published eps, 1e-12, is 0 in fp16, where a zero row would divide by it
         eps = max(1e-12, torch.finfo(hidden.dtype).smallest_normal)
         logits: PrototypeLogits = self.last_layer(functional.normalize(hidden, dim=-1, p=2.0, eps=eps))
+        return logits if _is_fsdp_unit(self.last_layer) else outlive(self, logits)
+
+
+def outlive(unit: nn.Module, logits: PrototypeLogits) -> PrototypeLogits:
+    """The logits; with tensors of their own where ``fully_shard`` may free the prototypes as soon as ``unit`` returns.
+
+    The loss reads them later than that. The copy is as large as what is freed, and gradients pass through it. Each call makes
+    one of its own, so ``torch.cat`` takes the logits of two calls for those of two heads.
+
+    Args:
+        unit: the module whose ``forward`` is about to return the logits.
+        logits: those of a layer in it.
+    """
+    if not _is_fsdp_unit(unit):
         return logits
+    stored = logits.prototypes
+    magnitude = None if stored.magnitude is None else stored.magnitude.clone()
+    # rows as well: where the unit is the layer itself they are its input, a view of which FSDP2 would warn
+    return PrototypeLogits(logits.features.clone(), replace(stored, weight=stored.weight.clone(), magnitude=magnitude))
 
 
-def _mlp(in_dim: int, hidden_dim: int, out_dim: int, layers: int, *, use_bn: bool) -> nn.Module:
-    if layers == 1:
-        return nn.Linear(in_dim, out_dim)
+def _is_fsdp_unit(module: nn.Module) -> bool:
+    # not imported here: that takes most of a second, and whoever has made such a module has it
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def projection_mlp(
+    in_dim: int, hidden_dim: int, out_dim: int, layers: int, *, use_bn: bool, bias: bool = True
+) -> nn.Module:
+    """The MLP of a head, initialised: linear layers with GELU, and BatchNorm before it with ``use_bn``; one layer at least."""
+    mlp = _layers(in_dim, hidden_dim, out_dim, layers, use_bn=use_bn, bias=bias)
+    for module in mlp.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=INIT_STD)
+            if bias:
+                nn.init.zeros_(module.bias)
+    return mlp
+
+
+def _layers(in_dim: int, hidden_dim: int, out_dim: int, layers: int, *, use_bn: bool, bias: bool) -> nn.Module:
+    if layers <= 1:
+        return nn.Linear(in_dim, out_dim, bias=bias)
     widths = [in_dim] + [hidden_dim] * (layers - 1)
     modules: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
-        modules.append(nn.Linear(before, after))
+        modules.append(nn.Linear(before, after, bias=bias))
         if use_bn:
             modules.append(nn.BatchNorm1d(after))
         modules.append(nn.GELU())
-    modules.append(nn.Linear(hidden_dim, out_dim))
+    modules.append(nn.Linear(hidden_dim, out_dim, bias=bias))
     return nn.Sequential(*modules)

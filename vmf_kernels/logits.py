@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vmf_kernels.prototypes import Prototypes
+from vmf_kernels.prototypes import Prototypes, refuse_freed
 from vmf_kernels.unstored import UnstoredRows, advice
 
 
@@ -27,6 +27,7 @@ class PrototypeLogits(UnstoredRows):
 
     Raises:
         ValueError: the features' last dim is not D.
+        RuntimeError: the prototypes' memory has been freed (``refuse_freed``).
     """
 
     # a dataclass, because DistributedDataParallel looks for the tensors of a module's output in the fields of one
@@ -36,6 +37,7 @@ class PrototypeLogits(UnstoredRows):
     def __post_init__(self) -> None:
         if not isinstance(self.features, Tensor):
             return  # a tree of something else in the shape of this one, as torch makes them of a module's outputs
+        refuse_freed(self.prototypes.weight, self.prototypes.magnitude)
         if self.features.ndim < 1 or self.features.shape[-1] != self.prototypes.dim:
             raise ValueError(
                 f"features have shape {tuple(self.features.shape)} but the prototypes dim {self.prototypes.dim}; "
@@ -96,6 +98,7 @@ torch.export.register_dataclass(PrototypeLogits)
 
 def project(prototypes: Prototypes, vector_D: Tensor) -> Tensor:
     """[K] ``<w_k, vector>`` in the dtype of ``vector_D`` ([D], fp32 or fp64), without casting all prototypes at once."""
+    refuse_freed(prototypes.weight, prototypes.magnitude)
     block = 8192  # 8 MiB of fp32 at D = 256
     with torch.autocast(vector_D.device.type, enabled=False):  # a region of the caller's would round to half precision
         parts = [rows.to(vector_D.dtype) @ vector_D for rows in torch.split(prototypes.weight.detach(), block)]

@@ -10,11 +10,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from vmf_kernels.bessel import log_vmf_constant, vmf_mean_resultant_length
 
 KINDS = ("linear", "normalized", "weight_norm", "linear_vmf", "weight_norm_vmf")
 PULL_BACK_BLOCK = 4096  # prototypes per step of the in-place pull-back: 4 MiB of fp32 at D = 256, stays in L2/L3
+FREED = (
+    "the memory of prototypes of shape {shape} has been freed: fully_shard took it when the head's forward returned, before "
+    "the loss; expected fully_shard(head.last_layer) before fully_shard(head), or fully_shard(head, "
+    "reshard_after_forward=False), or head.unshard() between the head and the loss (a teacher's: head.reshard() after it)"
+)
 LOWEST_BIAS = -1e30  # nats; stands for -inf, whose product with a zero probability would be NaN
 
 
@@ -71,11 +77,13 @@ class Prototypes:
 
     def effective_weight(self) -> Tensor:
         """[K, D] effective prototypes ``w_k``, differentiable; a zero row stays zero."""
+        refuse_freed(self.weight, self.magnitude)
         gain = self.gain()
         return self.weight if gain is None else gain[:, None].to(self.weight.dtype) * self.weight
 
     def norms(self) -> Tensor:
         """[K] norms ``||w_k||`` in fp32 (fp64 for fp64 weights), differentiable, with zero gradient at zero rows."""
+        refuse_freed(self.weight, self.magnitude)
         if self.magnitude is not None:
             return self.magnitude.reshape(-1).to(accumulation_dtype(self.weight.dtype)).abs()
         norm = _safe_norm(self.weight)
@@ -206,6 +214,21 @@ def pull_back_to_stored(
                 magnitude_gradient[rows] = along if radial is None else along + radial * torch.sign(g)
             gradient_KD[rows].addcmul_(weight, (along * inverse_norm)[:, None], value=-1).mul_(gain[:, None])
     return magnitude_gradient
+
+
+def refuse_freed(*stored: Tensor | None) -> None:
+    """Raise RuntimeError if a stored tensor of prototypes has no memory any more: reading it would end the process.
+
+    FSDP2 takes the memory of a module's full parameters when its forward returns, and a loss comes after that.
+    """
+    if torch.compiler.is_compiling():
+        return  # traced tensors have no memory; the ops, which run later, ask again
+    for tensor in stored:
+        # the exact types, as fake and other wrapped tensors have no memory of their own either
+        if type(tensor) not in (Tensor, Parameter) or tensor.is_meta or tensor.numel() == 0:
+            continue
+        if tensor.untyped_storage().size() == 0:
+            raise RuntimeError(FREED.format(shape=list(tensor.shape)))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
