@@ -1,0 +1,113 @@
+"""Drop-in for vturrisi/solo-learn: ``DINOHead`` and ``DINOLoss`` with its signatures, defaults, buffers and keys.
+
+Two imports of its ``solo/methods/dino.py`` change (README); its checkpoints load, and ours load there.
+
+Legend: V crops, B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from torch import Tensor
+
+from vmf_kernels import heads, losses
+from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.streams import StreamOptions
+
+__all__ = ["DINOHead", "DINOLoss"]
+
+
+class DINOHead(heads.DINOHead):
+    """solo-learn's head: that of ``vmf_kernels.DINOHead`` under its argument names, with BatchNorm unless told otherwise.
+
+    Args:
+        in_dim: dim of the backbone's features.
+        num_prototypes: K.
+        use_bn: BatchNorm after each hidden layer.
+        norm_last_layer: freeze the prototypes' norms at 1.
+        num_layers: layers of the MLP, at least 1.
+        hidden_dim: width of its hidden layers.
+        bottleneck_dim: dim of the prototypes.
+
+    Raises:
+        ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
+    Source: vturrisi/solo-learn solo/methods/dino.py.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_prototypes: int,
+        use_bn: bool = True,
+        norm_last_layer: bool = True,
+        num_layers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__(in_dim, num_prototypes, use_bn, norm_last_layer, num_layers, hidden_dim, bottleneck_dim)
+
+
+class DINOLoss(losses.DINOLoss):
+    """solo-learn's loss: the epoch is an attribute that its method sets, and only large crops are given.
+
+    Args:
+        num_prototypes: K.
+        warmup_teacher_temp: teacher temperature at epoch 0.
+        teacher_temp: teacher temperature after the warm-up.
+        warmup_teacher_temp_epochs: epochs of linear warm-up; the last of them already has the final value.
+        num_epochs: epochs of the run.
+        student_temp: student temperature.
+        num_large_crops: student crops V, at least 2; the first two are the teacher's.
+        center_momentum: of the running mean, in [0, 1).
+        options: keywords of ``Stream``: the centring rule and how its centre moves, backend, ranks.
+
+    Attributes:
+        epoch: selects the teacher temperature; 0 at the start, and not in the state dict.
+        center: [1, K] fp32, the state dict's only entry; absent under Sinkhorn-Knopp, which keeps none.
+        statistics: ``AssignmentStatistics`` of the last call, None before.
+
+    Raises:
+        ValueError: a temperature is not positive, ``num_large_crops`` < 2, or an option unknown.
+    Source: vturrisi/solo-learn solo/losses/dino.py; Caron et al., ICCV 2021.
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        num_epochs: int,
+        student_temp: float = 0.1,
+        num_large_crops: int = 2,
+        center_momentum: float = 0.9,
+        **options: Unpack[StreamOptions],
+    ) -> None:
+        warm_up = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, num_epochs)
+        super().__init__(num_prototypes, num_large_crops, *warm_up, student_temp, center_momentum, **options)
+        self.epoch = 0
+
+    def forward(  # type: ignore[override]
+        self, student_output: PrototypeLogits | Tensor, teacher_output: PrototypeLogits | Tensor
+    ) -> Tensor:
+        """Mean cross-entropy over the pairs of different crops and the images; moves the centre.
+
+        Args:
+            student_output: [V * B, K] raw logits of all crops, crop by crop.
+            teacher_output: [2 * B, K] raw logits of the first two; no gradient reaches them.
+
+        Returns:
+            [] nats.
+
+        Raises:
+            ValueError: rows are not divisible by the crops, K or D differ, or ``epoch`` is beyond ``num_epochs``.
+            TypeError: one side is stored and the other is not.
+        """
+        return self._evaluate(student_output, teacher_output, self.epoch, (None, None))
+
+    def update_center(self, teacher_output: PrototypeLogits | Tensor | None = None) -> None:
+        """Move the centre by [R, K] teacher logits, if given, and by the batches that ``center_update="manual"`` kept."""
+        if teacher_output is not None:
+            self.centering.accumulate(teacher_output, self.teacher_temp_schedule[self.epoch])
+        super().update_center()
