@@ -225,7 +225,7 @@ def refuse_freed(*stored: Tensor | None) -> None:
         return  # traced tensors have no memory; the ops, which run later, ask again
     for tensor in stored:
         # the exact types, as fake and other wrapped tensors have no memory of their own either
-        if type(tensor) not in (Tensor, Parameter) or tensor.is_meta or tensor.numel() == 0:
+        if tensor is None or type(tensor) not in (Tensor, Parameter) or tensor.is_meta or tensor.numel() == 0:
             continue
         if tensor.untyped_storage().size() == 0:
             raise RuntimeError(FREED.format(shape=list(tensor.shape)))
