@@ -21,7 +21,7 @@ from vmf_kernels.assign import check_backend_name, temperature_tensor
 from vmf_kernels.log_sums import LogSums
 from vmf_kernels.logits import PrototypeLogits, project
 from vmf_kernels.prototypes import accumulation_dtype
-from vmf_kernels.ranks import RowRanks
+from vmf_kernels.ranks import RowRanks, max_over_ranks, sum_number_over_ranks
 
 STARTS = ("zero", "first_batch")
 AVERAGES = ("log_probability", "probability")
@@ -83,7 +83,7 @@ class Center(nn.Module):
             return
         if self.center.isnan().any():
             batch = self._mean(*self._reduce(*self._statistic(teacher, temperature, bias)))
-            self.center.copy_(torch.where(batch.isfinite().all(), batch, self.center[0])[None])
+            self.center.copy_(torch.where(self._is_finite(batch), batch, self.center[0])[None])
         self._started = not bool(self.center.isnan().any())
 
     def accumulate(
@@ -115,7 +115,7 @@ class Center(nn.Module):
         batch = self._mean(*self._pending)
         # a centre that has not started takes the batch's mean here, where ``begin`` has not been called
         moved = torch.where(self.center[0].isnan(), batch, self._step(self.center[0], batch))
-        self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center[0])[None])
+        self.center.copy_(torch.where(self._is_finite(batch), moved, self.center[0])[None])
         self._pending = None
 
     def update(
@@ -149,6 +149,12 @@ class Center(nn.Module):
 
     def _step(self, center: Tensor, batch: Tensor) -> Tensor:
         return center * self.momentum + batch * (1 - self.momentum)
+
+    def _is_finite(self, batch: Tensor) -> Tensor:
+        """[] whether the means of all prototypes are, those of other ranks included: all blocks move, or none does."""
+        if self.prototype_group is None:
+            return batch.isfinite().all()
+        return max_over_ranks((~batch.isfinite().all()).to(batch.dtype), self.prototype_group) == 0
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -203,7 +209,8 @@ class ProbabilityCenter(Center):
 
     Args:
         average: "log_probability" or "probability".
-        num_prototypes, momentum, start, backend, prototype_group, row_group: as ``Center``; "zero" is uniform.
+        num_prototypes, momentum, start, backend, prototype_group, row_group: as ``Center``; "zero" is uniform, over the
+            prototypes of all ranks: with a prototype group every rank of it makes its centre together with the others.
 
     Source: Govindarajan et al., ICLR 2023 (arXiv:2405.10939), "probability-space centering".
     """
@@ -226,6 +233,8 @@ class ProbabilityCenter(Center):
         self.average = average
         if average == "probability" and start == "zero":
             # the scale of e^c matters here: start at the uniform distribution; log_probability starts at any constant
+            if prototype_group is not None:
+                num_prototypes = sum_number_over_ranks(num_prototypes, prototype_group)
             self.center.fill_(-math.log(num_prototypes))
 
     def bias(self, temperature: float | Tensor) -> Tensor:

@@ -208,6 +208,7 @@ def _cross_entropy_op(
     """
     student = Prototypes(student_weight, student_magnitude, student_kind)
     teacher = Prototypes(teacher_weight, teacher_magnitude, teacher_kind)
+    ranks = group_named(group)
     outputs = choose_backend(
         backend, _rows_of_products(student_features, teacher_features), student_weight
     ).cross_entropy(
@@ -222,11 +223,11 @@ def _cross_entropy_op(
             teacher_temperature,
             feature_gradient,
             prototype_gradient,
-            group_named(group),
+            ranks,
         )
     )
-    refuse_nan_prototypes(outputs.loss, student_weight, student_magnitude)
-    refuse_nan_prototypes(outputs.loss, teacher_weight, teacher_magnitude)
+    stored = (student_weight, student_magnitude, teacher_weight, teacher_magnitude)
+    refuse_nan_prototypes(outputs.loss, *stored, group=ranks)
     return outputs
 
 

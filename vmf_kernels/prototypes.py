@@ -17,9 +17,10 @@ from vmf_kernels.bessel import log_vmf_constant, vmf_mean_resultant_length
 KINDS = ("linear", "normalized", "weight_norm", "linear_vmf", "weight_norm_vmf")
 PULL_BACK_BLOCK = 4096  # prototypes per step of the in-place pull-back: 4 MiB of fp32 at D = 256, stays in L2/L3
 FREED = (
-    "the memory of prototypes of shape {shape} has been freed: fully_shard took it when the head's forward returned, before "
-    "the loss; expected fully_shard(head.last_layer) before fully_shard(head), or fully_shard(head, "
-    "reshard_after_forward=False), or head.unshard() between the head and the loss (a teacher's: head.reshard() after it)"
+    "the memory of prototypes of shape {shape} has been freed: fully_shard, or FSDP's resharding, took it when the head's "
+    "forward had returned, before the loss; expected fully_shard(head.last_layer) before fully_shard(head), or "
+    "fully_shard(head, reshard_after_forward=False), or head.unshard() between the head and the loss, or a teacher that is "
+    "resharded after the loss"
 )
 LOWEST_BIAS = -1e30  # nats; stands for -inf, whose product with a zero probability would be NaN
 

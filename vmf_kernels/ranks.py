@@ -37,6 +37,15 @@ def max_over_ranks(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return _all_reduce(tensor, ReduceOp.MAX, group)
 
 
+def sum_number_over_ranks(number: int, group: ProcessGroup | None = None) -> int:
+    """Sum over ranks of a number of the host's."""
+    if count_ranks(group) == 1:
+        return number
+    numbers: list[int] = [0] * count_ranks(group)
+    torch.distributed.all_gather_object(numbers, number, group)
+    return sum(numbers)
+
+
 def log_sum_exp_over_ranks(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """``log sum_ranks exp(values)``, relative to the maximum over ranks, where nothing overflows and none underflows."""
     if count_ranks(group) == 1:

@@ -90,4 +90,4 @@ class SinkhornKnopp(nn.Module):
     def _prototype_dual(self, sums: LogSums, minus_v_R: Tensor) -> Tensor:
         total_K = self._row_ranks.log_sum_exp(sums.over_rows(minus_v_R))
         # no rows on any rank: any bias will do, but not an infinite one
-        return torch.where(total_K.isfinite(), -total_K, 0.0)
+        return torch.where(total_K.isneginf(), 0.0, -total_K)

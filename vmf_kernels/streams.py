@@ -169,7 +169,7 @@ class VMFStream(Stream):
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
     """
 
-    _warned = False
+    warned = False  # of frozen norms: once a loss, however many streams it has
 
     def prepare(
         self,
@@ -211,21 +211,25 @@ class VMFStream(Stream):
         magnitude = prototypes.magnitude
         frozen = magnitude is not None and not magnitude.requires_grad
         # a warning cannot be traced: a compiled step is warned of only where it runs eagerly first
-        silent = self._warned or torch.compiler.is_compiling()
+        silent = self.warned or torch.compiler.is_compiling()
         if frozen and prototypes.weight.requires_grad and not silent:
             warnings.warn(FROZEN_NORMS, UserWarning, stacklevel=4)
-            self._warned = True
+            self.warned = True
 
 
-def temperature_schedule(warmup: float, final: float, warmup_epochs: int, epochs: int, first: int = 0) -> list[float]:
+def temperature_schedule(
+    warmup: float, final: float, warmup_epochs: int, epochs: int, first: int = 0, name: str = "teacher_temp"
+) -> list[float]:
     """Teacher temperature of each epoch: linear from epoch ``first``; the last of the warm-up already has the final value.
+
+    ``name`` is that of the argument ``final``, for messages.
 
     Raises:
         ValueError: a temperature is not positive, or the run is shorter than the warm-up or than one epoch.
     """
-    for name, value in (("warmup_teacher_temp", warmup), ("teacher_temp", final)):
+    for argument, value in ((f"warmup_{name}", warmup), (name, final)):
         if not value > 0:
-            raise ValueError(f"{name} is {value}; expected a number > 0")
+            raise ValueError(f"{argument} is {value}; expected a number > 0")
     if epochs < max(first + warmup_epochs, 1):
         raise ValueError(
             f"nepochs is {epochs} and warmup_teacher_temp_epochs {warmup_epochs}"

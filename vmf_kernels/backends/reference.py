@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.prototypes import Keys, accumulation_dtype
-from vmf_kernels.ranks import count_ranks, log_sum_exp_over_ranks, sum_over_ranks
+from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 
 def assign(
@@ -26,11 +26,7 @@ def assign(
 
 
 def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None, group: ProcessGroup | None) -> Assignment:
-    logits_RK = logits(query.rows, query.keys)
-    log_p_RK, lse_R = logits_RK.log_softmax(dim=1), logits_RK.logsumexp(dim=1)
-    if group is not None and count_ranks(group) > 1:
-        own_R, lse_R = lse_R, log_sum_exp_over_ranks(lse_R, group)
-        log_p_RK += (own_R - lse_R)[:, None]
+    log_p_RK, lse_R = _log_softmax(logits(query.rows, query.keys), group)
     p_RK = log_p_RK.exp()
     if query.weights is not None and query.sums is not None:
         query.sums.add_(query.weights @ p_RK)
@@ -42,6 +38,17 @@ def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None, group:
         barycentre=None if values is None else _total(p_RK @ effective_weight(values, p_RK.dtype), group),
         expected_bias=None if values is None or values.bias is None else _total(p_RK @ values.bias, group),
     )
+
+
+def _log_softmax(logits_RK: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """([R, K] log-probabilities, [R] log-sum-exp) over the prototypes of all ranks."""
+    if group is None or count_ranks(group) == 1:
+        return logits_RK.log_softmax(dim=1), logits_RK.logsumexp(dim=1)
+    # from the mass, not from the ranks' log-sum-exps: those are rounded where they are large
+    top_R = max_over_ranks(logits_RK.amax(dim=1), group)
+    logits_RK = logits_RK - top_R[:, None]
+    log_mass_R = sum_over_ranks(logits_RK.exp().sum(dim=1), group).log()
+    return logits_RK - log_mass_R[:, None], top_R + log_mass_R
 
 
 def _total(share: Tensor, group: ProcessGroup | None) -> Tensor:

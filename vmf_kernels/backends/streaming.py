@@ -135,7 +135,8 @@ class _OnlineSoftmax:
 
     def merge_over_ranks(self, group: ProcessGroup) -> None:
         """Make the sums those over the prototypes of all ranks: one maximum and D + 3 sums a row are exchanged."""
-        shift = self.max_R - max_over_ranks(self.max_R.clone(), group)
+        top_R = max_over_ranks(self.max_R.clone(), group)
+        shift = self.max_R - top_R
         decay = shift.exp2()
         # a rank far below the others weighs 0, and its shift is too large to multiply with
         deviation_R = decay * (self.deviation_R + torch.where(decay > 0, shift, 0.0) * self.mass_R)
@@ -143,7 +144,7 @@ class _OnlineSoftmax:
         if self.barycentre_DR is not None:
             parts.extend(decay * self.barycentre_DR)
         sums = sum_over_ranks(torch.stack(parts), group)
-        self.max_R = self.max_R - shift
+        self.max_R = top_R  # itself, not max - shift: every rank has to have the same bits
         self.mass_R, self.deviation_R, rest = sums[0], sums[1], sums[2:]
         if self.bias_R is not None:
             self.bias_R, rest = rest[0], rest[1:]

@@ -120,7 +120,8 @@ def _merged_over_ranks(parts: Parts, group: ProcessGroup, *, has_values: bool) -
         sums = sum_over_ranks(sums_R3, group)
         return Parts(torch.stack([top_R, *sums.unbind(1)])[:, None], parts.barycentre)
     width = parts.barycentre.shape[2]
-    barycentre_RD = torch.einsum("nr,nrd->rd", weight_NR, parts.barycentre)
+    # in place and not as a product, which tf32 would round where torch is set to it
+    barycentre_RD = parts.barycentre.mul_(weight_NR[:, :, None]).sum(dim=0)
     sums = sum_over_ranks(torch.cat([barycentre_RD, sums_R3], dim=1), group)
     barycentre_RD, sums_R3 = sums[:, :width].contiguous(), sums[:, width:]
     return Parts(torch.stack([top_R, *sums_R3.unbind(1)])[:, None].contiguous(), barycentre_RD[None])

@@ -1,0 +1,296 @@
+"""What the drop-ins for DINOv2 and DINOv3 share: targets of the kind that came in, a centre one call late, masked patches.
+
+Legend: R rows, C masked images, N patches of an image, M masked patches, K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from vmf_kernels.assign import check_backend_name, temperature_tensor
+from vmf_kernels.logits import PrototypeLogits, project
+from vmf_kernels.prototypes import accumulation_dtype
+from vmf_kernels.ranks import RowRanks
+from vmf_kernels.sinkhorn import SinkhornKnopp
+from vmf_kernels.targets import TeacherTargets, target_cross_entropy
+
+Logits = PrototypeLogits | Tensor
+Targets = TeacherTargets | Tensor
+
+
+class RankOptions(TypedDict, total=False):
+    """Keywords beyond the published ones; ``Stream`` says what they mean."""
+
+    backend: str
+    prototype_group: ProcessGroup | None
+    row_group: ProcessGroup | None
+
+
+class LazilyCentered(nn.Module):
+    """Targets of a teacher, and a centre whose update waits until targets are next asked for, or its state is saved.
+
+    Targets are of the kind of the teacher's output: ``TeacherTargets`` for ``PrototypeLogits``, of which nothing is stored, and
+    probabilities for stored logits, so that whatever else a loop does with them still works.
+
+    Args:
+        center: the centre at the start, [..., K]; NaN for one that ``init_weights`` or a checkpoint fills.
+        student_temp: student temperature.
+        center_momentum: of the running mean, in [0, 1).
+        backend, prototype_group, row_group: as ``Stream``.
+
+    Attributes:
+        center: the buffer, the state dict's only entry.
+
+    Raises:
+        ValueError: a temperature is not positive, the momentum not in [0, 1), K below 1, or the backend unknown.
+    Source: facebookresearch/dinov2 dinov2/loss/dino_clstoken_loss.py.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        center: Tensor,
+        student_temp: float,
+        center_momentum: float,
+        *,
+        backend: str = "auto",
+        prototype_group: ProcessGroup | None = None,
+        row_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if not student_temp > 0:
+            raise ValueError(f"student_temp is {student_temp}; expected a number > 0")
+        if not 0 <= center_momentum < 1:
+            raise ValueError(f"center_momentum is {center_momentum}; expected a number in [0, 1)")
+        if center.numel() < 1:
+            raise ValueError("the number of prototypes is 0; expected at least 1")
+        check_backend_name(backend)
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.options: RankOptions = {"backend": backend, "prototype_group": prototype_group, "row_group": row_group}
+        self.register_buffer("center", center)
+        self._row_ranks = RowRanks.of(prototype_group, row_group)
+        self._pending: tuple[Tensor, Tensor] | None = None  # [K] weighted sum, [] weight
+        self._known_to_be_set = False
+
+    def update_center(self, teacher_output: Logits) -> None:
+        """Take in the teacher's raw logits; the centre moves later. Collective: every rank calls it, with whatever rows.
+
+        Several batches before the next targets count together, as one, where the published code keeps the last.
+
+        Raises:
+            ValueError: the teacher's K is not the centre's.
+        """
+        self.reduce_center_update(teacher_output)
+
+    @torch.no_grad()
+    def reduce_center_update(self, teacher_output: Logits) -> None:
+        """As ``update_center``."""
+        total, weight = self._mean_parts(self._checked(teacher_output))
+        if self._pending is not None:
+            total, weight = total + self._pending[0], weight + self._pending[1]
+        self._pending = total, weight
+
+    @torch.no_grad()
+    def apply_center_update(self) -> None:
+        """Move the centre by what waits, if anything; a batch without rows or with a non-finite value moves nothing."""
+        if self._pending is None:
+            return
+        total, weight = self._pending
+        batch = (total / weight).to(self.center).reshape(self.center.shape)
+        moved = self.center * self.center_momentum + batch * (1 - self.center_momentum)
+        self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center))
+        self._pending = None
+
+    def _weight_of(self, rows: int) -> int:
+        """What the mean over this rank's rows counts in the mean over ranks."""
+        raise NotImplementedError
+
+    def _mean_parts(self, teacher: Logits) -> tuple[Tensor, Tensor]:
+        """([K] weighted sum of the ranks' means, [] sum of their weights)."""
+        rows = teacher.detach().flatten(0, -2)
+        stored = rows if isinstance(rows, Tensor) else rows.features
+        weight = self._weight_of(stored.shape[0])
+        summed = stored.sum(dim=0, dtype=accumulation_dtype(stored.dtype)) * (weight / max(stored.shape[0], 1))
+        # unstored, ranks exchange D + 1 numbers rather than K
+        packed = self._row_ranks.sum(torch.cat([summed, summed.new_full((1,), float(weight))]))
+        total = packed[:-1] if isinstance(rows, Tensor) else project(rows.prototypes, packed[:-1])
+        return total, packed[-1]
+
+    def _centered_targets(self, teacher: Logits, temperature: float | Tensor) -> Targets:
+        """``softmax((logits - center) / temperature)``."""
+        teacher = self._checked(teacher)
+        if teacher.ndim < self.center.ndim:
+            teacher = teacher.unsqueeze(0)  # the shape that subtracting the centre broadcasts to
+        self._check_set()
+        tau = temperature_tensor(temperature, "teacher_temp", teacher.device)
+        dtype = accumulation_dtype(teacher.dtype)
+        center_K = self.center.reshape(-1).to(teacher.device, dtype)
+        return _like(teacher, TeacherTargets(teacher, temperature, -center_K / tau.to(dtype)))
+
+    def _sinkhorn_targets(self, teacher: Logits, temperature: float | Tensor, n_iterations: int) -> Targets:
+        return sinkhorn_targets(self._checked(teacher), temperature, n_iterations, self.options)
+
+    def _cross_entropy(
+        self, student: Logits, targets: Targets, pair_weights: Tensor, image_weights: Tensor | None = None
+    ) -> Tensor:
+        return target_cross_entropy(
+            student,
+            targets,
+            pair_weights,
+            student_temperature=self.student_temp,
+            image_weights=image_weights,
+            backend=self.options["backend"],
+            prototype_group=self.options["prototype_group"],
+        ).loss
+
+    def _checked(self, teacher: Logits) -> Logits:
+        if teacher.shape[-1] != self.center.shape[-1] or teacher.ndim < 2:
+            raise ValueError(
+                f"teacher output has shape {tuple(teacher.shape)}; expected rows of the {self.center.shape[-1]} prototypes "
+                "that this loss was made for"
+            )
+        return teacher
+
+    def _check_set(self) -> None:
+        if self._known_to_be_set:  # looking waits for a GPU, so once
+            return
+        if self.center.isnan().any():
+            raise RuntimeError("center is NaN; expected init_weights() or load_state_dict() before its first use")
+        self._known_to_be_set = True
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        self.apply_center_update()  # else the last batch would be lost, as the published code loses it
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._pending = None
+        self._known_to_be_set = False
+
+
+class ClassTokenLoss(LazilyCentered):
+    """The part that the class tokens' losses share: a [1, K] centre over the rows of all ranks."""
+
+    def _weight_of(self, rows: int) -> int:
+        return rows
+
+
+class PatchLoss(LazilyCentered):
+    """The part that the patches' losses share: their reductions, and a [1, 1, K] centre over ranks with masked tokens.
+
+    The centre's batch is the mean over those ranks of each one's mean, whatever its number of masked tokens.
+
+    Source: Zhou et al., "iBOT", ICLR 2022, equation 2; facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
+    """
+
+    def forward(
+        self, student_patch_tokens: Logits, teacher_patch_tokens: Targets, student_masks_flat: Tensor
+    ) -> Tensor:
+        """Mean over the masked patches of an image, then over all images; an image without any counts as 0.
+
+        Args:
+            student_patch_tokens: [C, N, K] raw logits.
+            teacher_patch_tokens: [C, N, K] targets.
+            student_masks_flat: [C, N], nonzero where masked. Unstored logits are looked at in these rows only, whose number
+                is read: on a GPU that waits for it.
+
+        Returns:
+            [] nats.
+
+        Raises:
+            ValueError: shapes do not fit.
+            TypeError: one side is stored and the other is not.
+        """
+        shape = tuple(student_masks_flat.shape)
+        for name, tokens in (("student_patch_tokens", student_patch_tokens), ("teacher", teacher_patch_tokens)):
+            if tokens.ndim != 3 or tuple(tokens.shape[:2]) != shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tokens.shape)} and student_masks_flat {shape}; expected [C, N, K] and [C, N]"
+                )
+        weights = _patch_weights(student_masks_flat, student_patch_tokens).reshape(-1)
+        student, targets = student_patch_tokens.flatten(0, 1), teacher_patch_tokens.flatten(0, 1)
+        if isinstance(student, PrototypeLogits):
+            masked = weights.nonzero().flatten()
+            student, targets, weights = student[masked], targets[masked], weights[masked]
+        return self._masked_loss(student, targets, weights / max(shape[0], 1))
+
+    def forward_masked(
+        self,
+        student_patch_tokens_masked: Logits,
+        teacher_patch_tokens_masked: Targets,
+        student_masks_flat: Tensor,
+        n_masked_patches: int | None = None,
+        masks_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The same of masked patches alone.
+
+        Args:
+            student_patch_tokens_masked: [M, K] raw logits, image by image; M may be 0.
+            teacher_patch_tokens_masked: [M, K] targets.
+            student_masks_flat: [C, N] bool; C divides the loss.
+            n_masked_patches: rows of both sides to look at, from the first, where there are more; None for all.
+            masks_weight: [M] one over the masked patches of each row's image, or None to form it from the masks.
+
+        Returns:
+            [] nats; 0 with zero gradients for M = 0.
+
+        Raises:
+            ValueError: the two sides and the weights differ in their numbers of rows.
+            TypeError: one side is stored and the other is not.
+        """
+        student = student_patch_tokens_masked.flatten(0, -2)[:n_masked_patches]
+        targets = teacher_patch_tokens_masked.flatten(0, -2)[:n_masked_patches]
+        if masks_weight is None:
+            masks_weight = _patch_weights(student_masks_flat, student)[student_masks_flat.bool()]
+        counts = (student.shape[0], targets.shape[0], masks_weight.numel())
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"student, teacher and weights have {counts[0]}, {counts[1]} and {counts[2]} masked patches; expected as many "
+                "rows each as the masks have (n_masked_patches cuts padding off)"
+            )
+        return self._masked_loss(student, targets, masks_weight.reshape(-1) / max(student_masks_flat.shape[0], 1))
+
+    def _masked_loss(self, student: Logits, targets: Targets, weights_M: Tensor) -> Tensor:
+        weights_M = weights_M.to(student.device, accumulation_dtype(student.dtype))
+        return self._cross_entropy(student, targets, weights_M.new_ones(1, 1), weights_M)
+
+    def _weight_of(self, rows: int) -> int:
+        return min(rows, 1)
+
+
+@torch.no_grad()
+def sinkhorn_targets(teacher: Logits, temperature: float | Tensor, n_iterations: int, options: RankOptions) -> Targets:
+    """[..., K] Sinkhorn-Knopp targets, of the kind of the raw logits [..., K], from the rows of all ranks. Collective."""
+    rule = SinkhornKnopp(n_iterations, **options)
+    return _like(teacher, TeacherTargets(teacher, temperature, rule.target_bias(teacher.flatten(0, -2), temperature)))
+
+
+def unit_rows(hidden: Tensor) -> Tensor:
+    """The L2-normalised bottleneck, with the published eps: 1e-12, which is 0 in fp16, or 1e-6 there."""
+    return functional.normalize(hidden, dim=-1, p=2.0, eps=1e-6 if hidden.dtype == torch.float16 else 1e-12)
+
+
+def check_head_dims(in_dim: int, out_dim: int, hidden_dim: int, bottleneck_dim: int) -> None:
+    """Raise ValueError unless a head can have these dims."""
+    if min(in_dim, out_dim, hidden_dim) < 1 or bottleneck_dim < 2:
+        raise ValueError(
+            f"in_dim, out_dim, hidden_dim, bottleneck_dim are {in_dim}, {out_dim}, {hidden_dim}, {bottleneck_dim}; "
+            "expected at least 1, 1, 1 and 2"
+        )
+
+
+def _like(teacher: Logits, targets: TeacherTargets) -> Targets:
+    return targets.materialize() if isinstance(teacher, Tensor) else targets
+
+
+def _patch_weights(masks_CN: Tensor, rows: Logits) -> Tensor:
+    """[C, N] each masked patch's share of its image's mean."""
+    masks_CN = masks_CN.to(accumulation_dtype(rows.dtype))
+    return masks_CN / masks_CN.sum(dim=-1, keepdim=True).clamp(min=1.0)

@@ -1,0 +1,242 @@
+"""Drop-in for facebookresearch/dinov2: ``DINOHead``, ``DINOLoss``, ``iBOTPatchLoss`` and ``KoLeoLoss`` under its names.
+
+``DINOvMFHead`` in the place of ``DINOHead`` makes the method DINO-vMF.
+
+Signatures, defaults, reductions, buffers and state-dict keys are its own; the imports of its ``ssl_meta_arch.py`` change
+(README). Differences, all where the published code loses a batch or gives NaN: a state dict holds the update that waits, a
+batch with a non-finite value leaves the centre as it was, ranks without masked tokens are left out of the patches' centre and
+any rank may have none, ``n_masked_patches_tensor`` is not overwritten, and no process group is needed.
+
+Legend: R rows of an entry, G / V teacher / student entries, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from vmf_kernels import koleo
+from vmf_kernels.compat._shared import (
+    ClassTokenLoss,
+    Logits,
+    PatchLoss,
+    RankOptions,
+    Targets,
+    check_head_dims,
+    unit_rows,
+)
+from vmf_kernels.heads import PrototypeLayer, outlive, projection_mlp
+from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.prototypes import accumulation_dtype
+from vmf_kernels.targets import TeacherTargets
+
+__all__ = ["DINOHead", "DINOLoss", "DINOvMFHead", "KoLeoLoss", "iBOTPatchLoss"]
+
+
+class DINOHead(nn.Module):
+    """MLP, L2-normalised bottleneck, weight-normed prototypes of free norm; logits come back unstored.
+
+    Args:
+        in_dim: dim of the backbone's features.
+        out_dim: number of prototypes K.
+        use_bn: BatchNorm after each hidden layer.
+        nlayers: layers of the MLP, at least 1.
+        hidden_dim: width of its hidden layers.
+        bottleneck_dim: D.
+        mlp_bias: biases in the MLP.
+
+    Raises:
+        ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
+    Source: facebookresearch/dinov2 dinov2/layers/dino_head.py.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        mlp_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        check_head_dims(in_dim, out_dim, hidden_dim, bottleneck_dim)
+        self.mlp = projection_mlp(in_dim, hidden_dim, bottleneck_dim, nlayers, use_bn=use_bn, bias=mlp_bias)
+        self.last_layer = PrototypeLayer(bottleneck_dim, out_dim)
+
+    def forward(self, x: Tensor) -> PrototypeLogits:
+        """[..., in_dim] features to [..., K] logits, in the dtype autocast gives the MLP."""
+        logits: PrototypeLogits = self.last_layer(unit_rows(self.mlp(x)))
+        return outlive(self, logits)
+
+
+class DINOvMFHead(DINOHead):
+    """The same with its prototypes as von Mises-Fisher components of precision ``||w_k|| / tau``.
+
+    In the losses here each network's logits then gain ``log C_D(||w_k|| / tau)`` of its own prototypes at its own temperature,
+    under Sinkhorn-Knopp as under the centre, which stays one of raw logits. Arguments and keys as ``DINOHead``.
+
+    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+    """
+
+    def forward(self, x: Tensor) -> PrototypeLogits:
+        """[..., in_dim] features to [..., K] logits, in the dtype autocast gives the MLP."""
+        logits = super().forward(x)
+        return PrototypeLogits(logits.features, logits.prototypes.with_vmf())
+
+
+class DINOLoss(ClassTokenLoss):
+    """Cross-entropy of class tokens, summed over all pairs of a student and a teacher entry, mean over rows.
+
+    Which entries make a pair, and what the sum is divided by, is the caller's business, as published.
+
+    Args:
+        out_dim: number of prototypes K.
+        student_temp: student temperature.
+        center_momentum: of the running mean, in [0, 1).
+        options: keywords ``backend``, ``prototype_group``, ``row_group`` of ``Stream``.
+
+    Attributes:
+        center: [1, K] fp32, the state dict's only entry.
+
+    Raises:
+        ValueError: a temperature is not positive, or an option out of range.
+    Source: facebookresearch/dinov2 dinov2/loss/dino_clstoken_loss.py.
+    """
+
+    def __init__(
+        self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, **options: Unpack[RankOptions]
+    ) -> None:
+        super().__init__(torch.zeros(1, out_dim), student_temp, center_momentum, **options)
+
+    @torch.no_grad()
+    def softmax_center_teacher(self, teacher_output: Logits, teacher_temp: float | Tensor) -> Targets:
+        """[..., K] targets of [..., K] raw logits by the centre, once the update that waits has moved it."""
+        self.apply_center_update()
+        return self._centered_targets(teacher_output, teacher_temp)
+
+    def sinkhorn_knopp_teacher(
+        self, teacher_output: Logits, teacher_temp: float | Tensor, n_iterations: int = 3
+    ) -> Targets:
+        """[..., K] targets of [..., K] raw logits by Sinkhorn-Knopp over the rows of all ranks; no centre. Collective."""
+        return self._sinkhorn_targets(teacher_output, teacher_temp, n_iterations)
+
+    def forward(
+        self,
+        student_output_list: Iterable[Logits],
+        teacher_out_softmaxed_centered_list: Iterable[Targets],
+    ) -> Tensor:
+        """Sum over the pairs of the mean over rows; one pass over all entries, not one a pair.
+
+        Args:
+            student_output_list: V entries of [R, K] raw logits; a list, or one [V, R, K].
+            teacher_out_softmaxed_centered_list: G entries of [R, K] targets, likewise; row r is paired with row r.
+
+        Returns:
+            [] nats.
+
+        Raises:
+            ValueError: the entries differ in their number of rows.
+            TypeError: one side is stored and the other is not.
+        """
+        students = [entry.reshape(-1, entry.shape[-1]) for entry in student_output_list]
+        teachers = [entry.reshape(-1, entry.shape[-1]) for entry in teacher_out_softmaxed_centered_list]
+        rows = {entry.shape[0] for entry in (*students, *teachers)}
+        if len(rows) > 1:
+            raise ValueError(f"entries have {sorted(rows)} rows; expected as many rows in each, paired in their order")
+        if not students or not teachers:
+            return self.center.new_zeros(())  # a sum without terms
+        student = students[0] if len(students) == 1 else torch.cat(students)  # type: ignore[arg-type]
+        terms = []
+        for targets, count in _joined(teachers):
+            weights = torch.ones(count, len(students), dtype=torch.float64, device=student.device) / max(*rows, 1)
+            terms.append(self._cross_entropy(student, targets, weights))
+        return torch.stack(terms).sum()
+
+
+class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
+    """Cross-entropy of masked patches, mean over those of an image, then over all images.
+
+    Args:
+        patch_out_dim: number of prototypes K.
+        student_temp, center_momentum, options: as ``DINOLoss``.
+
+    Attributes:
+        center: [1, 1, K] fp32, the state dict's only entry.
+
+    Raises:
+        ValueError: a temperature is not positive, or an option out of range.
+    Source: facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
+    """
+
+    def __init__(
+        self,
+        patch_out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        **options: Unpack[RankOptions],
+    ) -> None:
+        super().__init__(torch.zeros(1, 1, patch_out_dim), student_temp, center_momentum, **options)
+
+    @torch.no_grad()
+    def softmax_center_teacher(self, teacher_patch_tokens: Logits, teacher_temp: float | Tensor) -> Targets:
+        """[..., K] targets of [..., K] raw logits by the centre, once the update that waits has moved it."""
+        self.apply_center_update()
+        return self._centered_targets(teacher_patch_tokens, teacher_temp)
+
+    def sinkhorn_knopp_teacher(
+        self,
+        teacher_output: Logits,
+        teacher_temp: float | Tensor,
+        n_masked_patches_tensor: Tensor,
+        n_iterations: int = 3,
+    ) -> Targets:
+        """[M, K] targets of [M, K] raw logits by Sinkhorn-Knopp over the masked patches of all ranks. Collective.
+
+        ``n_masked_patches_tensor`` is neither read nor written: the number of patches cancels out of the algorithm.
+        """
+        return self._sinkhorn_targets(teacher_output, teacher_temp, n_iterations)
+
+
+class KoLeoLoss(nn.Module):
+    """``-mean_i log(min_{j != i} ||x_i - x_j||)`` over the L2-normalised rows of this rank.
+
+    The library's ``KoLeoLoss`` under the published signature; formed in fp32, so that fp16 features give no infinity. A single
+    row, for which the published code returns the constant 17.08, is refused.
+
+    Source: facebookresearch/dinov2 dinov2/loss/koleo_loss.py.
+    """
+
+    def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
+        """[B, D] features to a [] loss, nats.
+
+        Raises:
+            ValueError: ``student_output`` is not a matrix of at least two rows.
+        """
+        loss: Tensor = koleo.KoLeoLoss(eps)(student_output)
+        return loss
+
+
+def _joined(entries: list[Targets]) -> list[tuple[Targets, int]]:
+    """Targets end to end with the number of entries in each, as few as possible; stored ones as their sum, one entry."""
+    joined: list[tuple[Targets, int]] = []
+    stored = [entry for entry in entries if isinstance(entry, Tensor)]
+    if stored:
+        # the loss is linear in them: one pass for all
+        total = stored[0] if len(stored) == 1 else sum(q.to(accumulation_dtype(q.dtype)) for q in stored)
+        assert isinstance(total, Tensor)
+        joined.append((total, 1))
+    alike: dict[tuple[object, int], list[TeacherTargets]] = {}
+    for entry in entries:
+        if isinstance(entry, TeacherTargets):
+            temperature = entry.temperature
+            # by identity: parts of one batch share these, and a comparison of values would wait for the device
+            key = (id(temperature) if isinstance(temperature, Tensor) else temperature, id(entry.bias))
+            alike.setdefault(key, []).append(entry)
+    for group in alike.values():
+        joined.append((group[0] if len(group) == 1 else torch.cat(group), len(group)))  # type: ignore[arg-type]
+    return joined

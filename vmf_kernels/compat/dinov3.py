@@ -1,0 +1,298 @@
+"""Drop-in for facebookresearch/dinov3: ``DINOHead``, ``DINOLoss``, ``iBOTPatchLoss``, ``KoLeoLoss``, ``KoLeoLossDistributed``.
+
+Signatures, defaults, reductions, buffers and state-dict keys are its own; the imports of its ``ssl_meta_arch.py`` change
+(README). Differences, as for ``compat.dinov2``; besides, a centre that was never initialised is named instead of giving NaN,
+and ``row_group=`` stands for its process subgroup.
+
+Legend: S / T student / teacher crops, B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from vmf_kernels import koleo
+from vmf_kernels.compat._shared import (
+    ClassTokenLoss,
+    Logits,
+    PatchLoss,
+    RankOptions,
+    Targets,
+    check_head_dims,
+    sinkhorn_targets,
+    unit_rows,
+)
+from vmf_kernels.compat.dinov2 import KoLeoLoss
+from vmf_kernels.heads import INIT_STD, outlive, projection_mlp
+from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.pairing import multi_crop_weights
+from vmf_kernels.prototypes import linear_prototypes
+
+__all__ = ["DINOHead", "DINOLoss", "KoLeoLoss", "KoLeoLossDistributed", "SinkhornKnoppTeacher", "iBOTPatchLoss"]
+
+
+class LinearPrototypeLayer(nn.Linear):
+    """Linear layer without bias, ``w_k`` the rows of its weight, that never computes its logits.
+
+    Args:
+        dim: D.
+        num_prototypes: K.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int) -> None:
+        super().__init__(dim, num_prototypes, bias=False)
+
+    def forward(self, features: Tensor) -> PrototypeLogits:  # type: ignore[override]
+        """[..., D] features to [..., K] logits that are not stored."""
+        # a view: DistributedDataParallel finds the parameters an output needs by its graph, where a leaf has no node
+        prototypes = linear_prototypes(self.weight.view_as(self.weight))
+        return outlive(self, PrototypeLogits(features, prototypes))
+
+
+class DINOHead(nn.Module):
+    """MLP, L2-normalised bottleneck, plain linear prototypes; logits come back unstored.
+
+    Args:
+        in_dim: dim of the backbone's features.
+        out_dim: number of prototypes K.
+        use_bn: BatchNorm after each hidden layer.
+        nlayers: layers of the MLP, at least 1.
+        hidden_dim: width of its hidden layers.
+        bottleneck_dim: D.
+        mlp_bias: biases in the MLP.
+
+    Raises:
+        ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
+    Source: facebookresearch/dinov3 dinov3/layers/dino_head.py.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        mlp_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        check_head_dims(in_dim, out_dim, hidden_dim, bottleneck_dim)
+        self.mlp = projection_mlp(in_dim, hidden_dim, bottleneck_dim, nlayers, use_bn=use_bn, bias=mlp_bias)
+        self.last_layer = LinearPrototypeLayer(bottleneck_dim, out_dim)
+
+    def init_weights(self) -> None:
+        """Truncated normal weights of deviation 0.02, the prototypes' included, and zero biases."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self, x: Tensor, no_last_layer: bool = False, only_last_layer: bool = False
+    ) -> PrototypeLogits | Tensor:
+        """[..., in_dim] features to [..., K] logits; to the [..., D] bottleneck, or from it, with one half left out."""
+        if not only_last_layer:
+            x = unit_rows(self.mlp(x))
+        if no_last_layer:
+            return x
+        logits: PrototypeLogits = self.last_layer(x)
+        return outlive(self, logits)
+
+
+class DINOLoss(ClassTokenLoss):
+    """Cross-entropy of class tokens: mean over the pairs of crops and over images.
+
+    Args:
+        out_dim: number of prototypes K.
+        student_temp: student temperature.
+        center_momentum: of the running mean, in [0, 1).
+        options: keywords ``backend``, ``prototype_group``, ``row_group`` of ``Stream``.
+
+    Attributes:
+        center: [1, K] fp32, the state dict's only entry; NaN until ``init_weights`` or a checkpoint.
+
+    Raises:
+        ValueError: a temperature is not positive, or an option out of range.
+    Source: facebookresearch/dinov3 dinov3/loss/dino_clstoken_loss.py.
+    """
+
+    def __init__(
+        self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, **options: Unpack[RankOptions]
+    ) -> None:
+        super().__init__(torch.full((1, out_dim), math.nan), student_temp, center_momentum, **options)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set the centre to 0."""
+        self.center.zero_()
+
+    @torch.no_grad()
+    def softmax_center_teacher(
+        self, teacher_output: Logits, teacher_temp: float | Tensor, update_centers: bool = True
+    ) -> Targets:
+        """[..., K] targets of [..., K] raw logits by the centre; the update that waits moves it first, or waits on."""
+        if update_centers:
+            self.apply_center_update()
+        return self._centered_targets(teacher_output, teacher_temp)
+
+    def sinkhorn_knopp_teacher(
+        self, teacher_output: Logits, teacher_temp: float | Tensor, n_iterations: int = 3
+    ) -> Targets:
+        """[..., K] targets of [..., K] raw logits by Sinkhorn-Knopp over the rows of all ranks; no centre. Collective."""
+        return self._sinkhorn_targets(teacher_output, teacher_temp, n_iterations)
+
+    def forward(self, student_logits: Logits, teacher_probs: Targets, ignore_diagonal: bool = False) -> Tensor:
+        """Mean over pairs and images.
+
+        Args:
+            student_logits: [S, B, K] raw logits.
+            teacher_probs: [T, B, K] targets.
+            ignore_diagonal: leave out the pairs of a crop with the one of the same number.
+
+        Returns:
+            [] nats.
+
+        Raises:
+            ValueError: shapes do not fit, or no pair is left.
+            TypeError: one side is stored and the other is not.
+        """
+        shapes = tuple(student_logits.shape), tuple(teacher_probs.shape)
+        if [len(shape) for shape in shapes] != [3, 3] or shapes[0][1:] != shapes[1][1:]:
+            raise ValueError(
+                f"student_logits have shape {shapes[0]} and teacher_probs {shapes[1]}; expected [S, B, K] and [T, B, K]"
+            )
+        (student_crops, images, _), teacher_crops = shapes[0], shapes[1][0]
+        device = student_logits.device
+        if ignore_diagonal:
+            weights = multi_crop_weights(teacher_crops, student_crops, device=device)
+        else:
+            weights = torch.ones(teacher_crops, student_crops, dtype=torch.float64, device=device) / max(
+                teacher_crops * student_crops, 1
+            )
+        return self._cross_entropy(student_logits.flatten(0, 1), teacher_probs.flatten(0, 1), weights / max(images, 1))
+
+
+class SinkhornKnoppTeacher(nn.Module):
+    """Sinkhorn-Knopp targets as a module, which may be compiled; the published loss compiles its own, this library's does not.
+
+    Args:
+        options: as ``DINOLoss``.
+
+    Source: facebookresearch/dinov3 dinov3/loss/ibot_patch_loss.py.
+    """
+
+    def __init__(self, **options: Unpack[RankOptions]) -> None:
+        super().__init__()
+        self.options = options
+
+    @torch.no_grad()
+    def forward(
+        self,
+        teacher_output: Logits,
+        teacher_temp: float | Tensor,
+        n_masked_patches_tensor: Tensor,
+        n_iterations: int = 3,
+    ) -> Targets:
+        """[M, K] targets of [M, K] raw logits by Sinkhorn-Knopp over the masked patches of all ranks. Collective.
+
+        ``n_masked_patches_tensor`` is neither read nor written: the number of patches cancels out of the algorithm.
+        """
+        return sinkhorn_targets(teacher_output, teacher_temp, n_iterations, self.options)
+
+
+class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
+    """Cross-entropy of masked patches, mean over those of an image, then over all images.
+
+    Args:
+        patch_out_dim: number of prototypes K.
+        student_temp, center_momentum, options: as ``DINOLoss``.
+
+    Attributes:
+        center: [1, 1, K] fp32, the state dict's only entry; NaN until ``init_weights`` or a checkpoint.
+        sinkhorn_knopp_teacher: ``SinkhornKnoppTeacher``.
+
+    Raises:
+        ValueError: a temperature is not positive, or an option out of range.
+    Source: facebookresearch/dinov3 dinov3/loss/ibot_patch_loss.py.
+    """
+
+    def __init__(
+        self,
+        patch_out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        **options: Unpack[RankOptions],
+    ) -> None:
+        super().__init__(torch.full((1, 1, patch_out_dim), math.nan), student_temp, center_momentum, **options)
+        self.sinkhorn_knopp_teacher = SinkhornKnoppTeacher(**options)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set the centre to 0."""
+        self.center.zero_()
+
+    @torch.no_grad()
+    def softmax_center_teacher(
+        self, teacher_patch_tokens: Logits, teacher_temp: float | Tensor, update_centers: bool = True
+    ) -> Targets:
+        """[..., K] targets of [..., K] raw logits by the centre; the update that waits moves it first, or waits on."""
+        if update_centers:
+            self.apply_center_update()
+        return self._centered_targets(teacher_patch_tokens, teacher_temp)
+
+
+class KoLeoLossDistributed(nn.Module):
+    """``KoLeoLoss`` whose neighbours are sought among the rows of all ranks, or of groups of consecutive ranks.
+
+    Args:
+        topk: nearest neighbours of a row, at least 1.
+        loss_group_size: rows of a group, a multiple of each rank's rows that divides the rows of all; None for all.
+
+    Raises:
+        ValueError: ``topk`` or ``loss_group_size`` is below 1.
+    Source: facebookresearch/dinov3 dinov3/loss/koleo_loss.py.
+    """
+
+    def __init__(self, topk: int = 1, loss_group_size: int | None = None) -> None:
+        super().__init__()
+        koleo.KoLeoLoss(topk=topk)  # refuses what it cannot take now, not in the first step
+        if loss_group_size is not None and loss_group_size < 1:
+            raise ValueError(f"loss_group_size is {loss_group_size}; expected an int >= 1, or None for all rows")
+        self.topk = topk
+        self.loss_group_size = loss_group_size
+
+    def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
+        """[B, D] features of this rank to the [] mean over its own rows, nats. Collective, its backward pass as well.
+
+        Raises:
+            ValueError: ``student_output`` is not a matrix, there are ``topk`` rows or fewer, or groups do not fit the rows.
+        """
+        loss: Tensor = _GroupedKoLeoLoss(eps, self.topk, self.loss_group_size)(student_output)
+        return loss
+
+
+class _GroupedKoLeoLoss(koleo.DistributedKoLeoLoss):
+    """Among the rows of the group of ``size`` rows that this rank's fall into."""
+
+    def __init__(self, eps: float, topk: int, size: int | None) -> None:
+        super().__init__(eps, topk=topk)
+        self.size = size
+
+    def _candidates(self, rows_BCD: Tensor) -> tuple[Tensor, int]:
+        among, start = super()._candidates(rows_BCD)
+        if self.size is None:
+            return among, start
+        own, total = rows_BCD.shape[0], among.shape[0]
+        first = start // self.size * self.size
+        if total % self.size or start + own > first + self.size:
+            raise ValueError(
+                f"loss_group_size is {self.size} but this rank has {own} of {total} rows; expected a divisor of all rows "
+                "that is a multiple of each rank's"
+            )
+        return among[first : first + self.size], start - first
