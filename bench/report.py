@@ -2,6 +2,7 @@
 
 python -m bench.report bench/results/cpu/head.json
 python -m bench.report bench/results/cpu/demo.json
+python -m bench.report bench/results/cpu/many_prototypes.json
 python -m bench.report bench/results/<name of a GPU>/head.json     with the ratios and whether each target was met
 """
 
@@ -23,6 +24,10 @@ HEAD_COLUMNS = (
 DEMO_COLUMNS = (
     "| method | seed | k-NN % | untrained | raw pixels | linear % | MI nats | RankMe | used | unique |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
+)
+MANY_COLUMNS = (
+    "| ranks | prototypes | dim | rows | seconds | peak MiB of a rank | one copy of the logits GiB | machine's memory GiB |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 MEDIANS = ("knn", "knn_untrained", "knn_pixels", "linear", "mutual_information", "rankme")
 
@@ -55,11 +60,27 @@ def demo_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def many_table(report: Mapping[str, Any]) -> str:
+    """Markdown table of ``bench.many_prototypes``, and how far its ranks are from one alone."""
+    what = f"{report['prototypes']:,} | {report['dim']} | {report['student_rows']}/{report['teacher_rows']}"
+    memory = f"{report['logits_gib']:.0f} | {report['machine']['memory_gib']:.1f} |"
+    rows = [f"| {report['ranks']} | {what} | {report['seconds']:.0f} | {max(report['peak_rss_mib'])} | {memory}"]
+    alone = report.get("alone")
+    if alone is None:
+        return "\n".join([MANY_COLUMNS, *rows])
+    rows.append(f"| 1 | {what} | {alone['seconds']:.0f} | {alone['peak_rss_mib']} | {memory}")
+    worst = max(gradient["relative_difference"] for gradient in alone["gradients"].values())
+    difference = f"loss {alone['loss_relative_difference']:.0e}, gradients at most {worst:.0e}"
+    return "\n".join([MANY_COLUMNS, *rows, "", f"Relative difference between the two: {difference}."])
+
+
 def table(path: Path) -> str:
     """The table of a results file."""
     results = json.loads(path.read_text())
     if isinstance(results, dict) and "schema" in results:
         return gpu_table(results)
+    if isinstance(results, dict) and "peak_rss_mib" in results:
+        return many_table(results)
     return head_table(results) if isinstance(results, dict) else demo_table(results)
 
 

@@ -17,6 +17,7 @@ from vmf_kernels.logits import PrototypeLogits, project
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.ranks import RowRanks
 from vmf_kernels.sinkhorn import SinkhornKnopp
+from vmf_kernels.statistics import AssignmentStatistics
 from vmf_kernels.targets import TeacherTargets, target_cross_entropy
 
 Logits = PrototypeLogits | Tensor
@@ -45,6 +46,7 @@ class LazilyCentered(nn.Module):
 
     Attributes:
         center: the buffer, the state dict's only entry.
+        statistics: ``AssignmentStatistics`` of the last cross-entropy (the last entry of a list that takes several), or None.
 
     Raises:
         ValueError: a temperature is not positive, the momentum not in [0, 1), K below 1, or the backend unknown.
@@ -78,6 +80,7 @@ class LazilyCentered(nn.Module):
         self._row_ranks = RowRanks.of(prototype_group, row_group)
         self._pending: tuple[Tensor, Tensor] | None = None  # [K] weighted sum, [] weight
         self._known_to_be_set = False
+        self.statistics: AssignmentStatistics | None = None
 
     def update_center(self, teacher_output: Logits) -> None:
         """Take in the teacher's raw logits; the centre moves later. Collective: every rank calls it, with whatever rows.
@@ -140,7 +143,7 @@ class LazilyCentered(nn.Module):
     def _cross_entropy(
         self, student: Logits, targets: Targets, pair_weights: Tensor, image_weights: Tensor | None = None
     ) -> Tensor:
-        return target_cross_entropy(
+        result = target_cross_entropy(
             student,
             targets,
             pair_weights,
@@ -148,7 +151,9 @@ class LazilyCentered(nn.Module):
             image_weights=image_weights,
             backend=self.options["backend"],
             prototype_group=self.options["prototype_group"],
-        ).loss
+        )
+        self.statistics = result.statistics
+        return result.loss
 
     def _checked(self, teacher: Logits) -> Logits:
         if teacher.shape[-1] != self.center.shape[-1] or teacher.ndim < 2:
