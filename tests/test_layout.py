@@ -296,7 +296,8 @@ def state():
 torch.manual_seed(3)
 before = state()
 import vmf_kernels
-import vmf_kernels.compat.dino
+import vmf_kernels.compat.dino, vmf_kernels.compat.dinov2, vmf_kernels.compat.dinov3, vmf_kernels.compat.ibot
+import vmf_kernels.compat.lightly, vmf_kernels.compat.solo
 import vmf_kernels.testing
 after = state()
 changed = [name for name in before if before[name] != after[name]]

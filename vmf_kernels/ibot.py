@@ -12,11 +12,13 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from vmf_kernels.centering import Center
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.losses import publish_center
 from vmf_kernels.pairing import multi_crop_weights
+from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.streams import Stream, StreamOptions, VMFStream, of_epoch, temperature_schedule
+from vmf_kernels.streams import Outputs, Stream, StreamOptions, VMFStream, of_epoch, temperature_schedule
 
 CENTER_TOKENS = ("all", "masked")
 
@@ -78,7 +80,8 @@ class IBOTPatchLoss(nn.Module):
         Args:
             student_patches: [C, N, K] raw logits of all patches of the masked images.
             teacher_patches: [C, N, K] raw logits of the same patches as the teacher sees them, unmasked.
-            mask: [C, N] (or [C, H, W] with N = H W) bool, True where masked. On the CPU it costs no wait for the device.
+            mask: [C, N] (or [C, H, W] with N = H W) bool, True where masked. How many are is read, which on the CPU costs no
+                wait for the device. ``torch.compile`` takes that in with ``fullgraph=True``, and breaks the graph without.
             teacher_temp: teacher temperature, positive.
 
         Returns:
@@ -89,15 +92,18 @@ class IBOTPatchLoss(nn.Module):
             TypeError: one side is stored and the other is not.
         """
         mask = _checked_mask(mask, student_patches, teacher_patches)
-        rows = mask.flatten().nonzero()[:, 0].to(student_patches.device)
-        weights = masked_patch_weights(mask).to(student_patches.device)
+        rows, weights = (part.to(student_patches.device) for part in _masked_rows(mask))
         # all patches go through ``prepare``: whether their kinds and prototypes fit does not depend on the mask
-        student, teacher = student_patches.flatten(0, 1), teacher_patches.flatten(0, 1)
-        outputs = self.stream.prepare(student, teacher, teacher_temp)
-        masked = outputs._replace(student=outputs.student[rows], teacher=outputs.teacher[rows])
+        outputs = self.stream.prepare(student_patches.flatten(0, 1), teacher_patches.flatten(0, 1), teacher_temp)
+        masked = outputs._replace(
+            student=outputs.student.index_select(0, rows), teacher=outputs.teacher.index_select(0, rows)
+        )
+        averaged = outputs.teacher if self.center_tokens == "all" else masked.teacher
+        if isinstance(self.stream.centering, Center):
+            # a centre that starts with the first batch starts at the mean that it goes on with
+            self.stream.centering.begin(averaged, teacher_temp, outputs.teacher_bias)
         result = self.stream(masked, weights.new_ones(1, 1), teacher_temp, weights)
         self.statistics = result.statistics
-        averaged = outputs.teacher if self.center_tokens == "all" else masked.teacher
         self.stream.observe(averaged, teacher_temp, outputs.teacher_bias)
         loss: Tensor = result.loss
         return loss
@@ -119,8 +125,7 @@ class IBOTvMFPatchLoss(IBOTPatchLoss):
     """
 
     def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        with_default: StreamOptions = {"centering": "probability", **options}
-        return VMFStream(out_dim, student_temp, momentum, **with_default)
+        return _vmf_stream(out_dim, student_temp, momentum, options)
 
 
 class IBOTLoss(nn.Module):
@@ -145,7 +150,7 @@ class IBOTLoss(nn.Module):
         options: keywords of ``Stream``, for both streams.
 
     Attributes:
-        center, center2: [1, K] fp32 of class tokens and patches; in the state dict as published, the second one [1, 1, K].
+        center, center2: fp32 of class tokens, [1, K], and of patches, [1, 1, K]; the state dict's entries, as published.
         statistics, patch_statistics: ``AssignmentStatistics`` of the last call, None before.
 
     Raises:
@@ -180,12 +185,12 @@ class IBOTLoss(nn.Module):
         super().__init__()
         if ngcrops < 1 or nlcrops < 0 or ngcrops + nlcrops < 2:
             raise ValueError(f"ngcrops is {ngcrops} and nlcrops {nlcrops}; expected a global crop and another one")
-        self.ngcrops, self.ncrops = ngcrops, ngcrops + nlcrops
+        self.ngcrops, self.nlcrops, self.ncrops = ngcrops, nlcrops, ngcrops + nlcrops
         self.lambda1, self.lambda2 = lambda1, lambda2
         warm_up = (warmup_teacher_temp_epochs, nepochs)
         self.teacher_temp_schedule = temperature_schedule(warmup_teacher_temp, teacher_temp, *warm_up)
         self.teacher_temp2_schedule = temperature_schedule(
-            warmup_teacher_temp2, teacher_temp2, *warm_up, mim_start_epoch
+            warmup_teacher_temp2, teacher_temp2, *warm_up, mim_start_epoch, "teacher_temp2"
         )
         self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
         self.patch_loss = self.patch_loss_class(
@@ -203,8 +208,8 @@ class IBOTLoss(nn.Module):
 
     @property
     def center2(self) -> Tensor:
-        """[1, K] the running centre of the patches."""
-        return self.patch_loss.center
+        """[1, 1, K] the running centre of the patches."""
+        return self.patch_loss.center[None]
 
     @property
     def patch_statistics(self) -> AssignmentStatistics | None:
@@ -224,7 +229,7 @@ class IBOTLoss(nn.Module):
         Args:
             student_output: ([G * B, K] class tokens, [G * B, N, K] patches) of the masked global crops, raw logits.
             teacher_output: the same of the unmasked global crops.
-            student_local_cls: [L * B, K] class tokens of the local crops, or None.
+            student_local_cls: [L * B, K] class tokens of the local crops from the same head, or None.
             student_mask: one [B, H, W] (or [B, N]) bool tensor for each global crop; more of them are not looked at.
             epoch: from 0, selects the teacher temperatures.
 
@@ -235,18 +240,14 @@ class IBOTLoss(nn.Module):
             ValueError: shapes do not fit, or the epoch is beyond ``nepochs``.
             TypeError: one side is stored and the other is not.
         """
-        student_cls, student_patch = student_output
-        teacher_cls, teacher_patch = teacher_output
-        if student_local_cls is not None:
-            student_cls = torch.cat([student_cls, student_local_cls])  # type: ignore[list-item]
-        cls = self.lambda1 * self._cls_loss(student_cls, teacher_cls, of_epoch(self.teacher_temp_schedule, epoch))
-        if len(student_mask) < self.ngcrops:
-            raise ValueError(
-                f"student_mask holds {len(student_mask)} masks; expected one for each of {self.ngcrops} crops"
-            )
-        mask = torch.cat([crop.flatten(1) for crop in student_mask[: self.ngcrops]])
-        tau2 = of_epoch(self.teacher_temp2_schedule, epoch)
-        patch = self.lambda2 * self.patch_loss(student_patch, teacher_patch, mask, tau2)
+        tau, tau2 = of_epoch(self.teacher_temp_schedule, epoch), of_epoch(self.teacher_temp2_schedule, epoch)
+        mask = self._joined_mask(student_mask)
+        teacher_cls = teacher_output[0]
+        student_cls = self._all_crops(student_output[0], student_local_cls, teacher_cls)
+        cls, outputs = self._cls_loss(student_cls, teacher_cls, tau)
+        patch = self.lambda2 * self.patch_loss(student_output[1], teacher_output[1], mask, tau2)
+        # last, so that no centre has moved where either half of the batch does not fit
+        self.stream.observe(outputs.teacher, tau, outputs.teacher_bias)
         return {"cls": cls, "patch": patch, "loss": cls + patch}
 
     def update_center(self) -> None:
@@ -256,21 +257,45 @@ class IBOTLoss(nn.Module):
 
     def _cls_loss(
         self, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor, teacher_temp: float
-    ) -> Tensor:
-        for rows, crops, side in (
-            (student.shape[0], self.ncrops, "student"),
-            (teacher.shape[0], self.ngcrops, "teacher"),
-        ):
-            if rows % crops:
-                raise ValueError(f"{side} class tokens have {rows} rows; expected a multiple of its {crops} crops")
+    ) -> tuple[Tensor, Outputs]:
+        """The class tokens' loss times its lambda, and what their centre takes in."""
         outputs = self.stream.prepare(student, teacher, teacher_temp)
         images = max(teacher.shape[0] // self.ngcrops, 1)
         weights = multi_crop_weights(self.ngcrops, self.ncrops, device=teacher.device) / images
         result = self.stream(outputs, weights, teacher_temp)
         self.statistics = result.statistics
-        self.stream.observe(outputs.teacher, teacher_temp, outputs.teacher_bias)
-        loss: Tensor = result.loss
-        return loss
+        return self.lambda1 * result.loss, outputs
+
+    def _all_crops(
+        self,
+        student: PrototypeLogits | Tensor,
+        local: PrototypeLogits | Tensor | None,
+        teacher: PrototypeLogits | Tensor,
+    ) -> PrototypeLogits | Tensor:
+        """[V * B, K] class tokens of the student's crops."""
+        images, rest = divmod(teacher.shape[0], self.ngcrops)
+        if rest:
+            raise ValueError(
+                f"teacher class tokens have {teacher.shape[0]} rows; expected a multiple of its {self.ngcrops} global crops"
+            )
+        rows = student.shape[0], 0 if local is None else local.shape[0]
+        if rows != (self.ngcrops * images, self.nlcrops * images):
+            raise ValueError(
+                f"student class tokens have {rows[0]} rows of global crops and {rows[1]} of local ones; expected "
+                f"{self.ngcrops * images} and {self.nlcrops * images}, of {self.ngcrops} and {self.nlcrops} crops of the "
+                f"{images} images that the teacher has"
+            )
+        return student if local is None else _joined(student, local)
+
+    def _joined_mask(self, student_mask: Sequence[Tensor]) -> Tensor:
+        """[G * B, N] of all global crops."""
+        masks = list(student_mask[: self.ngcrops])
+        if len(masks) < self.ngcrops or min(crop.ndim for crop in masks) < 2:
+            raise ValueError(
+                f"student_mask holds masks of shapes {[tuple(crop.shape) for crop in masks]}; expected one of [images, ...] "
+                f"for each of {self.ngcrops} global crops"
+            )
+        return torch.cat([crop.flatten(1) for crop in masks])
 
     def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
         return Stream(out_dim, student_temp, momentum, **options)
@@ -287,20 +312,46 @@ class IBOTvMFLoss(IBOTLoss):
 
     patch_loss_class = IBOTvMFPatchLoss
 
+    def _cls_loss(
+        self, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor, teacher_temp: float
+    ) -> tuple[Tensor, Outputs]:
+        result = super()._cls_loss(student, teacher, teacher_temp)
+        streams = self.stream, self.patch_loss.stream
+        if isinstance(streams[0], VMFStream) and isinstance(streams[1], VMFStream):
+            streams[1].warned |= streams[0].warned
+        return result
+
     def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        with_default: StreamOptions = {"centering": "probability", **options}
-        return VMFStream(out_dim, student_temp, momentum, **with_default)
+        return _vmf_stream(out_dim, student_temp, momentum, options)
+
+
+def _joined(student: PrototypeLogits | Tensor, local: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
+    """Rows of two calls of one head."""
+    if student.shape[-1] != local.shape[-1]:
+        raise ValueError(
+            f"student_local_cls has {local.shape[-1]} prototypes but the global crops' class tokens {student.shape[-1]}; "
+            "expected those of one head"
+        )
+    if isinstance(student, PrototypeLogits) and isinstance(local, PrototypeLogits):
+        # unlike torch.cat this compares no memory, which a compiled step cannot and which differs by call under FSDP2
+        return PrototypeLogits(torch.cat([student.features, local.features]), student.prototypes)
+    return torch.cat([student, local])  # type: ignore[list-item]
 
 
 def masked_patch_weights(mask: Tensor) -> Tensor:
-    """[M] weights that make a sum over masked patches the mean over each image's, then over all C images; fp32.
+    """[M] weights that make a sum over masked patches the mean over each image's, then over all C images; fp64.
 
     Args:
         mask: [C, N] bool; the M masked patches are taken in order.
     """
-    masked_C = mask.sum(dim=1)
-    weight_C = masked_C.clamp(min=1).float().reciprocal() / max(len(mask), 1)
-    return weight_C[:, None].expand_as(mask)[mask]
+    return _masked_rows(mask)[1]
+
+
+def _masked_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[M] which of C * N patches are masked, and their weights; the count is read once."""
+    image_M, patch_M = mask.nonzero().unbind(1)
+    weight_C = mask.sum(dim=1).clamp(min=1).double().reciprocal() / max(len(mask), 1)
+    return image_M * mask.shape[1] + patch_M, weight_C[image_M]
 
 
 def _checked_mask(mask: Tensor, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor) -> Tensor:
@@ -315,3 +366,27 @@ def _checked_mask(mask: Tensor, student: PrototypeLogits | Tensor, teacher: Prot
                 "[images, patches, K] and [images, patches]"
             )
     return mask
+
+
+class _UnstoredVMFStream(VMFStream):
+    """``VMFStream`` of a loss that is given no prototypes beside its logits."""
+
+    def prepare(
+        self,
+        student: PrototypeLogits | Tensor,
+        teacher: PrototypeLogits | Tensor,
+        teacher_temp: float,
+        prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
+    ) -> Outputs:
+        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            raise TypeError(
+                f"outputs are plain logits of shapes {tuple(student.shape)} and {tuple(teacher.shape)}, without the "
+                "prototypes' norms that the vMF normaliser needs; expected heads that return PrototypeLogits"
+            )
+        return super().prepare(student, teacher, teacher_temp, prototypes)
+
+
+def _vmf_stream(out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
+    """DINO-vMF's centring unless another was asked for."""
+    with_default: StreamOptions = {"centering": "probability", **options}
+    return _UnstoredVMFStream(out_dim, student_temp, momentum, **with_default)

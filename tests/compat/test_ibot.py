@@ -258,7 +258,7 @@ def published() -> dict[str, Any]:
     student, teacher = (ours_and_published(shared_head=shared)[1] for shared in (False, True))
     loss = PublishedIBOTLoss(31, 31, GLOBAL, 0, *schedule()[4:])
     output = teacher(torch.randn(4, 1 + TOKENS, 5))
-    loss(output, output, None, [torch.ones(2, TOKENS, 1)] * GLOBAL, 0)  # type: ignore[list-item]
+    loss(output, output, None, [torch.ones(2, TOKENS, 1)] * GLOBAL, 0)
     return {"student": student, "teacher": teacher, "ibot_loss": loss}
 
 

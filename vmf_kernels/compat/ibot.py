@@ -1,0 +1,158 @@
+"""Drop-in for bytedance/ibot: ``iBOTHead`` and ``iBOTLoss`` with its signatures, defaults, buffers and keys.
+
+A few lines of its ``main_ibot.py`` change (README); its checkpoints load, in its own code by ``load_state_dict`` and here by
+``load_checkpoint``.
+
+Legend: R images, N patches, C width of the backbone, K prototypes, D bottleneck dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vmf_kernels.compat.checkpoints import load_networks
+from vmf_kernels.heads import INIT_STD, PrototypeLayer, outlive
+from vmf_kernels.ibot import IBOTLoss, IBOTvMFLoss
+from vmf_kernels.logits import PrototypeLogits
+
+__all__ = ["IBOTvMFLoss", "iBOTHead", "iBOTLoss", "load_checkpoint"]
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "bn": nn.BatchNorm1d,
+    "syncbn": nn.SyncBatchNorm,
+    "ln": nn.LayerNorm,
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+iBOTLoss = IBOTLoss  # noqa: N816 (the published name)
+
+
+class iBOTHead(nn.Module):  # noqa: N801 (the published name)
+    """iBOT's head: one MLP, and prototypes of its own for class tokens and for patches; logits come back unstored.
+
+    Keywords, parameter names, their order and initialisation are those of the published class, so its checkpoints and its
+    optimizer's load; unlike it, the module can be deep-copied. As there, all hidden layers share one normalisation.
+
+    Args:
+        in_dim: dim C of the backbone's tokens.
+        out_dim: prototypes of class tokens.
+        patch_out_dim: prototypes of patches; not looked at with a shared head.
+        norm: of hidden layers: None, "bn", "syncbn" or "ln".
+        act: "gelu" or "relu".
+        last_norm: None; a normalisation over logits would need them stored.
+        nlayers: layers of the MLP, at least 1.
+        hidden_dim: width of its hidden layers.
+        bottleneck_dim: D; without a bottleneck there are no prototypes.
+        norm_last_layer: freeze the prototypes' norms at 1. iBOT-vMF needs False.
+        shared_head: class tokens and patches share the prototypes.
+
+    Raises:
+        ValueError: a dim is below 1, ``bottleneck_dim`` below 2, or an option is not one of those above.
+    Source: Zhou et al., "iBOT: image BERT pre-training with online tokenizer", ICLR 2022, section 3.2.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        patch_out_dim: int = 8192,
+        norm: str | None = None,
+        act: str = "gelu",
+        last_norm: str | None = None,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+        shared_head: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(in_dim, out_dim, patch_out_dim, hidden_dim) < 1 or bottleneck_dim < 2:
+            raise ValueError(
+                "in_dim, out_dim, patch_out_dim, hidden_dim, bottleneck_dim are "
+                f"{in_dim}, {out_dim}, {patch_out_dim}, {hidden_dim}, {bottleneck_dim}; expected at least 1, 1, 1, 1 and 2"
+            )
+        _check_options(norm, act, last_norm)
+        widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1)
+        self.mlp = _mlp(widths, bottleneck_dim, norm, act)
+        for module in self.mlp.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.zeros_(module.bias)
+        self.last_layer = PrototypeLayer(bottleneck_dim, out_dim, frozen_norm=norm_last_layer)
+        self.last_layer2 = self.last_layer
+        if not shared_head:
+            self.last_layer2 = PrototypeLayer(bottleneck_dim, patch_out_dim, frozen_norm=norm_last_layer)
+
+    def forward(self, x: Tensor) -> PrototypeLogits | tuple[PrototypeLogits, PrototypeLogits]:
+        """Logits in the dtype autocast gives the MLP.
+
+        Args:
+            x: [R, 1 + N, C] class token and patches of each image, or [R, C] class tokens alone. The MLP runs over all that is
+                given: local crops, whose patches no loss looks at, cost less as [R, C].
+
+        Returns:
+            [R, K] of class tokens and [R, N, K] of patches, or [R, K] for class tokens alone.
+        """
+        # batch norm counts every token as a row, whichever image it is of
+        hidden = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        # the published eps, 1e-12, is 0 in fp16, where a zero row would divide by it
+        eps = max(1e-12, torch.finfo(hidden.dtype).smallest_normal)
+        features = functional.normalize(hidden, dim=-1, p=2.0, eps=eps)
+        if x.ndim == 2:
+            return outlive(self, self.last_layer(features))
+        return outlive(self, self.last_layer(features[:, 0])), outlive(self, self.last_layer2(features[:, 1:]))
+
+
+def load_checkpoint(
+    checkpoint: str | PathLike[str] | Mapping[str, Any],
+    *,
+    network: str = "teacher",
+    backbone: nn.Module | None = None,
+    head: nn.Module | None = None,
+    loss: nn.Module | None = None,
+) -> None:
+    """Load a published training checkpoint into our modules, strictly.
+
+    Args:
+        checkpoint: its path or, already loaded, its mapping with the entries ``teacher``, ``student`` and ``ibot_loss``.
+            Keys may carry the prefix ``module.`` (DDP). A file is read without running pickled code.
+        network: "teacher" or "student": which one ``backbone`` and ``head`` take.
+        backbone: takes the keys under ``backbone.``, or None.
+        head: takes the keys under ``head.``, or None.
+        loss: takes the entry ``ibot_loss``, both centres, or None.
+
+    Raises:
+        ValueError: ``network`` is unknown, or the checkpoint lacks an entry or prefix; says which it has.
+        RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
+    """
+    load_networks(checkpoint, network, {"backbone.": backbone, "head.": head}, {"ibot_loss": loss})
+
+
+def _check_options(norm: str | None, act: str, last_norm: str | None) -> None:
+    if norm is not None and norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; expected None or one of {', '.join(NORMS)}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if last_norm is not None:
+        raise ValueError(
+            f"last_norm is {last_norm!r}, a normalisation over logits, which are never stored here; expected None"
+        )
+
+
+def _mlp(widths: list[int], out_dim: int, norm: str | None, act: str) -> nn.Module:
+    """[..., widths[0]] to [..., out_dim]; hidden layers are followed by one shared norm and an activation."""
+    if len(widths) == 1:
+        return nn.Linear(widths[0], out_dim)
+    shared = [] if norm is None else [NORMS[norm](widths[1])]
+    modules: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        modules += [nn.Linear(before, after), *shared, ACTIVATIONS[act]()]
+    return nn.Sequential(*modules, nn.Linear(widths[-1], out_dim))
