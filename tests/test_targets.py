@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from tests.measure import relative_error
-from tests.test_logits import PROTOTYPE_DIM_OPERATIONS, ROW_OPERATIONS, VALUE_OPERATIONS, stored
+from tests.row_operations import PROTOTYPE_DIM_OPERATIONS, ROW_OPERATIONS, VALUE_OPERATIONS, stored
 from vmf_kernels import (
     PrototypeLogits,
     Prototypes,

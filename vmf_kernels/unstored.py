@@ -18,7 +18,7 @@ PROTOTYPE_DIM = "the last dim holds the prototypes, which are never split"
 JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
 ROW_FUNCTIONS = (
     *("chunk", "split", "split_with_sizes", "unbind", "unsqueeze", "squeeze", "flatten", "unflatten", "reshape"),
-    *("index_select", "detach", "clone", "numel", "is_floating_point"),
+    *("transpose", "narrow", "index_select", "detach", "clone", "numel", "is_floating_point"),
 )
 OPERATORS = (
     *(f"{side}{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul") for side in ("", "r")),
@@ -64,6 +64,11 @@ class UnstoredRows:
     def device(self) -> torch.device:
         """Device of the rows."""
         return self._rows.device
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the rows are on a GPU."""
+        return self._rows.is_cuda
 
     @property
     def ndim(self) -> int:
@@ -147,6 +152,14 @@ class UnstoredRows:
         """As ``reshape``."""
         return self.reshape(*sizes)
 
+    def transpose(self, dim0: int, dim1: int) -> Self:
+        """As ``Tensor.transpose`` of two dims of rows."""
+        return self._with(self._rows.transpose(self._row_dim(dim0), self._row_dim(dim1)))
+
+    def narrow(self, dim: int, start: int, length: int) -> Self:
+        """As ``Tensor.narrow`` along a dim of rows."""
+        return self._with(self._rows.narrow(self._row_dim(dim), start, length))
+
     def index_select(self, dim: int, index: Tensor) -> Self:
         """As ``Tensor.index_select`` along a dim of rows."""
         return self._with(self._rows.index_select(self._row_dim(dim), index))
@@ -176,6 +189,14 @@ class UnstoredRows:
             return self._probe().type()
         probe = self._probe().type(dtype)
         return self._moved(probe.device, probe.dtype)
+
+    def cpu(self) -> Self:
+        """On the CPU."""
+        return self._moved(torch.device("cpu"), self.dtype)
+
+    def cuda(self, device: Any = None) -> Self:
+        """On a GPU."""
+        return self.to("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
 
     def float(self) -> Self:
         """Values in fp32."""
@@ -214,7 +235,7 @@ class UnstoredRows:
         raise TypeError(f"torch.{name} on {cls.__name__}: {advice(name)}")
 
     @classmethod
-    def _join(cls, name: str, tensors: Sequence[Self], dim: int = 0) -> Self:
+    def _join(cls, name: str, tensors: Sequence[Self], dim: int = 0, *, axis: int | None = None) -> Self:
         """``torch.cat`` or ``torch.stack`` along a dim of rows.
 
         Raises:
@@ -227,7 +248,7 @@ class UnstoredRows:
         first = tensors[0]
         for other in tensors[1:]:
             first._check_joins(other, name)
-        resolved = first._row_dim(dim, extra=1 if name == "stack" else 0)
+        resolved = first._row_dim(dim if axis is None else axis, extra=1 if name == "stack" else 0)
         return first._with(JOINS[name]([t._rows for t in tensors], dim=resolved))
 
     @property
