@@ -215,6 +215,19 @@ def spoilt_block(place: Place, rank: int) -> str:
     return "nothing"
 
 
+def other_rows(place: Place, rank: int) -> str:
+    """What the loss says where rank 1 holds rows of its own."""
+    problem = place.problem(problem_of("views"))
+    features, prototypes = problem.student_leaves()
+    if rank == 1:
+        features = features.detach().flip(1)
+    try:
+        loss_of(problem, place, features, prototypes)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def collective_case(rank: int | None) -> Results:
     """Rows gathered from ranks of which one has none, their gradient, and log-sums of which one is -inf."""
     torch.manual_seed(2)
@@ -240,6 +253,7 @@ def run_rank(rank: int, folder: str) -> None:
             "one rank": outcome_of(problem_of("views"), alone),
             "refusal": refusal(),
             "spoilt": spoilt_block(ranks.place(4), rank),
+            "other rows": other_rows(ranks.place(4), rank),
             "collectives": collective_case(rank),
         },
         f"{folder}/{rank}.pt",
@@ -326,6 +340,11 @@ def test_every_rank_refuses_a_block_with_nan(ranks: list[Results]) -> None:
     """Where one alone raised, the others would wait for it in their next collective."""
     dim = problem_of("views").student_features.shape[1]
     assert [rank["spoilt"].split(";")[0] for rank in ranks] == [f"prototypes contain {dim} NaN"] * RANKS
+
+
+def test_every_rank_refuses_rows_that_are_not_the_same(ranks: list[Results]) -> None:
+    for rank in ranks:
+        assert rank["other rows"].startswith("ranks of the prototype group hold different rows"), rank["other rows"]
 
 
 def test_collectives_serve_a_rank_without_rows(ranks: list[Results]) -> None:

@@ -24,7 +24,7 @@ def test_python_block_runs_and_prints(number: int, capsys: pytest.CaptureFixture
 
 
 def test_readme_has_its_blocks() -> None:
-    assert len(PYTHON_BLOCKS) == 3, f"found {len(PYTHON_BLOCKS)} python blocks"
+    assert len(PYTHON_BLOCKS) == 4, f"found {len(PYTHON_BLOCKS)} python blocks"
 
 
 def test_set_up_command_uses_the_constraints_and_existing_extras() -> None:

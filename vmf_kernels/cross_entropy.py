@@ -28,7 +28,7 @@ from vmf_kernels.backends.contract import LossInputs
 from vmf_kernels.once import ReadyGradients, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype
-from vmf_kernels.ranks import group_named, name_of, sum_over_ranks
+from vmf_kernels.ranks import gather_objects, group_named, name_of, sum_over_ranks
 from vmf_kernels.statistics import AssignmentStatistics, SharedStatistics, entropy
 
 
@@ -73,14 +73,16 @@ def prototype_cross_entropy(
         backend: "auto", "triton", "streaming" or "reference".
         prototype_group: ranks that share out the prototypes: each has a block of them (K may differ) and the same rows,
             bitwise, and gets the loss and the features' gradient whole, its own prototypes' gradient and usage. They
-            exchange D + 4 numbers a row, never logits. None where this rank has all prototypes.
+            exchange D + 4 numbers a row, never logits. The student's prototypes, and its features, require a gradient on all
+            of these ranks or on none. None where this rank has all prototypes.
 
     Returns:
         The loss, nats, and its statistics.
 
     Raises:
         ValueError: shapes, weights, temperatures or the backend's name do not fit, or (CPU only, as it would wait for
-            the device elsewhere) the prototypes contain NaN. Says what was got and what was expected.
+            the device elsewhere) the prototypes contain NaN or ranks of the group hold different rows. Says what was got and
+            what was expected.
         RuntimeError: differentiated twice, or the backend asked for cannot run.
     Source: Caron et al., ICCV 2021 (DINO), section 3.1; Govindarajan et al., ICLR 2023 (DINO-vMF), section 4.
     """
@@ -209,6 +211,7 @@ def _cross_entropy_op(
     student = Prototypes(student_weight, student_magnitude, student_kind)
     teacher = Prototypes(teacher_weight, teacher_magnitude, teacher_kind)
     ranks = group_named(group)
+    _refuse_other_rows(student_features, teacher_features, ranks)
     outputs = choose_backend(
         backend, _rows_of_products(student_features, teacher_features), student_weight
     ).cross_entropy(
@@ -229,6 +232,24 @@ def _cross_entropy_op(
     stored = (student_weight, student_magnitude, teacher_weight, teacher_magnitude)
     refuse_nan_prototypes(outputs.loss, *stored, group=ranks)
     return outputs
+
+
+def _refuse_other_rows(student: Tensor, teacher: Tensor, group: ProcessGroup | None) -> None:
+    """Raise ValueError, on all ranks, unless those of a prototype group hold the same rows; looks on the CPU only."""
+    if group is None or student.device.type != "cpu":
+        return
+    everyone = gather_objects([(*rows.shape, _checksum(rows)) for rows in (student, teacher)], group)
+    if any(other != everyone[0] for other in everyone):
+        raise ValueError(
+            f"ranks of the prototype group hold different rows: shapes and checksums of student and teacher are {everyone}; "
+            "expected the same rows on each, gathered first where every rank has its own"
+        )
+
+
+def _checksum(rows: Tensor) -> int:
+    """The bits as integers, weighed by their places: in whatever order they are added, the same."""
+    bits = rows.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.dtype.itemsize]).flatten()
+    return int(bits.to(torch.int64) @ torch.arange(1, len(bits) + 1))
 
 
 def _rows_of_products(student: Tensor, teacher: Tensor) -> Tensor:

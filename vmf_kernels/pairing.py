@@ -80,7 +80,10 @@ def check_pairing(pairing: Pairing, teacher_rows: int, student_rows: int) -> int
     teacher_views, student_views = pairing.view_weights.shape
     for rows, views, side in ((teacher_rows, teacher_views, "teacher"), (student_rows, student_views, "student")):
         if views == 0 or rows % views:
-            raise ValueError(f"{side} has {rows} rows, not divisible by its {views} views (crops)")
+            raise ValueError(
+                f"{side} has {rows} rows, not divisible by its {views} views (crops); pair weights are "
+                f"{list(pairing.view_weights.shape)}, expected [teacher views, student views]"
+            )
     images = teacher_rows // teacher_views
     if student_rows // student_views != images:
         raise ValueError(

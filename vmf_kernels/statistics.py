@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class AssignmentStatistics:
-    """Detached by-products of the loss, averaged over the pairs with their weights; entropies in nats.
+    """Detached by-products of the loss, averaged over the pairs of this rank with their weights; entropies in nats.
 
     ``loss = (teacher_entropy + kl) * sum of pair weights``. A healthy loss may rise; ``mutual_information`` near 0 is a
     dead head, whatever the loss says: all rows go to one prototype, or every row to all of them.

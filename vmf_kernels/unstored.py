@@ -196,7 +196,9 @@ class UnstoredRows:
 
     def cuda(self, device: Any = None) -> Self:
         """On a GPU."""
-        return self.to("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
+        return self.to(
+            "cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device
+        )
 
     def float(self) -> Self:
         """Values in fp32."""
@@ -213,6 +215,9 @@ class UnstoredRows:
     def bfloat16(self) -> Self:
         """Values in bf16."""
         return self._moved(self.device, torch.bfloat16)
+
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        raise TypeError(f"{self._kind} as an array: {advice('numpy')}")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -292,7 +297,10 @@ class UnstoredRows:
 
 def advice(name: str) -> str:
     """What to do about an operation that needs values."""
-    return f"the [rows, K] values are not stored; call .materialize() first if {name} really needs them"
+    return (
+        f"the [rows, K] values are not stored; losses take them as they are (temperature, centre and softmax are applied "
+        f"there); call .materialize() first if {name} really needs them"
+    )
 
 
 def _dims_used(part: Any) -> int:
