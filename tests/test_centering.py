@@ -5,6 +5,7 @@ Legend: R teacher rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -176,15 +177,85 @@ def test_a_batch_that_is_not_finite_leaves_the_center(kind: str, output: str, va
     assert center.center.isfinite().all()
 
 
+@pytest.mark.parametrize("bad_at", [0, 1, 2])
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("start", ["zero", "first_batch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_bad_micro_batch_drops_the_step(kind: str) -> None:
-    center, bad = make_center(kind), teacher_logits()
-    before = center.center.clone()
+def test_a_bad_micro_batch_counts_as_none(kind: str, start: str, output: str, bad_at: int) -> None:
+    with_it, without, bad = make_center(kind, start), make_center(kind, start), teacher_logits()
     bad.features[4, 2] = math.nan
-    for logits in (teacher_logits(), bad, teacher_logits()):
-        center.accumulate(*batch_of(logits))
+    good = [teacher_logits(rows) for rows in (ROWS, 3)]
+    for logits in (*good[:bad_at], bad, *good[bad_at:]):
+        with_it.accumulate(*batch_of(logits, output))
+    for logits in good:
+        without.accumulate(*batch_of(logits, output))
+    for center in (with_it, without):
+        center.apply_pending()
+    assert with_it.center.isfinite().all()
+    assert torch.equal(with_it.center, without.center)
+    assert not torch.equal(without.center, make_center(kind, start).center), "the good batches did not move the centre"
+
+
+def test_a_batch_that_overflows_the_sum_counts_as_none() -> None:
+    """Its own mean is finite."""
+    center = LogitCenter(5, momentum=0.0)
+    center.accumulate(torch.full((1, 5), 2e38), TAU)
+    center.accumulate(torch.full((1, 5), 3e38), TAU)
     center.apply_pending()
-    assert torch.equal(center.center, before)
+    assert center.center.eq(2e38).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_logits_of_any_number_of_dims_are_rows(kind: str) -> None:
+    rows = teacher_logits(12).materialize()
+    shapes = [(12, PROTOTYPES), (3, 4, PROTOTYPES), (1, 12, 1, PROTOTYPES)]
+    centers = [make_center(kind, "first_batch") for _ in shapes]
+    for center, shape in zip(centers, shapes, strict=True):
+        center.begin(rows.view(shape), TAU)
+        center.update(rows.view(shape), TAU)
+    assert centers[0].center.isfinite().all()
+    assert all(torch.equal(center.center, centers[0].center) for center in centers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_center_stays_fp32_in_a_short_module(kind: str) -> None:
+    plain, batches = make_center(kind), [teacher_logits() for _ in range(3)]
+    plain.update(*batch_of(batches[0]))
+    shorts = [copy.deepcopy(plain) for _ in range(3)]
+    for center, cast in zip(shorts, ("half", "bfloat16", "to"), strict=True):
+        getattr(torch.nn.Sequential(center), cast)(*[torch.bfloat16] * (cast == "to"))
+    for center in (plain, *shorts):
+        for logits in batches[1:]:
+            center.update(*batch_of(logits))
+        assert center.center.dtype == torch.float32
+        assert torch.equal(center.center, plain.center)
+    assert plain.double().center.dtype == torch.float64
+    assert plain.half().to("meta").center.is_meta
+
+
+@pytest.mark.parametrize("start", ["zero", "first_batch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_center_without_memory_starts_by_reset_parameters(kind: str, start: str) -> None:
+    with torch.device("meta"):
+        center = make_center(kind, start)
+    center.to_empty(device="cpu")
+    center.center.fill_(7.0)  # what to_empty leaves is anything
+    center.reset_parameters()
+    made, logits = make_center(kind, start), teacher_logits()
+    torch.testing.assert_close(center.center, made.center, rtol=0, atol=0, equal_nan=True)
+    for each in (center, made):
+        each.begin(*batch_of(logits))
+        each.update(*batch_of(logits))
+    assert torch.equal(center.center, made.center)
+
+
+def test_reset_parameters_drops_what_waits() -> None:
+    center = make_center("logit")
+    center.update(*batch_of(teacher_logits()))
+    center.accumulate(*batch_of(teacher_logits()))
+    center.reset_parameters()
+    center.apply_pending()
+    assert center.center.eq(0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

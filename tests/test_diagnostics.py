@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.measure import allocations_of
-from vmf_kernels import diagnostics, unique_prototypes
+from vmf_kernels import diagnostics, unique_prototypes, weight_norm_prototypes
 
 DIM = 6
 
@@ -164,3 +164,22 @@ def test_weights_that_require_a_gradient_are_counted() -> None:
 def test_wrong_arguments_are_refused(weight: Tensor, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unique_prototypes(weight, **options)  # type: ignore[arg-type]
+
+
+def test_freed_prototypes_are_refused_not_read() -> None:
+    weight = torch.randn(5, DIM)
+    assert unique_prototypes(weight).count == 5
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has been freed"):
+        unique_prototypes(weight)
+
+
+def test_prototypes_count_as_their_effective_weight() -> None:
+    g, v = torch.randn(7, 1), torch.randn(7, 3)
+    g[1] = 2 * g[0]
+    v[1] = v[0]
+    assert unique_prototypes(weight_norm_prototypes(g, v), 0.01).count == 6
+    g[1] = -g[1]  # a negative norm turns the direction around
+    assert unique_prototypes(weight_norm_prototypes(g, v), 0.01).count == 7
+    with pytest.raises(ValueError, match=r"weight is a list; expected Prototypes, or a matrix"):
+        unique_prototypes([1.0])  # type: ignore[arg-type]

@@ -25,7 +25,16 @@ from torch.multiprocessing.spawn import spawn
 
 from tests.measure import relative_error, worst_error
 from tests.published import follow
-from vmf_kernels import DINOHead, DINOLoss, DINOvMFLoss, LogitCenter, ProbabilityCenter, PrototypeLogits, vmf_prototypes
+from vmf_kernels import (
+    DINOHead,
+    DINOLoss,
+    DINOvMFLoss,
+    LogitCenter,
+    ProbabilityCenter,
+    PrototypeLogits,
+    SinkhornKnopp,
+    vmf_prototypes,
+)
 from vmf_kernels.centering import Center
 
 RANKS = 2
@@ -188,12 +197,32 @@ def rank_without_rows_case(share: Share) -> Results:
     return results
 
 
+def copy_case(share: Share) -> Results:
+    """Centres and dual vectors by modules with process groups and by their deep copies, which share them."""
+    group = None if share.rank is None else torch.distributed.group.WORLD
+    rows = torch.randn(8, 10, generator=torch.Generator().manual_seed(4))[share.rows(SPLITS["unequal"])]
+    results = {}
+    for kind in ("logit", "probability"):
+        center = LogitCenter(10, row_group=group) if kind == "logit" else ProbabilityCenter(10, row_group=group)
+        for name, each in (("copy", copy.deepcopy(center)), ("original", center)):
+            each.update(rows, TAU)
+            results[f"{kind} {name}"] = each.center[0]
+    sinkhorn = SinkhornKnopp(row_group=group)
+    for name, rule in (("copy", copy.deepcopy(sinkhorn)), ("original", sinkhorn)):
+        results[f"sinkhorn {name}"] = rule.target_bias(rows, TAU)
+    blocks = LogitCenter(10, prototype_group=group), SinkhornKnopp(prototype_group=group)
+    for module in blocks:
+        assert copy.deepcopy(module).prototype_group is group
+    return results
+
+
 CASES: tuple[Callable[[Share], Any], ...] = (
     center_cases,
     micro_batch_cases,
     bad_batch_cases,
     training_cases,
     rank_without_rows_case,
+    copy_case,
 )
 
 
@@ -319,3 +348,11 @@ def test_a_rank_without_rows_keeps_up(runs: Runs, method: str, output: str) -> N
     for results in (first, second):
         error = relative_error(results[f"{name} center"], alone[f"{name} center"])
         assert error <= BUDGET, f"relative error {error:.2e}, budget {BUDGET:.0e}"
+
+
+@pytest.mark.parametrize("rule", ["logit", "probability", "sinkhorn"])
+def test_a_deep_copy_counts_rows_over_the_same_ranks(runs: Runs, rule: str) -> None:
+    expected = runs.alone["copy_case"][f"{rule} original"]
+    for rank in runs.ranks:
+        for name in ("copy", "original"):
+            torch.testing.assert_close(rank["copy_case"][f"{rule} {name}"], expected)

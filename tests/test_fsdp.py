@@ -28,7 +28,16 @@ from torch.multiprocessing.spawn import spawn
 from tests.measure import relative_error, worst_error
 from tests.published import follow
 from tests.test_distributed import RANKS, Share
-from vmf_kernels import DINOHead, DINOLoss, DINOvMFLoss, LogitCenter, PrototypeLogits
+from vmf_kernels import (
+    DINOHead,
+    DINOLoss,
+    DINOvMFLoss,
+    LogitCenter,
+    PrototypeKoLeoLoss,
+    PrototypeLogits,
+    TeacherTargets,
+    unique_prototypes,
+)
 from vmf_kernels.fuse import fuse_head
 
 PROTOTYPES, DIM, IN_DIM, CROPS, IMAGES, STEPS = 301, 24, 12, 4, 8, 3
@@ -225,6 +234,9 @@ def freed_cases(share: Share) -> dict[str, str]:
         "vmf": lambda: DINOvMFLoss(PROTOTYPES, CROPS, TAU, TAU, 0, 1)(student(x), teacher(x[:4]), 0),
         "center": lambda: LogitCenter(PROTOTYPES).update(teacher(x), TAU),
         "materialize": lambda: student(x).materialize(),
+        "targets": lambda: TeacherTargets(teacher(x), TAU).materialize(),
+        "koleo": lambda: PrototypeKoLeoLoss()(student(x).prototypes),
+        "unique": lambda: unique_prototypes(student(x).prototypes.weight),
     }
     return messages_of(attempts)
 
@@ -337,7 +349,7 @@ def test_parameters_in_bf16_are_close_to_fp32(runs: Runs, reshard: bool, output_
     assert error > 1e-4, f"relative error {error:.2e}: nothing was rounded to bf16"
 
 
-@pytest.mark.parametrize("use", ["dino", "vmf", "center", "materialize"])
+@pytest.mark.parametrize("use", ["dino", "vmf", "center", "materialize", "targets", "koleo", "unique"])
 def test_freed_prototypes_are_refused_with_the_remedies(runs: Runs, use: str) -> None:
     for rank in runs.ranks:
         message = rank["freed_cases"].get(use, "nothing was raised")

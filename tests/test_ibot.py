@@ -36,7 +36,7 @@ from tests.measure import worst_error
 from tests.published_ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
 from tests.published_sinkhorn import published_sinkhorn_knopp
 from vmf_kernels import PrototypeLogits
-from vmf_kernels.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss, masked_patch_weights
+from vmf_kernels.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
 
 BUDGET = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, in norm, of each tensor of each step
 SEEN = 100  # a broken formula must be off by so many budgets
@@ -278,13 +278,6 @@ def test_masks_may_have_the_shape_of_the_image() -> None:
         for shaped in (mask, mask.unflatten(1, (SIDE, SIDE)))
     )
     assert flat == square
-
-
-def test_masked_patch_weights_sum_to_the_share_of_masked_images() -> None:
-    mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
-    expected = torch.tensor([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3], dtype=torch.float64) / 3
-    torch.testing.assert_close(masked_patch_weights(mask), expected)
-    assert masked_patch_weights(mask[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("patch_loss", [IBOTPatchLoss, IBOTvMFPatchLoss])

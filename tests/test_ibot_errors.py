@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ibot_steps import GLOBAL, IMAGES, PATCHES, PROTOTYPES, STEPS, heads, make_batch, our_step, schedule
+from tests.ibot_steps import DIM, GLOBAL, IMAGES, PATCHES, PROTOTYPES, STEPS, heads, make_batch, our_step, schedule
+from vmf_kernels import PrototypeLogits, linear_prototypes, weight_norm_prototypes
 from vmf_kernels.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
 
 NAMES = (
@@ -89,6 +90,32 @@ def test_arguments_that_fit_are_taken() -> None:
     assert loss.center.ne(0).any()
 
 
+def other_patches(given: Any) -> Any:
+    """The same patches with other prototypes: one fewer, of another dim, or both."""
+    cls, patches = given
+    return cls, PrototypeLogits(patches.features[..., 1:], linear_prototypes(torch.randn(patches.shape[-1], DIM - 1)))
+
+
+UNSTARTED = [
+    pytest.param(1, lambda t: (t[0], t[1].unflatten(0, (1, -1))), "teacher patches have shape", id="patches"),
+    pytest.param(0, other_patches, f"dim {DIM - 1} but the teacher .* dim {DIM}", id="patches-D"),
+    pytest.param(0, lambda s: (s[0], s[1].materialize()[..., 1:]), "PrototypeLogits", id="patches-kind"),
+    pytest.param(3, lambda masks: [m[:, :2] for m in masks], r"but the mask \(6, 6\); expected", id="mask"),
+]
+
+
+@pytest.mark.parametrize(("position", "change", "message"), UNSTARTED)
+def test_an_error_in_the_patches_starts_neither_center(position: int, change: Any, message: str) -> None:
+    loss = IBOTLoss(*schedule(), center_start="first_batch")
+    with pytest.raises((ValueError, TypeError), match=message):
+        loss(*changed(position, change))
+    assert loss.center.isnan().all()
+    assert loss.center2.isnan().all()
+    loss(*outputs())
+    assert loss.center.isfinite().all()
+    assert loss.center2.isfinite().all()
+
+
 @pytest.mark.parametrize("part", [0, 1], ids=["cls", "patch"])
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
 def test_one_stored_side_is_refused(side: int, part: int) -> None:
@@ -109,6 +136,37 @@ def test_local_class_tokens_of_another_head_are_refused() -> None:
     student = heads(prototypes=(7, 7))[0]
     with pytest.raises(ValueError, match=f"has 7 prototypes but the global crops' class tokens {PROTOTYPES[0]}"):
         IBOTLoss(*schedule())(*changed(2, lambda _: student(make_batch(0).local)[0]))
+
+
+def test_local_class_tokens_of_a_like_head_are_refused() -> None:
+    """As many prototypes of the same kind and dim."""
+    loss = IBOTLoss(*schedule())
+    with pytest.raises(ValueError, match="student_local_cls has other prototypes than the global crops' class tokens"):
+        loss(*changed(2, lambda _: heads()[0](make_batch(0).local)[0]))
+    assert loss.center.eq(0).all()
+
+
+def test_local_class_tokens_of_one_kind_and_detachment_are_expected() -> None:
+    for change in (PrototypeLogits.detach, with_vmf):
+        with pytest.raises(ValueError, match="expected those of one head, both detached or neither"):
+            IBOTLoss(*schedule())(*changed(2, change))
+
+
+def test_local_class_tokens_may_come_with_copies_of_the_prototypes() -> None:
+    """As FSDP2 units return them, whose memory differs by call."""
+    given = outputs()
+    copied = [*given[:2], with_copied_prototypes(given[2]), *given[3:]]
+    assert IBOTLoss(*schedule())(*given)["cls"] == IBOTLoss(*schedule())(*copied)["cls"]
+
+
+def with_vmf(logits: PrototypeLogits) -> PrototypeLogits:
+    return PrototypeLogits(logits.features, logits.prototypes.with_vmf())
+
+
+def with_copied_prototypes(logits: PrototypeLogits) -> PrototypeLogits:
+    stored = logits.prototypes
+    assert stored.magnitude is not None
+    return PrototypeLogits(logits.features, weight_norm_prototypes(stored.magnitude.clone(), stored.weight.clone()))
 
 
 @pytest.mark.parametrize("swapped", [0, 1], ids=["cls", "patch"])
@@ -138,3 +196,20 @@ def test_nan_prototypes_are_refused() -> None:
         weight[7, 0] = torch.nan
     with pytest.raises(ValueError, match="prototypes contain 1 NaN; expected finite weights"):
         our_step(IBOTLoss(*schedule()))(student, teacher, make_batch(0), 0)
+
+
+def test_masks_that_are_missing_are_named() -> None:
+    with pytest.raises(ValueError, match=r"student_mask is None; expected a bool mask"):
+        IBOTLoss(5, 5, 2, 0, 0.04, 0.04, 0.04, 0.04, 0, 1)(
+            (torch.randn(4, 5), torch.randn(4, 3, 5)),
+            (torch.randn(4, 5), torch.randn(4, 3, 5)),
+            None,
+            None,
+            0,  # type: ignore[arg-type]
+        )
+
+
+def test_a_tuple_for_the_local_class_tokens_is_refused() -> None:
+    cls, patch = torch.randn(4, 5), torch.randn(4, 3, 5)
+    with pytest.raises(TypeError, match=r"student output is tuple; expected PrototypeLogits"):
+        IBOTLoss(5, 5, 2, 1, 0.04, 0.04, 0.04, 0.04, 0, 1)((cls, patch), (cls, patch), (cls, patch), [], 0)  # type: ignore[arg-type]

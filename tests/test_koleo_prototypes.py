@@ -257,3 +257,34 @@ def test_a_tensor_that_holds_no_prototypes_is_refused(weight: Tensor) -> None:
 def test_an_eps_that_is_not_positive_is_refused(eps: float) -> None:
     with pytest.raises(ValueError, match=r"eps is .*; expected a number > 0"):
         PrototypeKoLeoLoss(eps)
+
+
+@pytest.mark.parametrize("freed", ["weight", "magnitude"])
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_freed_prototypes_are_refused_not_read(when: str, freed: str) -> None:
+    magnitude, weight = torch.ones(9, 1), random_weight(9).requires_grad_()
+    prototypes = weight_norm_prototypes(magnitude, weight)
+    storage = {"weight": weight, "magnitude": magnitude}[freed].untyped_storage()
+    if when == "forward":
+        storage.resize_(0)
+        with pytest.raises(RuntimeError, match="has been freed"):
+            PrototypeKoLeoLoss()(prototypes)
+        return
+    loss = PrototypeKoLeoLoss()(prototypes)
+    storage.resize_(0)
+    if freed == "magnitude":  # whose signs were kept
+        loss.backward()
+        assert weight.grad is not None
+        return
+    with pytest.raises(RuntimeError, match="has been freed"):
+        loss.backward()
+
+
+def test_freed_plain_prototypes_are_refused_not_read() -> None:
+    weight = random_weight(9).requires_grad_()
+    loss = PrototypeKoLeoLoss()(weight)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has been freed"):
+        PrototypeKoLeoLoss()(linear_prototypes(weight))
+    with pytest.raises(RuntimeError, match="has been freed"):
+        loss.backward()

@@ -8,6 +8,7 @@ Legend: B images, C crops, K prototypes, D embedding dim.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch.multiprocessing.spawn import spawn
 
 from tests.measure import relative_error
 from vmf_kernels import koleo
+from vmf_kernels.compat import dinov3
 from vmf_kernels.koleo import DistributedKoLeoLoss, KoLeoLoss, PrototypeKoLeoLoss
 from vmf_kernels.prototypes import weight_norm_prototypes
 from vmf_kernels.ranks import gather_rows
@@ -38,8 +40,8 @@ Results = dict[str, tuple[Tensor, Tensor]]  # loss and gradient
 class DetachedKoLeoLoss(DistributedKoLeoLoss):
     """A wrong one: other ranks' rows are constants."""
 
-    def _candidates(self, rows_BCD: Tensor) -> tuple[Tensor, int]:
-        among, start = gather_rows(rows_BCD.detach(), self.group)
+    def _candidates(self, rows_BCD: Tensor, counts: list[int]) -> tuple[Tensor, int]:
+        among, start = gather_rows(rows_BCD.detach(), self.group, counts)
         return torch.cat([among[:start], rows_BCD, among[start + rows_BCD.shape[0] :]]), start
 
 
@@ -90,13 +92,34 @@ def prototype_cases(rank: int | None) -> Results:
     return results
 
 
-def refusal() -> str:
-    """What a rank is told where both together have too few rows."""
-    try:
-        DistributedKoLeoLoss(topk=2)(torch.randn(1, DIM))
-    except ValueError as error:
-        return str(error)
-    return "no error"
+def refusals(rank: int) -> dict[str, str]:
+    """What a rank is told where the rows of both, or of the second alone, do not fit, and where it is differentiated twice."""
+    odd = torch.randn(4, DIM) if rank == 0 else torch.randn(3, DIM)
+    tall = odd if rank == 0 else torch.randn(2, 2, DIM)
+    attempts: dict[str, Callable[[], object]] = {
+        "few": lambda: DistributedKoLeoLoss(topk=2)(torch.randn(1, DIM)),
+        "crops": lambda: DistributedKoLeoLoss(crops=2)(odd),
+        "dims": lambda: DistributedKoLeoLoss()(tall),
+        "group size": lambda: dinov3.KoLeoLossDistributed(1, 5)(torch.randn((4, 1)[rank], DIM)),
+        "group overlap": lambda: dinov3.KoLeoLossDistributed(1, 3)(torch.randn((4, 2)[rank], DIM)),
+        "small group": lambda: dinov3.KoLeoLossDistributed(2, 2)(torch.randn((4, 0)[rank], DIM)),
+        "twice": lambda: second_derivative(DistributedKoLeoLoss()),
+    }
+    said = {}
+    for name, attempt in attempts.items():
+        said[name] = "no error"
+        try:
+            attempt()
+        except (ValueError, RuntimeError) as error:
+            said[name] = str(error)
+    return said
+
+
+def second_derivative(loss: KoLeoLoss) -> Tensor:
+    x = torch.randn(4, DIM, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    return second
 
 
 def cases(rank: int | None) -> dict[str, Any]:
@@ -112,7 +135,7 @@ def run_rank(rank: int, folder: str) -> None:
     """All cases on one rank; what they gave goes to a file."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.save(cases(rank) | {"refusal": refusal()}, f"{folder}/{rank}.pt")
+    torch.save(cases(rank) | {"refusals": refusals(rank)}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -191,5 +214,35 @@ def test_prototypes_over_ranks_have_the_loss_of_all(runs: Runs, split: str) -> N
 
 
 def test_every_rank_is_told_that_all_have_too_few_rows(runs: Runs) -> None:
-    expected = "features have shape (1, 6); expected [B, D] with B >= 3 rows over all ranks"
-    assert [rank["refusal"] for rank in runs.ranks] == [expected] * RANKS
+    expected = "features have shape (1, 6) and the ranks [1, 1] rows; expected [B, D] with B >= 3 rows over all ranks"
+    assert [rank["refusals"]["few"] for rank in runs.ranks] == [expected] * RANKS
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("crops", "the ranks [4, 3] rows; expected [2 * B, D] with B >= 2 rows over all ranks"),
+        ("dims", "the ranks [4, -1] rows; expected [B, D]"),
+        ("group overlap", "loss_group_size is 3 but the ranks have [4, 2] rows"),
+        ("small group", "loss_group_size is 2 but the ranks have [4, 0] rows"),
+    ],
+)
+def test_rows_of_one_rank_that_do_not_fit_are_refused_on_all(runs: Runs, name: str, said: str) -> None:
+    for rank in runs.ranks:
+        assert said in rank["refusals"][name]
+
+
+def test_rows_that_fit_a_group_are_taken(runs: Runs) -> None:
+    """Negative control."""
+    assert [rank["refusals"]["group size"] for rank in runs.ranks] == ["no error"] * RANKS
+
+
+def test_a_second_derivative_over_ranks_is_refused(runs: Runs) -> None:
+    for rank in runs.ranks:
+        assert rank["refusals"]["twice"].startswith("rows gathered over ranks cannot be differentiated twice")
+
+
+def test_a_second_derivative_of_own_rows_is_not() -> None:
+    """Negative control, also of the distributed loss in one process."""
+    for loss in (KoLeoLoss(), DistributedKoLeoLoss()):
+        assert second_derivative(loss).ne(0).any()

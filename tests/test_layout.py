@@ -58,6 +58,7 @@ ORDER = [
     "fuse",
     "streams",
     "losses",
+    "masked_patches",
     "ibot",
     "",  # vmf_kernels itself, which names what is public
     "compat",

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.steps import (
+    CROPS,
     DIM,
     IN_DIM,
     OUTPUTS,
@@ -170,6 +172,34 @@ def test_an_error_leaves_the_center_alone() -> None:
     assert isinstance(loss.centering, LogitCenter)
 
 
+def unlike(what: str) -> tuple[PrototypeLogits, PrototypeLogits]:
+    """A student's and a teacher's output that differ in K or D or the number of images, or in nothing."""
+    prototypes, dim, images = {"K": (49, DIM, 3), "D": (50, DIM + 1, 3), "images": (50, DIM, 2)}.get(what, (50, DIM, 3))
+    student = PrototypeLogits(torch.randn(images * CROPS, dim), linear_prototypes(torch.randn(prototypes, dim)))
+    return student, PrototypeLogits(torch.randn(6, DIM), linear_prototypes(torch.randn(50, DIM)))
+
+
+@pytest.mark.parametrize(
+    ("what", "output"),
+    [("K", "unstored"), ("K", "stored"), ("D", "unstored"), ("images", "unstored"), ("images", "stored")],
+)
+@pytest.mark.parametrize("centering", ["logit", "probability"])
+def test_an_error_starts_no_center(centering: str, what: str, output: str) -> None:
+    loss = DINOLoss(50, *SCHEDULE, centering=centering, center_start="first_batch")
+    pair = unlike(what)
+    with pytest.raises(ValueError, match="the same"):
+        loss(*(pair if output == "unstored" else [side.materialize() for side in pair]), 0)
+    assert loss.center.isnan().all()
+
+
+@pytest.mark.parametrize("centering", ["logit", "probability"])
+def test_outputs_that_fit_start_the_center(centering: str) -> None:
+    """Negative control of the one above."""
+    loss = DINOLoss(50, *SCHEDULE, centering=centering, center_start="first_batch")
+    loss(*unlike("nothing"), 0)
+    assert loss.center.isfinite().all()
+
+
 @pytest.mark.parametrize("make", [DINOLoss, DINOvMFLoss])
 def test_backend_is_known_when_the_loss_is_made(make: type[DINOLoss]) -> None:
     with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of auto, reference, streaming, triton"):
@@ -183,3 +213,29 @@ def test_nan_prototypes_are_refused_beside_plain_logits() -> None:
     loss = DINOvMFLoss(7, 2, 0.04, 0.04, 0, 1)
     with pytest.raises(ValueError, match="prototypes contain 1 NaN"):
         loss(torch.randn(4, 7), torch.randn(4, 7), 0, student_prototypes=prototypes, teacher_prototypes=prototypes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda loss: loss([torch.randn(3, 50)] * 5, torch.randn(6, 50), 0),
+            "student output is list; expected .*torch.cat",
+        ),
+        (lambda loss: loss(torch.randn(15, 50), {"x": 1}, 0), "teacher output is dict; expected PrototypeLogits or"),
+    ],
+    ids=["list of crops", "dict"],
+)
+def test_outputs_that_are_no_logits_are_refused(call: Callable[[DINOLoss], Tensor], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(DINOLoss(50, *SCHEDULE))
+
+
+def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(TypeError, match=r"unknown option centring; expected one of centering, center_average"):
+        DINOLoss(50, *SCHEDULE, centring="logit")  # type: ignore[call-arg]
+
+
+def test_an_epoch_that_is_no_int_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"epoch is 1.0; expected an int"):
+        DINOLoss(50, *SCHEDULE)(torch.randn(15, 50), torch.randn(6, 50), 1.0)  # type: ignore[arg-type]

@@ -195,6 +195,14 @@ def test_no_rows_give_a_bias_of_zero(backend: str, output: str) -> None:
     assert dual.eq(0).all()
 
 
+def test_stored_logits_of_any_number_of_dims_are_rows() -> None:
+    """Of three dims, K twice: taken for rows and prototypes, the wrong two would fit."""
+    logits = teacher_logits(24, 12).materialize()
+    expected = SinkhornKnopp().target_bias(logits, TAU)
+    for shape in ((2, 12, 12), (1, 24, 12)):
+        assert torch.equal(SinkhornKnopp().target_bias(logits.view(shape), TAU), expected)
+
+
 def test_a_view_of_rows_counts_as_its_rows() -> None:
     teacher = teacher_logits(12, 127)
     viewed = teacher.unflatten(0, (3, 4))

@@ -8,6 +8,7 @@ Legend: S / T student / teacher rows, G / V views, B images, K prototypes, D emb
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -153,10 +154,13 @@ def test_no_gradient_reaches_the_teacher() -> None:
         (torch.zeros(()), 0.1, None, r"shape \(\); expected floating point"),
         (torch.zeros(3, 7), 0.1, torch.zeros(6), "bias has 6 elements; expected one for each of the 7 prototypes"),
         (torch.zeros(3, 7), 0.0, None, "temperature is 0.0; expected a number > 0"),
+        (torch.zeros(3, 7), 0, None, "temperature is 0.0; expected a number > 0"),
+        (torch.zeros(3, 7), torch.tensor([-0.5]), None, "temperature is -0.5; expected a number > 0"),
+        (torch.zeros(3, 7), torch.tensor(math.nan), None, "temperature is nan; expected a number > 0"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(
-    logits: Tensor, temperature: float, bias: Tensor | None, said: str
+    logits: Tensor, temperature: float | Tensor, bias: Tensor | None, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
         TeacherTargets(logits, temperature, bias)
@@ -211,3 +215,15 @@ def test_moving_to_another_device_moves_everything() -> None:
     moved = targets.to("meta")
     parts = (moved.logits, moved.logits.prototypes.weight, moved.temperature, moved.bias)
     assert [part.device.type for part in parts] == ["meta"] * 4
+
+
+@pytest.mark.parametrize("normalizer", ["with_vmf", "without_vmf"])
+@pytest.mark.parametrize("kind", ["linear", "weight_norm_vmf"])
+def test_freed_prototypes_are_refused_not_read(kind: str, normalizer: str) -> None:
+    prototypes = getattr(make_prototypes(kind), normalizer)()
+    targets = TeacherTargets(make_logits(prototypes=prototypes), TEACHER_TEMPERATURE)
+    assert targets.materialize().isfinite().all()
+    assert isinstance(targets.logits, PrototypeLogits)
+    targets.logits.prototypes.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has been freed"):
+        targets.materialize()

@@ -2,7 +2,7 @@
 
 A centre takes in the teacher's batch with ``accumulate`` (once per micro-batch) and moves with ``apply`` (once per optimiser
 step); ``update`` is both. Statistics are weighted by rows, over all ranks when a process group exists; a batch with a
-non-finite value anywhere leaves the centre as it was, without waiting for the device.
+non-finite value anywhere counts as none, beside others that wait with it as alone, without waiting for the device.
 
 Legend: R rows, K prototypes.
 """
@@ -10,8 +10,8 @@ Legend: R rows, K prototypes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,29 @@ from vmf_kernels.assign import check_backend_name, temperature_tensor
 from vmf_kernels.log_sums import LogSums
 from vmf_kernels.logits import PrototypeLogits, project
 from vmf_kernels.prototypes import accumulation_dtype
-from vmf_kernels.ranks import RowRanks, max_over_ranks, sum_number_over_ranks
+from vmf_kernels.ranks import RowRanks, Shared, all_finite, sum_number_over_ranks
 
 STARTS = ("zero", "first_batch")
 AVERAGES = ("log_probability", "probability")
 
 
-class Center(nn.Module):
+class RunningMean(nn.Module):
+    """Keeps its buffer ``center`` in fp32 (fp64 after ``double()``) under ``half()``, ``bfloat16()`` and ``to()``."""
+
+    center: Tensor
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        before = self.center
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.center.dtype not in (torch.float32, torch.float64):
+            self.center = before.to(self.center.device)  # at 16 bits, small steps would be rounded away
+        return self
+
+
+class Center(RunningMean):
     """What both centres share: the buffer, its start, and the step of the running mean.
+
+    A loss that was built on the meta device needs each centre's ``reset_parameters()`` after ``to_empty()``, or a checkpoint.
 
     Args:
         num_prototypes: K; this rank's own, where ranks share out the prototypes.
@@ -39,10 +54,11 @@ class Center(nn.Module):
         row_group: ranks whose rows count together; None for all ranks, or, with a prototype group, for this rank alone.
 
     Attributes:
-        center: [1, K] fp32 buffer, the only entry of the state dict; NaN until a first batch has started it.
+        center: [1, K] fp32 buffer (fp64 after ``double()``), the only entry of the state dict; NaN until a first batch has
+            started it.
     """
 
-    center: Tensor
+    _no_rows = 0.0  # the sum over none
 
     def __init__(
         self,
@@ -64,10 +80,22 @@ class Center(nn.Module):
             raise ValueError(f"center momentum is {momentum}; expected a number in [0, 1)")
         self.momentum = momentum
         self.backend = backend
-        self.prototype_group = prototype_group
+        self._prototype_group = Shared(prototype_group)
         self._row_ranks = RowRanks.of(prototype_group, row_group)
-        self.register_buffer("center", torch.full((1, num_prototypes), torch.nan if start == "first_batch" else 0.0))
-        self._started = start == "zero"
+        self.register_buffer("center", torch.empty(1, num_prototypes))
+        self._start = torch.nan if start == "first_batch" else 0.0
+        self.reset_parameters()
+
+    @property
+    def prototype_group(self) -> ProcessGroup | None:
+        """Ranks that share out the prototypes."""
+        return self._prototype_group.value
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Put the centre at its start, as ``to_empty()`` leaves it to be; what was accumulated is dropped."""
+        self.center.fill_(self._start)
+        self._started = not math.isnan(self._start)
         self._pending: tuple[Tensor, Tensor] | None = None
 
     def target_bias(
@@ -83,7 +111,8 @@ class Center(nn.Module):
             return
         if self.center.isnan().any():
             batch = self._mean(*self._reduce(*self._statistic(teacher, temperature, bias)))
-            self.center.copy_(torch.where(self._is_finite(batch), batch, self.center[0])[None])
+            finite = all_finite(batch, group=self.prototype_group)
+            self.center.copy_(torch.where(finite, batch, self.center[0])[None])
         self._started = not bool(self.center.isnan().any())
 
     def accumulate(
@@ -92,8 +121,8 @@ class Center(nn.Module):
         """Take in a batch without moving the centre. Collective: every rank calls it equally often.
 
         Args:
-            teacher: [R, K] raw teacher logits, uncentred and not divided by the temperature; R may differ between ranks,
-                and be 0.
+            teacher: [..., K] raw teacher logits, uncentred and not divided by the temperature; their number may differ
+                between ranks, and be 0.
             temperature: of the teacher, positive.
             bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
 
@@ -104,8 +133,17 @@ class Center(nn.Module):
             raise ValueError(
                 f"teacher has {teacher.shape[-1]} prototypes; expected the center's {self.center.shape[1]}"
             )
-        statistic = self._reduce(*self._statistic(teacher, temperature, bias))
-        self._pending = statistic if self._pending is None else self._merge(self._pending, statistic)
+        self._add(*self._reduce(*self._statistic(teacher, temperature, bias)))
+
+    @torch.no_grad()
+    def _add(self, total: Tensor, rows: Tensor) -> None:
+        """Let a statistic wait with the others, unless its mean is not finite, or theirs is no longer."""
+        nothing = total.new_full((), self._no_rows), torch.zeros_like(rows)
+        kept = nothing if self._pending is None else self._pending
+        merged = self._merge(kept, (total, rows))
+        # of all blocks of prototypes: each takes the batch in, or none does
+        finite = all_finite(self._mean(total, rows), self._mean(*merged), group=self.prototype_group)
+        self._pending = torch.where(finite, merged[0], kept[0]), torch.where(finite, merged[1], kept[1])
 
     @torch.no_grad()
     def apply_pending(self) -> None:
@@ -115,7 +153,8 @@ class Center(nn.Module):
         batch = self._mean(*self._pending)
         # a centre that has not started takes the batch's mean here, where ``begin`` has not been called
         moved = torch.where(self.center[0].isnan(), batch, self._step(self.center[0], batch))
-        self.center.copy_(torch.where(self._is_finite(batch), moved, self.center[0])[None])
+        # not finite only where nothing waits, which is so on all ranks
+        self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center[0])[None])
         self._pending = None
 
     def update(
@@ -150,12 +189,6 @@ class Center(nn.Module):
     def _step(self, center: Tensor, batch: Tensor) -> Tensor:
         return center * self.momentum + batch * (1 - self.momentum)
 
-    def _is_finite(self, batch: Tensor) -> Tensor:
-        """[] whether the means of all prototypes are, those of other ranks included: all blocks move, or none does."""
-        if self.prototype_group is None:
-            return batch.isfinite().all()
-        return max_over_ranks((~batch.isfinite().all()).to(batch.dtype), self.prototype_group) == 0
-
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         # the loaded centre may or may not have started; looked at here, since a branch on it would break a compiled step
@@ -182,13 +215,14 @@ class LogitCenter(Center):
     def _statistic(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if isinstance(teacher, Tensor):
-            total = self._row_ranks.sum(teacher.detach().sum(dim=0, dtype=accumulation_dtype(teacher.dtype)))
-            return total, self._row_ranks.sum(total.new_full((), float(teacher.shape[0])))
-        features = teacher.detach().flatten().features
+        rows = teacher.detach().flatten(0, -2)
+        if isinstance(rows, Tensor):
+            total = self._row_ranks.sum(rows.sum(dim=0, dtype=accumulation_dtype(rows.dtype)))
+            return total, self._row_ranks.sum(total.new_full((), float(rows.shape[0])))
+        features = rows.features
         summed = features.sum(dim=0, dtype=accumulation_dtype(features.dtype))
         packed = self._row_ranks.sum(torch.cat([summed, summed.new_full((1,), float(features.shape[0]))]))
-        return project(teacher.prototypes, packed[:-1]), packed[-1]
+        return project(rows.prototypes, packed[:-1]), packed[-1]
 
     def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         return total, rows  # already over all ranks, in D numbers
@@ -215,6 +249,8 @@ class ProbabilityCenter(Center):
     Source: Govindarajan et al., ICLR 2023 (arXiv:2405.10939), "probability-space centering".
     """
 
+    _no_rows = -math.inf
+
     def __init__(
         self,
         num_prototypes: int,
@@ -235,7 +271,8 @@ class ProbabilityCenter(Center):
             # the scale of e^c matters here: start at the uniform distribution; log_probability starts at any constant
             if prototype_group is not None:
                 num_prototypes = sum_number_over_ranks(num_prototypes, prototype_group)
-            self.center.fill_(-math.log(num_prototypes))
+            self._start = -math.log(num_prototypes)
+            self.reset_parameters()
 
     def bias(self, temperature: float | Tensor) -> Tensor:
         """[K] ``-c``, nats: already in units of log-probability, so never divided by the temperature."""
@@ -245,7 +282,7 @@ class ProbabilityCenter(Center):
     def _statistic(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        rows = teacher if isinstance(teacher, Tensor) else teacher.detach().flatten()
+        rows = teacher.detach().flatten(0, -2)
         sums = LogSums(rows, temperature, bias, self.backend, self.prototype_group)
         total = sums.over_rows(sums.over_prototypes())
         return total, total.new_full((), float(rows.shape[0]))

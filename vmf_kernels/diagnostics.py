@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vmf_kernels.prototypes import accumulation_dtype
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_freed
 
 METRICS = ("cosine", "euclidean")
 BLOCK = 1024  # prototypes a side of a tile of similarities: 4 MiB of fp32, stays in L2/L3
@@ -32,23 +32,29 @@ class UniquePrototypes:
 
 
 @torch.no_grad()
-def unique_prototypes(weight: Tensor, eps: float = 0.025, metric: str = "cosine") -> UniquePrototypes:
+def unique_prototypes(weight: Prototypes | Tensor, eps: float = 0.025, metric: str = "cosine") -> UniquePrototypes:
     """Count prototypes that differ in direction, greedily: each joins the first earlier representative within reach.
 
     Streaming: besides fp32 (fp64 for fp64 prototypes) directions [K, D] only tiles of similarities are held.
 
     Args:
-        weight: [K, D] prototypes, floating point; only directions count, zero rows form one group.
+        weight: K prototypes, or a floating-point matrix [K, D] of them; only directions count, zero rows form one group.
         eps: largest distance within a group; cosine distance ``1 - <mu_i, mu_j>`` or euclidean ``||mu_i - mu_j||``.
         metric: "cosine" or "euclidean".
 
     Raises:
         ValueError: ``weight`` is not a matrix of at least one row, the metric is unknown or eps negative.
+        RuntimeError: the memory of ``weight`` has been freed.
     Source: Govindarajan et al., "On partial prototype collapse in the DINO family of self-supervised methods", BMVC 2024
         (arXiv:2410.14060); 0.025 is the eps of later tables, the metric and the greedy rule a reconstruction.
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; expected one of {', '.join(METRICS)}")
+    if isinstance(weight, Prototypes):
+        weight = weight.effective_weight()
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight is a {type(weight).__name__}; expected Prototypes, or a matrix [K, D]")
+    refuse_freed(weight)
     if weight.isnan().any():
         raise ValueError(f"weight contains {int(weight.isnan().sum())} NaN; expected finite prototypes")
     if weight.ndim != 2 or not weight.shape[0] or not weight.is_floating_point() or not eps >= 0:

@@ -63,17 +63,19 @@ def fuse_head(module: nn.Module, layer: str | None = None) -> nn.Module:
 
     Args:
         module: the head; what it does after its last layer must be something ``PrototypeLogits`` can do.
-        layer: dotted name of the last layer. By default ``module`` itself if it is linear, else its children ``last_layer``
-            and, where there is one, ``last_layer2``, else its last submodule without children, in the order of
-            registration.
+        layer: dotted name of the last layer. By default ``module`` itself if it is linear, else ``last_layer`` and
+            ``last_layer2`` of the one submodule at any depth, or ``module``, that has either, else its last submodule
+            without children, in the order of registration.
 
     Returns:
         ``module``.
 
     Raises:
-        ValueError: the last layer is not a linear one without bias, plain or with weight norm over dim 0; says what was
-            found. Nothing is changed then.
+        ValueError: the last layer is not a linear one without bias, plain or with weight norm over dim 0, or several
+            submodules have a ``last_layer``; says what was found. Nothing is changed then.
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"cannot fuse {module!r}; expected a head, an nn.Module")
     found = _last_layers(module, layer)
     for name, last in found.items():
         reason = _misfit(last)
@@ -97,8 +99,31 @@ def _last_layers(module: nn.Module, layer: str | None) -> dict[str, nn.Module]:
         return {layer: named[layer]}
     if isinstance(module, (nn.Linear, PrototypeLayer)):
         return {"": module}
-    if LAST_LAYERS[0] in named:
-        return {name: named[name] for name in LAST_LAYERS if name in named}
+    heads = _heads(named)
+    if len(heads) > 1:
+        places = ", ".join(name or "the module itself" for name in heads)
+        raise ValueError(
+            f"{type(module).__name__} has a {' or '.join(LAST_LAYERS)} in several places: {places}; expected one head, or "
+            "fuse_head(module, layer=...) for each layer to fuse"
+        )
+    if heads:
+        return next(iter(heads.values()))
+    return _last_leaf(named)
+
+
+def _heads(named: dict[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+    """By the name of the module that has them: its last layers by dotted name; one entry for the same layers."""
+    heads: dict[frozenset[int], tuple[str, dict[str, nn.Module]]] = {}
+    for name in named:
+        prefix = f"{name}." if name else ""
+        own = {prefix + last: named[prefix + last] for last in LAST_LAYERS if prefix + last in named}
+        if own:
+            heads.setdefault(frozenset(map(id, own.values())), (name, own))
+    return dict(heads.values())
+
+
+def _last_leaf(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The last module without children, of a head whose layers have other names."""
     # weight norm of the parametrized kind is a module below its layer
     inside = tuple(f"{name}." for name, m in named.items() if name and parametrize.is_parametrized(m))
     leaves = {
@@ -125,7 +150,7 @@ def _misfit(layer: nn.Module) -> str | None:
     if parametrize.is_parametrized(layer):
         return _parametrization_misfit(layer)
     if type(layer) is not nn.Linear:
-        return f"{kind}, a subclass of nn.Linear that may compute something else"
+        return f"{kind}, a subclass of nn.Linear that may compute something else (fuse before fully_shard)"
     norm = _weight_norm_hook(layer)
     if norm is not None:
         return None if norm.dim == 0 else f"{kind} with weight norm over dim {_dim_name(norm.dim)}"

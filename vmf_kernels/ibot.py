@@ -1,4 +1,4 @@
-"""iBOT's losses: masked patches matched one to one, and their sum with the class tokens' loss.
+"""iBOT's losses: that of the class tokens plus that of the masked patches.
 
 Legend: G global crops, L local crops, B images, C = G B masked images, N patches of an image, M masked patches, K prototypes.
 Rows are view-major.
@@ -12,120 +12,23 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from vmf_kernels.centering import Center
-from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.logits import PrototypeLogits, same_prototypes
 from vmf_kernels.losses import publish_center
+from vmf_kernels.masked_patches import IBOTPatchLoss, IBOTvMFPatchLoss, vmf_stream
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.streams import Outputs, Stream, StreamOptions, VMFStream, of_epoch, temperature_schedule
+from vmf_kernels.streams import (
+    EpochTemperatures,
+    Outputs,
+    Stream,
+    StreamOptions,
+    VMFStream,
+    check_logits,
+    temperature_schedule,
+)
 
-CENTER_TOKENS = ("all", "masked")
-
-
-class IBOTPatchLoss(nn.Module):
-    """iBOT's loss of masked patches: the student, who sees the mask, learns what the teacher assigns to the patch itself.
-
-    Mean over the masked patches of an image, then over all images, those without a masked patch included. Only rows of
-    masked patches are looked at; logits that are not stored are never formed for the others.
-
-    Args:
-        out_dim: number of prototypes K.
-        student_temp: student temperature.
-        center_momentum: of the running mean, in [0, 1).
-        center_tokens: "all" averages the centre over all patches (iBOT), "masked" over the masked ones (DINOv2, lightly).
-        options: keywords of ``Stream``: the centring rule and how its centre moves, backend, ranks.
-
-    Attributes:
-        center: [1, K] fp32, the state dict's only entry; absent under Sinkhorn-Knopp, which keeps none.
-        statistics: ``AssignmentStatistics`` of the last call, None before.
-
-    Raises:
-        ValueError: a temperature is not positive, or an option unknown.
-    Source: Zhou et al., "iBOT: image BERT pre-training with online tokenizer", ICLR 2022, equation 2.
-    """
-
-    def __init__(
-        self,
-        out_dim: int,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-        *,
-        center_tokens: str = "all",
-        **options: Unpack[StreamOptions],
-    ) -> None:
-        super().__init__()
-        if center_tokens not in CENTER_TOKENS:
-            raise ValueError(f"center_tokens is {center_tokens!r}; expected one of {', '.join(CENTER_TOKENS)}")
-        self.center_tokens = center_tokens
-        self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
-        self.statistics: AssignmentStatistics | None = None
-        publish_center(self, "center", "stream.centering.center")
-
-    @property
-    def center(self) -> Tensor:
-        """[1, K] the running centre."""
-        center: Tensor = self.stream.centering.center  # type: ignore[assignment]
-        return center
-
-    def forward(
-        self,
-        student_patches: PrototypeLogits | Tensor,
-        teacher_patches: PrototypeLogits | Tensor,
-        mask: Tensor,
-        teacher_temp: float,
-    ) -> Tensor:
-        """Mean cross-entropy of the masked patches; moves the centre.
-
-        Args:
-            student_patches: [C, N, K] raw logits of all patches of the masked images.
-            teacher_patches: [C, N, K] raw logits of the same patches as the teacher sees them, unmasked.
-            mask: [C, N] (or [C, H, W] with N = H W) bool, True where masked. How many are is read, which on the CPU costs no
-                wait for the device. ``torch.compile`` takes that in with ``fullgraph=True``, and breaks the graph without.
-            teacher_temp: teacher temperature, positive.
-
-        Returns:
-            [] nats; 0 with zero gradients where nothing is masked.
-
-        Raises:
-            ValueError: shapes do not fit; says what was got and expected.
-            TypeError: one side is stored and the other is not.
-        """
-        mask = _checked_mask(mask, student_patches, teacher_patches)
-        rows, weights = (part.to(student_patches.device) for part in _masked_rows(mask))
-        # all patches go through ``prepare``: whether their kinds and prototypes fit does not depend on the mask
-        outputs = self.stream.prepare(student_patches.flatten(0, 1), teacher_patches.flatten(0, 1), teacher_temp)
-        masked = outputs._replace(
-            student=outputs.student.index_select(0, rows), teacher=outputs.teacher.index_select(0, rows)
-        )
-        averaged = outputs.teacher if self.center_tokens == "all" else masked.teacher
-        if isinstance(self.stream.centering, Center):
-            # a centre that starts with the first batch starts at the mean that it goes on with
-            self.stream.centering.begin(averaged, teacher_temp, outputs.teacher_bias)
-        result = self.stream(masked, weights.new_ones(1, 1), teacher_temp, weights)
-        self.statistics = result.statistics
-        self.stream.observe(averaged, teacher_temp, outputs.teacher_bias)
-        loss: Tensor = result.loss
-        return loss
-
-    def update_center(self) -> None:
-        """Move the centre by the batches since the last call; only for ``center_update="manual"``."""
-        self.stream.centering.apply_pending()
-
-    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        return Stream(out_dim, student_temp, momentum, **options)
-
-
-class IBOTvMFPatchLoss(IBOTPatchLoss):
-    """The same with prototypes of free norm as von Mises-Fisher components; needs heads that return ``PrototypeLogits``.
-
-    Arguments as ``IBOTPatchLoss``; centering is "probability" unless given. A reconstruction (README of this folder).
-
-    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
-    """
-
-    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        return _vmf_stream(out_dim, student_temp, momentum, options)
+__all__ = ["IBOTLoss", "IBOTPatchLoss", "IBOTvMFLoss", "IBOTvMFPatchLoss"]
 
 
 class IBOTLoss(nn.Module):
@@ -188,10 +91,10 @@ class IBOTLoss(nn.Module):
         self.ngcrops, self.nlcrops, self.ncrops = ngcrops, nlcrops, ngcrops + nlcrops
         self.lambda1, self.lambda2 = lambda1, lambda2
         warm_up = (warmup_teacher_temp_epochs, nepochs)
-        self.teacher_temp_schedule = temperature_schedule(warmup_teacher_temp, teacher_temp, *warm_up)
-        self.teacher_temp2_schedule = temperature_schedule(
-            warmup_teacher_temp2, teacher_temp2, *warm_up, mim_start_epoch, "teacher_temp2"
-        )
+        schedule = temperature_schedule(warmup_teacher_temp, teacher_temp, *warm_up)
+        name2 = "teacher_temp2"
+        schedule2 = temperature_schedule(warmup_teacher_temp2, teacher_temp2, *warm_up, mim_start_epoch, name2)
+        self._temperatures, self._temperatures2 = EpochTemperatures(schedule), EpochTemperatures(schedule2)
         self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
         self.patch_loss = self.patch_loss_class(
             patch_out_dim, student_temp, center_momentum2, center_tokens=center_tokens, **options
@@ -199,6 +102,16 @@ class IBOTLoss(nn.Module):
         self.statistics: AssignmentStatistics | None = None
         publish_center(self, "center", "stream.centering.center")
         publish_center(self, "center2", "patch_loss.center", dims=3)
+
+    @property
+    def teacher_temp_schedule(self) -> list[float]:
+        """Teacher temperature of class tokens of each epoch."""
+        return self._temperatures.values
+
+    @property
+    def teacher_temp2_schedule(self) -> list[float]:
+        """Teacher temperature of patches of each epoch."""
+        return self._temperatures2.values
 
     @property
     def center(self) -> Tensor:
@@ -237,16 +150,23 @@ class IBOTLoss(nn.Module):
             "cls" and "patch", each [] nats times its lambda, and "loss", their sum.
 
         Raises:
-            ValueError: shapes do not fit, or the epoch is beyond ``nepochs``.
+            ValueError: shapes do not fit, the local crops' class tokens are seen to be of another head, or the epoch is beyond
+                ``nepochs``.
             TypeError: one side is stored and the other is not.
         """
-        tau, tau2 = of_epoch(self.teacher_temp_schedule, epoch), of_epoch(self.teacher_temp2_schedule, epoch)
+        tau, tau2 = self._temperatures(epoch), self._temperatures2(epoch)
+        for output in (*student_output, *([] if student_local_cls is None else [student_local_cls])):
+            check_logits(output, "student")
+        for output in teacher_output:
+            check_logits(output, "teacher")
         mask = self._joined_mask(student_mask)
         teacher_cls = teacher_output[0]
         student_cls = self._all_crops(student_output[0], student_local_cls, teacher_cls)
-        cls, outputs = self._cls_loss(student_cls, teacher_cls, tau)
-        patch = self.lambda2 * self.patch_loss(student_output[1], teacher_output[1], mask, tau2)
-        # last, so that no centre has moved where either half of the batch does not fit
+        # both before either loss, so that no centre has started or moved where one half of the batch does not fit
+        outputs = self._prepare_cls(student_cls, teacher_cls, tau)
+        patches = self.patch_loss.prepare(student_output[1], teacher_output[1], mask, tau2)
+        cls = self.lambda1 * self._cls_loss(outputs, tau)
+        patch = self.lambda2 * self.patch_loss.evaluate(patches)
         self.stream.observe(outputs.teacher, tau, outputs.teacher_bias)
         return {"cls": cls, "patch": patch, "loss": cls + patch}
 
@@ -255,16 +175,19 @@ class IBOTLoss(nn.Module):
         self.stream.centering.apply_pending()
         self.patch_loss.update_center()
 
-    def _cls_loss(
-        self, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor, teacher_temp: float
-    ) -> tuple[Tensor, Outputs]:
-        """The class tokens' loss times its lambda, and what their centre takes in."""
-        outputs = self.stream.prepare(student, teacher, teacher_temp)
+    def _prepare_cls(
+        self, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor
+    ) -> Outputs:
+        return self.stream.prepare(student, teacher, teacher_temp)
+
+    def _cls_loss(self, outputs: Outputs, teacher_temp: float | Tensor) -> Tensor:
+        teacher = outputs.teacher
         images = max(teacher.shape[0] // self.ngcrops, 1)
         weights = multi_crop_weights(self.ngcrops, self.ncrops, device=teacher.device) / images
         result = self.stream(outputs, weights, teacher_temp)
         self.statistics = result.statistics
-        return self.lambda1 * result.loss, outputs
+        loss: Tensor = result.loss
+        return loss
 
     def _all_crops(
         self,
@@ -289,6 +212,8 @@ class IBOTLoss(nn.Module):
 
     def _joined_mask(self, student_mask: Sequence[Tensor]) -> Tensor:
         """[G * B, N] of all global crops."""
+        if student_mask is None:
+            raise ValueError("student_mask is None; expected a bool mask [images, ...] for each global crop")
         masks = list(student_mask[: self.ngcrops])
         if len(masks) < self.ngcrops or min(crop.ndim for crop in masks) < 2:
             raise ValueError(
@@ -312,17 +237,17 @@ class IBOTvMFLoss(IBOTLoss):
 
     patch_loss_class = IBOTvMFPatchLoss
 
-    def _cls_loss(
-        self, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor, teacher_temp: float
-    ) -> tuple[Tensor, Outputs]:
-        result = super()._cls_loss(student, teacher, teacher_temp)
+    def _prepare_cls(
+        self, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor
+    ) -> Outputs:
+        outputs = super()._prepare_cls(student, teacher, teacher_temp)
         streams = self.stream, self.patch_loss.stream
         if isinstance(streams[0], VMFStream) and isinstance(streams[1], VMFStream):
             streams[1].warned |= streams[0].warned
-        return result
+        return outputs
 
     def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        return _vmf_stream(out_dim, student_temp, momentum, options)
+        return vmf_stream(out_dim, student_temp, momentum, options)
 
 
 def _joined(student: PrototypeLogits | Tensor, local: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
@@ -333,60 +258,30 @@ def _joined(student: PrototypeLogits | Tensor, local: PrototypeLogits | Tensor) 
             "expected those of one head"
         )
     if isinstance(student, PrototypeLogits) and isinstance(local, PrototypeLogits):
-        # unlike torch.cat this compares no memory, which a compiled step cannot and which differs by call under FSDP2
+        if not _may_be_one_head(student.prototypes, local.prototypes):
+            raise ValueError(
+                "student_local_cls has other prototypes than the global crops' class tokens; expected those of one head, "
+                "both detached or neither"
+            )
+        # not torch.cat, which would refuse the copies that differ by call under FSDP2
         return PrototypeLogits(torch.cat([student.features, local.features]), student.prototypes)
     return torch.cat([student, local])  # type: ignore[list-item]
 
 
-def masked_patch_weights(mask: Tensor) -> Tensor:
-    """[M] weights that make a sum over masked patches the mean over each image's, then over all C images; fp64.
+def _may_be_one_head(one: Prototypes, other: Prototypes) -> bool:
+    """Whether nothing tells the prototypes of two calls apart.
 
-    Args:
-        mask: [C, N] bool; the M masked patches are taken in order.
+    Memory does where both are a layer's parameters, seen eagerly; FSDP2 units and DDP may return copies, a new one each call.
     """
-    return _masked_rows(mask)[1]
+    if one.kind != other.kind or one.weight.shape != other.weight.shape:
+        return False
+    if one.weight.requires_grad != other.weight.requires_grad:
+        return False
+    if torch.compiler.is_compiling() or not (_is_parameter(one.weight) and _is_parameter(other.weight)):
+        return True
+    return same_prototypes(one, other)
 
 
-def _masked_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """[M] which of C * N patches are masked, and their weights; the count is read once."""
-    image_M, patch_M = mask.nonzero().unbind(1)
-    weight_C = mask.sum(dim=1).clamp(min=1).double().reciprocal() / max(len(mask), 1)
-    return image_M * mask.shape[1] + patch_M, weight_C[image_M]
-
-
-def _checked_mask(mask: Tensor, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor) -> Tensor:
-    """[C, N] bool."""
-    if mask.dtype != torch.bool or mask.ndim < 2:
-        raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool [images, patches]")
-    mask = mask.flatten(1)
-    for output, side in ((student, "student"), (teacher, "teacher")):
-        if output.ndim != 3 or tuple(output.shape[:2]) != tuple(mask.shape):
-            raise ValueError(
-                f"{side} patches have shape {tuple(output.shape)} but the mask {tuple(mask.shape)}; expected "
-                "[images, patches, K] and [images, patches]"
-            )
-    return mask
-
-
-class _UnstoredVMFStream(VMFStream):
-    """``VMFStream`` of a loss that is given no prototypes beside its logits."""
-
-    def prepare(
-        self,
-        student: PrototypeLogits | Tensor,
-        teacher: PrototypeLogits | Tensor,
-        teacher_temp: float,
-        prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
-    ) -> Outputs:
-        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
-            raise TypeError(
-                f"outputs are plain logits of shapes {tuple(student.shape)} and {tuple(teacher.shape)}, without the "
-                "prototypes' norms that the vMF normaliser needs; expected heads that return PrototypeLogits"
-            )
-        return super().prepare(student, teacher, teacher_temp, prototypes)
-
-
-def _vmf_stream(out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-    """DINO-vMF's centring unless another was asked for."""
-    with_default: StreamOptions = {"centering": "probability", **options}
-    return _UnstoredVMFStream(out_dim, student_temp, momentum, **with_default)
+def _is_parameter(tensor: Tensor) -> bool:
+    """Whether the tensor is a parameter, or a view of one as ``PrototypeLayer`` hands out."""
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)

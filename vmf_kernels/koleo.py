@@ -20,11 +20,13 @@ from vmf_kernels.prototypes import (
     linear_prototypes,
     normalized_prototypes,
     pull_back_to_stored,
+    refuse_freed,
     weight_norm_prototypes,
 )
-from vmf_kernels.ranks import gather_rows, sum_over_ranks
+from vmf_kernels.ranks import gather_counts, gather_rows, sum_over_ranks
 
 TILE = 2048  # prototypes a side of a tile of similarities: 16 MiB of fp32, which the allocator reuses rather than maps anew
+NO_MATRIX = -1  # stands for the number of rows of what has none
 BLOCK = 4096  # prototypes whose distances are formed at once: 4 MiB of fp32 at D = 256
 
 
@@ -61,21 +63,32 @@ class KoLeoLoss(nn.Module):
         Raises:
             ValueError: ``features`` is not such a matrix, or has a crop of ``topk`` rows or fewer, too few neighbours.
         """
-        rows = "B" if self.crops == 1 else f"{self.crops} * B"
-        expected = f"expected [{rows}, D] with B >= {self.topk + 1} {self._whose}"
-        if features.ndim != 2 or features.shape[0] % self.crops:
-            raise ValueError(f"features have shape {tuple(features.shape)}; {expected}")
+        counts = self._counts(features.shape[0] if features.ndim == 2 else NO_MATRIX, features.device)
+        self._check(features, counts)
         with torch.autocast(device_type=features.device.type, enabled=False):
             rows_RD = functional.normalize(_widened(features), dim=-1, eps=self.eps)
             rows_BCD = rows_RD.reshape(self.crops, rows_RD.shape[0] // self.crops, rows_RD.shape[1]).transpose(0, 1)
-            among_NCD, start = self._candidates(rows_BCD)
-            if among_NCD.shape[0] <= self.topk:
-                raise ValueError(f"features have shape {tuple(features.shape)}; {expected}")
+            among_NCD, start = self._candidates(rows_BCD, [count // self.crops for count in counts])
             losses = [self._of_crop(rows_BCD[:, c], among_NCD[:, c], start) for c in range(self.crops)]
             return torch.stack(losses).sum()
 
-    def _candidates(self, rows_BCD: Tensor) -> tuple[Tensor, int]:
-        """[N, C, D] rows among which neighbours are sought, and where ``rows_BCD`` begin in them."""
+    def _counts(self, rows: int, device: torch.device) -> list[int]:
+        """Rows of each rank among whose rows neighbours are sought, ``NO_MATRIX`` where it has none."""
+        return [rows]
+
+    def _check(self, features: Tensor, counts: list[int]) -> None:
+        """Raise ValueError unless all ranks' rows fit; by ``counts`` alone, so that all raise or none is left waiting."""
+        wrong = any(count == NO_MATRIX or count % self.crops for count in counts)
+        if wrong or sum(counts) // self.crops <= self.topk:
+            rows = "B" if self.crops == 1 else f"{self.crops} * B"
+            others = "" if len(counts) == 1 else f" and the ranks {counts} rows"
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}{others}; expected [{rows}, D] with B >= {self.topk + 1} "
+                f"{self._whose}"
+            )
+
+    def _candidates(self, rows_BCD: Tensor, counts: list[int]) -> tuple[Tensor, int]:
+        """[N, C, D] rows among which neighbours are sought, and where ``rows_BCD`` begin; ``counts`` are the ranks' B."""
         return rows_BCD, 0
 
     def _of_crop(self, rows_BD: Tensor, among_ND: Tensor, start: int) -> Tensor:
@@ -108,7 +121,8 @@ class DistributedKoLeoLoss(KoLeoLoss):
         group: ranks among whose rows neighbours are sought; None for all.
 
     Raises:
-        ValueError: as ``KoLeoLoss``; what the rows are counted over is all ranks.
+        ValueError: as ``KoLeoLoss``; what the rows are counted over is all ranks, and all raise where one's do not fit.
+        RuntimeError: it is differentiated twice on more than one rank.
     Source: facebookresearch/dinov3 dinov3/loss/koleo_loss.py (its groups of ranks are ``group`` here).
     """
 
@@ -118,8 +132,11 @@ class DistributedKoLeoLoss(KoLeoLoss):
         super().__init__(eps, topk=topk, crops=crops)
         self.group = group
 
-    def _candidates(self, rows_BCD: Tensor) -> tuple[Tensor, int]:
-        return gather_rows(rows_BCD, self.group)
+    def _counts(self, rows: int, device: torch.device) -> list[int]:
+        return gather_counts(rows, device, self.group)
+
+    def _candidates(self, rows_BCD: Tensor, counts: list[int]) -> tuple[Tensor, int]:
+        return gather_rows(rows_BCD, self.group, counts)
 
 
 class PrototypeKoLeoLoss(nn.Module):
@@ -134,7 +151,8 @@ class PrototypeKoLeoLoss(nn.Module):
     Args:
         eps: added to the distance, > 0.
         group: ranks that hold a block of the prototypes each; every rank then returns the loss of all of them, and its own
-            get that loss's gradient. None for prototypes that are whole on this rank.
+            get that loss's gradient; they require one on all ranks or on none, as its backward pass is collective. None for
+            prototypes that are whole on this rank.
 
     Raises:
         ValueError: ``eps`` is not positive.
@@ -151,8 +169,15 @@ class PrototypeKoLeoLoss(nn.Module):
 
         Raises:
             ValueError: the tensor is not a floating-point matrix with D >= 2, or there is a single prototype.
+            RuntimeError: the memory of the prototypes has been freed, here or in the backward pass.
         """
+        if not isinstance(prototypes, (Prototypes, Tensor)):
+            raise ValueError(
+                f"prototypes are a {type(prototypes).__name__}; expected Prototypes (of a head: last_layer.prototypes()), or a "
+                "matrix [K, D]"
+            )
         stored = linear_prototypes(prototypes) if isinstance(prototypes, Tensor) else prototypes
+        refuse_freed(stored.weight, stored.magnitude)
         sign = None if stored.magnitude is None else stored.magnitude.detach().sign()
         loss: Tensor = _SpreadPrototypes.apply(stored.weight, sign, self.eps, self.group)  # type: ignore[no-untyped-call]
         return loss

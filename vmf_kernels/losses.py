@@ -5,6 +5,7 @@ Legend: B images, V student crops, K prototypes. Rows are view-major.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -17,7 +18,7 @@ from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.streams import Stream, StreamOptions, VMFStream, of_epoch, temperature_schedule
+from vmf_kernels.streams import EpochTemperatures, Stream, StreamOptions, VMFStream, check_logits, temperature_schedule
 
 TEACHER_CROPS = 2  # the teacher sees the global crops only
 
@@ -64,10 +65,15 @@ class DINOLoss(nn.Module):
         if ncrops < TEACHER_CROPS:
             raise ValueError(f"ncrops is {ncrops}; expected at least 2, the global crops included")
         self.ncrops = ncrops
-        self.teacher_temp_schedule = schedule
+        self._temperatures = EpochTemperatures(schedule)
         self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
         self.statistics: AssignmentStatistics | None = None
         publish_center(self, "center", "stream.centering.center")
+
+    @property
+    def teacher_temp_schedule(self) -> list[float]:
+        """Teacher temperature of each epoch."""
+        return self._temperatures.values
 
     @property
     def center(self) -> Tensor:
@@ -113,10 +119,12 @@ class DINOLoss(nn.Module):
         self,
         student: PrototypeLogits | Tensor,
         teacher: PrototypeLogits | Tensor,
-        epoch: int,
+        epoch: int | Tensor,
         prototypes: tuple[Prototypes | None, Prototypes | None],
     ) -> Tensor:
-        tau = of_epoch(self.teacher_temp_schedule, epoch)
+        tau = self._temperatures(epoch)
+        check_logits(student, "student")
+        check_logits(teacher, "teacher")
         for rows, crops, side in ((student.shape[0], self.ncrops, "student"), (teacher.shape[0], 2, "teacher")):
             if rows % crops:
                 raise ValueError(f"{side} output has {rows} rows; expected a multiple of its {crops} crops")
@@ -167,9 +175,13 @@ class DINOvMFLoss(DINOLoss):
 
 
 def publish_center(module: nn.Module, public: str, private: str, dims: int = 2) -> None:
-    """Keep the center ``private`` in state dicts of ``module`` under the name ``public``, as [1, ..., K] of ``dims`` dims."""
+    """Keep the center ``private`` in state dicts of ``module`` under the name ``public``, as [1, ..., K] of ``dims`` dims.
+
+    Where the module keeps no centre (Sinkhorn-Knopp), one that a checkpoint brings is left out with a ``UserWarning``.
+    """
     module.register_state_dict_post_hook(_Publish(public, private, dims))  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(_Adopt(public, private))  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(_NameMissing(public, private))  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -194,5 +206,32 @@ class _Adopt:
     private: str
 
     def __call__(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        if prefix + self.public in state and isinstance(state, dict):
-            state[prefix + self.private] = state.pop(prefix + self.public).reshape(1, -1)
+        if prefix + self.public not in state or not isinstance(state, dict):
+            return
+        center = state.pop(prefix + self.public)
+        owner, _, name = self.private.rpartition(".")
+        if hasattr(module.get_submodule(owner), name):
+            state[prefix + self.private] = center.reshape(1, -1)
+        else:
+            warnings.warn(
+                f"{type(module).__name__} with centering='sinkhorn_knopp' keeps no centre: {prefix + self.public!r} of the "
+                "checkpoint is not used",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+@dataclass
+class _NameMissing:
+    """After ``load_state_dict()``: a missing centre under the name that a checkpoint has it by."""
+
+    public: str
+    private: str
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        missing: list[str] = incompatible_keys.missing_keys
+        # the prefix is not known here; at the same place of another loss this is the right name as well
+        missing[:] = [
+            key.removesuffix(self.private) + self.public if f".{key}".endswith(f".{self.private}") else key
+            for key in missing
+        ]

@@ -94,6 +94,7 @@ class Prototypes:
         """[K] factors with ``w_k = gain_k weight_k``, fp32 (fp64), differentiable; None for free norms, which need none."""
         if self.kind.startswith("linear"):
             return None
+        refuse_freed(self.weight, self.magnitude)
         inverse = _safe_reciprocal(_safe_norm(self.weight))
         return inverse if self.magnitude is None else self.magnitude.reshape(-1).to(inverse.dtype) * inverse
 
@@ -165,7 +166,11 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
         temperature: [] positive.
         extra_bias: [K] nats or None, e.g. a centre.
         dtype: accumulation dtype, float32 or float64.
+
+    Raises:
+        RuntimeError: the memory of the prototypes has been freed.
     """
+    refuse_freed(prototypes.weight, prototypes.magnitude)
     with torch.no_grad():
         scale = temperature.to(dtype).reciprocal()
         bias = None if extra_bias is None else extra_bias.to(dtype).reshape(-1)

@@ -8,13 +8,19 @@ Legend: P ranks, R rows, D any trailing dim.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, distributed_c10d
 
 from vmf_kernels.prototypes import LOWEST_BIAS
+
+GATHERED_TWICE = (
+    "rows gathered over ranks cannot be differentiated twice: their gradient is summed over ranks in place, which autograd "
+    "does not record; expected backward() or autograd.grad() without create_graph=True, or a loss of this rank's rows alone"
+)
+T = TypeVar("T")
 
 
 def count_ranks(group: ProcessGroup | None = None) -> int:
@@ -37,13 +43,17 @@ def max_over_ranks(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return _all_reduce(tensor, ReduceOp.MAX, group)
 
 
+def gather_objects(mine: T, group: ProcessGroup | None = None) -> list[T]:
+    """Something small of the host's, of every rank in order."""
+    everyone = [mine] * count_ranks(group)
+    if len(everyone) > 1:
+        torch.distributed.all_gather_object(everyone, mine, group)
+    return everyone
+
+
 def sum_number_over_ranks(number: int, group: ProcessGroup | None = None) -> int:
     """Sum over ranks of a number of the host's."""
-    if count_ranks(group) == 1:
-        return number
-    numbers: list[int] = [0] * count_ranks(group)
-    torch.distributed.all_gather_object(numbers, number, group)
-    return sum(numbers)
+    return sum(gather_objects(number, group))
 
 
 def log_sum_exp_over_ranks(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
@@ -55,16 +65,32 @@ def log_sum_exp_over_ranks(values: Tensor, group: ProcessGroup | None = None) ->
     return sum_over_ranks((values - top).exp(), group).log() + top
 
 
-def gather_rows(rows_RD: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, int]:
-    """The rows of all ranks end to end, and where this rank's own begin; differentiable, R may differ and be 0.
+def all_finite(*tensors: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[] bool whether every element is finite on all ranks of the group; None is this rank alone. Waits for no device."""
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    return finite if group is None else max_over_ranks((~finite).float(), group) == 0
 
-    The gradient of a row is the sum of what all ranks give it.
+
+def gather_counts(count: int, device: torch.device, group: ProcessGroup | None = None) -> list[int]:
+    """Every rank's number, in their order; ``device`` is one that the group's collectives work on, and is waited for."""
+    if count_ranks(group) == 1:
+        return [count]
+    counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(count_ranks(group))]
+    torch.distributed.all_gather(counts, torch.full_like(counts[0], count), group)
+    return [int(each) for each in counts]
+
+
+def gather_rows(
+    rows_RD: Tensor, group: ProcessGroup | None = None, counts: list[int] | None = None
+) -> tuple[Tensor, int]:
+    """The rows of all ranks end to end, and where this rank's own begin; differentiable once, R may differ and be 0.
+
+    The gradient of a row is the sum of what all ranks give it. ``counts`` are the ranks' R, where they are known already.
     """
     if count_ranks(group) == 1:
         return rows_RD, 0
-    sizes = [torch.empty(1, dtype=torch.int64, device=rows_RD.device) for _ in range(count_ranks(group))]
-    torch.distributed.all_gather(sizes, torch.full_like(sizes[0], rows_RD.shape[0]), group)
-    counts, mine = [int(size) for size in sizes], rank_in(group)
+    counts = gather_counts(rows_RD.shape[0], rows_RD.device, group) if counts is None else counts
+    mine = rank_in(group)
     gathered: Tensor = _GatherRows.apply(rows_RD, counts, mine, group)  # type: ignore[no-untyped-call]
     return gathered, sum(counts[:mine])
 
@@ -80,8 +106,17 @@ def group_named(name: str) -> ProcessGroup | None:
     return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined, arg-type]
 
 
+class Shared(NamedTuple, Generic[T]):
+    """Holds what deep copies of its owner share instead of copying: a process group cannot be copied."""
+
+    value: T
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared[T]:
+        return self
+
+
 class RowRanks(NamedTuple):
-    """Ranks whose rows count together; every rank's rows go into a sum once."""
+    """Ranks whose rows count together; every rank's rows go into a sum once. Deep copies share it."""
 
     group: ProcessGroup | None
     alone: bool  # this process has all rows
@@ -100,6 +135,9 @@ class RowRanks(NamedTuple):
                 "expected row_group=, the ranks that hold this rank's block of prototypes and other rows"
             )
         return cls(row_group, alone)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowRanks:
+        return self
 
     def sum(self, tensor: Tensor) -> Tensor:
         """As ``sum_over_ranks``."""
@@ -123,7 +161,10 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return sum_over_ranks(gradient.contiguous().clone(), ctx.group)[ctx.span], None, None, None
+        if torch.is_grad_enabled():
+            raise RuntimeError(GATHERED_TWICE)
+        total = sum_over_ranks(gradient.clone(memory_format=torch.contiguous_format), ctx.group)
+        return total[ctx.span], None, None, None
 
 
 def _all_reduce(tensor: Tensor, op: Any, group: ProcessGroup | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from vmf_kernels.assign import check_backend_name
 from vmf_kernels.log_sums import LogSums
 from vmf_kernels.logits import PrototypeLogits
-from vmf_kernels.ranks import RowRanks
+from vmf_kernels.ranks import RowRanks, Shared
 
 
 class SinkhornKnopp(nn.Module):
@@ -53,8 +53,13 @@ class SinkhornKnopp(nn.Module):
         check_backend_name(backend)
         self.iterations = iterations
         self.backend = backend
-        self.prototype_group = prototype_group
+        self._prototype_group = Shared(prototype_group)
         self._row_ranks = RowRanks.of(prototype_group, row_group)
+
+    @property
+    def prototype_group(self) -> ProcessGroup | None:
+        """Ranks that share out the prototypes."""
+        return self._prototype_group.value
 
     @torch.no_grad()
     def target_bias(
@@ -63,14 +68,14 @@ class SinkhornKnopp(nn.Module):
         """[K] u, nats. Collective: every rank calls it, with whatever rows it has.
 
         Args:
-            teacher: [R, K] raw teacher logits, not divided by the temperature.
+            teacher: [..., K] raw teacher logits, not divided by the temperature.
             temperature: of the teacher, positive.
             bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
 
         Raises:
             ValueError: the temperature is not positive, or the bias has not K elements.
         """
-        rows = teacher.detach() if isinstance(teacher, Tensor) else teacher.detach().flatten()
+        rows = teacher.detach().flatten(0, -2)
         sums = LogSums(rows, temperature, bias, self.backend, self.prototype_group)
         dual_K = self._prototype_dual(sums, sums.new_offsets())
         for _ in range(self.iterations - 1):

@@ -8,18 +8,20 @@ Legend: R rows, S / T student / teacher rows, G / V teacher / student views, B i
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.assign import refuse_nan_prototypes
+from vmf_kernels.assign import refuse_nan_prototypes, temperature_tensor
 from vmf_kernels.bessel import log_vmf_constant
 from vmf_kernels.centering import LogitCenter, ProbabilityCenter
 from vmf_kernels.cross_entropy import CrossEntropy
 from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.pairing import Pairing, check_pairing
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.targets import TeacherTargets, target_cross_entropy
@@ -71,7 +73,8 @@ class Stream(nn.Module):
         prototype_group, row_group: ranks that share out the prototypes, and ranks with other rows, as in ``Center``.
 
     Raises:
-        ValueError: a temperature is not positive, or an option unknown.
+        ValueError: a temperature is not positive, or an option's value unknown.
+        TypeError: an option is unknown.
     """
 
     def __init__(
@@ -87,8 +90,12 @@ class Stream(nn.Module):
         backend: str = "auto",
         prototype_group: ProcessGroup | None = None,
         row_group: ProcessGroup | None = None,
+        **unknown: object,
     ) -> None:
         super().__init__()
+        if unknown:
+            known = ", ".join(StreamOptions.__annotations__)
+            raise TypeError(f"unknown option {', '.join(unknown)}; expected one of {known}")
         if not student_temp > 0:
             raise ValueError(f"student_temp is {student_temp}; expected a number > 0")
         if center_update not in UPDATES:
@@ -99,30 +106,28 @@ class Stream(nn.Module):
         self.student_temp = student_temp
         self.center_update = center_update
         self.backend = backend
-        self.prototype_group = prototype_group
+        groups: dict[str, Any] = {"prototype_group": prototype_group, "row_group": row_group, "backend": backend}
         self.centering: LogitCenter | ProbabilityCenter | SinkhornKnopp
-        groups = {"prototype_group": prototype_group, "row_group": row_group}
         if centering == "sinkhorn_knopp":
-            self.centering = SinkhornKnopp(3, backend=backend, **groups)
-        elif centering == "probability":
-            self.centering = ProbabilityCenter(
-                num_prototypes, center_momentum, average=center_average, start=center_start, backend=backend, **groups
-            )
+            self.centering = SinkhornKnopp(3, **groups)
+        elif centering == "logit":
+            self.centering = LogitCenter(num_prototypes, center_momentum, start=center_start, **groups)
         else:
-            self.centering = LogitCenter(num_prototypes, center_momentum, start=center_start, backend=backend, **groups)
+            running: dict[str, Any] = {"average": center_average, "start": center_start}
+            self.centering = ProbabilityCenter(num_prototypes, center_momentum, **running, **groups)
 
     def prepare(
         self,
         student: PrototypeLogits | Tensor,
         teacher: PrototypeLogits | Tensor,
-        teacher_temp: float,
+        teacher_temp: float | Tensor,
         prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
     ) -> Outputs:
-        """Check what the heads returned; the prototypes matter to ``VMFStream`` only.
+        """Check what the heads returned, before anything starts a centre; the prototypes matter to ``VMFStream`` only.
 
         Raises:
             TypeError: one side is stored and the other is not.
-            ValueError: the teacher has another number of prototypes.
+            ValueError: the teacher has another number of prototypes, or the student another K or D than the teacher.
         """
         if isinstance(student, PrototypeLogits) != isinstance(teacher, PrototypeLogits):
             raise TypeError(
@@ -133,12 +138,19 @@ class Stream(nn.Module):
             raise ValueError(
                 f"teacher output has {teacher.shape[-1]} prototypes; expected out_dim = {self.num_prototypes}"
             )
+        ours, theirs = _sizes(student), _sizes(teacher)
+        if ours != theirs:
+            raise ValueError(
+                f"student has {' and '.join(ours)} but the teacher {' and '.join(theirs)}; both networks must have the same"
+            )
         return Outputs(student, teacher)
 
     def forward(
-        self, outputs: Outputs, pair_weights: Tensor, teacher_temp: float, image_weights: Tensor | None = None
+        self, outputs: Outputs, pair_weights: Tensor, teacher_temp: float | Tensor, image_weights: Tensor | None = None
     ) -> CrossEntropy:
-        """The cross-entropy over pairs, as ``prototype_cross_entropy``; the centre stays."""
+        """The cross-entropy over pairs, as ``prototype_cross_entropy``; a centre starts here, and moves in ``observe``."""
+        teacher_rows, student_rows = (side.shape[:-1].numel() for side in (outputs.teacher, outputs.student))
+        check_pairing(Pairing(pair_weights, image_weights), teacher_rows, student_rows)
         bias = self.centering.target_bias(outputs.teacher, teacher_temp, outputs.teacher_bias)
         if outputs.teacher_bias is not None:
             bias = bias + outputs.teacher_bias
@@ -150,10 +162,12 @@ class Stream(nn.Module):
             student_bias=outputs.student_bias,
             image_weights=image_weights,
             backend=self.backend,
-            prototype_group=self.prototype_group,
+            prototype_group=self.centering.prototype_group,
         )
 
-    def observe(self, teacher: PrototypeLogits | Tensor, teacher_temp: float, bias: Tensor | None = None) -> None:
+    def observe(
+        self, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor, bias: Tensor | None = None
+    ) -> None:
         """Take the teacher's batch into the centre, after use; [R, K], a stored one's vMF normaliser as ``bias``."""
         self.centering.accumulate(teacher, teacher_temp, bias)
         if self.center_update == "forward":
@@ -175,7 +189,7 @@ class VMFStream(Stream):
         self,
         student: PrototypeLogits | Tensor,
         teacher: PrototypeLogits | Tensor,
-        teacher_temp: float,
+        teacher_temp: float | Tensor,
         prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
     ) -> Outputs:
         """As there; plain logits need both networks' prototypes.
@@ -239,24 +253,67 @@ def temperature_schedule(
     return [warmup] * first + warm_up + [final] * (epochs - first - warmup_epochs)
 
 
-def of_epoch(schedule: list[float], epoch: int) -> float:
-    """The schedule's value.
+class EpochTemperatures(nn.Module):
+    """The temperature of each epoch: a number, or an element of a tensor in a compiled step, which would burn a number in.
 
-    Raises:
-        ValueError: the epoch is beyond the run.
+    Args:
+        values: one for each epoch, as ``temperature_schedule`` makes them.
     """
-    if not 0 <= epoch < len(schedule):
-        raise ValueError(f"epoch is {epoch}; expected 0 to {len(schedule) - 1}, the run's nepochs")
-    return schedule[epoch]
+
+    stored: Tensor
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = values
+        self.register_buffer("stored", torch.tensor(values, dtype=torch.float64), persistent=False)
+
+    def forward(self, epoch: int | Tensor) -> float | Tensor:
+        """The epoch's temperature; as a tensor [] fp64 on the device of the module.
+
+        Args:
+            epoch: from 0; as a tensor ([] int64 on that device) it is not checked, which would wait for the device.
+
+        Raises:
+            ValueError: the epoch is beyond the run.
+        """
+        if isinstance(epoch, Tensor):
+            return self.stored.take(epoch)
+        if isinstance(epoch, float):
+            raise ValueError(f"epoch is {epoch}; expected an int")
+        if not 0 <= epoch < len(self.values):
+            raise ValueError(f"epoch is {epoch}; expected 0 to {len(self.values) - 1}, the run's nepochs")
+        return self.stored[epoch] if torch.compiler.is_compiling() else self.values[epoch]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # only the device is followed: loss.half() must not round temperatures, and to_empty() leave none
+        self.stored = torch.tensor(self.values, dtype=torch.float64, device=self.stored.device)
+        return self
+
+
+def check_logits(output: object, side: str) -> None:
+    """Raise TypeError unless a head's output is logits, stored or not."""
+    if not isinstance(output, (PrototypeLogits, Tensor)):
+        raise TypeError(
+            f"{side} output is {type(output).__name__}; expected PrototypeLogits or a tensor of raw logits, a list of views "
+            "joined by torch.cat"
+        )
+
+
+def _sizes(output: PrototypeLogits | Tensor) -> list[str]:
+    """K, and D where that is known, for a message and to be compared."""
+    sizes = [f"{output.shape[-1]} prototypes"]
+    return [*sizes, f"dim {output.prototypes.dim}"] if isinstance(output, PrototypeLogits) else sizes
 
 
 def _with_vmf(output: PrototypeLogits) -> PrototypeLogits:
     return PrototypeLogits(output.features, output.prototypes.with_vmf())
 
 
-def _log_normalizer(prototypes: Prototypes, temperature: float) -> Tensor:
+def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor) -> Tensor:
     """[K] log C_D(||w_k|| / tau) relative to 0, differentiable in the stored tensors."""
     norms = prototypes.with_vmf().norms()
     if not torch.compiler.is_compiling():
         refuse_nan_prototypes(norms, prototypes.weight, prototypes.magnitude)
-    return log_vmf_constant(norms / temperature, prototypes.dim)
+    tau = temperature_tensor(temperature, "temperature", norms.device).to(norms.dtype)
+    return log_vmf_constant(norms / tau, prototypes.dim)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Parameter
 
 from vmf_kernels.assign import check_bias, temperature_tensor
 from vmf_kernels.backends import reference
@@ -38,7 +39,8 @@ class TeacherTargets(UnstoredRows):
         bias: [K] nats: minus the centre, a Sinkhorn dual vector, the vMF normaliser that stored logits lack; or None.
 
     Raises:
-        ValueError: the logits are not [..., K] floating point, the bias has not K elements, or the temperature is not positive.
+        ValueError: the logits are not [..., K] floating point, the bias has not K elements, or the temperature is not positive;
+            that of a tensor on a GPU is not looked at, which would wait for it.
     """
 
     logits: PrototypeLogits | Tensor
@@ -60,8 +62,8 @@ class TeacherTargets(UnstoredRows):
         if isinstance(self.bias, Tensor):
             check_bias(self.bias, self.logits.shape[-1], "bias")
             self.bias = self.bias.detach() if self.bias.requires_grad else self.bias
-        if isinstance(self.temperature, (int, float)) and not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; expected a number > 0")
+        if _is_readable(self.temperature) and not float(self.temperature) > 0:
+            raise ValueError(f"temperature is {float(self.temperature)}; expected a number > 0")
 
     @property
     def shape(self) -> torch.Size:
@@ -166,7 +168,8 @@ def target_cross_entropy(
 
     Raises:
         TypeError: one side is stored and the other is not.
-        ValueError: as there; or ``student_bias`` came with an unstored student, or ``prototype_group`` with a stored one.
+        ValueError: as there; or ``student_bias`` came with an unstored student, or ``prototype_group`` with a stored one,
+            or probabilities on the CPU are negative (elsewhere looking would wait for the device).
     Source: Caron et al., ICCV 2021 (DINO), section 3.1; Zhou et al., "iBOT", ICLR 2022, equation 2.
     """
     _check_kinds(student, targets)
@@ -238,6 +241,10 @@ def _probability_cross_entropy(
     """Of stored logits [S, K] and stored probabilities: ``q = s softmax(log q)`` with s the sum of a row."""
     images = check_pairing(Pairing(pair_weights, image_weights), q_TK.shape[0], student.shape[0])
     dtype = accumulation_dtype(q_TK.dtype)
+    if q_TK.device.type == "cpu" and not torch.compiler.is_compiling() and (q_TK < 0).any():
+        raise ValueError(
+            f"targets go down to {q_TK.min().item():.3g}; expected probabilities, or TeacherTargets of the teacher's raw logits"
+        )
     sum_T = q_TK.sum(dim=-1, dtype=dtype)
     # rows of adjacent elements, which Sinkhorn's transposed result has not, for the kernels that need them
     log_q_TK = q_TK.contiguous().to(dtype).log().clamp_(min=LOWEST_BIAS)
@@ -298,6 +305,17 @@ def _flat(rows: Tensor, side: str) -> Tensor:
     if rows.ndim < 2:
         raise ValueError(f"{side} is a single row of {rows.numel()} stored elements; expected [..., K] rows")
     return rows.flatten(0, -2)
+
+
+def _is_readable(temperature: object) -> bool:
+    """Whether it is a number, or a tensor whose element can be read without waiting for a device."""
+    if isinstance(temperature, (int, float)):
+        return True
+    # the exact types: fake and other wrapped tensors have no value
+    if torch.compiler.is_compiling() or type(temperature) not in (Tensor, Parameter):
+        return False
+    assert isinstance(temperature, Tensor)
+    return temperature.device.type == "cpu" and temperature.numel() == 1
 
 
 def _same_value(one: object, other: object) -> bool:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         *(TypeError, "student is PrototypeLogits but targets are a tensor of probabilities"),
     ),
     (
-        lambda: made(dinov2.iBOTPatchLoss).forward_masked(logits(4), TeacherTargets(logits(3), TAU), torch.ones(1, 3)),
+        lambda: made(dinov2.iBOTPatchLoss).forward_masked(logits(4), TeacherTargets(logits(3), TAU), torch.ones(1, 3) > 0),
         *(ValueError, "student, teacher and weights have 4, 3 and 3 masked patches"),
     ),
     (
@@ -69,7 +68,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: dinov3.KoLeoLossDistributed(1, 4)(torch.randn(6, 3)),
         ValueError,
-        "loss_group_size is 4 but this rank has 6 of 6",
+        r"loss_group_size is 4 but the ranks have \[6\] rows",
     ),
 ]
 
@@ -81,20 +80,39 @@ def test_bad_input_is_named(number: int) -> None:
         attempt()
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov3"])
-def test_readme_blocks_run_and_its_diff_names_what_exists(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    section = README.split(f"\n## facebookresearch/{name}\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(blocks) == 1
-    exec(compile(blocks[0], f"compat/README.md, {name}", "exec"), {})
-    printed = capsys.readouterr().out
-    assert printed.strip()
-    assert "nan" not in printed
-    imported = re.findall(rf"^\+from vmf_kernels\.compat\.{name} import (.+)$", section, flags=re.MULTILINE)
-    assert imported, "the diff is gone"
-    names = [part.strip() for line in imported for part in line.split(",")]
-    missing = [
-        part for part in names if not isinstance(getattr({"dinov2": dinov2, "dinov3": dinov3}[name], part, None), type)
+def refusals_of_targets() -> list[Callable[[], Any]]:
+    """Raw logits, stored and not, in the place of targets, and targets in the place of logits."""
+    loss, patches, v3 = dinov2.DINOLoss(PROTOTYPES), dinov2.iBOTPatchLoss(PROTOTYPES), dinov3.DINOLoss(PROTOTYPES)
+    rows, mask = logits(4), torch.ones(2, 2, dtype=torch.bool)
+    stacked = torch.stack([rows, rows])
+    return [
+        lambda: loss([rows], [rows]),
+        lambda: patches.forward_masked(rows, rows, mask),
+        lambda: v3(stacked, stacked),
+        lambda: loss.update_center(TeacherTargets(rows, TAU)),  # type: ignore[arg-type]
     ]
-    assert not missing, f"the diff imports {missing}, which the drop-in lacks"
+
+
+@pytest.mark.parametrize("number", range(len(refusals_of_targets())))
+def test_logits_and_targets_are_not_taken_for_each_other(number: int) -> None:
+    with pytest.raises(TypeError, match=r"targets are PrototypeLogits; expected what softmax|output is TeacherTargets"):
+        refusals_of_targets()[number]()
+
+
+def test_stored_logits_are_no_probabilities() -> None:
+    rows = logits(4).materialize()
+    with pytest.raises(ValueError, match=r"targets go down to -.*; expected probabilities"):
+        dinov2.DINOLoss(PROTOTYPES)([rows], [rows])
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(4, dtype=torch.bool), torch.ones(2, 2), None], ids=["flat", "float", "none"]
+)
+def test_masks_of_another_kind_are_refused(mask: Any) -> None:
+    rows = logits(4)
+    with pytest.raises(ValueError, match=r"student_masks_flat is .*expected bool"):
+        dinov2.iBOTPatchLoss(PROTOTYPES).forward_masked(rows, TeacherTargets(rows, TAU), mask)
+
+
+def test_the_sinkhorn_of_v3_is_a_module() -> None:
     assert issubclass(dinov3.SinkhornKnoppTeacher, nn.Module)

@@ -8,8 +8,6 @@ Legend: B images, C masked images, N patches, M masked patches, K prototypes, D 
 from __future__ import annotations
 
 import copy
-import math
-import pickle
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -224,39 +222,6 @@ def test_the_center_moves_when_targets_are_next_asked_for(output: str, name: str
     loss.softmax_center_teacher(raw, TAU)
     expected = 0.1 * logits(6).materialize().mean(dim=0)
     assert_close(loss.center.flatten(), expected)
-
-
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_two_updates_in_a_row_count_as_one_batch(output: str) -> None:
-    loss, whole = made(dinov2.DINOLoss), made(dinov2.DINOLoss)
-    first, second = logits(6, seed=1), logits(2, seed=2)
-    for raw in (first, second):
-        loss.update_center(given(raw, output))
-    whole.update_center(torch.cat([first.materialize(), second.materialize()]))
-    assert_close(loss.state_dict()["center"], whole.state_dict()["center"])
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_a_batch_that_is_not_finite_leaves_the_center(output: str, value: float) -> None:
-    loss, raw = made(dinov2.iBOTPatchLoss), logits(1, 4)
-    with torch.no_grad():
-        raw.features[0, 0, 0] = value
-    loss.update_center(given(raw, output))
-    loss.apply_center_update()
-    assert loss.center.eq(0).all()
-
-
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
-def test_a_copy_has_the_update_that_waits(copied: str, module: ModuleType) -> None:
-    loss = made(module.iBOTPatchLoss)
-    loss.update_center(logits(1, 6))
-    other = copy.deepcopy(loss) if copied == "deepcopy" else pickle.loads(pickle.dumps(loss))
-    for each in (loss, other):
-        each.apply_center_update()
-    assert loss.center.abs().max() > 0
-    assert torch.equal(other.center, loss.center)
 
 
 def step_of(output: str, rule: str, rows: int, prototypes: int) -> None:

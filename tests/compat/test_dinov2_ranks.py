@@ -9,6 +9,7 @@ Legend: M masked patches, B images, K prototypes, D bottleneck dim.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from types import ModuleType
@@ -132,6 +133,24 @@ def shared_out_case(rank: int, module: ModuleType) -> Results:
     return results
 
 
+def spoilt_case(rank: int, module: ModuleType) -> Results:
+    """Centres where the batch in the middle has bad logits to a prototype of rank 1 only, and without that batch."""
+    own = slice(0, 26) if rank == 0 else slice(26, PROTOTYPES)
+    results = {}
+    for name, seeds in (("with", (1, 2, 3)), ("without", (1, 3))):
+        loss = module.DINOLoss(own.stop - own.start, prototype_group=torch.distributed.group.WORLD)
+        if hasattr(loss, "init_weights"):
+            loss.init_weights()
+        loss = copy.deepcopy(loss.double())
+        for seed in seeds:
+            rows = logits(seed).materialize().detach()[:, own].contiguous()
+            if seed == 2 and rank == 1:
+                rows[3, 4] = torch.inf
+            loss.update_center(rows)
+        results[name] = loss.state_dict()["center"].flatten()
+    return results
+
+
 KOLEO = {"all": (1, None), "three nearest": (3, None), "own group": (1, 4), "one group": (1, 8)}
 
 
@@ -146,6 +165,7 @@ def run_rank(rank: int, folder: str) -> None:
     results |= {f"koleo {name}": koleo_case(rank, (4, 4), *options) for name, options in KOLEO.items()}
     results["koleo unequal"] = koleo_case(rank, SPLITS["unequal"], 1, None)
     results |= {f"shared out {version}": shared_out_case(rank, module) for version, module in MODULES.items()}
+    results |= {f"spoilt {version}": spoilt_case(rank, module) for version, module in MODULES.items()}
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -270,6 +290,14 @@ def test_prototypes_shared_out_over_ranks_give_the_loss_of_all(ranks: list[dict[
             assert_close(result[f"{name} loss"], loss)
         assert_close(torch.cat([result[f"{name} gradient"] for result in results]), gradient)
         assert_close(torch.cat([result[f"{name} center"] for result in results]), 0.1 * teacher.mean(dim=0))
+
+
+@pytest.mark.parametrize("version", MODULES)
+def test_a_batch_that_is_bad_on_one_rank_counts_as_none_on_all(ranks: list[dict[str, Results]], version: str) -> None:
+    """In deep copies of the losses, which share their group."""
+    expected = 0.1 * torch.cat([logits(seed).materialize().detach() for seed in (1, 3)]).mean(dim=0)
+    for name in ("with", "without"):
+        assert_close(torch.cat([rank[f"spoilt {version}"][name] for rank in ranks]), expected)
 
 
 @pytest.mark.parametrize("version", MODULES)

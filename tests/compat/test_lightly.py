@@ -1,4 +1,4 @@
-"""The drop-in for lightly against lightly's own classes: steps, state dicts, signatures, errors; and on two ranks.
+"""The drop-in for lightly against lightly's own classes: steps, state dicts, signatures, errors.
 
 Legend: B images, V crops, K prototypes, D bottleneck dim, M masked patches.
 """
@@ -8,25 +8,30 @@ Legend: B images, V crops, K prototypes, D bottleneck dim, M masked patches.
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
 import inspect
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
+from tests.compat.lightly_networks import (
+    GRID,
+    IMAGES,
+    IN_DIM,
+    PROTOTYPES,
+    Record,
+    our_network,
+    published,
+    twin_of,
+)
 from tests.measure import relative_error, worst_error
 from tests.published import follow
-from vmf_kernels import PrototypeLogits, streams
+from vmf_kernels import streams
 from vmf_kernels.compat import lightly
 from vmf_kernels.targets import target_cross_entropy
 
@@ -34,47 +39,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  #
 
 BUDGET = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, in norm, of each tensor of each step
 SEEN = 100  # a broken formula must be off by so many budgets
-STEPS, IMAGES, CROPS, GRID = 6, 3, 5, (3, 4)
-IN_DIM, HIDDEN, DIM, PROTOTYPES = 12, 16, 24, 301
+STEPS, CROPS = 6, 5
 TEMPS: dict[str, Any] = {"warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 4}
 DTYPES = [pytest.param(torch.float64, id="fp64"), pytest.param(torch.float32, id="fp32")]
 HEADS = ["our-head", "lightly-head"]
-RANKS = 2
-MASKED = {"unequal": (5, 2), "first-only": (6, 0), "second-only": (0, 6), "none": (0, 0)}  # patches of each rank
 
-Record = dict[str, Tensor]
 Step = Callable[[nn.Module, nn.Module, Tensor, int], Tensor]
-
-
-@functools.cache
-def published() -> Any:
-    """lightly's own classes; imported late, for the ranks do without."""
-    importlib.import_module("vmf_pretrain")  # lightly imports torchvision, which a CPU build of torch needs help with
-    modules = [importlib.import_module(f"lightly.{name}") for name in ("loss", "models.modules.heads")]
-    names = ("DINOLoss", "IBOTPatchLoss", "KoLeoLoss", "DINOProjectionHead", "DINOv2ProjectionHead")
-    return SimpleNamespace(**{name: next(vars(m)[name] for m in modules if name in vars(m)) for name in names})
-
-
-def our_network(dtype: torch.dtype, *, frozen: bool = False, batch_norm: bool = False) -> lightly.DINOProjectionHead:
-    """A head whose features differ between rows, with norms between 0.5 and 1.5 of either sign unless frozen."""
-    head = lightly.DINOProjectionHead(IN_DIM, HIDDEN, DIM, PROTOTYPES, batch_norm, norm_last_layer=frozen).double()
-    with torch.no_grad():
-        for layer in head.layers:
-            if isinstance(layer, nn.Linear):
-                layer.weight.mul_(
-                    15
-                )  # as small as they start, steps of fp32 drift apart, lightly's own from its fp64 too
-        if not frozen:
-            g = head.last_layer.weight_g
-            g.copy_((0.5 + torch.rand_like(g)) * torch.randn_like(g).sign())
-    return head.to(dtype)
-
-
-def twin_of(head: nn.Module, dtype: torch.dtype, **options: Any) -> nn.Module:
-    """lightly's head with the parameters of ours."""
-    twin: nn.Module = published().DINOProjectionHead(IN_DIM, HIDDEN, DIM, PROTOTYPES, **options).to(dtype)
-    twin.load_state_dict(head.state_dict())
-    return twin
 
 
 def train(student: nn.Module, teacher: nn.Module, loss: nn.Module, step: Step) -> Record:
@@ -260,44 +230,6 @@ def test_center_goes_both_ways(name: str) -> None:
     assert again.state_dict()[key].shape == moved.shape
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("name", ["DINOProjectionHead", "DINOv2ProjectionHead"])
-def test_heads_share_state_dicts_and_outputs(name: str, batch_norm: bool) -> None:
-    sizes = (IN_DIM, HIDDEN, DIM, PROTOTYPES, batch_norm)
-    theirs, ours, x = getattr(published(), name)(*sizes), getattr(lightly, name)(*sizes), torch.randn(9, IN_DIM)
-    with torch.no_grad():
-        theirs.last_layer.weight_g.uniform_(0.5, 1.5)
-    ours.load_state_dict(theirs.state_dict())
-    assert isinstance(ours(x), PrototypeLogits)
-    torch.testing.assert_close(ours(x).materialize(), theirs(x))
-    back = getattr(published(), name)(*sizes)
-    assert (back(x) - theirs(x)).abs().max() > 1e-2, "the negative control, before loading, agrees"
-    back.load_state_dict(copy.deepcopy(ours).state_dict())
-    torch.testing.assert_close(back(x), theirs(x))
-    flags = [{n: p.requires_grad for n, p in head.named_parameters()} for head in (ours, theirs)]
-    assert flags[0] == flags[1]
-
-
-def test_heads_start_as_there() -> None:
-    theirs, ours = (package.DINOProjectionHead(64, 64, 32, 500).state_dict() for package in (published(), lightly))
-    assert list(theirs) == list(ours)
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name].mean(), expected.mean(), atol=0.01, rtol=0)
-        torch.testing.assert_close(ours[name].std(), expected.std(), atol=1e-7, rtol=0.1)
-
-
-@pytest.mark.parametrize("make", [lambda: published().DINOProjectionHead, lambda: lightly.DINOProjectionHead])
-def test_last_layer_rests_until_its_epoch(make: Callable[[], Any]) -> None:
-    """Both sides, with gradients that were there before."""
-    for epoch, rests in ((0, True), (1, True), (2, False)):
-        head = make()(IN_DIM, HIDDEN, DIM, PROTOTYPES, freeze_last_layer=2, norm_last_layer=False)
-        for parameter in head.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        head.cancel_last_layer_gradients(current_epoch=epoch)
-        gone = {name for name, p in head.named_parameters() if p.grad is None}
-        assert gone == ({"last_layer.weight_g", "last_layer.weight_v"} if rests else set())
-
-
 @pytest.mark.parametrize(
     "name", ["DINOLoss", "IBOTPatchLoss", "KoLeoLoss", "DINOProjectionHead", "DINOv2ProjectionHead"]
 )
@@ -326,6 +258,18 @@ def test_manual_update_moves_the_center_once() -> None:
     theirs = published().DINOLoss(50)
     theirs.update_center(torch.stack(views))
     torch.testing.assert_close(whole.center, theirs.center)
+
+
+@pytest.mark.parametrize("given", [{"epoch": 1}, {"teacher_temp": 0.05}, {}], ids=["epoch", "argument", "default"])
+def test_a_center_of_probabilities_moves_at_the_temperature_of_the_step(given: dict[str, Any]) -> None:
+    """The last comparison is the negative control: the final temperature gives another centre."""
+    views = [torch.randn(IMAGES, 50) for _ in range(2)]
+    by_hand, in_step, final = (lightly.DINOLoss(50, **TEMPS, centering="probability") for _ in range(3))
+    by_hand.update_center(torch.stack(views), **given)
+    in_step(views, views, **given)
+    assert torch.equal(by_hand.center, in_step.center)
+    final.update_center(torch.stack(views))
+    assert torch.equal(final.center, in_step.center) == (not given)
 
 
 @pytest.mark.parametrize("output", ["unstored", "stored"])
@@ -385,108 +329,3 @@ def test_a_stored_side_against_an_unstored_one_is_refused() -> None:
     rows = head(torch.randn(3, IN_DIM))
     with pytest.raises(TypeError, match="student output is PrototypeLogits but teacher output Tensor"):
         lightly.IBOTPatchLoss(PROTOTYPES)(rows.materialize(), rows, MASK)
-
-
-def rank_cases(rank: int) -> Record:
-    """Losses, gradients and centres of two steps on a rank's masked patches."""
-    results: Record = {}
-    for split, counts in MASKED.items():
-        for output in ("unstored", "stored"):
-            torch.manual_seed(3)
-            head, loss = our_network(torch.float64), lightly.IBOTPatchLoss(PROTOTYPES).double()
-            for step in range(2):
-                rows, mask = patches_of(counts, step)[rank]
-                logits = head(rows)
-                logits = logits if output == "unstored" else logits.materialize()
-                head.zero_grad()
-                value = loss(logits.detach(), logits, mask)
-                value.backward()
-                gradient = head.last_layer.weight_v.grad
-                results[f"{split} {output} {step} loss"] = value.detach()
-                results[f"{split} {output} {step} gradient"] = torch.zeros(1) if gradient is None else gradient.clone()
-                results[f"{split} {output} {step} center"] = loss.state_dict()["center.center"].clone()
-    return results
-
-
-def patches_of(counts: tuple[int, ...], step: int) -> list[tuple[Tensor, Tensor]]:
-    """Masked patches [M, D] and mask [2, H, W] of each rank."""
-    random = torch.Generator().manual_seed(step)
-    shares = []
-    for count in counts:
-        mask = torch.zeros(2 * math.prod(GRID), dtype=torch.bool)
-        mask[torch.randperm(len(mask), generator=random)[:count]] = True
-        shares.append((torch.randn(count, IN_DIM, generator=random, dtype=torch.float64), mask.view(2, *GRID)))
-    return shares
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.save(rank_cases(rank), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
-
-
-def lightly_centers(counts: tuple[int, ...]) -> list[Tensor]:
-    """The centre after each step by lightly's own module for each rank with rows, averaged over those ranks."""
-    torch.manual_seed(3)
-    head = our_network(torch.float64)
-    centers = {r: published().IBOTPatchLoss(PROTOTYPES).double().center for r, count in enumerate(counts) if count}
-    history = []
-    for step in range(2):
-        for rank, center in centers.items():
-            center.update(head(patches_of(counts, step)[rank][0]).materialize().detach())
-        values = [center.value for center in centers.values()]
-        history.append(torch.stack(values).mean(dim=0) if values else torch.zeros(1, PROTOTYPES))
-    return history
-
-
-@pytest.mark.parametrize("output", ["unstored", "stored"])
-@pytest.mark.parametrize("split", MASKED)
-def test_center_is_the_mean_over_ranks_that_have_masked_patches(runs: list[Record], split: str, output: str) -> None:
-    for step, expected in enumerate(lightly_centers(MASKED[split])):
-        for rank in runs:
-            error = relative_error(rank[f"{split} {output} {step} center"], expected)
-            assert error <= 1e-10, f"step {step}: relative error {error:.2e}, budget 1e-10"
-
-
-def test_center_of_all_rows_is_another_one() -> None:
-    """Negative control: weighing ranks by their rows would be seen."""
-    counts = MASKED["unequal"]
-    torch.manual_seed(3)
-    head, center = our_network(torch.float64), published().IBOTPatchLoss(PROTOTYPES).double().center
-    center.update(head(torch.cat([rows for rows, _ in patches_of(counts, 0)])).materialize().detach())
-    assert relative_error(center.value, lightly_centers(counts)[0]) > 1e-2
-
-
-@pytest.mark.parametrize("split", MASKED)
-def test_losses_of_ranks_are_finite_and_of_their_own_rows(runs: list[Record], split: str) -> None:
-    for rank, record in enumerate(runs):
-        assert all(tensor.isfinite().all() for tensor in record.values())
-        for output in ("unstored", "stored"):
-            value, gradient = (record[f"{split} {output} 0 {name}"] for name in ("loss", "gradient"))
-            masked = MASKED[split][rank] > 0
-            assert value.ne(0) == masked, f"rank {rank}: loss {value.item()}"
-            assert gradient.ne(0).any() == masked, f"rank {rank}: gradient of norm {gradient.norm():.2e}"
-
-
-@pytest.mark.parametrize("group", ["without-a-group", "with-a-group"])
-def test_one_process_is_the_first_of_two_when_the_other_has_no_rows(
-    runs: list[Record], group: str, tmp_path: Path
-) -> None:
-    if group == "with-a-group":
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        alone = rank_cases(0)
-    finally:
-        if group == "with-a-group":
-            torch.distributed.destroy_process_group()
-    records = ({name: t for name, t in r.items() if name.startswith("first-only")} for r in (alone, runs[0]))
-    error, quantity = worst_error(*records)
-    assert error <= 1e-12, f"{quantity}: relative error {error:.2e}"

@@ -200,10 +200,18 @@ def at_epoch(epoch: int) -> object:
     return loss(torch.zeros(4, 9), torch.zeros(4, 9))
 
 
+def update_at_epoch(epoch: int) -> None:
+    loss = make()
+    loss.epoch = epoch
+    loss.update_center(torch.zeros(4, 9))
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (lambda: at_epoch(STEPS), f"epoch is {STEPS}; expected 0 to {STEPS - 1}"),
+        (lambda: update_at_epoch(STEPS), f"epoch is {STEPS}; expected 0 to {STEPS - 1}"),
+        (lambda: update_at_epoch(-1), f"epoch is -1; expected 0 to {STEPS - 1}"),
         (lambda: make(num_large_crops=1), "ncrops is 1; expected at least 2"),
         (
             lambda: make()(torch.zeros(5, 9), torch.zeros(4, 9)),
@@ -215,3 +223,15 @@ def at_epoch(epoch: int) -> object:
 def test_a_mistake_is_named(call: Callable[[], object], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         call()
+
+
+def test_epochs_compile_once() -> None:
+    student, teacher = torch.randn(8, 50), torch.randn(8, 50)
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    ours, eager = (solo.DINOLoss(50, 0.04, 0.07, 5, 12) for _ in range(2))
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    for epoch in range(12):
+        ours.epoch = eager.epoch = epoch
+        torch.testing.assert_close(compiled(student, teacher), eager(student, teacher))
+    assert counter.frame_count <= 2, f"compiled {counter.frame_count} times"

@@ -8,16 +8,18 @@ from __future__ import annotations
 from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from vmf_kernels.assign import check_backend_name, temperature_tensor
+from vmf_kernels.centering import RunningMean
 from vmf_kernels.logits import PrototypeLogits, project
 from vmf_kernels.prototypes import accumulation_dtype
-from vmf_kernels.ranks import RowRanks
+from vmf_kernels.ranks import RowRanks, Shared, all_finite
 from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.statistics import AssignmentStatistics
+from vmf_kernels.streams import check_logits
 from vmf_kernels.targets import TeacherTargets, target_cross_entropy
 
 Logits = PrototypeLogits | Tensor
@@ -32,7 +34,7 @@ class RankOptions(TypedDict, total=False):
     row_group: ProcessGroup | None
 
 
-class LazilyCentered(nn.Module):
+class LazilyCentered(RunningMean):
     """Targets of a teacher, and a centre whose update waits until targets are next asked for, or its state is saved.
 
     Targets are of the kind of the teacher's output: ``TeacherTargets`` for ``PrototypeLogits``, of which nothing is stored, and
@@ -45,15 +47,13 @@ class LazilyCentered(nn.Module):
         backend, prototype_group, row_group: as ``Stream``.
 
     Attributes:
-        center: the buffer, the state dict's only entry.
+        center: the buffer, the state dict's only entry; fp32, or fp64 after ``double()``.
         statistics: ``AssignmentStatistics`` of the last cross-entropy (the last entry of a list that takes several), or None.
 
     Raises:
         ValueError: a temperature is not positive, the momentum not in [0, 1), K below 1, or the backend unknown.
     Source: facebookresearch/dinov2 dinov2/loss/dino_clstoken_loss.py.
     """
-
-    center: Tensor
 
     def __init__(
         self,
@@ -75,17 +75,24 @@ class LazilyCentered(nn.Module):
         check_backend_name(backend)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
-        self.options: RankOptions = {"backend": backend, "prototype_group": prototype_group, "row_group": row_group}
+        options: RankOptions = {"backend": backend, "prototype_group": prototype_group, "row_group": row_group}
+        self._options = Shared(options)
         self.register_buffer("center", center)
         self._row_ranks = RowRanks.of(prototype_group, row_group)
         self._pending: tuple[Tensor, Tensor] | None = None  # [K] weighted sum, [] weight
         self._known_to_be_set = False
         self.statistics: AssignmentStatistics | None = None
 
+    @property
+    def options(self) -> RankOptions:
+        """Keywords of ``Stream``."""
+        return self._options.value
+
     def update_center(self, teacher_output: Logits) -> None:
         """Take in the teacher's raw logits; the centre moves later. Collective: every rank calls it, with whatever rows.
 
-        Several batches before the next targets count together, as one, where the published code keeps the last.
+        Several batches before the next targets count together, as one, where the published code keeps the last. One with a
+        non-finite value counts as none.
 
         Raises:
             ValueError: the teacher's K is not the centre's.
@@ -96,18 +103,22 @@ class LazilyCentered(nn.Module):
     def reduce_center_update(self, teacher_output: Logits) -> None:
         """As ``update_center``."""
         total, weight = self._mean_parts(self._checked(teacher_output))
-        if self._pending is not None:
-            total, weight = total + self._pending[0], weight + self._pending[1]
-        self._pending = total, weight
+        kept = (total.new_zeros(()), torch.zeros_like(weight)) if self._pending is None else self._pending
+        merged = kept[0] + total, kept[1] + weight
+        means = [(each / count).to(self.center.dtype) for each, count in ((total, weight), merged)]
+        # agreed on here, where every rank is: the update may be applied on one alone, to save its state
+        finite = all_finite(*means, group=self.options["prototype_group"])
+        self._pending = torch.where(finite, merged[0], kept[0]), torch.where(finite, merged[1], kept[1])
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
-        """Move the centre by what waits, if anything; a batch without rows or with a non-finite value moves nothing."""
+        """Move the centre by what waits, if anything. Not collective."""
         if self._pending is None:
             return
         total, weight = self._pending
         batch = (total / weight).to(self.center).reshape(self.center.shape)
         moved = self.center * self.center_momentum + batch * (1 - self.center_momentum)
+        # not finite only where no rows wait, which is so on all ranks
         self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center))
         self._pending = None
 
@@ -156,6 +167,7 @@ class LazilyCentered(nn.Module):
         return result.loss
 
     def _checked(self, teacher: Logits) -> Logits:
+        check_logits(teacher, "teacher")
         if teacher.shape[-1] != self.center.shape[-1] or teacher.ndim < 2:
             raise ValueError(
                 f"teacher output has shape {tuple(teacher.shape)}; expected rows of the {self.center.shape[-1]} prototypes "
@@ -213,6 +225,7 @@ class PatchLoss(LazilyCentered):
             ValueError: shapes do not fit.
             TypeError: one side is stored and the other is not.
         """
+        check_targets(teacher_patch_tokens)
         shape = tuple(student_masks_flat.shape)
         for name, tokens in (("student_patch_tokens", student_patch_tokens), ("teacher", teacher_patch_tokens)):
             if tokens.ndim != 3 or tuple(tokens.shape[:2]) != shape:
@@ -247,13 +260,22 @@ class PatchLoss(LazilyCentered):
             [] nats; 0 with zero gradients for M = 0.
 
         Raises:
-            ValueError: the two sides and the weights differ in their numbers of rows.
+            ValueError: the two sides and the weights differ in their numbers of rows, or the masks are no bool [C, N].
             TypeError: one side is stored and the other is not.
         """
+        check_logits(student_patch_tokens_masked, "student")
+        check_targets(teacher_patch_tokens_masked)
+        if not isinstance(student_masks_flat, Tensor) or student_masks_flat.ndim < 2:
+            got = getattr(student_masks_flat, "shape", type(student_masks_flat).__name__)
+            raise ValueError(f"student_masks_flat is {got}; expected bool [images, patches]")
+        if masks_weight is None and student_masks_flat.dtype != torch.bool:
+            raise ValueError(
+                f"student_masks_flat is {student_masks_flat.dtype}; expected bool, to form the weights from"
+            )
         student = student_patch_tokens_masked.flatten(0, -2)[:n_masked_patches]
         targets = teacher_patch_tokens_masked.flatten(0, -2)[:n_masked_patches]
         if masks_weight is None:
-            masks_weight = _patch_weights(student_masks_flat, student)[student_masks_flat.bool()]
+            masks_weight = _patch_weights(student_masks_flat.flatten(1), student)[student_masks_flat.flatten(1)]
         counts = (student.shape[0], targets.shape[0], masks_weight.numel())
         if len(set(counts)) > 1:
             raise ValueError(
@@ -288,6 +310,15 @@ def check_head_dims(in_dim: int, out_dim: int, hidden_dim: int, bottleneck_dim: 
         raise ValueError(
             f"in_dim, out_dim, hidden_dim, bottleneck_dim are {in_dim}, {out_dim}, {hidden_dim}, {bottleneck_dim}; "
             "expected at least 1, 1, 1 and 2"
+        )
+
+
+def check_targets(targets: object) -> None:
+    """Raise TypeError unless they are what the teacher methods return, or probabilities."""
+    if not isinstance(targets, (TeacherTargets, Tensor)):
+        raise TypeError(
+            f"targets are {type(targets).__name__}; expected what softmax_center_teacher or sinkhorn_knopp_teacher returns, or "
+            "a tensor of probabilities"
         )
 
 

@@ -26,6 +26,7 @@ from vmf_kernels.compat._shared import (
     RankOptions,
     Targets,
     check_head_dims,
+    check_targets,
     unit_rows,
 )
 from vmf_kernels.heads import PrototypeLayer, outlive, projection_mlp
@@ -143,6 +144,9 @@ class DINOLoss(ClassTokenLoss):
             ValueError: the entries differ in their number of rows.
             TypeError: one side is stored and the other is not.
         """
+        teacher_out_softmaxed_centered_list = list(teacher_out_softmaxed_centered_list)
+        for entry in teacher_out_softmaxed_centered_list:
+            check_targets(entry)
         students = [entry.reshape(-1, entry.shape[-1]) for entry in student_output_list]
         teachers = [entry.reshape(-1, entry.shape[-1]) for entry in teacher_out_softmaxed_centered_list]
         rows = {entry.shape[0] for entry in (*students, *teachers)}

@@ -23,6 +23,7 @@ from vmf_kernels.compat._shared import (
     RankOptions,
     Targets,
     check_head_dims,
+    check_targets,
     sinkhorn_targets,
     unit_rows,
 )
@@ -31,6 +32,7 @@ from vmf_kernels.heads import INIT_STD, outlive, projection_mlp
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.prototypes import linear_prototypes
+from vmf_kernels.ranks import Shared
 
 __all__ = ["DINOHead", "DINOLoss", "KoLeoLoss", "KoLeoLossDistributed", "SinkhornKnoppTeacher", "iBOTPatchLoss"]
 
@@ -162,6 +164,7 @@ class DINOLoss(ClassTokenLoss):
             ValueError: shapes do not fit, or no pair is left.
             TypeError: one side is stored and the other is not.
         """
+        check_targets(teacher_probs)
         shapes = tuple(student_logits.shape), tuple(teacher_probs.shape)
         if [len(shape) for shape in shapes] != [3, 3] or shapes[0][1:] != shapes[1][1:]:
             raise ValueError(
@@ -189,7 +192,7 @@ class SinkhornKnoppTeacher(nn.Module):
 
     def __init__(self, **options: Unpack[RankOptions]) -> None:
         super().__init__()
-        self.options = options
+        self._options = Shared(options)
 
     @torch.no_grad()
     def forward(
@@ -203,7 +206,7 @@ class SinkhornKnoppTeacher(nn.Module):
 
         ``n_masked_patches_tensor`` is neither read nor written: the number of patches cancels out of the algorithm.
         """
-        return sinkhorn_targets(teacher_output, teacher_temp, n_iterations, self.options)
+        return sinkhorn_targets(teacher_output, teacher_temp, n_iterations, self._options.value)
 
 
 class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
@@ -271,7 +274,8 @@ class KoLeoLossDistributed(nn.Module):
         """[B, D] features of this rank to the [] mean over its own rows, nats. Collective, its backward pass as well.
 
         Raises:
-            ValueError: ``student_output`` is not a matrix, there are ``topk`` rows or fewer, or groups do not fit the rows.
+            ValueError: ``student_output`` is not a matrix, there are ``topk`` rows or fewer, or groups do not fit the rows; on
+                all ranks where it is so on one.
         """
         loss: Tensor = _GroupedKoLeoLoss(eps, self.topk, self.loss_group_size)(student_output)
         return loss
@@ -284,15 +288,20 @@ class _GroupedKoLeoLoss(koleo.DistributedKoLeoLoss):
         super().__init__(eps, topk=topk)
         self.size = size
 
-    def _candidates(self, rows_BCD: Tensor) -> tuple[Tensor, int]:
-        among, start = super()._candidates(rows_BCD)
+    def _check(self, features: Tensor, counts: list[int]) -> None:
+        super()._check(features, counts)
+        size = sum(counts) if self.size is None else self.size
+        starts = [sum(counts[:rank]) for rank in range(len(counts))]
+        over = any(start % size + count > size for start, count in zip(starts, counts, strict=True))
+        if over or sum(counts) % size or size <= self.topk:
+            raise ValueError(
+                f"loss_group_size is {self.size} but the ranks have {counts} rows; expected a divisor of all rows that is a "
+                f"multiple of each rank's and at least {self.topk + 1}"
+            )
+
+    def _candidates(self, rows_BCD: Tensor, counts: list[int]) -> tuple[Tensor, int]:
+        among, start = super()._candidates(rows_BCD, counts)
         if self.size is None:
             return among, start
-        own, total = rows_BCD.shape[0], among.shape[0]
         first = start // self.size * self.size
-        if total % self.size or start + own > first + self.size:
-            raise ValueError(
-                f"loss_group_size is {self.size} but this rank has {own} of {total} rows; expected a divisor of all rows "
-                "that is a multiple of each rank's"
-            )
         return among[first : first + self.size], start - first

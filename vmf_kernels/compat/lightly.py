@@ -48,7 +48,8 @@ class RankMeanCenter(LogitCenter):
     def _statistic(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        rows = teacher.detach() if isinstance(teacher, Tensor) else teacher.detach().flatten().features
+        flat = teacher.detach().flatten(0, -2)
+        rows = flat if isinstance(flat, Tensor) else flat.features
         total = rows.sum(dim=0, dtype=accumulation_dtype(rows.dtype))
         count = rows.shape[0]
         mine = torch.cat([total / max(count, 1), total.new_full((1,), float(count > 0))])
@@ -142,10 +143,15 @@ class DINOLoss(nn.Module):
         loss: Tensor = result.loss
         return loss
 
-    def update_center(self, teacher_out: PrototypeLogits | Tensor | None = None) -> None:
-        """Move the centre by [G, B, K] teacher logits, if given, and by the batches that ``center_update="manual"`` kept."""
+    def update_center(
+        self,
+        teacher_out: PrototypeLogits | Tensor | None = None,
+        teacher_temp: float | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """Move the centre by [G, B, K] logits, if given, at the temperature as in ``forward``, and by the batches that wait."""
         if teacher_out is not None:
-            self.stream.centering.accumulate(teacher_out.flatten(0, -2), self.teacher_temp)
+            self.stream.centering.accumulate(teacher_out, self._temperature(teacher_temp, epoch))
         self.stream.centering.apply_pending()
 
     def _temperature(self, given: float | None, epoch: int | None) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from vmf_kernels import heads, losses
@@ -72,6 +73,8 @@ class DINOLoss(losses.DINOLoss):
     Source: vturrisi/solo-learn solo/losses/dino.py; Caron et al., ICCV 2021.
     """
 
+    epoch_now: Tensor
+
     def __init__(
         self,
         num_prototypes: int,
@@ -86,7 +89,19 @@ class DINOLoss(losses.DINOLoss):
     ) -> None:
         warm_up = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, num_epochs)
         super().__init__(num_prototypes, num_large_crops, *warm_up, student_temp, center_momentum, **options)
+        # a compiled step would take an int of a module for a constant
+        self.register_buffer("epoch_now", torch.zeros((), dtype=torch.int64), persistent=False)
         self.epoch = 0
+
+    @property
+    def epoch(self) -> int:
+        """Selects the teacher temperature."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self.epoch_now.fill_(epoch)
 
     def forward(  # type: ignore[override]
         self, student_output: PrototypeLogits | Tensor, teacher_output: PrototypeLogits | Tensor
@@ -104,10 +119,15 @@ class DINOLoss(losses.DINOLoss):
             ValueError: rows are not divisible by the crops, K or D differ, or ``epoch`` is beyond ``num_epochs``.
             TypeError: one side is stored and the other is not.
         """
-        return self._evaluate(student_output, teacher_output, self.epoch, (None, None))
+        epoch = self.epoch_now if torch.compiler.is_compiling() else self.epoch
+        return self._evaluate(student_output, teacher_output, epoch, (None, None))
 
     def update_center(self, teacher_output: PrototypeLogits | Tensor | None = None) -> None:
-        """Move the centre by [R, K] teacher logits, if given, and by the batches that ``center_update="manual"`` kept."""
+        """Move the centre by [R, K] teacher logits, if given, and by the batches that ``center_update="manual"`` kept.
+
+        Raises:
+            ValueError: K is not ``num_prototypes``, or logits are given and ``epoch`` is beyond ``num_epochs``.
+        """
         if teacher_output is not None:
-            self.centering.accumulate(teacher_output, self.teacher_temp_schedule[self.epoch])
+            self.centering.accumulate(teacher_output, self._temperatures(self.epoch))
         super().update_center()
