@@ -44,7 +44,9 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         *(TypeError, "student is PrototypeLogits but targets are a tensor of probabilities"),
     ),
     (
-        lambda: made(dinov2.iBOTPatchLoss).forward_masked(logits(4), TeacherTargets(logits(3), TAU), torch.ones(1, 3) > 0),
+        lambda: made(dinov2.iBOTPatchLoss).forward_masked(
+            logits(4), TeacherTargets(logits(3), TAU), torch.ones(1, 3) > 0
+        ),
         *(ValueError, "student, teacher and weights have 4, 3 and 3 masked patches"),
     ),
     (
