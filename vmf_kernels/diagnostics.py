@@ -35,7 +35,8 @@ class UniquePrototypes:
 def unique_prototypes(weight: Prototypes | Tensor, eps: float = 0.025, metric: str = "cosine") -> UniquePrototypes:
     """Count prototypes that differ in direction, greedily: each joins the first earlier representative within reach.
 
-    Streaming: besides fp32 (fp64 for fp64 prototypes) directions [K, D] only tiles of similarities are held.
+    Streaming: besides fp32 (fp64 for fp64 prototypes) directions [K, D] only tiles of similarities are held. On a GPU their
+    products follow ``torch.set_float32_matmul_precision``: below "highest" they are off by up to 1e-3.
 
     Args:
         weight: K prototypes, or a floating-point matrix [K, D] of them; only directions count, zero rows form one group.

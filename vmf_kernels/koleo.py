@@ -35,7 +35,8 @@ class KoLeoLoss(nn.Module):
 
     Meant for the student's class tokens before the head. Formed in fp32 (fp64 for fp64 features) whatever autocast says: in
     fp16 eps rounds to 0 and two equal images give infinity. The gradient of fp16 features is cut off at fp16's range, which
-    that of three equal rows leaves. Neighbours are sought among this rank's rows.
+    that of three equal rows leaves. Neighbours are sought among this rank's rows; on a GPU their products follow
+    ``torch.set_float32_matmul_precision``, and below "highest" near ones are told apart less well.
 
     Args:
         eps: added to the distance and to its components, > 0.
@@ -146,7 +147,8 @@ class PrototypeKoLeoLoss(nn.Module):
     prototypes) whatever autocast says; repeats are bitwise equal. Only directions get a gradient, each from its own term and
     from those it is the neighbour of; magnitudes get none. A zero prototype stands at the origin and gets no gradient, and two
     that coincide get none from each other, as no direction parts them. Neighbours nearer than some 5e-4 (1e-8 in fp64) are told
-    apart as well as a product of unit vectors can: a little farther one may be taken.
+    apart as well as a product of unit vectors can: a little farther one may be taken (below the "highest" of
+    ``torch.set_float32_matmul_precision``, on a GPU, those nearer than some 5e-2).
 
     Args:
         eps: added to the distance, > 0.
