@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -28,8 +29,16 @@ def test_without_a_signal_the_exit_code_is_zero() -> None:
     assert interruption.exit_code == 0
 
 
+@pytest.fixture
+def interrupts_raise() -> Iterator[None]:
+    """Python's own handler: a shell starts what runs in its background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("first", SIGNALS)
-def test_second_signal_does_what_it_did_before(first: signal.Signals) -> None:
+def test_second_signal_does_what_it_did_before(first: signal.Signals, interrupts_raise: None) -> None:
     with Interruption() as interruption:
         signal.raise_signal(first)
         with pytest.raises(KeyboardInterrupt):
