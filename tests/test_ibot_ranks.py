@@ -122,19 +122,33 @@ def training_cases(share: Share) -> dict[str, Results]:
 
 
 def sharded_cases(share: Share) -> dict[str, Results]:
-    """One step of a head whose parameters ``fully_shard`` frees between its calls."""
+    """One step of a head whose parameters ``fully_shard`` frees after each of its calls."""
     results = {}
     for call, shared in itertools.product(CALLS, (False, True)):
         torch.manual_seed(5)
         student, teacher = heads(prototypes=(90, 90), shared=shared)
-        called = student if call == "all-tokens" else ClassTokensOfLocalCrops(student)
+        model, loss = nn.Sequential(student), IBOTLoss(*schedule((90, 90)))
+        called = model if call == "all-tokens" else ClassTokensOfLocalCrops(model)
         if share.rank is not None:
-            fully_shard(student, mesh=init_device_mesh("cpu", (RANKS,)))
-        value = our_step(IBOTLoss(*schedule((90, 90))))(called, teacher, share.batch(0, "second-none"), 0)["loss"]
+            shard_below_root(model)
+            loss.register_forward_pre_hook(lambda *_, head=student: assert_sharded(head))
+        value = our_step(loss)(called, teacher, share.batch(0, "second-none"), 0)["loss"]
         value.backward()
         gradients = {name: whole(p.grad) for name, p in student.named_parameters() if p.grad is not None}
         results[f"{call} {shared}"] = {"loss": value.detach()} | gradients
     return results
+
+
+def shard_below_root(model: nn.Sequential) -> None:
+    """Make the only child a unit of its own: FSDP2 keeps the parameters of its root from forward to backward pass."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(model[0], mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+
+
+def assert_sharded(head: nn.Module) -> None:
+    kept = [name for name, parameter in head.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not kept, f"not freed before the loss: {kept}"
 
 
 def whole(gradient: Tensor) -> Tensor:
