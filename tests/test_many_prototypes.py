@@ -34,11 +34,10 @@ KEYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    file = tmp_path_factory.mktemp("report") / "report.json"
+def report_over(ranks: int, file: Path) -> dict[str, Any]:
+    """What the bench says over so many ranks of torchrun; it writes ``file``."""
     sizes = ["--prototypes", str(PROTOTYPES), "--rows", str(ROWS), "--dim", str(DIM)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*torchrun, "-m", "bench.many_prototypes", *sizes, "--check", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -60,9 +59,11 @@ def assert_equal_to_one_rank(report: dict[str, Any]) -> None:
         assert gradient["largest_difference"] <= 1e-3 * gradient["largest"], f"one element of {name} is off"
 
 
-def test_torchrun_on_two_ranks_equals_one_rank(report: dict[str, Any]) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_torchrun_on_several_ranks_equals_one_rank(tmp_path: Path, ranks: int) -> None:
+    report = report_over(ranks, tmp_path / "report.json")
     assert report.keys() == KEYS
-    assert (report["ranks"], len(report["peak_rss_mib"])) == (2, 2)
+    assert (report["ranks"], len(report["peak_rss_mib"])) == (ranks, ranks)
     assert report["peak_rss_mib_sum"] == sum(report["peak_rss_mib"])
     assert_equal_to_one_rank(report)
 
