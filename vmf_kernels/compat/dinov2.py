@@ -67,12 +67,15 @@ class DINOHead(nn.Module):
         super().__init__()
         check_head_dims(in_dim, out_dim, hidden_dim, bottleneck_dim)
         self.mlp = projection_mlp(in_dim, hidden_dim, bottleneck_dim, nlayers, use_bn=use_bn, bias=mlp_bias)
-        self.last_layer = PrototypeLayer(bottleneck_dim, out_dim)
+        self.last_layer = self._make_layer(bottleneck_dim, out_dim)
 
     def forward(self, x: Tensor) -> PrototypeLogits:
         """[..., in_dim] features to [..., K] logits, in the dtype autocast gives the MLP."""
         logits: PrototypeLogits = self.last_layer(unit_rows(self.mlp(x)))
         return outlive(self, logits)
+
+    def _make_layer(self, dim: int, num_prototypes: int) -> nn.Module:
+        return PrototypeLayer(dim, num_prototypes)
 
 
 class DINOvMFHead(DINOHead):

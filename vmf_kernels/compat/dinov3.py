@@ -16,76 +16,34 @@ import torch
 from torch import Tensor, nn
 
 from vmf_kernels import koleo
+from vmf_kernels.compat import dinov2
 from vmf_kernels.compat._shared import (
     ClassTokenLoss,
     Logits,
     PatchLoss,
     RankOptions,
     Targets,
-    check_head_dims,
     check_targets,
     sinkhorn_targets,
     unit_rows,
 )
 from vmf_kernels.compat.dinov2 import KoLeoLoss
-from vmf_kernels.heads import INIT_STD, outlive, projection_mlp
+from vmf_kernels.fuse import FusedLinear
+from vmf_kernels.heads import INIT_STD, outlive
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.pairing import multi_crop_weights
-from vmf_kernels.prototypes import linear_prototypes
 from vmf_kernels.ranks import Shared
 
 __all__ = ["DINOHead", "DINOLoss", "KoLeoLoss", "KoLeoLossDistributed", "SinkhornKnoppTeacher", "iBOTPatchLoss"]
 
 
-class LinearPrototypeLayer(nn.Linear):
-    """Linear layer without bias, ``w_k`` the rows of its weight, that never computes its logits.
-
-    Args:
-        dim: D.
-        num_prototypes: K.
-    """
-
-    def __init__(self, dim: int, num_prototypes: int) -> None:
-        super().__init__(dim, num_prototypes, bias=False)
-
-    def forward(self, features: Tensor) -> PrototypeLogits:  # type: ignore[override]
-        """[..., D] features to [..., K] logits that are not stored."""
-        # a view: DistributedDataParallel finds the parameters an output needs by its graph, where a leaf has no node
-        prototypes = linear_prototypes(self.weight.view_as(self.weight))
-        return outlive(self, PrototypeLogits(features, prototypes))
-
-
-class DINOHead(nn.Module):
+class DINOHead(dinov2.DINOHead):
     """MLP, L2-normalised bottleneck, plain linear prototypes; logits come back unstored.
 
-    Args:
-        in_dim: dim of the backbone's features.
-        out_dim: number of prototypes K.
-        use_bn: BatchNorm after each hidden layer.
-        nlayers: layers of the MLP, at least 1.
-        hidden_dim: width of its hidden layers.
-        bottleneck_dim: D.
-        mlp_bias: biases in the MLP.
+    Arguments and errors as ``compat.dinov2.DINOHead``.
 
-    Raises:
-        ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
     Source: facebookresearch/dinov3 dinov3/layers/dino_head.py.
     """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        use_bn: bool = False,
-        nlayers: int = 3,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        mlp_bias: bool = True,
-    ) -> None:
-        super().__init__()
-        check_head_dims(in_dim, out_dim, hidden_dim, bottleneck_dim)
-        self.mlp = projection_mlp(in_dim, hidden_dim, bottleneck_dim, nlayers, use_bn=use_bn, bias=mlp_bias)
-        self.last_layer = LinearPrototypeLayer(bottleneck_dim, out_dim)
 
     def init_weights(self) -> None:
         """Truncated normal weights of deviation 0.02, the prototypes' included, and zero biases."""
@@ -95,7 +53,7 @@ class DINOHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, no_last_layer: bool = False, only_last_layer: bool = False
     ) -> PrototypeLogits | Tensor:
         """[..., in_dim] features to [..., K] logits; to the [..., D] bottleneck, or from it, with one half left out."""
@@ -105,6 +63,9 @@ class DINOHead(nn.Module):
             return x
         logits: PrototypeLogits = self.last_layer(x)
         return outlive(self, logits)
+
+    def _make_layer(self, dim: int, num_prototypes: int) -> nn.Module:
+        return FusedLinear(dim, num_prototypes, bias=False)
 
 
 class DINOLoss(ClassTokenLoss):
