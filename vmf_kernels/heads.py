@@ -80,21 +80,29 @@ class DINOHead(nn.Module):
         bottleneck_dim: int = 256,
     ) -> None:
         super().__init__()
-        if min(in_dim, out_dim, hidden_dim) < 1 or bottleneck_dim < 2:
-            raise ValueError(
-                f"in_dim, out_dim, hidden_dim, bottleneck_dim are {in_dim}, {out_dim}, {hidden_dim}, {bottleneck_dim}; "
-                "expected at least 1, 1, 1 and 2"
-            )
+        check_head_dims(in_dim, out_dim, hidden_dim, bottleneck_dim)
         self.mlp = projection_mlp(in_dim, hidden_dim, bottleneck_dim, nlayers, use_bn=use_bn)
         self.last_layer = PrototypeLayer(bottleneck_dim, out_dim, frozen_norm=norm_last_layer)
 
     def forward(self, x: Tensor) -> PrototypeLogits:
         """[R, in_dim] features to [R, K] logits, in the dtype autocast gives the MLP."""
-        hidden = self.mlp(x)
-        # the published eps, 1e-12, is 0 in fp16, where a zero row would divide by it
-        eps = max(1e-12, torch.finfo(hidden.dtype).smallest_normal)
-        logits: PrototypeLogits = self.last_layer(functional.normalize(hidden, dim=-1, p=2.0, eps=eps))
+        logits: PrototypeLogits = self.last_layer(bottleneck_rows(self.mlp(x)))
         return logits if _is_fsdp_unit(self.last_layer) else outlive(self, logits)
+
+
+def check_head_dims(in_dim: int, out_dim: int, hidden_dim: int, bottleneck_dim: int) -> None:
+    """Raise ValueError unless a head can have these dims."""
+    if min(in_dim, out_dim, hidden_dim) < 1 or bottleneck_dim < 2:
+        raise ValueError(
+            f"in_dim, out_dim, hidden_dim, bottleneck_dim are {in_dim}, {out_dim}, {hidden_dim}, {bottleneck_dim}; "
+            "expected at least 1, 1, 1 and 2"
+        )
+
+
+def bottleneck_rows(hidden: Tensor) -> Tensor:
+    """The L2-normalised bottleneck; zero rows stay zero."""
+    # the published eps, 1e-12, is 0 in fp16, where a zero row would divide by it
+    return functional.normalize(hidden, dim=-1, p=2.0, eps=max(1e-12, torch.finfo(hidden.dtype).smallest_normal))
 
 
 def outlive(unit: nn.Module, logits: PrototypeLogits) -> PrototypeLogits:
@@ -126,12 +134,17 @@ def projection_mlp(
 ) -> nn.Module:
     """The MLP of a head, initialised: linear layers with GELU, and BatchNorm before it with ``use_bn``; one layer at least."""
     mlp = _layers(in_dim, hidden_dim, out_dim, layers, use_bn=use_bn, bias=bias)
-    for module in mlp.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=INIT_STD)
-            if bias:
-                nn.init.zeros_(module.bias)
+    init_linears(mlp)
     return mlp
+
+
+def init_linears(module: nn.Module) -> None:
+    """Truncated normal weights of deviation 0.02 and zero biases for every linear layer in ``module``."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def _layers(in_dim: int, hidden_dim: int, out_dim: int, layers: int, *, use_bn: bool, bias: bool) -> nn.Module:

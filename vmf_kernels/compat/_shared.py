@@ -304,15 +304,6 @@ def unit_rows(hidden: Tensor) -> Tensor:
     return functional.normalize(hidden, dim=-1, p=2.0, eps=1e-6 if hidden.dtype == torch.float16 else 1e-12)
 
 
-def check_head_dims(in_dim: int, out_dim: int, hidden_dim: int, bottleneck_dim: int) -> None:
-    """Raise ValueError unless a head can have these dims."""
-    if min(in_dim, out_dim, hidden_dim) < 1 or bottleneck_dim < 2:
-        raise ValueError(
-            f"in_dim, out_dim, hidden_dim, bottleneck_dim are {in_dim}, {out_dim}, {hidden_dim}, {bottleneck_dim}; "
-            "expected at least 1, 1, 1 and 2"
-        )
-
-
 def check_targets(targets: object) -> None:
     """Raise TypeError unless they are what the teacher methods return, or probabilities."""
     if not isinstance(targets, (TeacherTargets, Tensor)):

@@ -25,11 +25,10 @@ from vmf_kernels.compat._shared import (
     PatchLoss,
     RankOptions,
     Targets,
-    check_head_dims,
     check_targets,
     unit_rows,
 )
-from vmf_kernels.heads import PrototypeLayer, outlive, projection_mlp
+from vmf_kernels.heads import PrototypeLayer, check_head_dims, outlive, projection_mlp
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.targets import TeacherTargets

@@ -29,7 +29,7 @@ from vmf_kernels.compat._shared import (
 )
 from vmf_kernels.compat.dinov2 import KoLeoLoss
 from vmf_kernels.fuse import FusedLinear
-from vmf_kernels.heads import INIT_STD, outlive
+from vmf_kernels.heads import init_linears, outlive
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.ranks import Shared
@@ -47,11 +47,7 @@ class DINOHead(dinov2.DINOHead):
 
     def init_weights(self) -> None:
         """Truncated normal weights of deviation 0.02, the prototypes' included, and zero biases."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linears(self)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, no_last_layer: bool = False, only_last_layer: bool = False

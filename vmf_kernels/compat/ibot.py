@@ -13,12 +13,10 @@ from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vmf_kernels.compat.checkpoints import load_networks
-from vmf_kernels.heads import INIT_STD, PrototypeLayer, outlive
+from vmf_kernels.heads import PrototypeLayer, bottleneck_rows, init_linears, outlive
 from vmf_kernels.ibot import IBOTLoss, IBOTvMFLoss
 from vmf_kernels.logits import PrototypeLogits
 
@@ -82,10 +80,7 @@ class iBOTHead(nn.Module):  # noqa: N801 (the published name)
         _check_options(norm, act, last_norm)
         widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1)
         self.mlp = _mlp(widths, bottleneck_dim, norm, act)
-        for module in self.mlp.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                nn.init.zeros_(module.bias)
+        init_linears(self.mlp)
         self.last_layer = PrototypeLayer(bottleneck_dim, out_dim, frozen_norm=norm_last_layer)
         self.last_layer2 = self.last_layer
         if not shared_head:
@@ -103,9 +98,7 @@ class iBOTHead(nn.Module):  # noqa: N801 (the published name)
         """
         # batch norm counts every token as a row, whichever image it is of
         hidden = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        # the published eps, 1e-12, is 0 in fp16, where a zero row would divide by it
-        eps = max(1e-12, torch.finfo(hidden.dtype).smallest_normal)
-        features = functional.normalize(hidden, dim=-1, p=2.0, eps=eps)
+        features = bottleneck_rows(hidden)
         if x.ndim == 2:
             return outlive(self, self.last_layer(features))
         return outlive(self, self.last_layer(features[:, 0])), outlive(self, self.last_layer2(features[:, 1:]))

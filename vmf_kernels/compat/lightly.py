@@ -18,7 +18,7 @@ from torch.nn import functional
 from vmf_kernels import koleo
 from vmf_kernels.centering import LogitCenter
 from vmf_kernels.compat._shared import unit_rows
-from vmf_kernels.heads import INIT_STD, PrototypeLayer, outlive
+from vmf_kernels.heads import PrototypeLayer, init_linears, outlive
 from vmf_kernels.logits import PrototypeLogits, project
 from vmf_kernels.losses import publish_center
 from vmf_kernels.pairing import multi_crop_weights
@@ -304,11 +304,7 @@ class DINOv2ProjectionHead(nn.Module):
             layers.append(nn.Linear(width, hidden_dim, bias=not batch_norm))
             layers += [nn.BatchNorm1d(hidden_dim), nn.GELU()] if batch_norm else [nn.GELU()]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
-        for module in self.layers.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linears(self.layers)
         self.last_layer = PrototypeLayer(bottleneck_dim, output_dim)
 
     def forward(self, x: Tensor) -> PrototypeLogits:
