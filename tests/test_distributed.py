@@ -15,15 +15,14 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from tests.measure import relative_error, worst_error
+from tests.on_ranks import RANKS, Runs, run_cases
 from tests.published import follow
 from vmf_kernels import (
     DINOHead,
@@ -37,7 +36,6 @@ from vmf_kernels import (
 )
 from vmf_kernels.centering import Center
 
-RANKS = 2
 PROTOTYPES, DIM, IN_DIM, CROPS = 301, 24, 12, 4
 BUDGET = 1e-5  # relative, in norm
 TAU = 0.05
@@ -226,29 +224,9 @@ CASES: tuple[Callable[[Share], Any], ...] = (
 )
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """All cases on one rank; what they gave goes to a file."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.save({case.__name__: case(Share(rank)) for case in CASES}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-class Runs(NamedTuple):
-    """What each case gave: on the ranks, and alone."""
-
-    ranks: list[dict[str, Any]]
-    alone: dict[str, Any]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return Runs(
-        [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)],
-        {case.__name__: case(Share(None)) for case in CASES},
-    )
+    return run_cases(tmp_path_factory.mktemp("ranks"), CASES, Share)
 
 
 @pytest.mark.parametrize("start", ["zero", "first_batch"])

@@ -14,8 +14,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 from tests.measure import relative_error, worst_error
+from tests.on_ranks import RANKS, Runs, run_cases
 from tests.published import follow
-from tests.test_distributed import RANKS, Share
+from tests.test_distributed import Share
 from vmf_kernels import (
     DINOHead,
     DINOLoss,
@@ -276,30 +275,9 @@ CASES: tuple[Callable[[Share], Any], ...] = (
 )
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """All cases on one rank; what they gave goes to a file."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.save({case.__name__: case(Share(rank)) for case in CASES}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-class Runs(NamedTuple):
-    """What each case gave: on the ranks, and alone."""
-
-    ranks: list[dict[str, Any]]
-    alone: dict[str, Any]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return Runs(
-        [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)],
-        {case.__name__: case(Share(None)) for case in CASES},
-    )
+    return run_cases(tmp_path_factory.mktemp("ranks"), CASES, Share, "ignore")
 
 
 def mean_of_losses(ranks: list[Results]) -> Results:

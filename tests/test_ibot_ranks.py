@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,13 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 from tests.ibot_steps import GLOBAL, LOCAL, Batch, follow_by_name, heads, make_batch, our_step, schedule
 from tests.measure import relative_error, worst_error
+from tests.on_ranks import RANKS, Runs, run_cases
 from vmf_kernels.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss
 
-RANKS = 2
 IMAGES = 6  # of the whole batch: three a rank
 BUDGET = 1e-5  # relative, in norm
 LOSSES: dict[str, type[IBOTLoss]] = {"ibot": IBOTLoss, "vmf": IBOTvMFLoss}
@@ -177,29 +175,9 @@ def rank_without_images_case(share: Share) -> Results:
 CASES: tuple[Callable[[Share], Any], ...] = (loss_cases, training_cases, sharded_cases, rank_without_images_case)
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """All cases on one rank; what they gave goes to a file."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.save({case.__name__: case(Share(rank)) for case in CASES}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-class Runs(NamedTuple):
-    """What each case gave: on the ranks, and alone."""
-
-    ranks: list[dict[str, Any]]
-    alone: dict[str, Any]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return Runs(
-        [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)],
-        {case.__name__: case(Share(None)) for case in CASES},
-    )
+    return run_cases(tmp_path_factory.mktemp("ranks"), CASES, Share)
 
 
 def mean_of_losses(ranks: list[Results]) -> Results:

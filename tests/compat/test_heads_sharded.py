@@ -14,7 +14,6 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 from tests.ibot_steps import IN_DIM, our_step, schedule
 from tests.measure import relative_error, worst_error
-from tests.test_ibot_ranks import IMAGES, RANKS, Share, mean_of_losses, whole
+from tests.on_ranks import RANKS, Runs, run_cases
+from tests.test_ibot_ranks import IMAGES, Share, mean_of_losses, whole
 from vmf_kernels import DINOLoss, DINOvMFLoss, IBOTLoss, PrototypeLogits
 from vmf_kernels.compat import dino, dinov2, dinov3, ibot, lightly, solo
 
@@ -186,29 +185,9 @@ def head_without_copies_cases(share: Share) -> dict[str, str]:
 CASES: tuple[Callable[[Share], Any], ...] = (step_cases, head_without_copies_cases)
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """All cases on one rank; what they gave goes to a file."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.save({case.__name__: case(Share(rank)) for case in CASES}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-class Runs(NamedTuple):
-    """What each case gave: on the ranks, and alone."""
-
-    ranks: list[dict[str, Any]]
-    alone: dict[str, Any]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return Runs(
-        [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)],
-        {case.__name__: case(Share(None)) for case in CASES},
-    )
+    return run_cases(tmp_path_factory.mktemp("ranks"), CASES, Share)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

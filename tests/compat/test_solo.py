@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.measure import worst_error
 from tests.published import follow
@@ -228,7 +229,7 @@ def test_a_mistake_is_named(call: Callable[[], object], said: str) -> None:
 def test_epochs_compile_once() -> None:
     student, teacher = torch.randn(8, 50), torch.randn(8, 50)
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     ours, eager = (solo.DINOLoss(50, 0.04, 0.07, 5, 12) for _ in range(2))
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
     for epoch in range(12):

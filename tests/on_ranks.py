@@ -1,0 +1,47 @@
+"""Cases run with the same code on gloo ranks and in one process that has everything: one spawn serves all of a file's.
+
+A case takes a share, which says what of the data is this process's; its class is made of a rank, or of None when alone.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.spawn import spawn
+
+RANKS = 2
+Case = Callable[[Any], Any]
+
+
+class Runs(NamedTuple):
+    """What each case gave: on the ranks, and alone."""
+
+    ranks: list[dict[str, Any]]
+    alone: dict[str, Any]
+
+
+def run_cases(
+    folder: Path, cases: Sequence[Case], share: Callable[[int | None], Any], filters: str = "default"
+) -> Runs:
+    """All cases, results by name; ``filters`` is what the ranks do with warnings."""
+    spawn(_run_rank, (str(folder), cases, share, filters), nprocs=RANKS)
+    return Runs(
+        [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)],
+        {case.__name__: case(share(None)) for case in cases},
+    )
+
+
+def _run_rank(rank: int, folder: str, cases: Sequence[Case], share: Callable[[int], Any], filters: Any) -> None:
+    """All cases on one rank; what they gave goes to a file."""
+    torch.set_num_threads(1)
+    if filters != "default":
+        warnings.simplefilter(filters)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.save({case.__name__: case(share(rank)) for case in cases}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
