@@ -1,0 +1,128 @@
+// vmf_kernels._native: operator.h for Python. Pointers come as integers; whoever calls keeps their memory alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "operator.h"
+
+namespace py = pybind11;
+using namespace vmf::cpu;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Execution execution_of(const std::string& isa, Products products, int threads) {
+  if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + "; expected at least 1");
+  return {isa_named(isa), products, threads, nullptr};
+}
+
+Logits logits_of(const std::vector<Address>& pieces, int prototypes, std::ptrdiff_t stride) {
+  if (pieces.size() > Logits::MOST_PIECES)
+    throw std::invalid_argument(std::to_string(pieces.size()) + " pieces of logits; expected at most " +
+                                std::to_string(Logits::MOST_PIECES));
+  Logits logits{{}, prototypes, stride};
+  for (std::size_t i = 0; i < pieces.size(); ++i) logits.pieces[i] = pointer<float>(pieces[i]);
+  return logits;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The streaming operator on a CPU (csrc/cpu); vmf_kernels.backends.native checks what it passes in.";
+  m.attr("ROW_PADDING") = ROW_PADDING;
+  m.attr("MOST_PIECES") = Logits::MOST_PIECES;
+  py::enum_<Products>(m, "Products").value("fp32", Products::fp32).value("bf16", Products::bf16);
+  py::enum_<Stored>(m, "Stored")
+      .value("fp32", Stored::fp32)
+      .value("bf16", Stored::bf16)
+      .value("fp16", Stored::fp16);
+  py::enum_<Norms>(m, "Norms")
+      .value("free", Norms::free)
+      .value("fixed", Norms::fixed)
+      .value("magnitude", Norms::magnitude);
+
+  py::class_<Execution>(m, "Execution")
+      .def(py::init(&execution_of), py::kw_only(), py::arg("isa"), py::arg("products"), py::arg("threads"))
+      .def_property(
+          "workspace", [](const Execution& run) { return reinterpret_cast<Address>(run.workspace); },
+          [](Execution& run, Address address) { run.workspace = pointer<void>(address); });
+  py::class_<Weight>(m, "Weight")
+      .def(py::init([](Address data, Stored stored, std::ptrdiff_t stride, int prototypes, int dim) {
+             return Weight{pointer<const void>(data), stored, stride, prototypes, dim};
+           }),
+           py::kw_only(), py::arg("data"), py::arg("stored"), py::arg("stride"), py::arg("prototypes"), py::arg("dim"));
+  py::class_<Logits>(m, "Logits")
+      .def(py::init(&logits_of), py::kw_only(), py::arg("pieces"), py::arg("prototypes"), py::arg("stride"));
+  py::class_<Score>(m, "Score")
+      .def(py::init([](const Weight& weight, Address multiplier, Address bias, Address features, int rows,
+                       const Logits& logits, Address top, Address mass, Address moment) {
+             return Score{weight, pointer<const float>(multiplier), pointer<const float>(bias),
+                          pointer<const float>(features), rows, logits, pointer<float>(top),
+                          pointer<float>(mass), pointer<float>(moment)};
+           }),
+           py::kw_only(), py::arg("weight"), py::arg("multiplier"), py::arg("bias"), py::arg("features"),
+           py::arg("rows"), py::arg("logits"), py::arg("top"), py::arg("mass"), py::arg("moment"));
+  py::class_<PullBack>(m, "PullBack")
+      .def(py::init([](Norms norms, Address norm, Address magnitude, Address slope, Address magnitude_gradient) {
+             return PullBack{norms, pointer<const float>(norm), pointer<const float>(magnitude),
+                             pointer<const float>(slope), pointer<float>(magnitude_gradient)};
+           }),
+           py::kw_only(), py::arg("norms"), py::arg("norm"), py::arg("magnitude"), py::arg("slope"),
+           py::arg("magnitude_gradient"));
+  py::class_<Gather>(m, "Gather")
+      .def(py::init([](const Weight& weight, Address gain, const Logits& logits,
+                       std::ptrdiff_t teacher_column, int student_rows, int teacher_rows, int images,
+                       int teacher_views, Address student_top, Address student_factor, Address teacher_top,
+                       Address teacher_factor, Address coefficient, Address features, float scale,
+                       Address feature_gradient, Address weight_gradient, Address bias_gradient, Address usage,
+                       bool first, const PullBack* pull_back) {
+             return Gather{weight,
+                           pointer<const float>(gain),
+                           logits,
+                           teacher_column,
+                           student_rows,
+                           teacher_rows,
+                           images,
+                           teacher_views,
+                           pointer<const float>(student_top),
+                           pointer<const float>(student_factor),
+                           pointer<const float>(teacher_top),
+                           pointer<const float>(teacher_factor),
+                           pointer<const float>(coefficient),
+                           pointer<const float>(features),
+                           scale,
+                           pointer<float>(feature_gradient),
+                           pointer<float>(weight_gradient),
+                           pointer<float>(bias_gradient),
+                           pointer<float>(usage),
+                           first,
+                           pull_back};
+           }),
+           py::keep_alive<1, 22>(), py::kw_only(), py::arg("weight"), py::arg("gain"), py::arg("logits"),
+           py::arg("teacher_column"), py::arg("student_rows"), py::arg("teacher_rows"),
+           py::arg("images"), py::arg("teacher_views"), py::arg("student_top"), py::arg("student_factor"),
+           py::arg("teacher_top"), py::arg("teacher_factor"), py::arg("coefficient"), py::arg("features"),
+           py::arg("scale"), py::arg("feature_gradient"), py::arg("weight_gradient"), py::arg("bias_gradient"),
+           py::arg("usage"), py::arg("first"), py::arg("pull_back").none(true));
+
+  m.def("available", [] {
+    std::vector<std::string> names;
+    for (const Isa isa : available()) names.emplace_back(name_of(isa));
+    return names;
+  });
+  m.def("score_workspace", &score_workspace);
+  m.def("score", &score, py::call_guard<py::gil_scoped_release>());
+  m.def("gather_workspace", &gather_workspace);
+  m.def("gather", &gather, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "norms",
+      [](const Weight& weight, Address result, const Execution& run) { norms(weight, pointer<float>(result), run); },
+      py::call_guard<py::gil_scoped_release>());
+}

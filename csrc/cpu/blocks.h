@@ -1,0 +1,149 @@
+// Blocks of prototypes and panels of rows, as the products read them.
+#pragma once
+
+#include "kernels.h"
+#include "product.h"
+
+namespace vmf::cpu::VMF_ISA {
+
+// Bytes of a thread's block of prototypes in fp32: beside the block of G and the panels of rows it shares 1 MiB of L2.
+constexpr int BLOCK_BYTES = 147456;
+constexpr int MOST_TILES = 20;  // in a block: with few dims G would outgrow the cache
+
+inline int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+inline std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+template <class Dot>
+inline int words(int n) {
+  return (n + Dot::PER_WORD - 1) / Dot::PER_WORD;
+}
+
+// Prototypes of a block: a whole number of tiles of every height, and even.
+inline int block_prototypes(int dim) {
+  const int tiles = BLOCK_BYTES / 4 / dim / BLOCK_MULTIPLE;
+  return (tiles < 1 ? 1 : tiles > MOST_TILES ? MOST_TILES : tiles) * BLOCK_MULTIPLE;
+}
+
+// fp32 rows of prototypes: where they are stored, or a converted copy.
+struct Block {
+  const float* start;
+  std::ptrdiff_t stride;
+  const float* row(int k) const { return start + k * stride; }
+};
+
+inline void convert_row(const Weight& w, int k, float* out) {
+  const std::uint16_t* row = static_cast<const std::uint16_t*>(w.data) + k * w.stride;
+  if (w.stored == Stored::bf16)
+    for (int d = 0; d < w.dim; ++d) out[d] = from_bf16(row[d]);
+  else
+    for (int d = 0; d < w.dim; ++d) out[d] = from_fp16(row[d]);
+}
+
+inline std::size_t block_bytes(const Weight& w) {
+  return w.stored == Stored::fp32 ? 0 : aligned(sizeof(float) * block_prototypes(w.dim) * std::size_t(w.dim));
+}
+
+inline Block block_of(const Weight& w, int first, int count, float* room) {
+  if (w.stored == Stored::fp32) return {static_cast<const float*>(w.data) + first * w.stride, w.stride};
+  for (int k = 0; k < count; ++k) convert_row(w, first + k, room + std::ptrdiff_t(k) * w.dim);
+  return {room, w.dim};
+}
+
+// Where the logits of a prototype are, and how many prototypes of its piece there are from it on.
+inline float* row_of(const Logits& logits, int k) {
+  return logits.pieces[k / logits.prototypes] + k % logits.prototypes * logits.stride;
+}
+inline int left_in_piece(const Logits& logits, int k) { return logits.prototypes - k % logits.prototypes; }
+
+// Prototypes of the block that begins at `first`: of one piece of the logits.
+inline int block_size(const Logits& logits, int dim, int first, int last) {
+  int count = block_prototypes(dim);
+  if (last - first < count) count = last - first;
+  if (logits.pieces[0] && left_in_piece(logits, first) < count) count = left_in_piece(logits, first);
+  return count;
+}
+
+// Rows [first, last) of the prototypes, as they are stored.
+inline Ahead ahead_of(const Weight& w, int first, int last) {
+  const std::ptrdiff_t size = w.stored == Stored::fp32 ? 4 : 2;
+  const char* start = static_cast<const char*>(w.data);
+  return {start + size * w.stride * first, start + size * w.stride * last};
+}
+
+// Words of one row [D], as A of the logits' product reads them.
+inline void pack_row(const float* row, int dim, float* out) { std::memcpy(out, row, sizeof(float) * dim); }
+#if defined(__AVX512BF16__)
+inline void pack_row(const float* row, int dim, std::uint32_t* out) {
+  int d = 0;
+  for (; d + 32 <= dim; d += 32)
+    _mm512_storeu_si512(out + d / 2, (__m512i)_mm512_cvtne2ps_pbh(load(row + d + 16), load(row + d)));
+  for (; d < dim; d += 2)
+    out[d / 2] = to_bf16(row[d]) | std::uint32_t(d + 1 < dim ? to_bf16(row[d + 1]) : 0) << 16;
+}
+
+// Words whose halves come from two vectors.
+inline __m512i interleave(Floats low, Floats high) {
+  const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
+  const __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+  return _mm512_or_si512(l, _mm512_slli_epi32(h, 16));
+}
+#endif
+
+// [count, D] with `at(i)` the rows -> panels [column tile][words of count][columns], zeros beyond either edge.
+template <class Dot, class Row>
+inline void pack_panels(int count, int dim, Row&& at, typename Dot::Word* out) {
+  const int steps = words<Dot>(count);
+  const Cut cut(padded(dim) / LANES);
+  for (int step = 0; step < steps; ++step)  // outside: rows are read from end to end, which is what memory is fast at
+    for (int i = 0; i < cut.tiles; ++i) {
+      const int first = cut.first(i) * LANES, width = (cut.first(i + 1) - cut.first(i)) * LANES;
+      typename Dot::Word* panel = out + std::ptrdiff_t(first) * steps;
+      for (int j = 0; j < width; j += LANES) {
+        float lines[Dot::PER_WORD][LANES] = {};
+        for (int half = 0; half < Dot::PER_WORD; ++half)
+          if (step * Dot::PER_WORD + half < count) at(step * Dot::PER_WORD + half, first + j, lines[half]);
+        typename Dot::Word* to = panel + std::ptrdiff_t(step) * width + j;
+        if constexpr (Dot::PER_WORD == 1)
+          store(reinterpret_cast<float*>(to), load(lines[0]));
+#if defined(__AVX512BF16__)
+        else
+          _mm512_storeu_si512(to, interleave(load(lines[0]), load(lines[1])));
+#endif
+      }
+    }
+}
+
+// Columns [first, first + LANES) of a row of D into `out`, 0 beyond D.
+inline void line_of(const float* row, int dim, int first, float* out, float gain) {
+  if (first + LANES <= dim) {
+    store(out, mul(load(row + first), all(gain)));
+    return;
+  }
+  for (int d = first; d < dim; ++d) out[d - first] = row[d] * gain;
+}
+
+// Rows [count, D] -> panels [row tile][words of D][rows]: the transposed of a block's rows, beside it the same packing.
+template <class Dot>
+inline void pack_transposed(const float* rows, int count, int dim, typename Dot::Word* out) {
+  const int steps = words<Dot>(dim);
+  const Cut cut(padded(count) / LANES);
+  for (int i = 0; i < cut.tiles; ++i) {
+    const int first = cut.first(i) * LANES, width = (cut.first(i + 1) - cut.first(i)) * LANES;
+    typename Dot::Word* panel = out + std::ptrdiff_t(first) * steps;
+    for (int r = 0; r < width; ++r) {
+      const float* row = rows + std::ptrdiff_t(first + r) * dim;
+      for (int step = 0; step < steps; ++step) {
+        typename Dot::Word word = 0;
+        if (first + r < count) {
+          if constexpr (Dot::PER_WORD == 1)
+            word = row[step];
+          else
+            word = to_bf16(row[2 * step]) |
+                   std::uint32_t(2 * step + 1 < dim ? to_bf16(row[2 * step + 1]) : 0) << 16;
+        }
+        panel[std::ptrdiff_t(step) * width + r] = word;
+      }
+    }
+  }
+}
+
+}  // namespace vmf::cpu::VMF_ISA

@@ -1,0 +1,240 @@
+// From stored logits to the gradients of a range of prototypes: G = n p - A^T q (equations 4 to 6 in one matrix), then
+// dz = G W, dW = G^T z, and equation (7) for rows of dW that are complete.
+#pragma once
+
+#include "blocks.h"
+
+namespace vmf::cpu::VMF_ISA {
+
+inline float dot(const float* a, const float* b, int n) {
+  Floats total = zero();
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) total = multiply_add(load(a + i), load(b + i), total);
+  float result = sum(total);
+  for (; i < n; ++i) result += a[i] * b[i];
+  return result;
+}
+
+// a = (a + b times) scale
+inline void add_scaled(float* a, const float* b, float times, float scale, int n) {
+  int i = 0;
+  for (; i + LANES <= n; i += LANES)
+    store(a + i, mul(multiply_add(load(b + i), all(times), load(a + i)), all(scale)));
+  for (; i < n; ++i) a[i] = (a[i] + b[i] * times) * scale;
+}
+
+template <class Dot>
+struct Gatherer {
+  using Word = typename Dot::Word;
+  const GatherTask& task;
+  const Gather& gather = *task.gather;
+  const int dim = gather.weight.dim, width = padded(dim);
+  const int students = padded(gather.student_rows), teachers = padded(gather.teacher_rows);
+  const int cycle = gather.images + LANES;  // of a teacher view's probabilities, repeated
+
+  // A thread's room, in this order.
+  struct Room {
+    std::size_t block, values, by_row, by_prototype, gradient, teacher, cycles, line, bytes;
+    explicit Room(const Gather& g) {
+      const std::size_t n = block_prototypes(g.weight.dim), w = padded(g.weight.dim), s = padded(g.student_rows);
+      block = 0;
+      values = block + block_bytes(g.weight);
+      by_row = values + aligned(sizeof(Word) * words<Dot>(n) * w);
+      by_prototype = by_row + aligned(sizeof(Word) * words<Dot>(s) * n);
+      gradient = by_prototype + (Dot::PER_WORD == 1 ? 0 : aligned(sizeof(Word) * words<Dot>(n) * s));
+      teacher = gradient + (std::size_t(g.weight.dim) == w ? 0 : aligned(sizeof(float) * n * w));
+      cycles = teacher + aligned(sizeof(float) * (padded(g.teacher_rows) + LANES));
+      line = cycles + aligned(sizeof(float) * std::size_t(g.teacher_views) * (g.images + LANES));
+      bytes = line + aligned(sizeof(float) * 2 * (s + LANES));
+    }
+  };
+  const Room room{gather};
+  template <class T>
+  T* at(std::size_t offset) const {
+    return reinterpret_cast<T*>(static_cast<char*>(task.scratch) + offset);
+  }
+  static std::size_t scratch(const Gather& g) { return Room(g).bytes; }
+
+  void run() const {
+    for (int k = task.first, count; k < task.last; k += count) {
+      count = block_size(gather.logits, dim, k, task.last);
+      const Block weight = block_of(gather.weight, k, count, at<float>(room.block));
+      if (students) {
+        pack_values(weight, k, count);
+        fold(k, count);
+        // each product asks for what comes after it: the block of dW to be written, then the next block's logits and prototypes
+        const int next = k + count, more = next < task.last ? block_size(gather.logits, dim, next, task.last) : 0;
+        add_feature_gradient(count, k == task.first, gradient_block(k, count));
+        if (gather.weight_gradient) add_weight_gradient(weight, k, count, next, more);
+      } else {
+        fold(k, count);
+      }
+    }
+  }
+
+  void pack_values(const Block& weight, int first, int count) const {
+    pack_panels<Dot>(
+        count, dim,
+        [&](int k, int d, float* line) {
+          line_of(weight.row(k), dim, d, line, gather.gain ? gather.gain[first + k] : 1.0f);
+        },
+        at<Word>(room.values));
+  }
+
+  // G of a block, by rows for dW and by prototypes for dz; with fp32 one matrix serves both.
+  void fold(int first, int count) const {
+    for (int k = 0; k < count; k += Dot::PER_WORD) {
+      if constexpr (Dot::PER_WORD == 1) {
+        fold_one(first + k, at<float>(room.by_row) + std::ptrdiff_t(k) * students);
+      } else {
+        float* low = at<float>(room.line);
+        float* high = low + students + LANES;
+        fold_one(first + k, low);
+        if (k + 1 < count)
+          fold_one(first + k + 1, high);
+        else
+          std::memset(high, 0, sizeof(float) * students);
+        store_pair(k, low, high);
+      }
+    }
+  }
+
+  void store_pair(int k, const float* low, const float* high) const {
+#if defined(__AVX512BF16__)
+    Word* by_prototype = at<Word>(room.by_prototype) + std::ptrdiff_t(k / 2) * students;
+    std::uint16_t* by_row = at<std::uint16_t>(room.by_row) + std::ptrdiff_t(k) * students;
+    for (int s = 0; s < students; s += LANES) {
+      const Floats l = load(low + s), h = load(high + s);
+      _mm512_storeu_si512(by_prototype + s, interleave(l, h));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_row + s), (__m256i)_mm512_cvtneps_pbh(l));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_row + students + s), (__m256i)_mm512_cvtneps_pbh(h));
+    }
+#else
+    (void)k, (void)low, (void)high;
+#endif
+  }
+
+  // One prototype: [S] G, and its share of beta and usage.
+  void fold_one(int k, float* out) const {
+    const float* logits = row_of(gather.logits, k);
+    teacher_probabilities(k, logits + gather.teacher_column);
+    const float* cycles = at<float>(room.cycles);
+    Floats total = zero();
+    int phase = 0;
+    for (int s = 0; s < students; s += LANES) {
+      Floats g = mul(load(task.student_factor + s), exp2(sub(load(logits + s), load(task.student_top + s))));
+      for (int view = 0; view < gather.teacher_views; ++view)
+        g = subtract_product(load(task.coefficient + std::ptrdiff_t(view) * students + s),
+                             load(cycles + std::ptrdiff_t(view) * cycle + phase), g);
+      store(out + s, g);
+      total = add(total, g);
+      phase = (phase + LANES) % gather.images;
+    }
+    if (students) gather.bias_gradient[k] += sum(total) / gather.scale;
+  }
+
+  // [T] mass_t q_t of one prototype, and of each view so often repeated that LANES of them can be loaded from any image on.
+  void teacher_probabilities(int k, const float* logits) const {
+    float* q = at<float>(room.teacher);
+    Floats used = zero();
+    for (int t = 0; t < teachers; t += LANES) {
+      const Floats p = exp2(sub(load(logits + t), load(task.teacher_top + t)));
+      store(q + t, p);
+      used = multiply_add(load(task.teacher_factor + t), p, used);
+    }
+    gather.usage[k] += sum(used);
+    if (!students) return;
+    float* cycles = at<float>(room.cycles);
+    for (int view = 0; view < gather.teacher_views; ++view, q += gather.images, cycles += cycle) {
+      int filled = gather.images;
+      std::memcpy(cycles, q, sizeof(float) * filled);
+      for (; filled < cycle; ++filled) cycles[filled] = cycles[filled - gather.images];
+    }
+  }
+
+  Ahead gradient_block(int first, int count) const {
+    if (!gather.weight_gradient) return {};
+    const float* start = gather.weight_gradient + std::ptrdiff_t(first) * dim;
+    return {reinterpret_cast<const char*>(start), reinterpret_cast<const char*>(start + std::ptrdiff_t(count) * dim)};
+  }
+
+  void add_feature_gradient(int count, bool first, Ahead soon) const {
+    const int steps = words<Dot>(count);
+    const Word* by_prototype = at<Word>(Dot::PER_WORD == 1 ? room.by_row : room.by_prototype);
+    for_each_tile(Cut(width / LANES), [&](auto n, int vector) __attribute__((always_inline)) {
+      constexpr int N = decltype(n)::value;
+      const Word* panel = at<Word>(room.values) + std::ptrdiff_t(vector) * LANES * steps;
+      for_each_rows<N>(students, [&](auto m, int s) __attribute__((always_inline)) {
+        constexpr int M = decltype(m)::value;
+        float* out = task.feature_gradient + std::ptrdiff_t(s) * width + vector * LANES;
+        tile<Dot, M, N>(steps, Columns<Word>{by_prototype + s, students}, panel, share_of(soon, steps),
+                        [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
+                          put<M, N>(out, width, first, sums);
+                        });
+      });
+    });
+  }
+
+  void add_weight_gradient(const Block& weight, int first, int count, int next, int more) const {
+    Ahead weights = ahead_of(gather.weight, next, next + more);
+    const float* logits = more ? row_of(gather.logits, next) : nullptr;
+    Ahead scores{reinterpret_cast<const char*>(logits),
+                 reinterpret_cast<const char*>(logits + more * gather.logits.stride)};
+    const int steps = words<Dot>(students);
+    const bool direct = width == dim;  // else through a block of whole vectors
+    float* start = direct ? gather.weight_gradient + std::ptrdiff_t(first) * dim : at<float>(room.gradient);
+    for_each_tile(Cut(width / LANES), [&](auto n, int vector) __attribute__((always_inline)) {
+      constexpr int N = decltype(n)::value;
+      const Word* panel = static_cast<const Word*>(task.panels) + std::ptrdiff_t(vector) * LANES * steps;
+      for_each_rows<N>(count, [&](auto m, int k) __attribute__((always_inline)) {
+        constexpr int M = decltype(m)::value;
+        float* out = start + std::ptrdiff_t(k) * width + vector * LANES;
+        tile<Dot, M, N>(steps, Rows<Word>{at<Word>(room.by_row) + std::ptrdiff_t(k) * steps, steps}, panel,
+                        share_of(weights.start < weights.end ? weights : scores, steps),
+                        [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
+                          put<M, N>(out, width, !direct || gather.first, sums);
+                        });
+      });
+    });
+    for (int k = 0; k < count; ++k) {
+      float* row = gather.weight_gradient + std::ptrdiff_t(first + k) * dim;
+      if (!direct)
+        for (int d = 0; d < dim; ++d)
+          row[d] = (gather.first ? 0.0f : row[d]) + start[std::ptrdiff_t(k) * width + d];
+      if (gather.pull_back) pull_back(*gather.pull_back, first + k, weight.row(k), row);
+    }
+  }
+
+  // Writes a tile, or adds it to what is there.
+  template <int M, int N>
+  __attribute__((always_inline)) static void put(float* out, std::ptrdiff_t stride, bool overwrite,
+                                                 const Floats (&sums)[M][N]) {
+#pragma GCC unroll 32
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        float* to = out + m * stride + n * LANES;
+        store(to, overwrite ? sums[m][n] : add(load(to), sums[m][n]));
+      }
+  }
+
+  // Equation (7): the gradient at w_k -> at what is stored; a zero row has no direction and gets none.
+  void pull_back(const PullBack& p, int k, const float* stored, float* gradient) const {
+    const float inverse = p.norm[k] > 0 ? 1 / p.norm[k] : 0;
+    const float radial = p.slope ? gather.bias_gradient[k] * p.slope[k] : 0;
+    if (p.norms == Norms::free) {
+      if (p.slope) add_scaled(gradient, stored, radial * inverse, 1, dim);
+      return;
+    }
+    const float along = dot(gradient, stored, dim) * inverse;
+    float gain = inverse;
+    if (p.norms == Norms::magnitude) {
+      const float g = p.magnitude[k];
+      gain = g * inverse;
+      p.magnitude_gradient[k] = along + radial * float((g > 0) - (g < 0));
+    }
+    add_scaled(gradient, stored, -along * inverse, gain, dim);
+  }
+};
+
+}  // namespace vmf::cpu::VMF_ISA

@@ -1,0 +1,72 @@
+// Compiled once per instruction set, with VMF_ISA its name: see kernels.h.
+#include "kernels.h"
+
+#include "gather.h"
+#include "score.h"
+
+#define VMF_CONCAT(a, b) a##b
+#define VMF_NAMED(isa, what) VMF_CONCAT(isa, what)
+
+namespace vmf::cpu {
+namespace VMF_ISA {
+
+inline void norms(const Weight& w, float* result, int first, int last) {
+  for (int k = first; k < last; ++k) {
+    if (w.stored == Stored::fp32) {
+      const float* row = static_cast<const float*>(w.data) + k * w.stride;
+      result[k] = __builtin_sqrtf(dot(row, row, w.dim));
+      continue;
+    }
+    const std::uint16_t* row = static_cast<const std::uint16_t*>(w.data) + k * w.stride;
+    float total[LANES] = {};
+    for (int d = 0; d < w.dim; ++d) {
+      const float x = w.stored == Stored::bf16 ? from_bf16(row[d]) : from_fp16(row[d]);
+      total[d % LANES] += x * x;
+    }
+    float whole = 0;
+    for (int i = 0; i < LANES; ++i) whole += total[i];
+    result[k] = __builtin_sqrtf(whole);
+  }
+}
+
+template <class Dot>
+struct Table {
+  using Word = typename Dot::Word;
+  static std::size_t features_bytes(int count, int dim) {
+    return aligned(sizeof(Word) * padded(count) * std::size_t(words<Dot>(dim)));
+  }
+  static void pack_features(const float* rows, int count, int dim, void* panels) {
+    pack_transposed<Dot>(rows, count, dim, static_cast<Word*>(panels));
+  }
+  static std::size_t values_bytes(int count, int dim) {
+    return aligned(sizeof(Word) * words<Dot>(padded(count)) * std::size_t(padded(dim)));
+  }
+  static void pack_values(const float* rows, int count, int dim, void* panels) {
+    const int whole = padded(count);
+    pack_panels<Dot>(
+        whole, dim,
+        [&](int r, int d, float* line) {
+          if (r < count) line_of(rows + std::ptrdiff_t(r) * dim, dim, d, line, 1.0f);
+        },
+        static_cast<Word*>(panels));
+  }
+  static std::size_t score_scratch(const Score& s) { return Scorer<Dot>::scratch(s); }
+  static void score(const ScoreTask& task) { Scorer<Dot>{task}.run(); }
+  static std::size_t gather_scratch(const Gather& g) { return Gatherer<Dot>::scratch(g); }
+  static void gather(const GatherTask& task) { Gatherer<Dot>{task}.run(); }
+
+  static constexpr Kernels kernels{LANES,         pack_features, features_bytes, pack_values, values_bytes,
+                                   score_scratch, score,         gather_scratch, gather,      VMF_ISA::norms};
+};
+
+}  // namespace VMF_ISA
+
+const Kernels* VMF_NAMED(VMF_ISA, _kernels)(Products products) {
+#if defined(__AVX512BF16__)
+  return products == Products::bf16 ? &VMF_ISA::Table<VMF_ISA::Bf16>::kernels : nullptr;
+#else
+  return products == Products::fp32 ? &VMF_ISA::Table<VMF_ISA::Fp32>::kernels : nullptr;
+#endif
+}
+
+}  // namespace vmf::cpu

@@ -1,0 +1,50 @@
+// What is compiled once per instruction set, as a table of functions; operator.cpp shares the prototypes out and calls them.
+#pragma once
+
+#include "operator.h"
+
+namespace vmf::cpu {
+
+// Room for one thread, and what all threads read.
+struct ScoreTask {
+  const Score* score;
+  const void* panels;  // features, from pack_features
+  void* scratch;       // of score_scratch bytes, this thread's own
+  float* statistics;   // [3, padded rows] top, mass, moment over the task's prototypes
+  int first, last;     // prototypes
+};
+struct GatherTask {
+  const Gather* gather;
+  const void* panels;            // student features, from pack_values; null without dW
+  const float* student_top;      // [padded S], +inf beyond: no row of padding weighs anything
+  const float* student_factor;   // [padded S], 0 beyond
+  const float* teacher_top;      // [padded T], +inf beyond
+  const float* teacher_factor;   // [padded T], 0 beyond
+  const float* coefficient;      // [G, padded S], 0 beyond
+  void* scratch;                 // of gather_scratch bytes, this thread's own
+  float* feature_gradient;       // [padded S, padded D] over the task's prototypes
+  int first, last;               // prototypes
+};
+
+struct Kernels {
+  int lanes;
+  // [R, D] -> panels [row tile][words of D][rows of the tile], as the logits' product reads them
+  void (*pack_features)(const float* rows, int count, int dim, void* panels);
+  std::size_t (*features_bytes)(int count, int dim);
+  // [R, D] -> panels [column tile][words of R][columns of the tile], as the product of dW reads them
+  void (*pack_values)(const float* rows, int count, int dim, void* panels);
+  std::size_t (*values_bytes)(int count, int dim);
+  std::size_t (*score_scratch)(const Score&);
+  void (*score)(const ScoreTask&);
+  std::size_t (*gather_scratch)(const Gather&);
+  void (*gather)(const GatherTask&);
+  void (*norms)(const Weight&, float* result, int first, int last);
+};
+
+// By products; null members where an instruction set has none of its own.
+const Kernels* portable_kernels(Products);
+const Kernels* avx2_kernels(Products);
+const Kernels* avx512_kernels(Products);
+const Kernels* avx512bf16_kernels(Products);
+
+}  // namespace vmf::cpu

@@ -1,0 +1,204 @@
+// Shares the prototypes out among threads and puts the parts together, in one order whatever the number of threads.
+#include "operator.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "kernels.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace vmf::cpu {
+
+namespace {
+
+// Parts of the prototypes: enough to keep many threads busy to the end, few enough that a copy of dz for each is small.
+constexpr int MOST_PARTS = 32;
+constexpr int LEAST_PART = 480;  // prototypes: a few blocks
+
+const Kernels& kernels_of(const Execution& run) {
+  const Kernels* found = nullptr;
+  switch (run.isa) {
+    case Isa::portable: found = portable_kernels(run.products); break;
+#if defined(VMF_HAS_X86)
+    case Isa::avx2: found = avx2_kernels(run.products); break;
+    case Isa::avx512: found = avx512_kernels(run.products); break;
+    case Isa::avx512bf16:
+      found = run.products == Products::bf16 ? avx512bf16_kernels(run.products) : avx512_kernels(run.products);
+      break;
+#else
+    default: break;
+#endif
+  }
+  if (!found) throw std::invalid_argument(std::string("no ") + (run.products == Products::bf16 ? "bf16" : "fp32") +
+                                          " products for " + name_of(run.isa));
+  return *found;
+}
+
+int padded_to(int n, int lanes) { return (n + lanes - 1) / lanes * lanes; }
+
+int part_count(int prototypes) { return std::clamp(prototypes / LEAST_PART, 1, MOST_PARTS); }
+
+// Hands out pieces of one allocation, each on a cache line of its own; with a null start it only counts.
+struct Arena {
+  char* start;
+  std::size_t used = 0;
+  template <class T>
+  T* take(std::size_t count) {
+    T* piece = start ? reinterpret_cast<T*>(start + used) : nullptr;
+    used += (count * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+template <class Body>
+void for_each_part(int parts, int prototypes, int threads, Body&& body) {
+  // parts begin on even prototypes: bf16 products take them in pairs
+  const auto first = [&](int part) {
+    return part == parts ? prototypes : int(std::int64_t(part) * prototypes / parts) / 2 * 2;
+  };
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+#endif
+  for (int part = 0; part < parts; ++part) {
+#if defined(_OPENMP)
+    const int thread = omp_get_thread_num();
+#else
+    const int thread = 0;
+#endif
+    body(part, thread, first(part), first(part + 1));
+  }
+}
+
+struct ScoreRoom {
+  char* panels;
+  float* statistics;
+  char* scratch;
+  std::size_t scratch_bytes, bytes;
+  ScoreRoom(const Score& s, const Execution& run, const Kernels& kernels, void* start)
+      : scratch_bytes(kernels.score_scratch(s)) {
+    Arena arena{static_cast<char*>(start)};
+    panels = arena.take<char>(kernels.features_bytes(s.rows, s.weight.dim));
+    statistics = arena.take<float>(std::size_t(part_count(s.weight.prototypes)) * 3 * padded_to(s.rows, kernels.lanes));
+    scratch = arena.take<char>(scratch_bytes * run.threads);
+    bytes = arena.used;
+  }
+};
+
+// The parts' maxima, masses and first moments, relative to the common maximum.
+void merge(const Score& s, const float* statistics, int parts, int rows) {
+  for (int r = 0; r < s.rows; ++r) {
+    const auto at = [&](int part, int which) { return statistics[(std::size_t(part) * 3 + which) * rows + r]; };
+    float top = std::numeric_limits<float>::lowest();
+    for (int part = 0; part < parts; ++part) top = std::max(top, at(part, 0));
+    double mass = 0, moment = 0;
+    for (int part = 0; part < parts; ++part) {
+      const double shift = double(at(part, 0)) - top, weight = std::exp2(shift);
+      mass += weight * at(part, 1);
+      moment += weight * at(part, 2) + (weight > 0 ? weight * shift * at(part, 1) : 0);
+    }
+    s.top[r] = top, s.mass[r] = float(mass), s.moment[r] = float(moment);
+  }
+}
+
+struct GatherRoom {
+  char* panels;
+  float *student_top, *student_factor, *teacher_top, *teacher_factor, *coefficient, *feature_gradient;
+  char* scratch;
+  std::size_t scratch_bytes, bytes;
+  GatherRoom(const Gather& g, const Execution& run, const Kernels& kernels, void* start)
+      : scratch_bytes(kernels.gather_scratch(g)) {
+    const std::size_t students = padded_to(g.student_rows, kernels.lanes);
+    const std::size_t teachers = padded_to(g.teacher_rows, kernels.lanes);
+    Arena arena{static_cast<char*>(start)};
+    panels = arena.take<char>(g.weight_gradient ? kernels.values_bytes(g.student_rows, g.weight.dim) : 0);
+    student_top = arena.take<float>(students);
+    student_factor = arena.take<float>(students);
+    teacher_top = arena.take<float>(teachers);
+    teacher_factor = arena.take<float>(teachers);
+    coefficient = arena.take<float>(students * g.teacher_views);
+    feature_gradient = arena.take<float>(std::size_t(part_count(g.weight.prototypes)) * students *
+                                         padded_to(g.weight.dim, kernels.lanes));
+    scratch = arena.take<char>(scratch_bytes * run.threads);
+    bytes = arena.used;
+  }
+};
+
+void pad(const float* from, int count, float* to, int whole, float with) {
+  std::copy(from, from + count, to);
+  std::fill(to + count, to + whole, with);
+}
+
+// Sums dz over the parts, row by row and in their order.
+void add_parts(const Gather& g, const float* parts, int count, int rows, int width, int threads) {
+  const int dim = g.weight.dim;
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(threads) schedule(static)
+#endif
+  for (int s = 0; s < g.student_rows; ++s) {
+    float* total = g.feature_gradient + std::size_t(s) * dim;
+    std::fill(total, total + dim, 0.0f);
+    for (int part = 0; part < count; ++part) {
+      const float* row = parts + (std::size_t(part) * rows + s) * width;
+      for (int d = 0; d < dim; ++d) total[d] += row[d];
+    }
+  }
+  (void)threads;  // where there is no OpenMP
+}
+
+}  // namespace
+
+std::size_t score_workspace(const Score& s, const Execution& run) {
+  return ScoreRoom(s, run, kernels_of(run), nullptr).bytes;
+}
+
+void score(const Score& s, const Execution& run) {
+  const Kernels& kernels = kernels_of(run);
+  const ScoreRoom room(s, run, kernels, run.workspace);
+  const int rows = padded_to(s.rows, kernels.lanes), parts = part_count(s.weight.prototypes);
+  kernels.pack_features(s.features, s.rows, s.weight.dim, room.panels);
+  for_each_part(parts, s.weight.prototypes, run.threads, [&](int part, int thread, int first, int last) {
+    kernels.score({&s, room.panels, room.scratch + thread * room.scratch_bytes,
+                   room.statistics + std::size_t(part) * 3 * rows, first, last});
+  });
+  merge(s, room.statistics, parts, rows);
+}
+
+std::size_t gather_workspace(const Gather& g, const Execution& run) {
+  return GatherRoom(g, run, kernels_of(run), nullptr).bytes;
+}
+
+void gather(const Gather& g, const Execution& run) {
+  const Kernels& kernels = kernels_of(run);
+  const GatherRoom room(g, run, kernels, run.workspace);
+  const int students = padded_to(g.student_rows, kernels.lanes), teachers = padded_to(g.teacher_rows, kernels.lanes);
+  const int width = padded_to(g.weight.dim, kernels.lanes), parts = part_count(g.weight.prototypes);
+  const float infinity = std::numeric_limits<float>::infinity();
+  if (g.weight_gradient) kernels.pack_values(g.features, g.student_rows, g.weight.dim, room.panels);
+  pad(g.student_top, g.student_rows, room.student_top, students, infinity);
+  pad(g.student_factor, g.student_rows, room.student_factor, students, 0);
+  pad(g.teacher_top, g.teacher_rows, room.teacher_top, teachers, infinity);
+  pad(g.teacher_factor, g.teacher_rows, room.teacher_factor, teachers, 0);
+  for (int view = 0; view < g.teacher_views; ++view)
+    pad(g.coefficient + std::size_t(view) * g.student_rows, g.student_rows,
+        room.coefficient + std::size_t(view) * students, students, 0);
+  for_each_part(parts, g.weight.prototypes, run.threads, [&](int part, int thread, int first, int last) {
+    kernels.gather({&g, room.panels, room.student_top, room.student_factor, room.teacher_top, room.teacher_factor,
+                    room.coefficient, room.scratch + thread * room.scratch_bytes,
+                    room.feature_gradient + std::size_t(part) * students * width, first, last});
+  });
+  if (g.student_rows) add_parts(g, room.feature_gradient, parts, students, width, run.threads);
+}
+
+void norms(const Weight& w, float* result, const Execution& run) {
+  const Kernels& kernels = kernels_of({run.isa, Products::fp32, run.threads, nullptr});
+  for_each_part(part_count(w.prototypes), w.prototypes, run.threads,
+                [&](int, int, int first, int last) { kernels.norms(w, result, first, last); });
+}
+
+}  // namespace vmf::cpu

@@ -1,0 +1,105 @@
+// The streaming operator on a CPU: raw pointers and sizes in, nothing of Python or torch.
+//
+// Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim, G / V teacher / student views, B images.
+// Logits are base 2: l_kr = multiplier_k <w_k, x_r> + bias_k, laid out [K, R]. Equations: vmf_kernels/README.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace vmf::cpu {
+
+enum class Isa { portable, avx2, avx512, avx512bf16 };
+enum class Products { fp32, bf16 };  // dtype of what is multiplied; sums are fp32
+enum class Stored { fp32, bf16, fp16 };
+enum class Norms { free, fixed, magnitude };  // w_k = v_k, v_k / ||v_k||, g_k v_k / ||v_k||
+
+// Where and how a call runs.
+struct Execution {
+  Isa isa;
+  Products products;
+  int threads;
+  void* workspace;  // 64-byte aligned, at least the bytes that score_workspace or gather_workspace say
+};
+
+// Prototypes as stored.
+struct Weight {
+  const void* data;  // [K, D], elements of a row side by side
+  Stored stored;
+  std::ptrdiff_t stride;  // elements from row to row
+  int prototypes, dim;
+};
+
+// What rows are padded to in logits: a multiple of every instruction set's vector.
+constexpr int ROW_PADDING = 16;
+constexpr int padded_rows(int rows) { return (rows + ROW_PADDING - 1) / ROW_PADDING * ROW_PADDING; }
+
+// Logits of a chunk of rows, [K, stride], in pieces of so many prototypes: memory that is allocated in large pieces comes from
+// the system anew each time, and page faults are dear.
+struct Logits {
+  static constexpr int MOST_PIECES = 64;
+  float* pieces[MOST_PIECES];  // 64-byte aligned; the first is null where there are no logits
+  int prototypes;              // of a piece; the last may have fewer
+  std::ptrdiff_t stride;       // from prototype to prototype, a multiple of ROW_PADDING
+};
+
+// Rows against one network's prototypes: their logits, and an online softmax over the prototypes.
+struct Score {
+  Weight weight;
+  const float* multiplier;  // [K]
+  const float* bias;        // [K], or null
+  const float* features;    // [R, D] contiguous
+  int rows;
+  Logits logits;          // R rounded up to padded_rows() columns are written; or none
+  float* top;     // [R] max_k l
+  float* mass;    // [R] sum_k 2^(l - top)
+  float* moment;  // [R] sum_k 2^(l - top) (l - top)
+};
+
+// From the gradient at the effective prototype to the one at what is stored, equation (7).
+struct PullBack {
+  Norms norms;
+  const float* norm;       // [K] ||v_k||
+  const float* magnitude;  // [K] g, or null
+  const float* slope;      // [K] slope of the bias in ||w_k||, or null without normaliser
+  float* magnitude_gradient;  // [K], or null
+};
+
+// From stored logits of both networks to the gradients: G = n p - A^T q, then dz = G W and dW = G^T z.
+struct Gather {
+  Weight weight;      // the student's
+  const float* gain;  // [K] w_k = gain_k v_k, or null
+  Logits logits;      // the student's rows, from teacher_column on the teacher's; each padded
+  std::ptrdiff_t teacher_column;
+  int student_rows, teacher_rows, images, teacher_views;
+  const float* student_top;     // [S] from Score
+  const float* student_factor;  // [S] scale n_s / mass_s
+  const float* teacher_top;     // [T]
+  const float* teacher_factor;  // [T] n_t / mass_t
+  const float* coefficient;     // [G, S] scale a_ts / mass_t of the teacher view and the student row
+  const float* features;        // [S, D] contiguous student rows, or null: no dW
+  float scale;                  // inverse student temperature
+  float* feature_gradient;      // [S, D] overwritten
+  float* weight_gradient;       // [K, D] contiguous, or null
+  float* bias_gradient;         // [K] beta, equation (6); added to
+  float* usage;                 // [K] sum_t n_t q_t; added to
+  bool first;                   // the weight gradient is written, not added to
+  const PullBack* pull_back;    // with the last chunk of rows, or null
+};
+
+// Instruction sets this machine can run, the best last.
+std::vector<Isa> available();
+const char* name_of(Isa);
+Isa isa_named(const std::string&);
+
+std::size_t score_workspace(const Score&, const Execution&);
+void score(const Score&, const Execution&);
+std::size_t gather_workspace(const Gather&, const Execution&);
+void gather(const Gather&, const Execution&);
+
+// [K] norms of the stored rows, fp32.
+void norms(const Weight&, float* result, const Execution&);
+
+}  // namespace vmf::cpu

@@ -1,0 +1,158 @@
+// The register-blocked product that every pass is made of: C[m, n] = sum_k A[m, k] B[k, n], m by broadcast, n by vectors.
+// A word is what one step of k multiplies: an fp32 number, or a pair of bf16 ones.
+#pragma once
+
+#include "simd.h"
+
+namespace vmf::cpu::VMF_ISA {
+
+struct Fp32 {
+  using Word = float;
+  static constexpr int PER_WORD = 1;
+  static Floats broadcast(const Word* p) { return all(*p); }
+  static Floats add_product(Floats a, Floats b, Floats sum) { return multiply_add(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16 {
+  using Word = std::uint32_t;
+  static constexpr int PER_WORD = 2;
+  static Floats broadcast(const Word* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(*p))); }
+  static Floats add_product(Floats a, Floats b, Floats sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  }
+};
+#endif
+
+// Vectors of C side by side in a tile, at most; and rows of C in it: as many accumulators as registers allow beside the
+// vectors of B and one of A. Measured on Zen 4 at D = 256 (bench/LOG.md).
+constexpr int MOST_VECTORS = REGISTERS == 32 ? 4 : 2;
+constexpr int tile_rows(int vectors) {
+  return REGISTERS == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 24)
+                         : (vectors == 2 ? 6 : 10);
+}
+constexpr int LINES_A_STEP = 4;  // of `Ahead`, every four steps of k
+constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // of every tile_rows()
+
+// Where A's rows lie: in `Rows`, m steps through memory by a stride and k is contiguous; in `Columns` the other way round.
+template <class Word>
+struct Rows {
+  const Word* start;
+  std::ptrdiff_t stride;
+  template <int M>
+  struct Cursor {
+    // a pointer for every third row: the two between are within reach of an address with a scaled index
+    const Word* third[(M + 2) / 3];
+    std::ptrdiff_t stride;
+    explicit Cursor(const Rows& a) : stride(a.stride) {
+      for (int i = 0; i < (M + 2) / 3; ++i) third[i] = a.start + 3 * i * a.stride;
+    }
+    const Word* at(int m, int k) const { return third[m / 3] + (m % 3) * stride + k; }
+    void advance(int k) {
+      for (int i = 0; i < (M + 2) / 3; ++i) third[i] += k;
+    }
+  };
+};
+template <class Word>
+struct Columns {
+  const Word* start;
+  std::ptrdiff_t stride;
+  template <int M>
+  struct Cursor {
+    const Word* now;
+    std::ptrdiff_t stride;
+    explicit Cursor(const Columns& a) : now(a.start), stride(a.stride) {}
+    const Word* at(int m, int k) const { return now + k * stride + m; }
+    void advance(int k) { now += k * stride; }
+  };
+};
+
+// Memory that is wanted soon: a few of its cache lines are asked for at every step of a product, which hides the wait.
+struct Ahead {
+  const char *start, *end;
+};
+
+// What a product of `steps` can ask for of what is left, which is taken off.
+inline Ahead share_of(Ahead& left, int steps) {
+  const char* start = left.start;
+  const std::ptrdiff_t most = std::ptrdiff_t(steps / 4) * LINES_A_STEP * 64;
+  left.start = left.end - start < most ? left.end : start + most;
+  return {start, left.start};
+}
+
+// B is a panel [k, N LANES] of words.
+template <class Dot, int M, int N, class A, class Done>
+__attribute__((always_inline)) inline void tile(int steps, const A& a, const typename Dot::Word* b, Ahead ahead,
+                                                Done&& done) {
+  Floats sums[M][N];
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sums[m][n] = zero();
+  typename A::template Cursor<M> cursor(a);
+  auto step = [&](int k) __attribute__((always_inline)) {
+    Floats bs[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) bs[n] = load(reinterpret_cast<const float*>(b) + (k * N + n) * LANES);
+#pragma GCC unroll 32
+    for (int m = 0; m < M; ++m) {
+      const Floats am = Dot::broadcast(cursor.at(m, k));
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[m][n] = Dot::add_product(am, bs[n], sums[m][n]);
+    }
+  };
+  int k = 0;
+  for (; k + 4 <= steps; k += 4) {
+#pragma GCC unroll 2
+    for (int i = 0; i < LINES_A_STEP; ++i)
+      if (ahead.start < ahead.end) {
+        __builtin_prefetch(ahead.start, 0, 2);
+        ahead.start += 64;
+      }
+    step(0), step(1), step(2), step(3);
+    cursor.advance(4);
+    b += 4 * N * LANES;
+  }
+  for (; k < steps; ++k) {
+    step(0);
+    cursor.advance(1);
+    b += N * LANES;
+  }
+  done(sums);
+}
+
+// Calls body(integral constant M, first row) over `rows` rows: whole tiles, then what is left in smaller ones.
+template <int I>
+struct Constant {
+  static constexpr int value = I;
+};
+template <int N, class Body>
+__attribute__((always_inline)) inline void for_each_rows(int rows, Body&& body) {
+  int m = 0;
+  for (; m + tile_rows(N) <= rows; m += tile_rows(N)) body(Constant<tile_rows(N)>{}, m);
+  for (; m + 4 <= rows; m += 4) body(Constant<4>{}, m);
+  for (; m < rows; ++m) body(Constant<1>{}, m);
+}
+
+// How `vectors` columns of C are cut into tiles: as few as can be, of nearly equal width.
+struct Cut {
+  int vectors, tiles;
+  explicit Cut(int vectors) : vectors(vectors), tiles((vectors + MOST_VECTORS - 1) / MOST_VECTORS) {}
+  int first(int tile) const { return int(std::ptrdiff_t(tile) * vectors / tiles); }
+};
+
+// Calls body(integral constant N, first vector) for every tile of a cut.
+template <class Body>
+__attribute__((always_inline)) inline void for_each_tile(const Cut& cut, Body&& body) {
+  for (int i = 0; i < cut.tiles; ++i) {
+    const int first = cut.first(i), width = cut.first(i + 1) - first;
+    if (width == 1) body(Constant<1>{}, first);
+    if (width == 2) body(Constant<2>{}, first);
+    if constexpr (MOST_VECTORS > 2) {
+      if (width == 3) body(Constant<3>{}, first);
+      if (width == 4) body(Constant<4>{}, first);
+    }
+  }
+}
+
+}  // namespace vmf::cpu::VMF_ISA

@@ -1,0 +1,263 @@
+// The functions of csrc/cpu/operator.h over sizes that straddle vectors, tiles and blocks, for tests/test_sanitizers.py:
+//
+//   sanitize                prints the instruction sets that this machine has
+//   sanitize ISA            prints how many cases ran; every output has been written, and is finite
+//   sanitize ISA PLACE      one case whose weight lacks its last row, which has to be noticed; PLACE is heap or page
+//
+// Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <string>
+
+#include "operator.h"
+
+using namespace vmf::cpu;
+
+namespace {
+
+constexpr int ROWS[] = {1, 63, 65};
+constexpr int PROTOTYPES[] = {1, 127, 1000};
+constexpr int DIMS[] = {2, 24, 100, 256};
+constexpr int THREADS[] = {1, 2};
+constexpr Stored STORED[] = {Stored::fp32, Stored::bf16, Stored::fp16};
+constexpr Norms NORMS[] = {Norms::free, Norms::fixed, Norms::magnitude};
+constexpr float NAN_F = std::numeric_limits<float>::quiet_NaN();
+
+// Where arrays lie. On the heap AddressSanitizer watches both ends, but not the loads and stores of intrinsics with masks; an
+// array that ends with its page is followed by one that nothing may touch.
+enum class Place { heap, page };
+
+void* allocate(std::size_t bytes, Place place) {
+  if (place == Place::heap) {
+    void* data;
+    return posix_memalign(&data, 64, bytes) ? (std::abort(), nullptr) : data;
+  }
+  const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE)), whole = (bytes + page - 1) / page * page;
+  void* start = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED || mprotect(static_cast<char*>(start) + whole, page, PROT_NONE)) std::abort();
+  return static_cast<char*>(start) + whole - bytes;
+}
+
+void release(void* data, std::size_t bytes, Place place) {
+  if (place == Place::heap) return std::free(data);
+  const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE)), whole = (bytes + page - 1) / page * page;
+  munmap(static_cast<char*>(data) + bytes - whole, whole + page);
+}
+
+// `count` elements and not one more.
+template <class T>
+class Array {
+ public:
+  Array(std::size_t count, Place place) : count_(count), place_(place), data_(static_cast<T*>(allocate(bytes(), place))) {}
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  ~Array() { release(data_, bytes(), place_); }
+  T* get() const { return data_; }
+  std::size_t size() const { return count_; }
+  T& operator[](std::size_t i) const { return data_[i]; }
+
+ private:
+  std::size_t bytes() const { return count_ * sizeof(T); }
+  std::size_t count_;
+  Place place_;
+  T* data_;
+};
+
+struct Floats : Array<float> {
+  Floats(std::size_t count, Place place, float value) : Array(count, place) {
+    for (std::size_t i = 0; i < count; ++i) (*this)[i] = value;
+  }
+};
+
+// Values between -1 and 1 that repeat from run to run.
+struct Random {
+  std::uint32_t state = 1;
+  float next() {
+    state = state * 1664525u + 1013904223u;
+    return float(state >> 8) / 8388608.0f - 1.0f;
+  }
+  void fill(const Array<float>& array) {
+    for (std::size_t i = 0; i < array.size(); ++i) array[i] = next();
+  }
+};
+
+void expect_finite(const float* values, std::size_t count, const char* what) {
+  for (std::size_t i = 0; i < count; ++i)
+    if (!std::isfinite(values[i])) {
+      std::printf("%s[%zu] is %f: expected a finite number\n", what, i, double(values[i]));
+      std::exit(1);
+    }
+}
+void expect_finite(const Array<float>& values, const char* what) { expect_finite(values.get(), values.size(), what); }
+
+struct Case {
+  Isa isa;
+  Products products;
+  Stored stored;
+  Norms norms;
+  Place place;
+  int threads, rows, prototypes, dim;
+  bool lacks_row;  // of the weight
+};
+
+// Stored prototypes [K, D] with a gap after each row but the last.
+class StoredWeight {
+ public:
+  StoredWeight(const Case& c, Random& random)
+      : c_(c), stride_(c.dim + 3), bytes_(element() * ((c.prototypes - 1 - c.lacks_row) * stride_ + c.dim), c.place) {
+    for (std::size_t i = 0; i < bytes_.size(); i += element()) put(random.next(), bytes_.get() + i);
+  }
+  Weight weight() const { return {bytes_.get(), c_.stored, stride_, c_.prototypes, c_.dim}; }
+
+ private:
+  std::size_t element() const { return c_.stored == Stored::fp32 ? 4 : 2; }
+  void put(float value, unsigned char* to) const {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (c_.stored == Stored::fp32) return void(std::memcpy(to, &bits, 4));
+    // fp16: that sign, 1/2 to 1
+    const std::uint32_t fp16 = (bits >> 16 & 0x8000u) | 0x3800u | (bits & 0x3ffu);
+    const std::uint16_t half = std::uint16_t(c_.stored == Stored::bf16 ? bits >> 16 : fp16);
+    std::memcpy(to, &half, 2);
+  }
+  const Case& c_;
+  std::ptrdiff_t stride_;
+  Array<unsigned char> bytes_;
+};
+
+Execution execution(const Case& c) { return {c.isa, c.products, c.threads, nullptr}; }
+
+// One network's rows: scored on construction into columns of the logits.
+struct Network {
+  Floats features, top, mass, moment, factor;
+
+  Network(const Case& c, int rows, const Weight& weight, const float* bias, float* logits, std::ptrdiff_t stride,
+          Random& random)
+      : features(std::size_t(rows) * c.dim, c.place, 0),
+        top(rows, c.place, NAN_F),
+        mass(rows, c.place, NAN_F),
+        moment(rows, c.place, NAN_F),
+        factor(rows, c.place, NAN_F) {
+    random.fill(features);
+    Floats multiplier(c.prototypes, c.place, 1.0f / float(c.dim));
+    const Score s{weight, multiplier.get(), bias, features.get(), rows, Logits{{logits}, c.prototypes, stride}, top.get(), mass.get(), moment.get()};
+    Execution run = execution(c);
+    Array<char> workspace(score_workspace(s, run), c.place);
+    run.workspace = workspace.get();
+    score(s, run);
+    expect_finite(top, "top"), expect_finite(mass, "mass"), expect_finite(moment, "moment");
+    for (int k = 0; logits && k < c.prototypes; ++k) expect_finite(logits + k * stride, rows, "logits");
+    for (int r = 0; r < rows; ++r) factor[r] = 1 / mass[r];
+  }
+};
+
+void gather_in_own_room(const Case& c, const Gather& g) {
+  Execution run = execution(c);
+  Array<char> workspace(gather_workspace(g, run), c.place);
+  run.workspace = workspace.get();
+  gather(g, run);
+}
+
+// Everything that `gather` writes.
+struct Gradients {
+  Floats features, weight, bias, usage, magnitude;
+  explicit Gradients(const Case& c)
+      : features(std::size_t(c.rows) * c.dim, c.place, NAN_F),
+        weight(std::size_t(c.prototypes) * c.dim, c.place, NAN_F),
+        bias(c.prototypes, c.place, 0),
+        usage(c.prototypes, c.place, 0),
+        magnitude(c.prototypes, c.place, NAN_F) {}
+};
+
+// Two chunks of rows, the second one with equation (7); then without the weight's gradient; then the teacher alone.
+void gather_all(const Case& c, Gather g, const PullBack& pull_back, const Gradients& gradients) {
+  gather_in_own_room(c, g);
+  expect_finite(gradients.features, "feature_gradient"), expect_finite(gradients.weight, "weight_gradient");
+  g.first = false, g.pull_back = &pull_back;
+  gather_in_own_room(c, g);
+  expect_finite(gradients.weight, "weight_gradient of two chunks"), expect_finite(gradients.bias, "bias_gradient");
+  if (pull_back.magnitude_gradient) expect_finite(gradients.magnitude, "magnitude_gradient");
+  g.first = true, g.pull_back = nullptr, g.features = nullptr, g.weight_gradient = nullptr, g.gain = nullptr;
+  gather_in_own_room(c, g);
+  g.student_rows = 0, g.student_top = g.student_factor = g.coefficient = nullptr, g.feature_gradient = nullptr;
+  gather_in_own_room(c, g);
+  expect_finite(gradients.usage, "usage");
+}
+
+void run(const Case& c) {
+  Random random;
+  const int student_views = c.rows % 5 == 0 ? 5 : c.rows % 3 == 0 ? 3 : 1, teacher_views = student_views > 1 ? 2 : 1;
+  const int images = c.rows / student_views, teacher_rows = images * teacher_views;
+  const std::ptrdiff_t teacher_column = padded_rows(c.rows), stride = teacher_column + padded_rows(teacher_rows);
+  const StoredWeight stored(c, random), other(c, random);
+  Floats norm(c.prototypes, c.place, NAN_F), bias(c.prototypes, c.place, -1), gain(c.prototypes, c.place, 0.5f);
+  norms(stored.weight(), norm.get(), execution(c));
+  expect_finite(norm, "norms");
+
+  Floats logits(std::size_t(c.prototypes) * stride, c.place, NAN_F);
+  const Network unstored(c, c.rows, stored.weight(), nullptr, nullptr, 0, random);
+  const Network student(c, c.rows, stored.weight(), bias.get(), logits.get(), stride, random);
+  const Network teacher(c, teacher_rows, other.weight(), nullptr, logits.get() + teacher_column, stride, random);
+  if (c.rows > 1) student.factor[0] = 0;  // a row without weight
+
+  Floats coefficient(std::size_t(teacher_views) * c.rows, c.place, 0);
+  random.fill(coefficient);
+  const Gradients gradients(c);
+  const bool has_magnitude = c.norms == Norms::magnitude;
+  PullBack pull_back{};
+  pull_back.norms = c.norms, pull_back.norm = norm.get();
+  if (c.norms != Norms::fixed) pull_back.slope = bias.get();
+  if (has_magnitude) pull_back.magnitude = gain.get(), pull_back.magnitude_gradient = gradients.magnitude.get();
+  Gather g{};
+  g.weight = stored.weight(), g.gain = gain.get();
+  g.logits = Logits{{logits.get()}, c.prototypes, stride}, g.teacher_column = teacher_column;
+  g.student_rows = c.rows, g.teacher_rows = teacher_rows, g.images = images, g.teacher_views = teacher_views;
+  g.student_top = student.top.get(), g.student_factor = student.factor.get();
+  g.teacher_top = teacher.top.get(), g.teacher_factor = teacher.factor.get();
+  g.coefficient = coefficient.get(), g.features = student.features.get(), g.scale = 10;
+  g.feature_gradient = gradients.features.get(), g.weight_gradient = gradients.weight.get();
+  g.bias_gradient = gradients.bias.get(), g.usage = gradients.usage.get();
+  g.first = true;
+  gather_all(c, g, pull_back, gradients);
+}
+
+int run_all(Isa isa) {
+  int count = 0;
+  for (const Products products : {Products::fp32, Products::bf16}) {
+    if (products == Products::bf16 && isa != Isa::avx512bf16) continue;  // only there are such products
+    for (const int rows : ROWS)
+      for (const int prototypes : PROTOTYPES)
+        for (const int dim : DIMS)
+          for (const int threads : THREADS) {
+            const Place place = (count / 2 + threads) % 2 ? Place::heap : Place::page;
+            run({isa, products, STORED[count % 3], NORMS[count / 3 % 3], place, threads, rows, prototypes, dim, false});
+            ++count;
+          }
+  }
+  return count;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count < 2) {
+    for (const Isa isa : available()) std::printf("%s\n", name_of(isa));
+    return 0;
+  }
+  const Isa isa = isa_named(arguments[1]);
+  if (count > 2) {
+    const Place place = std::string(arguments[2]) == "heap" ? Place::heap : Place::page;
+    run({isa, Products::fp32, Stored::fp32, Norms::free, place, 1, 63, 127, 100, true});
+    std::printf("the missing row went unnoticed\n");
+    return 0;
+  }
+  std::printf("%d cases\n", run_all(isa));
+  return 0;
+}

@@ -1,0 +1,66 @@
+"""Native backend: the streaming operator in C++ (csrc/cpu), for CPUs, chosen by "auto" there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.backends.contract import LossInputs, LossOutputs
+from vmf_kernels.backends.native import operator
+from vmf_kernels.backends.native.module import STORED, instruction_sets, native
+from vmf_kernels.prototypes import Prototypes
+
+
+class NativeBackend:
+    """``contract.Backend`` on packed micro-kernels for AVX-512, AVX2 or any other CPU; workspace of bounded size."""
+
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
+        """Where the module is absent; devices and dtypes it does not know."""
+        for name, tensor in (("features", rows), ("prototypes", weight)):
+            if tensor.device.type != "cpu":
+                return f"it runs on CPUs, but the {name} are on {tensor.device}"
+            if tensor.dtype not in STORED:
+                return f"it takes float32, bfloat16 or float16, but the {name} are {tensor.dtype}"
+        if native() is None:
+            return "its module was not built: install vmf_kernels again where a C++17 compiler is found"
+        return None
+
+    def wins(self, rows: Tensor, weight: Tensor) -> bool:
+        """Whether it is faster than plain torch here, asked where it can run: with AVX2 or better, not with portable code.
+
+        Measured by ``bench/bench_head.py`` (bench/results/cpu/head.json) and, for each instruction set, bench/LOG.md.
+        """
+        return instruction_sets()[-1] != "portable"
+
+    def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
+        """See ``contract.Backend``."""
+        return operator.cross_entropy(inputs)
+
+    def usage(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        """See ``contract.Backend``."""
+        return operator.usage(features, prototypes, temperature, bias, group)
+
+    def row_log_sum_exp(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        """See ``contract.Backend``."""
+        return operator.row_log_sum_exp(features, prototypes, temperature, bias, group)
+
+    def column_log_sum_exp(
+        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
+    ) -> Tensor:
+        """See ``contract.Backend``."""
+        return operator.column_log_sum_exp(features, prototypes, temperature, offset)

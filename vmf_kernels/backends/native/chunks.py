@@ -1,0 +1,83 @@
+"""Which rows of both networks go through together: whole images where they fit the workspace, else some of their views.
+
+Legend: G / V teacher / student views, B images, S / T student / teacher rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 96 * 2**20  # of logits
+WORKSPACE_SHARE = 0.5  # of what the logits of all rows would take: a small batch must save memory too
+LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading the prototypes
+MOST_ROWS = 768  # the block of G and the panels of rows have to stay in cache
+LEAST_ROWS = 16
+
+
+class Chunk(NamedTuple):
+    """Views and images of one step; every pair of views of every image is in exactly one."""
+
+    images: slice
+    student_views: slice
+    teacher_views: slice
+    students_count: bool  # their own part is in this chunk: of several with the same students one
+    teachers_count: bool
+
+    def students_of(self, rows: Tensor) -> Tensor:
+        """[student views, images, ...] of view-major [V, B, ...]."""
+        return rows[self.student_views, self.images]
+
+    def teachers_of(self, rows: Tensor) -> Tensor:
+        """[teacher views, images, ...] of view-major [G, B, ...]."""
+        return rows[self.teacher_views, self.images]
+
+
+def chunks_of(views: tuple[int, int], images: int, prototypes: int) -> list[Chunk]:
+    """Chunks of a pairing.
+
+    Args:
+        views: of teacher and student.
+        images: B.
+        prototypes: K, of the rank that has most.
+    """
+    most = rows_at_once(sum(views) * images, prototypes)
+    per_image = sum(views)
+    if per_image <= most:
+        size = _even(images, max(1, most // per_image))
+        return [
+            Chunk(slice(first, min(first + size, images)), slice(0, views[1]), slice(0, views[0]), True, True)
+            for first in range(0, images, size)
+        ]
+    teachers, students = (list(_ranges(count, _even(count, max(1, most // 2)))) for count in views)
+    return [
+        Chunk(slice(image, image + 1), student, teacher, teacher.start == 0, student.start == 0)
+        for image, student, teacher in itertools.product(range(images), students, teachers)
+    ]
+
+
+def rows_at_once(rows: int, prototypes: int) -> int:
+    """How many rows' logits the workspace holds."""
+    row_bytes = prototypes * torch.float32.itemsize
+    budget = min(WORKSPACE_BYTES, max(LEAST_WORKSPACE_BYTES, int(WORKSPACE_SHARE * rows * row_bytes)))
+    return min(MOST_ROWS, max(budget // row_bytes, LEAST_ROWS))
+
+
+def row_ranges(rows: int, prototypes: int) -> Iterator[slice]:
+    """Ranges of nearly equal size that cover ``rows``."""
+    return _ranges(rows, _even(rows, rows_at_once(rows, prototypes)))
+
+
+def _even(count: int, most: int) -> int:
+    """Size of the fewest parts of at most ``most``, all of nearly one size."""
+    return max(1, math.ceil(count / max(1, math.ceil(count / most))))
+
+
+def _ranges(count: int, size: int) -> Iterator[slice]:
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))
