@@ -1,9 +1,10 @@
-"""The loss with its last layer against the published ones: one training step, forward and backward, fp32.
+"""The loss with its last layer against the published ones: one training step, forward and backward, fp32 unless said.
 
     pytest bench --benchmark-enable --benchmark-json=bench/results/cpu/head.json
 
 Each round of a benchmark is preceded by one step of its baseline, so that both meet the same clock and the same neighbours;
-``extra_info`` holds the baseline's times, the ratio of medians and the peak extra memory of both.
+``extra_info`` holds the baseline's times, the ratio of medians and the peak extra memory of both; of the native backend also
+the rate of its products, counted as 8 (S + T) K D, over that of torch.mm in the same rounds.
 """
 
 from __future__ import annotations
@@ -14,27 +15,47 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bench.memory import peak_extra_mib
 from bench.workloads import Inputs, Workload
 from tests.published import PublishedDINOLoss
 from vmf_kernels import DINOLoss, DINOvMFLoss
+from vmf_kernels.assign import BACKENDS
+from vmf_kernels.backends.native.module import has_bf16_products
 
 Step = Callable[[], object]
 ROUNDS = 15
 SCHEDULE = (0.04, 0.04, 0, 1)  # teacher temperature 0.04 throughout
+MM_SIZE = 4096
 
 
-def test_streaming_loss_against_published_loss(benchmark: Any, workload: Workload) -> None:
+@pytest.mark.parametrize("backend", ["native", "streaming"])
+def test_loss_against_published_loss(benchmark: Any, workload: Workload, backend: str) -> None:
+    skip_without(backend)
     inputs = Inputs.of(workload)
     published = training_step(
         inputs, inputs.published_layers, PublishedDINOLoss(workload.prototypes, workload.crops, *SCHEDULE)
     )
-    streaming = training_step(inputs, inputs.layers, DINOLoss(workload.prototypes, workload.crops, *SCHEDULE))
-    compare(benchmark, streaming, published)
-    benchmark.extra_info["extra_mib"] = round(peak_extra_mib(streaming, inputs.gradient_bytes), 1)
+    loss = DINOLoss(workload.prototypes, workload.crops, *SCHEDULE, backend=backend)
+    ours = training_step(inputs, inputs.layers, loss)
+    compare(benchmark, ours, published, workload.flops if backend == "native" else None)
+    benchmark.extra_info["extra_mib"] = round(peak_extra_mib(ours, inputs.gradient_bytes), 1)
     benchmark.extra_info["baseline_extra_mib"] = round(peak_extra_mib(published, inputs.gradient_bytes), 1)
+
+
+def test_bf16_features_against_fp32_features(benchmark: Any, workload: Workload) -> None:
+    skip_without("native")
+    if not has_bf16_products():
+        pytest.skip("this CPU has no bf16 products")
+    inputs = Inputs.of(workload)
+    loss = DINOLoss(workload.prototypes, workload.crops, *SCHEDULE, backend="native")
+
+    def rounded(rows: Tensor) -> Tensor:
+        return rows.to(torch.bfloat16)
+
+    compare(benchmark, training_step(inputs, inputs.layers, loss, rounded), training_step(inputs, inputs.layers, loss))
 
 
 @pytest.mark.parametrize("centering", ["logit", "probability"])
@@ -54,25 +75,39 @@ def test_dense_loss_against_published_loss(benchmark: Any, workload: Workload) -
     compare(benchmark, dense, published)
 
 
-def training_step(inputs: Inputs, layers: tuple[nn.Module, nn.Module], loss: nn.Module) -> Step:
-    """Last layer of both networks, loss and gradients."""
+def skip_without(backend: str) -> None:
+    """Skip where an installation has no such backend."""
+    reason = BACKENDS[backend].unsupported(torch.empty(1, 2), torch.empty(1, 2))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def training_step(
+    inputs: Inputs,
+    layers: tuple[nn.Module, nn.Module],
+    loss: nn.Module,
+    change: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Step:
+    """Last layer of both networks on the features, changed or not, loss and gradients."""
     student, teacher = layers
 
     def step() -> None:
         inputs.clear_gradients()
-        loss(student(inputs.student_features), teacher(inputs.teacher_features), 0).backward()
+        loss(student(change(inputs.student_features)), teacher(change(inputs.teacher_features)), 0).backward()
 
     return step
 
 
-def compare(benchmark: Any, step: Step, baseline: Step) -> None:
-    """Time ``step``, each round right after one of ``baseline``."""
+def compare(benchmark: Any, step: Step, baseline: Step, flops: int | None = None) -> None:
+    """Time ``step``, each round right after one of ``baseline`` and, where its ``flops`` are given, one of torch.mm."""
     baseline_seconds: list[float] = []
+    mm_seconds: list[float] = []
+    square = torch.randn(MM_SIZE, MM_SIZE) if flops is not None and benchmark.enabled else None
 
     def run_baseline() -> None:
-        start = time.perf_counter()
-        baseline()
-        baseline_seconds.append(time.perf_counter() - start)
+        baseline_seconds.append(seconds_of(baseline))
+        if square is not None:
+            mm_seconds.append(seconds_of(lambda: square @ square))
 
     benchmark.pedantic(step, setup=run_baseline, rounds=ROUNDS, iterations=1, warmup_rounds=2)
     baseline_median = statistics.median(baseline_seconds[-ROUNDS:])
@@ -80,3 +115,14 @@ def compare(benchmark: Any, step: Step, baseline: Step) -> None:
     benchmark.extra_info["baseline_median_seconds"] = round(baseline_median, 4)
     if benchmark.stats is not None:
         benchmark.extra_info["speedup"] = round(baseline_median / benchmark.stats.stats.median, 3)
+    if flops is not None and mm_seconds:
+        mm_rate = 2 * MM_SIZE**3 / statistics.median(mm_seconds[-ROUNDS:])
+        benchmark.extra_info["mm_gflops"] = round(mm_rate / 1e9, 1)
+        benchmark.extra_info["rate_over_mm"] = round(flops / benchmark.stats.stats.median / mm_rate, 3)
+
+
+def seconds_of(step: Step) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start

@@ -1,10 +1,12 @@
 """What the compiler makes of every kernel as it ships, without a GPU.
 
     python -m bench.compile_report --arch 90 --json bench/results/compiled/sm_90.json
+    python -m bench.compile_report --arch 90 --kernels cuda --json ...    only those of csrc/cuda, the others' report is kept
 
 Runs the operator on untouched CPU tensors at K = 65,536 for every embedding dim and precision of the tile table, records
-each launch, and compiles the different ones as the launch would: registers, spills, shared memory against what the part has,
-tensor-core instructions. Exits with 1 if a kernel spills, does not fit, or misses its tensor cores.
+each launch of a Triton kernel, and compiles the different ones as the launch would: registers, spills, shared memory against
+what the part has, tensor-core instructions. Compiles csrc/cuda with nvcc, where there is one (``bench.cuda.report``). Exits
+with 1 if a kernel spills, does not fit, or misses its tensor cores.
 
 Legend: S / T student / teacher rows, K prototypes, D embedding dim.
 """
@@ -25,7 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+import bench.cuda.report as cuda
 from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, Compiled, Launch, compile_launch, recording
+from bench.cuda.toolchain import MissingToolError
 from bench.pass_case import DTYPES, MANY_ROWS, PROTOTYPES, PassCase
 from vmf_kernels.backends.contract import LossInputs
 from vmf_kernels.backends.triton.launch import Target
@@ -236,20 +240,10 @@ def row_of(launch: Launch, configuration: Configuration, compiled: Compiled, arc
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table, write the JSON; 1 if a kernel has a fault."""
+def triton_section(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """The report of the Triton kernels that the options ask for, printed, and its faults."""
     import triton
 
-    parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__)
-    parser.add_argument(
-        "--arch", type=int, choices=sorted(SHARED_MEMORY), required=True, help="compute capability * 10"
-    )
-    parser.add_argument("--json", type=Path, help="where to write the report")
-    parser.add_argument("--dims", type=int, nargs="+", default=list(WIDTHS), help="embedding dims")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the products")
-    parser.add_argument("--passes", action="store_true", help="only the passes, without the kernels around them")
-    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
-    options = parser.parse_args(arguments)
     asked = configurations(options.dims, options.precisions, whole=not options.passes)
     jobs = []
     for configuration in asked:
@@ -260,14 +254,55 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(options.workers) as pool:
         rows = [row for found in pool.map(report, jobs) for row in found]
     print(table(rows))
-    found = faults(rows)
+    return {"triton": triton.__version__, "source": source_digest(), "kernels": rows}, faults(rows)
+
+
+def cuda_section(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """The report of the kernels of ``csrc/cuda``, printed, and its faults; without nvcc only that there is none."""
+    try:
+        found = cuda.section(options.arch, workers=options.workers)
+    except MissingToolError as error:
+        print(f"csrc/cuda is not compiled: {error}")
+        return {"cuda": {"absent": str(error)}}, []
+    print(cuda.table(found["kernels"]))
+    return {"cuda": found}, cuda.faults(found)
+
+
+def _kept(options: argparse.Namespace) -> dict[str, Any]:
+    """What the report's file has, if it is of the same part."""
+    old: dict[str, Any] = {"arch": options.arch}
+    if options.json is not None and options.json.exists():
+        old = json.loads(options.json.read_text())
+    return old if old["arch"] == options.arch else {"arch": options.arch}
+
+
+SECTIONS = {"triton": triton_section, "cuda": cuda_section}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables, write the JSON; 1 if a kernel has a fault."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__)
+    parser.add_argument(
+        "--arch", type=int, choices=sorted(SHARED_MEMORY), required=True, help="compute capability * 10"
+    )
+    parser.add_argument("--json", type=Path, help="where to write the report; keeps what it has of other --kernels")
+    parser.add_argument("--kernels", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="which to compile")
+    parser.add_argument("--dims", type=int, nargs="+", default=list(WIDTHS), help="embedding dims")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the products")
+    parser.add_argument("--passes", action="store_true", help="only the passes, without the kernels around them")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    options = parser.parse_args(arguments)
+    content, found = _kept(options), list[str]()
+    for name in options.kernels:
+        section, wrong = SECTIONS[name](options)
+        content, found = content | section, found + wrong
+    count = sum(len(part.get("kernels", [])) for part in (content, content.get("cuda", {})))
     print(
         "\n".join(found)
-        or f"{len(rows)} kernels for sm_{options.arch}: no spill, all fit, tensor cores where they should be"
+        or f"{count} kernels for sm_{options.arch}: no spill, all fit, tensor cores where they should be"
     )
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"arch": options.arch, "triton": triton.__version__, "source": source_digest(), "kernels": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if found else 0
 

@@ -1,4 +1,4 @@
-"""One pass of the Triton backend on its own: what the tuner times and compiles.
+"""One pass on its own, on Triton's kernels or on others: what the tuner times and compiles.
 
 Legend: R rows, K prototypes, D embedding dim.
 """
@@ -60,28 +60,34 @@ class PassCase:
         unit = torch.ones((), device=device)
         return cls(base, precision, layout, matrix(rows), (keys[0], keys[1]), column(rows, BASE_2_OF_K), unit, out)
 
-    def run(self, tile: Tile) -> Any:
-        """One launch; what it leaves behind: ``passes.Parts`` or ``passes.Columns``."""
-        from vmf_kernels.backends.triton.passes import Side, column_pass, matched_column_pass, row_pass
+    def run(self, tile: Tile, kernels: Any = None) -> Any:
+        """One launch; what it leaves behind: ``passes.Parts`` or ``passes.Columns``.
 
-        student, teacher, unit = *self.keys, self.unit
+        Args:
+            tile: of the pass, one that the kernels take.
+            kernels: an ``operator.Kernels``; None for Triton's.
+        """
+        from vmf_kernels.backends.triton.operator import TRITON
+        from vmf_kernels.backends.triton.passes import Side, matched_column_pass
+
+        student, teacher, unit, kernels = *self.keys, self.unit, kernels or TRITON
         with launch.on_device(self.rows):
             if self.name in ROW_PASSES:
                 keys = student if self.name == "student" else teacher
                 values = None if self.name == "scores" else student
-                return row_pass(self.rows, keys, values, self.name, tile)
+                return kernels.row_pass(self.rows, keys, values, self.name, tile)
             sides = Side(self.rows, student, self.offset), Side(self.rows, teacher, self.offset)
             if self.name == "matched":
                 matched_column_pass(*sides, unit, unit, self.out, tile)
             else:
-                column_pass(*sides, self.rows, unit, unit, self.out, tile)
+                kernels.column_pass(*sides, self.rows, unit, unit, self.out, tile)
             return self.out
 
-    def result(self, tile: Tile) -> Tensor:
-        """What the pass computes, whatever the tile: merged rows, or the gradient at the prototypes."""
+    def result(self, tile: Tile, kernels: Any = None) -> Tensor:
+        """What the pass computes, whatever the tile and the kernels: merged rows, or the gradient at the prototypes."""
         from vmf_kernels.backends.triton.rows import merge_log_sum_exp, merge_teachers
 
-        left = self.run(tile)
+        left = self.run(tile, kernels)
         if self.name not in ROW_PASSES:
             return torch.cat([left.vectors.flatten(), left.usage])
         if self.name == "scores":

@@ -18,8 +18,8 @@ from typing import Any
 from bench.gpu.tables import gpu_table
 
 HEAD_COLUMNS = (
-    "| step | rows | baseline ms | ours ms | speed-up | baseline extra MiB | ours extra MiB |\n"
-    "|---|---|---|---|---|---|---|"
+    "| step | rows | baseline ms | ours ms | speed-up | baseline extra MiB | ours extra MiB | rate / torch.mm |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 DEMO_COLUMNS = (
     "| method | seed | k-NN % | untrained | raw pixels | linear % | MI nats | RankMe | used | unique |\n"
@@ -42,7 +42,8 @@ def head_table(results: Mapping[str, Any]) -> str:
         memory = [f"{extra[key]:.0f}" if key in extra else "" for key in ("baseline_extra_mib", "extra_mib")]
         times = f"{1e3 * extra['baseline_median_seconds']:.0f} | {1e3 * result['stats']['median']:.0f}"
         workload = "/".join(option for option in options if option.isdigit())
-        rows.append(f"| {name} | {workload} | {times} | {extra['speedup']:.2f}x | {' | '.join(memory)} |")
+        rate = f"{extra['rate_over_mm']:.2f}" if "rate_over_mm" in extra else ""
+        rows.append(f"| {name} | {workload} | {times} | {extra['speedup']:.2f}x | {' | '.join(memory)} | {rate} |")
     return "\n".join(rows)
 
 

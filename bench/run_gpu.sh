@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Everything that is measured on one NVIDIA GPU, in under nine minutes, without a network or an installation:
+# Everything that is measured on one NVIDIA GPU, in under nine minutes, without a network or an installation; what csrc/ holds is
+# built first, in this checkout, where nvcc, ninja and pybind11 are found:
 #   bash bench/run_gpu.sh [OUT_DIR]             default bench/results/<name of the GPU>
 #   TUNE=1 bash bench/run_gpu.sh [OUT_DIR]      ... and measure tile sizes at the end, in less time for the rest
-# Reads the GPU's settings and changes none.
+# Reads the GPU's settings and changes none. Afterwards, to have "auto" take csrc/cuda where it was the faster:
+#   python -m bench.gpu.wins OUT_DIR/head.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/python" PYTHONUNBUFFERED=1

@@ -30,6 +30,11 @@ class Workload:
         """Student / teacher rows, for example 640/128."""
         return f"{self.crops * self.images}/{TEACHER_CROPS * self.images}"
 
+    @property
+    def flops(self) -> int:
+        """8 (R_s + R_t) K D, as ``HeadShape.flops``."""
+        return 8 * (self.crops + TEACHER_CROPS) * self.images * self.prototypes * self.dim
+
 
 WORKLOADS = {"160/32": Workload(images=16), "640/128": Workload(images=64)}
 TOY = Workload(images=2, crops=4, prototypes=301, dim=24)  # the same code in milliseconds, for the test suite

@@ -60,10 +60,12 @@ def results(dry_run: Path) -> dict[str, Any]:
 
 def test_every_stage_is_on_record(results: dict[str, Any]) -> None:
     stages = {name: entry["status"] for name, entry in results["stages"].items()}
-    expected = {"tests", "sanitizer", "compile 0", "ceilings", "errors", "head 0", "head 1"}
+    untimed = {"build", "tests", "sanitizer", "compile 0", "errors"}
+    expected = untimed | {"ceilings", "passes", "counters", "head 0", "head 1"}
     assert stages.keys() == expected
     well = {name for name, status in stages.items() if status == "ok"}
-    assert well == expected - {"tests", "sanitizer", "ceilings"}, f"stages ended as {stages}"
+    not_here = {"build", "tests", "sanitizer", "counters"}
+    assert well == expected - not_here - {"ceilings"}, f"stages ended as {stages}"
     assert results["environment"]["versions"]["torch"] == torch.__version__
 
 
@@ -153,7 +155,7 @@ def test_a_process_that_hangs_is_ended_and_its_output_kept(tmp_path: Path) -> No
     log = tmp_path / "log"
     start = time.monotonic()
     hanging = processes.start([sys.executable, "-c", "print('begun'); import time; time.sleep(60)"], log)
-    ended = processes.finish(hanging, log, 1.0)
+    ended = processes.finish(hanging, log, 3.0)  # Python starts within them on a busy machine, too
     assert ended.code is None
     assert ended.status()["status"] == "timed out"
     assert "begun" in ended.output

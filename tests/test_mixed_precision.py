@@ -63,18 +63,23 @@ def published_value(loss: DINOLoss, student: Any, teacher: Any) -> Tensor:
     return PublishedDINOvMFLoss(*SCHEDULE, dim=DIM).double()(*stored, 0, *norms)  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("backend", ["streaming", "auto"])
 @pytest.mark.parametrize("loss_class", LOSSES)
 @pytest.mark.parametrize("dtype", HALVES)
-def test_loss_under_autocast_is_exact_on_the_features_it_gets(dtype: torch.dtype, loss_class: type[DINOLoss]) -> None:
-    head, other, loss = make_head(), make_head(), loss_class(*SCHEDULE)
+def test_loss_under_autocast_is_exact_on_the_features_it_gets(
+    dtype: torch.dtype, loss_class: type[DINOLoss], backend: str
+) -> None:
+    """Backend "auto" may form the products of 16-bit features in their dtype: the last layer under autocast does no better."""
+    head, other, loss = make_head(), make_head(), loss_class(*SCHEDULE, backend=backend)
     x, views = batch()
     with torch.autocast("cpu", dtype=dtype):
         student, teacher = head(x), other(views)
         value = loss(student, teacher, 0)
     value.backward()
     error = relative_error(value, published_value(loss, student, teacher))
+    budget = 1e-5 if backend == "streaming" else torch.finfo(dtype).eps
     assert (student.dtype, value.dtype, loss.center.dtype) == (dtype, torch.float32, torch.float32)
-    assert error <= 1e-5, f"relative error {error:.2e}, budget 1e-05"
+    assert error <= budget, f"relative error {error:.2e}, budget {budget:.1e}"
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in head.parameters())
 
 

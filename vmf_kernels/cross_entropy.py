@@ -70,7 +70,7 @@ def prototype_cross_entropy(
             weights and temperatures should be there as well: copying one over waits for the device.
         teacher_bias: [K] nats added to the teacher's logits (a centre or dual vector), or None.
         image_weights: [B] further weight of each image, or None.
-        backend: "auto", "triton", "streaming" or "reference".
+        backend: "auto", "native", "cuda", "triton", "streaming" or "reference"; see ``choose_backend``.
         prototype_group: ranks that share out the prototypes: each has a block of them (K may differ) and the same rows,
             bitwise, and gets the loss and the features' gradient whole, its own prototypes' gradient and usage. They
             exchange D + 4 numbers a row, never logits. The student's prototypes, and its features, require a gradient on all

@@ -100,9 +100,11 @@ def project(prototypes: Prototypes, vector_D: Tensor) -> Tensor:
     """[K] ``<w_k, vector>`` in the dtype of ``vector_D`` ([D], fp32 or fp64), without casting all prototypes at once."""
     refuse_freed(prototypes.weight, prototypes.magnitude)
     block = 8192  # 8 MiB of fp32 at D = 256
+    # a CPU multiplies by a vector on one thread, by two columns on all: 1.9 against 9.5 ms at K = 65,536 with two threads
+    columns_DC = vector_D[:, None].expand(-1, 2 if vector_D.device.type == "cpu" else 1)
     with torch.autocast(vector_D.device.type, enabled=False):  # a region of the caller's would round to half precision
-        parts = [rows.to(vector_D.dtype) @ vector_D for rows in torch.split(prototypes.weight.detach(), block)]
-    projected = torch.cat(parts)
+        parts = [rows.to(vector_D.dtype) @ columns_DC for rows in torch.split(prototypes.weight.detach(), block)]
+    projected = torch.cat(parts)[:, 0]
     gain = prototypes.detach().gain()
     return projected if gain is None else projected * gain.to(projected.dtype)
 

@@ -23,7 +23,7 @@ from vmf_kernels.statistics import AssignmentStatistics, or_one
 from vmf_kernels.unstored import UnstoredRows, advice
 
 # one name serves unstored and stored students: what streams over prototypes is plain torch on stored logits
-LOGIT_BACKENDS = {"streaming": "torch", "reference": "torch"}
+LOGIT_BACKENDS = {"streaming": "torch", "reference": "torch", "native": "torch", "cuda": "triton"}
 
 
 @dataclass(eq=False, repr=False)

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU, one JSON: tests, sanitizer, ceilings, errors, and the head's loss against its baselines.
+"""The benchmark of a GPU, one JSON: build, tests, sanitizer, ceilings, errors, passes, the head's loss against its baselines.
 
     bash bench/run_gpu.sh [OUT_DIR]
     python -m bench.gpu --dry-run --out OUT_DIR     every stage at toy sizes on the CPU, in seconds; measures nothing
@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from bench.gpu import ceilings, errors, head, processes
+from bench.gpu import ceilings, counters, errors, head, passes, processes
 from bench.gpu.environment import clocks, environment, slug
+from bench.gpu.losses import BESIDE
 from bench.gpu.record import Record, attempt
 from bench.gpu.settings import ROOT, Settings
 from bench.gpu.tables import gpu_table, short_table
@@ -32,7 +33,10 @@ Job = Callable[[], dict[str, Any]]
 
 SCHEMA = "vmf_kernels head on a GPU, 1"
 TOTAL_SECONDS = 510.0
-LIMITS = {"tests": 180.0, "sanitizer": 150.0, "compile": 150.0, "errors": 60.0, "ceilings": 30.0}
+LIMITS = {"build": 120.0, "tests": 180.0, "tests cuda": 120.0, "sanitizer": 120.0, "compile": 150.0}
+LIMITS |= {"errors": 60.0, "ceilings": 30.0, "passes": 45.0, "counters": 60.0}
+COUNTERS_AFTER = 3  # stages: before the less wanted workloads
+CUDA_TESTS = "tests/gpu/test_cuda.py"  # in a process of their own: new kernels may hang, or take the device with them
 HEAD_LIMIT = 80.0
 LEAST_HEAD_SECONDS = 30.0
 MORE_THAN_A_SHARE = 2.0
@@ -48,17 +52,20 @@ def run_stage(stage: str, settings: Settings, record: Record, skip: tuple[str, .
         ceilings.run(settings, record)
     elif kind == "errors":
         errors.run(settings, record)
+    elif kind == "passes":
+        passes.run(settings, record, skip)
     elif kind == "compile":
         head.compile_all(settings, record, settings.shapes[int(index) :: COMPILERS])
     elif kind == "head":
         head.run(settings, record, settings.shapes[int(index)], skip)
     else:
-        raise ValueError(f"unknown stage {stage!r}; expected ceilings, errors, compile I or head I")
+        raise ValueError(f"unknown stage {stage!r}; expected ceilings, errors, passes, compile I or head I")
 
 
 def stages(settings: Settings) -> list[str]:
     """Stages that are timed, and so have the device to themselves, in order."""
-    return ["ceilings", *(f"head {i}" for i in range(len(settings.shapes)))]
+    found = ["ceilings", "passes", *(f"head {i}" for i in range(len(settings.shapes)))]
+    return [*found[: COUNTERS_AFTER + 1], "counters", *found[COUNTERS_AFTER + 1 :]]
 
 
 def drive(settings: Settings) -> Record:
@@ -68,28 +75,63 @@ def drive(settings: Settings) -> Record:
     record.data |= {"schema": SCHEMA, "dry_run": settings.dry, "backend": settings.backend}
     record.data |= {"environment": environment(), "clocks_before": clocks(), "stages": {}, "results": {}}
     record.save()
-    limits = {name: min(seconds, settings.seconds_left()) for name, seconds in LIMITS.items()}
-    paths = [DRY_RUN_TESTS] if settings.dry else []
-    aside = side_jobs(settings, limits)
-    with ThreadPoolExecutor(len(aside)) as pool:
-        # a dry run calls instead of starting processes, and torch.compile in two threads is more than some versions bear
-        running = {} if settings.dry else {name: pool.submit(timed, job) for name, job in aside.items()}
-        conduct("tests", record, lambda: processes.run_tests(settings, limits["tests"], *paths))
-        conduct("errors", record, lambda: run_and_merge("errors", settings, limits["errors"], record))
-        for name, job in aside.items():
-            put(name, record, running[name].result() if running else timed(job))
-    wanted = stages(settings)
+    drive_untimed(settings, record)
+    wanted, skip = stages(settings), distrusted(settings, record.data["stages"])
     for index, stage in enumerate(wanted):
         limit = limit_of(stage, len(wanted) - index, settings.seconds_left())
-        conduct(stage, record, lambda stage=stage, limit=limit: run_and_merge(stage, settings, limit, record))  # type: ignore[misc]
+        conduct(stage, record, timed_job(stage, settings, limit, record, skip))
     record.put("clocks_after", value=clocks())
     return record
+
+
+def drive_untimed(settings: Settings, record: Record) -> None:
+    """The build, and then what need not have the device to itself, side by side."""
+    limits = {name: min(seconds, settings.seconds_left()) for name, seconds in LIMITS.items()}
+    before, after = side_jobs(settings, limits), jobs_of_the_build(settings, limits)
+    names = [*before, *after]
+    with ThreadPoolExecutor(len(names)) as pool:
+        # a dry run calls instead of starting processes, and torch.compile in two threads is more than some versions bear
+        running = {} if settings.dry else {name: pool.submit(timed, job) for name, job in before.items()}
+        conduct("build", record, lambda: processes.run_build(settings, limits["build"]))
+        running |= {} if settings.dry else {name: pool.submit(timed, job) for name, job in after.items()}
+        selected = [DRY_RUN_TESTS] if settings.dry else [f"--ignore={CUDA_TESTS}"]
+        conduct("tests", record, lambda: processes.run_tests(settings, limits["tests"], "tests", *selected))
+        errors_limit = min(limits["errors"], settings.seconds_left())
+        conduct("errors", record, lambda: run_and_merge("errors", settings, errors_limit, record))
+        for name, job in (before | after).items():
+            put(name, record, running[name].result() if running else timed(job))
+
+
+def timed_job(stage: str, settings: Settings, seconds: float, record: Record, skip: tuple[str, ...]) -> Job:
+    """What a timed stage does."""
+    if stage == "counters":
+        return lambda: counters.run(settings, seconds, skip)
+    return lambda: run_and_merge(stage, settings, seconds, record, skip)
+
+
+def distrusted(settings: Settings, done: dict[str, Any]) -> tuple[str, ...]:
+    """The backend beside the one asked for, where its tests did not come to an end: its kernels may hang."""
+    other = BESIDE.get(settings.backend)
+    hung = other is not None and done.get(f"tests {other}", {}).get("status") == "timed out"
+    return (other,) if hung and other is not None else ()
+
+
+def jobs_of_the_build(settings: Settings, limits: dict[str, float]) -> dict[str, Job]:
+    """Tests of the compiled kernels, and what the sanitizer says of them; none where nothing is built."""
+    if settings.dry:
+        return {}
+    return {
+        "tests cuda": lambda: processes.run_tests(settings, limits["tests cuda"], "tests cuda", CUDA_TESTS),
+        "sanitizer cuda": lambda: processes.run_sanitizer(settings, limits["sanitizer"], "cuda"),
+    }
 
 
 def side_jobs(settings: Settings, limits: dict[str, float]) -> dict[str, Job]:
     """The sanitizer, and baselines compiled into torch's cache on disk, where the head stages find them."""
     run = run_stage_here if settings.dry else processes.run_stage_in_child
-    jobs: dict[str, Job] = {"sanitizer": lambda: processes.run_sanitizer(settings, limits["sanitizer"])}
+    jobs: dict[str, Job] = {
+        "sanitizer": lambda: processes.run_sanitizer(settings, limits["sanitizer"], settings.backend)
+    }
     for index in range(1 if settings.dry else COMPILERS):
         name = f"compile {index}"
         jobs[name] = lambda name=name: run(name, settings, limits["compile"])[0]  # type: ignore[misc]
@@ -120,22 +162,30 @@ def put(stage: str, record: Record, entry: dict[str, Any]) -> None:
     print(f"{stage}: {entry['status']}, {entry['seconds']} s", flush=True)
 
 
-def run_and_merge(stage: str, settings: Settings, seconds: float, record: Record) -> dict[str, Any]:
-    """A stage's status; its results go under its name. Where a variant loses the device, again without it."""
+def run_and_merge(
+    stage: str, settings: Settings, seconds: float, record: Record, skip: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """A stage's status; its results go under its name. Where a variant loses the device or hangs, again without it."""
     if seconds < LEAST_SECONDS and not settings.dry:
         return {"status": "skipped", "reason": f"{max(seconds, 0):.0f} s left"}
     run = run_stage_here if settings.dry else processes.run_stage_in_child
     end = time.monotonic() + seconds
-    status, part = run(stage, settings, seconds)
+    status, part = run(stage, settings, seconds, skip)
     record.put("results", stage, value=part)
     lost: dict[str, Any] = {}  # variants that took the device with them, and what is known of them
-    while "device_lost_to" in part and end - time.monotonic() > LEAST_SECONDS:
-        culprit = part["device_lost_to"]
-        lost[culprit] = part["variants"][culprit]
-        status, part = run(stage, settings, end - time.monotonic(), tuple(lost))
+    while (culprit := culprit_of(status, part)) is not None and end - time.monotonic() > LEAST_SECONDS:
+        ended = {"status": "failed", "reason": "the process ended in it"}
+        lost[culprit] = part.get("variants", {}).get(culprit, ended)
+        status, part = run(stage, settings, end - time.monotonic(), (*skip, *lost))
         part.setdefault("variants", {}).update(lost)
         record.put("results", stage, value=part)
     return status | ({"lost_the_device": list(lost)} if lost else {})
+
+
+def culprit_of(status: dict[str, Any], part: dict[str, Any]) -> str | None:
+    """The variant that a stage's process lost the device to, or did not come back from."""
+    lost: str | None = part.get("device_lost_to")
+    return lost if lost is not None or status["status"] == "ok" else part.get("in_hand")
 
 
 def run_stage_here(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import signal
 import threading
 import time
@@ -16,14 +17,16 @@ from bench.baselines import Loss
 from bench.gpu import probes
 from bench.gpu.agreement import Outcome, exact_outcome, outcome_of, refuse_disagreement, relative_errors
 from bench.gpu.environment import clocks
-from bench.gpu.losses import OURS, SAME_KERNELS, Variant, variants
+from bench.gpu.losses import BESIDE, OURS, SAME_KERNELS, Variant, variants
 from bench.gpu.record import Record, attempt
 from bench.gpu.settings import Settings
 from bench.gpu.timing import Measure, Step, Stopwatch, interleaved, rounds_within
 from bench.workloads import HeadInputs, HeadShape
 
 PREPARE_SECONDS = 40  # most for one variant: mostly its compilation
+HANG_SECONDS = 8  # beyond which the process is ended: a kernel that never ends lets no Python run
 COMPILE_MEMORY_SHARE = 0.28  # of the device, for each process that only compiles
+STANDARD_ERROR = 2
 LEAST_ROUNDS, DRY_ROUNDS = 5, 2
 RING_AGAIN_SECONDS = 5.0  # a compiler that catches everything may swallow the first
 TIMING_SHARE = 0.35  # of a workload's time, kept for timing when compilation is slow
@@ -51,14 +54,17 @@ def run(settings: Settings, record: Record, shape: HeadShape, skip: tuple[str, .
             reason = "the device was lost to its like" if name in lost else "no time left to prepare it"
             record.put("variants", name, value={"title": variant.title, "status": "skipped", "reason": reason})
             continue
+        record.put("in_hand", value=name)
         loss = prepare(name, variant, inputs, exact, preparing, record)
         if loss is not None:
             ready[name] = loss
         refuse_lost_device(settings, record, name)
+    record.put("in_hand", value=None)
     del exact
     measure(ready, inputs, settings, record)
-    if OURS in ready:
-        look_into(ready[OURS], inputs, settings, record)
+    for name in (OURS, *BESIDE.values()):
+        if name in ready:
+            look_into(name, ready[name], inputs, settings, record)
 
 
 def describe(record: Record, shape: HeadShape) -> None:
@@ -141,23 +147,23 @@ def warm_up(steps: dict[str, Step], stopwatch: Stopwatch, record: Record, key: s
     return warm, total
 
 
-def look_into(loss: Loss, inputs: HeadInputs, settings: Settings, record: Record) -> None:
-    """Kernels, repeatability and graph replay of ours."""
+def look_into(name: str, loss: Loss, inputs: HeadInputs, settings: Settings, record: Record) -> None:
+    """Kernels, repeatability and graph replay of one of ours."""
     for key, probe in (("kernels", probes.kernels), ("repeatable", probes.is_repeatable)):
         result, outcome = attempt(lambda probe=probe: probe(loss, inputs))  # type: ignore[misc]
-        record.put("variants", OURS, key, value=outcome if result is None else result)
+        record.put("variants", name, key, value=outcome if result is None else result)
     if settings.device.type != "cuda":
-        record.put("variants", OURS, "graph", value={"status": "not available", "reason": "graphs need a GPU"})
+        record.put("variants", name, "graph", value={"status": "not available", "reason": "graphs need a GPU"})
         return
     graph, outcome = attempt(lambda: probes.captured(loss, inputs))
-    record.put("variants", OURS, "graph", value=outcome)
+    record.put("variants", name, "graph", value=outcome)
     if graph is None:
         return
     replay, equal = graph
     stopwatch = Stopwatch(settings.device)
     rounds = rounds_within(GRAPH_SECONDS, 2 * stopwatch.warm_up(replay))
     times = interleaved(stopwatch.device_milliseconds, {"graph": replay}, rounds)["graph"]
-    record.put("variants", OURS, "graph", value={**outcome, "equals_eager": equal, "step_ms": times._asdict()})
+    record.put("variants", name, "graph", value={**outcome, "equals_eager": equal, "step_ms": times._asdict()})
 
 
 def compile_all(settings: Settings, record: Record, shapes: tuple[HeadShape, ...]) -> None:
@@ -202,8 +208,11 @@ def limited(seconds: float) -> Iterator[None]:
 
     previous = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds, RING_AGAIN_SECONDS)
+    if torch.cuda.is_available():
+        faulthandler.dump_traceback_later(seconds + HANG_SECONDS, exit=True, file=STANDARD_ERROR)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.baselines import BASELINES, Compile, Loss, effective_weights
+from bench.baselines import BASELINES, Compile, Loss, UnavailableError, effective_weights
 from bench.workloads import HeadInputs, HeadShape
 from vmf_kernels import (
     DINOLoss,
@@ -21,9 +21,11 @@ from vmf_kernels import (
     weight_norm_prototypes,
     weight_norm_vmf_prototypes,
 )
+from vmf_kernels.assign import BACKENDS
 
 MOST_STREAMING_ROWS = 1280  # plain torch: minutes of no interest beyond
 OURS = "ours"
+BESIDE = {"triton": "cuda", "cuda": "triton"}  # the library's other backend on a GPU, measured beside the one asked for
 SAME_KERNELS = (OURS, "ours vMF", "DINOLoss")  # where one of them crashes the others will
 
 
@@ -70,6 +72,18 @@ def ours(backend: str, stored: Callable[[Tensor, Tensor], Prototypes] = weight_n
     return loss
 
 
+def prepare_beside(inputs: HeadInputs, backend: str) -> Loss:
+    """The operator on the backend that was not asked for.
+
+    Raises:
+        UnavailableError: it cannot run here; says why.
+    """
+    reason = BACKENDS[backend].unsupported(inputs.student_features, inputs.student_direction)
+    if reason is not None:
+        raise UnavailableError(reason)
+    return ours(backend)
+
+
 def stored_logits(inputs: HeadInputs) -> Tensor:
     """A plain head, bf16 products under autocast, and ``logit_cross_entropy``."""
     with torch.autocast(inputs.student_features.device.type, torch.bfloat16):
@@ -111,6 +125,8 @@ def variants(backend: str, shape: HeadShape) -> dict[str, Variant]:
         for name, b in BASELINES.items()
     }
     mine = {OURS: Variant(f"operator, {backend}", lambda inputs, compile_: ours(backend))}
+    if (other := BESIDE.get(backend)) is not None:
+        mine[other] = Variant(f"operator, {other}", lambda inputs, compile_: prepare_beside(inputs, other))
     mine["ours vMF"] = Variant(
         f"operator, {backend}, vMF normaliser",
         lambda inputs, compile_: ours(backend, weight_norm_vmf_prototypes),

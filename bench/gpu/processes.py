@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+import torch
+
 from bench.gpu.settings import ROOT, Settings
 
 INTERRUPT_SECONDS = 8  # for a process to write what it has after SIGINT
 TAIL = 4000  # characters of a failed process's output that go on record
 NO_TESTS = 5  # exit code of pytest when none is selected
 SANITIZER_ERROR = 9  # exit code of compute-sanitizer when it found something
+HOPPER = (9, 0)  # whose own instructions have a target of their own
 CUDA_BIN = Path("/usr/local/cuda/bin")
 
 
@@ -97,9 +100,21 @@ def run_stage_in_child(
         return ended.status(), json.loads(part.read_text()) if part.exists() else {}
 
 
-def run_tests(settings: Settings, seconds: float, *paths: str) -> dict[str, Any]:
+def run_build(settings: Settings, seconds: float) -> dict[str, Any]:
+    """The compiled modules of this checkout, the CUDA one for this GPU only."""
+    if settings.dry:
+        return {"status": "not available", "reason": "a dry run builds nothing"}
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}{minor}" + ("a" if (major, minor) == HOPPER else "")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    with log_file(settings, "build") as log:
+        ended = finish(start(command, log, VMF_CUDA_ARCHS=arch, VMF_REQUIRE_CUDA="1"), log, seconds)
+    return ended.status() | {"arch": arch}
+
+
+def run_tests(settings: Settings, seconds: float, name: str, *paths: str) -> dict[str, Any]:
     """``pytest -m gpu`` on the paths: exit code and counts; a test that fails is a result, not the end."""
-    report = settings.out / "tests.xml"
+    report = settings.out / f"{name.replace(' ', '-')}.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
     command += [f"--junitxml={report}", "--continue-on-collection-errors", *paths]
     if importlib.util.find_spec("pytest_benchmark") is None:
@@ -107,7 +122,7 @@ def run_tests(settings: Settings, seconds: float, *paths: str) -> dict[str, Any]
     if importlib.util.find_spec("jsonargparse") is None:
         command.append("--ignore=tests/pretrain")  # a machine to measure on need not have what the trainer needs
     report.unlink(missing_ok=True)
-    with log_file(settings, "tests") as log:
+    with log_file(settings, name) as log:
         ended = finish(start(command, log), log, seconds)
     status = ended.status() | ({"status": "no tests"} if ended.code == NO_TESTS else {})
     result = status | {"last_line": (ended.output.strip().splitlines() or [""])[-1]}
@@ -129,13 +144,13 @@ def junit_counts(report: Path) -> dict[str, Any]:
     return {**counts, "failed": failed}
 
 
-def run_sanitizer(settings: Settings, seconds: float) -> dict[str, Any]:
+def run_sanitizer(settings: Settings, seconds: float, backend: str) -> dict[str, Any]:
     """compute-sanitizer's memcheck on one small loss, each tensor in an allocation of its own."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(CUDA_BIN))
     if tool is None:
         return {"status": "not available", "reason": "compute-sanitizer is not on PATH"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", str(SANITIZER_ERROR)]
-    command += [sys.executable, "-m", "bench.gpu.sanitizer_case", settings.device.type, settings.backend]
-    with log_file(settings, "sanitizer") as log:
+    command += [sys.executable, "-m", "bench.gpu.sanitizer_case", settings.device.type, backend]
+    with log_file(settings, f"sanitizer {backend}") as log:
         ended = finish(start(command, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"), log, seconds)
     return ended.status() | {"found_errors": ended.code == SANITIZER_ERROR, "output": ended.output[-TAIL:]}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bench.baselines import BASELINES
-from bench.gpu.losses import OURS
+from bench.gpu.losses import BESIDE, OURS
 from bench.gpu.targets import Target, targets
 
 MATCHED_SHARE = 14 / 16  # of the counted operations, where one product serves both networks' columns
@@ -16,6 +16,7 @@ TIME_COLUMNS = (
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 TARGET_COLUMNS = "| quantity | to reach | measured | met |\n|---|---|---|---|"
+PASS_COLUMNS = "| case | pass | backend | ms | TFLOP/s | of cuBLAS | difference |\n|---|---|---|---|---|---|---|"
 KERNEL_COLUMNS = "| workload | pass | kernel | launches | us |\n|---|---|---|---|---|"
 ERROR_COLUMNS = "| case | quantity | ours | dense | bf16 autocast | within budget |\n|---|---|---|---|---|---|"
 MISSING_COLUMNS = "| what | status | reason |\n|---|---|---|"
@@ -38,13 +39,14 @@ def gpu_table(data: Mapping[str, Any]) -> str:
     ]
     if data["dry_run"]:
         lines.insert(0, "DRY RUN at toy sizes on the CPU: it proves the script, the numbers mean nothing.\n")
-    tables = (_times, _targets, _kernels, _errors, _missing)
+    tables = (_times, _passes, _targets, _kernels, _errors, _missing)
     return "\n".join(lines) + "".join("\n\n" + "\n".join(table(data)) for table in tables)
 
 
 def short_table(data: Mapping[str, Any]) -> str:
     """A row a workload: ours, the others' time over ours or why there is none, and what went wrong."""
-    rivals = [*BASELINES, "streaming", "logits", "ours vMF", "DINOLoss"]
+    beside = [BESIDE[data["backend"]]] if data["backend"] in BESIDE else []
+    rivals = [*beside, *BASELINES, "streaming", "logits", "ours vMF", "DINOLoss"]
     lines = ["| workload | ours ms | graph ms | TFLOP/s | extra MiB | kernels | " + " | ".join(rivals) + " |"]
     lines.append("|---" * (6 + len(rivals)) + "|")
     for workload in workloads(data):
@@ -130,14 +132,36 @@ def _target_row(target: Target, dry_run: bool) -> str:
 def _kernels(data: Mapping[str, Any]) -> Iterator[str]:
     yield KERNEL_COLUMNS
     for workload in workloads(data):
-        for name, recorded in workload.get("variants", {}).get(OURS, {}).get("kernels", {}).items():
-            if not isinstance(recorded, Mapping):
-                continue  # a reason why there are none
-            total = f"| {workload['name']} | {name} | all | {recorded['launches']:g} | {recorded['microseconds']:.0f} |"
+        for variant, name, recorded in _recorded_kernels(workload):
+            called = workload["name"] if variant == OURS else f"{workload['name']} {variant}"
+            total = f"| {called} | {name} | all | {recorded['launches']:g} | {recorded['microseconds']:.0f} |"
             yield total
             for kernel in recorded["by_name"][:MOST_KERNEL_ROWS]:
                 label = kernel["name"][:KERNEL_NAME_LENGTH].replace("|", "/")
                 yield f"| | | `{label}` | {kernel['count']:g} | {kernel['microseconds']:.0f} |"
+
+
+def _recorded_kernels(workload: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    for variant in (OURS, *BESIDE.values()):
+        for name, recorded in workload.get("variants", {}).get(variant, {}).get("kernels", {}).items():
+            if isinstance(recorded, Mapping):  # or it is a reason why there are none
+                yield variant, name, recorded
+
+
+def _passes(data: Mapping[str, Any]) -> Iterator[str]:
+    yield PASS_COLUMNS
+    roof = data["results"].get("ceilings", {}).get("matmul_tflops")
+    for case, entries in data["results"].get("passes", {}).get("passes", {}).items():
+        for name, entry in entries.items():
+            for backend in BESIDE:
+                found = entry.get(backend, entry)
+                if found["status"] != "ok":
+                    yield f"| {case} | {name} | {backend} | {found['status']} | | | |"
+                elif "tflops" in found:
+                    share = f"{100 * found['tflops'] / roof:.0f} %" if roof else ""
+                    cells = [f"{found['ms']['median']:.3f}", f"{found['tflops']:.0f}", share]
+                    cells.append(_small(entry.get("difference", {}).get(backend)))
+                    yield f"| {case} | {name} | {backend} | {' | '.join(cells)} |"
 
 
 def _errors(data: Mapping[str, Any]) -> Iterator[str]:
@@ -181,13 +205,16 @@ def _missing_row(what: str, outcome: Mapping[str, Any]) -> str:
 
 
 def _tests(stages: Mapping[str, Any]) -> str:
-    tests, sanitizer = stages.get("tests", {}), stages.get("sanitizer", {})
-    failed = ", ".join(tests.get("failed", [])[:5])
-    found = {True: "found errors", False: sanitizer.get("status")}[bool(sanitizer.get("found_errors"))]
-    return (
-        f"Tests on the GPU: {tests.get('tests', 'no')} run, {tests.get('failures', '?')} failed, "
-        f"{tests.get('errors', '?')} errors{f' ({failed})' if failed else ''}. Memory check: {found}."
-    )
+    sentences = []
+    for what, suffix in (("", ""), (" of the CUDA kernels", " cuda")):
+        tests, sanitizer = stages.get(f"tests{suffix}", {}), stages.get(f"sanitizer{suffix}", {})
+        failed = ", ".join(tests.get("failed", [])[:5])
+        found = {True: "found errors", False: sanitizer.get("status")}[bool(sanitizer.get("found_errors"))]
+        sentences.append(
+            f"Tests{what} on the GPU: {tests.get('tests', 'no')} run, {tests.get('failures', '?')} failed, "
+            f"{tests.get('errors', '?')} errors{f' ({failed})' if failed else ''}. Memory check{what}: {found}."
+        )
+    return " ".join(sentences)
 
 
 def _median(holder: Mapping[str, Any], key: str) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.gpu.losses import OURS
+from bench.gpu.losses import BESIDE, OURS
 
 MAIN_SIZES = {"prototypes": 65_536, "dim": 256}
 SPEEDUPS = (((640, 128), "B1", 8.0), ((640, 128), "B2", 3.0), ((3771, 3771), "B1", 3.0), ((3771, 3771), "B2", 2.0))
@@ -13,6 +13,7 @@ RIVALS = ("B3", "B3g", "B4", "B5", "B6")
 RIVAL_MEMORY = 1 / 5
 RATES = (400.0, 550.0)  # TFLOP/s, counted as 8 (R_s + R_t) K D
 LEAST_ROWS_FOR_RATE = 3771
+PASSES_CASE = "D256 bfloat16"  # of the passes measured alone, that the rates are asked of
 MOST_EXTRA_MIB = 100e6 / 2**20
 MOST_LAUNCHES = {"forward": 6, "backward": 3}
 MOST_DENSE_ERRORS = 2.0
@@ -36,9 +37,11 @@ def targets(data: Mapping[str, Any], workloads: Sequence[Workload]) -> Iterator[
     for workload in workloads:
         yield from _rivals(workload)
     for workload in workloads:
-        yield from _rates(workload)
-        yield _memory(workload)
-        yield from _launches(workload)
+        for name in (OURS, *(other for other in BESIDE.values() if other in workload.get("variants", {}))):
+            yield from _rates(workload, name)
+            yield _memory(workload, name)
+            yield from _launches(workload, name)
+    yield from _passes(data)
     yield from _errors(data)
 
 
@@ -66,34 +69,51 @@ def _rivals(workload: Workload) -> Iterator[Target]:
     )
 
 
-def _rates(workload: Workload) -> Iterator[Target]:
+def _rates(workload: Workload, name: str) -> Iterator[Target]:
     if workload["student_rows"] >= LEAST_ROWS_FOR_RATE:
-        rate = _ours(workload).get("tflops")
+        rate = _variant(workload, name).get("tflops")
         for least in RATES:
             measured = "" if rate is None else f"{rate:.0f} TFLOP/s"
             yield Target(
-                f"{workload['name']} rate", f">= {least:.0f} TFLOP/s", measured, None if rate is None else rate >= least
+                f"{_called(workload, name)} rate",
+                f">= {least:.0f} TFLOP/s",
+                measured,
+                None if rate is None else rate >= least,
             )
 
 
-def _memory(workload: Workload) -> Target:
-    extra = _ours(workload).get("extra_mib")
+def _memory(workload: Workload, name: str) -> Target:
+    extra = _variant(workload, name).get("extra_mib")
     measured = "" if extra is None else f"{extra:.0f} MiB"
     met = None if extra is None else extra <= MOST_EXTRA_MIB
-    return Target(f"{workload['name']} extra memory", f"<= {MOST_EXTRA_MIB:.0f} MiB", measured, met)
+    return Target(f"{_called(workload, name)} extra memory", f"<= {MOST_EXTRA_MIB:.0f} MiB", measured, met)
 
 
-def _launches(workload: Workload) -> Iterator[Target]:
-    recorded, graph = _ours(workload).get("kernels", {}), _ours(workload).get("graph", {})
+def _launches(workload: Workload, variant: str) -> Iterator[Target]:
+    mine, called = _variant(workload, variant), _called(workload, variant)
+    recorded, graph = mine.get("kernels", {}), mine.get("graph", {})
     for name, most in MOST_LAUNCHES.items():
         count = recorded[name]["launches"] if name in recorded else None
         measured, met = ("", None) if count is None else (f"{count:g}", count <= most)
-        yield Target(f"{workload['name']} kernels {name}", f"<= {most}", measured, met)
+        yield Target(f"{called} kernels {name}", f"<= {most}", measured, met)
     equal = graph.get("equals_eager", False if graph.get("status") == "failed" else None)
-    yield Target(f"{workload['name']} in a CUDA graph", "same bits", graph.get("status", ""), equal)
-    repeatable = _ours(workload).get("repeatable")
+    yield Target(f"{called} in a CUDA graph", "same bits", graph.get("status", ""), equal)
+    repeatable = mine.get("repeatable")
     flag = repeatable if isinstance(repeatable, bool) else None
-    yield Target(f"{workload['name']} repeated", "same bits", "" if flag is None else str(flag), flag)
+    yield Target(f"{called} repeated", "same bits", "" if flag is None else str(flag), flag)
+
+
+def _passes(data: Mapping[str, Any]) -> Iterator[Target]:
+    """The rate of each pass alone, and whether csrc/cuda is faster than Triton in it."""
+    for name, entry in data["results"].get("passes", {}).get("passes", {}).get(PASSES_CASE, {}).items():
+        rates = {backend: entry.get(backend, {}).get("tflops") for backend in BESIDE}
+        cuda, triton = rates["cuda"], rates["triton"]
+        measured = "" if cuda is None else f"{cuda:.0f} TFLOP/s"
+        quantity = f"cuda, {name} pass alone, {PASSES_CASE}"
+        yield Target(quantity, f">= {RATES[-1]:.0f} TFLOP/s", measured, None if cuda is None else cuda >= RATES[-1])
+        ratio = None if cuda is None or triton is None else cuda / triton
+        measured = "" if ratio is None else f"{ratio:.2f}x"
+        yield Target(quantity, "> 1x Triton", measured, None if ratio is None else ratio > 1)
 
 
 def _errors(data: Mapping[str, Any]) -> Iterator[Target]:
@@ -116,8 +136,17 @@ def _errors(data: Mapping[str, Any]) -> Iterator[Target]:
 
 
 def _ours(workload: Workload) -> Mapping[str, Any]:
-    mine: Mapping[str, Any] = workload.get("variants", {}).get(OURS, {})
-    return mine
+    return _variant(workload, OURS)
+
+
+def _variant(workload: Workload, name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = workload.get("variants", {}).get(name, {})
+    return found
+
+
+def _called(workload: Workload, name: str) -> str:
+    called: str = workload["name"]
+    return called if name == OURS else f"{called} {name}"
 
 
 def _ratio(workload: Workload, baseline: str) -> float | None:

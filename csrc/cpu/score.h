@@ -5,9 +5,24 @@
 
 namespace vmf::cpu::VMF_ISA {
 
-// Running maximum, mass and first moment of LANES rows.
+// Mass and first moment over the prototypes of one block, of the rows of one tile. A sum in two steps, first of a block and
+// then of the blocks, rounds far less than a long one.
+struct BlockSums {
+  float mass[MOST_VECTORS * LANES], moment[MOST_VECTORS * LANES];
+};
+
+// Running maximum, mass and first moment of LANES rows; of the block's as well until `close`.
 struct Softmax {
-  float *top, *mass, *moment;
+  float *top, *mass, *moment, *block_mass, *block_moment;
+
+  void open() const {
+    store(block_mass, zero());
+    store(block_moment, zero());
+  }
+  void close() const {
+    store(mass, add(load(mass), load(block_mass)));
+    store(moment, add(load(moment), load(block_moment)));
+  }
 
   // Takes in M vectors of logits.
   template <int M>
@@ -15,21 +30,29 @@ struct Softmax {
     const Floats old = load(top);
     Floats now = old;
     for (int m = 0; m < M; ++m) now = larger(logits[m], now);
-    Floats total = load(mass), first = load(moment);
-    if (any_larger(now, old)) {
-      const Floats shift = sub(old, now), decay = exp2(shift);
-      first = mul(decay, multiply_add(shift, total, first));
-      total = mul(decay, total);
-      store(top, now);
-    }
-    Floats tile_total = zero(), tile_first = zero();  // a sum of few like numbers before the long one: rounding
+    if (any_larger(now, old)) rescale(old, now);
+    Floats tile_mass = zero(), tile_moment = zero();
     for (int m = 0; m < M; ++m) {
       const Floats deviation = sub(logits[m], now), p = exp2(deviation);
-      tile_total = add(tile_total, p);
-      tile_first = multiply_add(p, deviation, tile_first);
+      tile_mass = add(tile_mass, p);
+      tile_moment = multiply_add(p, deviation, tile_moment);
     }
-    store(mass, add(total, tile_total));
-    store(moment, add(first, tile_first));
+    store(block_mass, add(load(block_mass), tile_mass));
+    store(block_moment, add(load(block_moment), tile_moment));
+  }
+
+ private:
+  // Sums relative to one maximum -> to a larger one.
+  __attribute__((noinline)) void rescale(Floats old, Floats now) const {
+    const Floats shift = sub(old, now), decay = exp2(shift);
+    rescale(mass, moment, shift, decay);
+    rescale(block_mass, block_moment, shift, decay);
+    store(top, now);
+  }
+  static void rescale(float* mass, float* moment, Floats shift, Floats decay) {
+    const Floats total = load(mass);
+    store(moment, mul(decay, multiply_add(shift, total, load(moment))));
+    store(mass, mul(decay, total));
   }
 };
 
@@ -77,35 +100,45 @@ struct Scorer {
     int index = 0;
     for_each_tile(cut, [&](auto n, int vector) __attribute__((always_inline)) {
       // of the next block, each tile of rows asks for its share
-      const int begin = next + ahead * index / cut.tiles, share = ahead * (index + 1) / cut.tiles - ahead * index / cut.tiles;
+      const int begin = next + ahead * index / cut.tiles, end = next + ahead * (index + 1) / cut.tiles;
+      const int share = end - begin;
       ++index;
       constexpr int N = decltype(n)::value;
       const Word* panel = static_cast<const Word*>(task.panels) + std::ptrdiff_t(vector) * LANES * steps;
+      BlockSums block;
+      for (int i = 0; i < N; ++i) softmax(block, vector, i).open();
       for_each_rows<N>(count, [&](auto m, int k) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         const Ahead soon = ahead_of(score.weight, begin + share * k / count, begin + share * (k + M) / count);
         tile<Dot, M, N>(steps, Rows<Word>{weight.start + k * weight.stride, weight.stride}, panel, soon,
                         [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
-                          finish<M, N>(first + k, vector * LANES, sums,
+                          finish<M, N>(first + k, vector, block, sums,
                                        logits ? logits + k * score.logits.stride + vector * LANES : nullptr);
                         });
       });
+      for (int i = 0; i < N; ++i) softmax(block, vector, i).close();
     });
   }
 
+  // Of the n-th vector of a tile that begins with `vector`.
+  Softmax softmax(BlockSums& block, int vector, int n) const {
+    float* top = task.statistics + (vector + n) * LANES;
+    return {top, top + rows, top + 2 * rows, block.mass + n * LANES, block.moment + n * LANES};
+  }
+
   template <int M, int N>
-  __attribute__((always_inline)) void finish(int k, int r, const Floats (&sums)[M][N], float* out) const {
+  __attribute__((always_inline)) void finish(int k, int vector, BlockSums& block, const Floats (&sums)[M][N],
+                                             float* out) const {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Floats logits[M];
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m)
         logits[m] = multiply_add(sums[m][n], all(score.multiplier[k + m]), all(score.bias ? score.bias[k + m] : 0.0f));
-      const int at = r + n * LANES;
       if (out)
 #pragma GCC unroll 32
         for (int m = 0; m < M; ++m) store_past_cache(out + m * score.logits.stride + n * LANES, logits[m]);
-      Softmax{task.statistics + at, task.statistics + rows + at, task.statistics + 2 * rows + at}.template absorb<M>(logits);
+      softmax(block, vector, n).template absorb<M>(logits);
     }
   }
 };

@@ -18,6 +18,7 @@ WORKSPACE_SHARE = 0.5  # of what the logits of all rows would take: a small batc
 LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading the prototypes
 MOST_ROWS = 768  # the block of G and the panels of rows have to stay in cache
 LEAST_ROWS = 16
+ROW_PADDING = 16  # of either network's rows among the columns of logits; the module's own
 
 
 class Chunk(NamedTuple):
@@ -38,27 +39,37 @@ class Chunk(NamedTuple):
         return rows[self.teacher_views, self.images]
 
 
-def chunks_of(views: tuple[int, int], images: int, prototypes: int) -> list[Chunk]:
+def chunks_of(views: tuple[int, int], images: int, prototypes: int, first_columns: int = 0) -> list[Chunk]:
     """Chunks of a pairing.
 
     Args:
         views: of teacher and student.
         images: B.
         prototypes: K, of the rank that has most.
+        first_columns: of logits that have room elsewhere, for the first chunk alone; used where no more chunks come of it.
     """
-    most = rows_at_once(sum(views) * images, prototypes)
-    per_image = sum(views)
-    if per_image <= most:
-        size = _even(images, max(1, most // per_image))
-        return [
-            Chunk(slice(first, min(first + size, images)), slice(0, views[1]), slice(0, views[0]), True, True)
-            for first in range(0, images, size)
-        ]
-    teachers, students = (list(_ranges(count, _even(count, max(1, most // 2)))) for count in views)
+    most = rows_at_once(sum(views) * images, prototypes) // sum(views)
+    if most == 0:
+        return _chunks_of_views(views, images, rows_at_once(sum(views) * images, prototypes))
+    sizes = _even_sizes(images, most)
+    free = next((count for count in range(images, 0, -1) if columns_of(views, count) <= first_columns), 0)
+    if free and 1 + math.ceil((images - free) / most) <= len(sizes):
+        sizes = [free, *_even_sizes(images - free, most)]
+    ends = list(itertools.accumulate(sizes))
+    every = [slice(0, count) for count in views]
     return [
-        Chunk(slice(image, image + 1), student, teacher, teacher.start == 0, student.start == 0)
-        for image, student, teacher in itertools.product(range(images), students, teachers)
+        Chunk(slice(end - size, end), every[1], every[0], True, True) for size, end in zip(sizes, ends, strict=True)
     ]
+
+
+def columns_of(views: tuple[int, int], images: int) -> int:
+    """Columns of logits that a chunk of so many views and images takes: each network's rows with their padding."""
+    return sum(padded(count * images) for count in views)
+
+
+def padded(rows: int) -> int:
+    """Columns that the logits of ``rows`` take."""
+    return -(-rows // ROW_PADDING) * ROW_PADDING
 
 
 def rows_at_once(rows: int, prototypes: int) -> int:
@@ -73,9 +84,22 @@ def row_ranges(rows: int, prototypes: int) -> Iterator[slice]:
     return _ranges(rows, _even(rows, rows_at_once(rows, prototypes)))
 
 
+def _chunks_of_views(views: tuple[int, int], images: int, rows: int) -> list[Chunk]:
+    """One image after the other, and of each some views of either network: ``rows`` of them at most."""
+    teachers, students = (list(_ranges(count, _even(count, max(1, rows // 2)))) for count in views)
+    return [
+        Chunk(slice(image, image + 1), student, teacher, teacher.start == 0, student.start == 0)
+        for image, student, teacher in itertools.product(range(images), students, teachers)
+    ]
+
+
 def _even(count: int, most: int) -> int:
     """Size of the fewest parts of at most ``most``, all of nearly one size."""
     return max(1, math.ceil(count / max(1, math.ceil(count / most))))
+
+
+def _even_sizes(count: int, most: int) -> list[int]:
+    return [part.stop - part.start for part in _ranges(count, _even(count, most))]
 
 
 def _ranges(count: int, size: int) -> Iterator[slice]:

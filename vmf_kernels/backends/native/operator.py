@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import LossInputs, LossOutputs
 from vmf_kernels.backends.native import module
-from vmf_kernels.backends.native.chunks import Chunk, chunks_of, row_ranges
+from vmf_kernels.backends.native.chunks import Chunk, chunks_of, padded, row_ranges
 from vmf_kernels.backends.native.scores import (
     LN_2,
     LOG2_E,
@@ -25,7 +25,6 @@ from vmf_kernels.backends.native.scores import (
     NativeKeys,
     Softmax,
     native_keys,
-    padded,
     score,
 )
 from vmf_kernels.bessel import vmf_mean_resultant_length
@@ -46,9 +45,8 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
     images = check_pairing(inputs.pairing, len(inputs.teacher_features), len(inputs.student_features))
     step = _Step.of(inputs, images)
     group = inputs.prototype_group
-    chunks = chunks_of(step.views, images, _most_prototypes(step.student.prototypes, group))
-    logits = step.room_for(chunks)
-    for index, chunk in enumerate(chunks):
+    chunks = chunks_of(step.views, images, _most_prototypes(step.student.prototypes, group), step.free_columns)
+    for index, (chunk, logits) in enumerate(zip(chunks, step.rooms_for(chunks), strict=True)):
         step.run(chunk, logits, first=index == 0, last=index == len(chunks) - 1)
     return step.outputs()
 
@@ -61,7 +59,8 @@ def usage(
     group: ProcessGroup | None,
 ) -> Tensor:
     """[K] mean probability of each prototype."""
-    keys, products = native_keys(prototypes, temperature, bias), products_of(features)
+    products = products_of(features)
+    keys = native_keys(prototypes, temperature, bias, products)
     x_RD, result = module.fp32(features), torch.zeros(prototypes.count, dtype=torch.float32)
     for rows in row_ranges(len(x_RD), _most_prototypes(prototypes.count, group)):
         count = rows.stop - rows.start
@@ -80,7 +79,8 @@ def row_log_sum_exp(
     group: ProcessGroup | None,
 ) -> Tensor:
     """[R] log-sum-exp over the prototypes, nats."""
-    keys, products = native_keys(prototypes, temperature, bias), products_of(features)
+    products = products_of(features)
+    keys = native_keys(prototypes, temperature, bias, products)
     x_RD = module.fp32(features)
     parts = [
         score(x_RD[rows], keys, products).merged_over_ranks(group).log_sum_exp
@@ -91,12 +91,13 @@ def row_log_sum_exp(
 
 def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor) -> Tensor:
     """[K] ``log sum_r exp(l_rk - offset_r)``: rows and prototypes change places."""
-    own, products = native_keys(prototypes, temperature, None), products_of(features)
+    products = products_of(features)
+    own = native_keys(prototypes, temperature, None, products)
     if not len(features):
         return torch.full((prototypes.count,), -torch.inf, dtype=torch.float32)
     x_RD, bias_R = module.fp32(features), (offset.to(torch.float32) * -LOG2_E).contiguous()
-    factor = torch.full((len(x_RD),), own.scale * LOG2_E, dtype=torch.float32)
-    keys = NativeKeys(x_RD, None, factor, bias_R, bias_R, own.scale)
+    factor = own.multiplier.new_full((len(x_RD),), own.scale * LOG2_E / float(own.row_factor))
+    keys = NativeKeys(x_RD, None, own.row_factor, factor, bias_R, bias_R, own.scale)
     parts = []
     for block in row_ranges(prototypes.count, len(x_RD)):
         w_BD = own.weight[block].to(torch.float32)
@@ -134,13 +135,14 @@ class _Step:
         x_SD, x_TD = module.fp32(inputs.student_features), module.fp32(inputs.teacher_features)
         new, (count, dim) = x_SD.new_zeros, inputs.student.weight.shape
         wanted = inputs.prototype_gradient
+        products = products_of(inputs.student_features, inputs.teacher_features)
         return cls(
             inputs,
             (teacher_views, student_views),
             images,
-            products_of(inputs.student_features, inputs.teacher_features),
-            native_keys(inputs.student, inputs.student_temperature, None),
-            native_keys(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias),
+            products,
+            native_keys(inputs.student, inputs.student_temperature, None, products),
+            native_keys(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, products),
             x_SD.reshape(student_views, images, dim),
             x_TD.reshape(teacher_views, images, dim),
             pairing.student_mass(images).to(torch.float32).reshape(student_views, images),
@@ -154,10 +156,23 @@ class _Step:
             new(count),
         )
 
-    def room_for(self, chunks: list[Chunk]) -> Logits:
-        """For the largest chunk."""
+    @property
+    def free_columns(self) -> int:
+        """Of logits that have room in the prototypes' gradient, for as long as nothing has been written there.
+
+        A block's logits are read before its gradient is written.
+        """
+        dim = self.student.weight.shape[1]
+        return 0 if self.weight_gradient is None or dim != padded(dim) else dim
+
+    def rooms_for(self, chunks: list[Chunk]) -> list[Logits]:
+        """Where each chunk's logits go."""
         columns = [sum(_columns_of(chunk)) for chunk in chunks]
-        return Logits.empty(self.student.prototypes, max(columns, default=0))
+        rooms = []
+        if columns and columns[0] <= self.free_columns and self.weight_gradient is not None:
+            rooms.append(Logits([self.weight_gradient], 0))
+        rest = columns[len(rooms) :]
+        return rooms + len(rest) * [Logits.empty(self.student.prototypes, max(rest, default=0))]
 
     def run(self, chunk: Chunk, logits: Logits, *, first: bool, last: bool) -> None:
         """Add a chunk's share to every sum; the last one makes the prototypes' gradient that of what is stored."""

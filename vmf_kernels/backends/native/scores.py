@@ -23,10 +23,11 @@ MOST_PIECES = 64  # that the module takes
 
 
 class NativeKeys(NamedTuple):
-    """Prepared prototypes: base-2 ``logit_k(x) = multiplier_k <weight_k, x> + bias_k``."""
+    """Prepared prototypes: base-2 ``logit_k(x) = multiplier_k <weight_k, row_factor x> + bias_k``."""
 
     weight: Tensor  # [K, D] fp32, bf16 or fp16, elements of a row side by side
     gain: Tensor | None  # [K] w_k = gain_k weight_k
+    row_factor: Tensor  # []
     multiplier: Tensor  # [K]
     bias: Tensor | None  # [K] nats, as ``Keys.bias``
     bias_base_2: Tensor | None  # [K]
@@ -67,14 +68,18 @@ class Softmax(NamedTuple):
         return Softmax(top, *sum_over_ranks(torch.stack([decay * self.mass, moment]), group))
 
 
-def native_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None) -> NativeKeys:
-    """As ``vmf_kernels.prototypes.prepare_keys``."""
+def native_keys(
+    prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, products: torch.dtype
+) -> NativeKeys:
+    """As ``vmf_kernels.prototypes.prepare_keys``, for products of this dtype."""
     keys = prepare_keys(prototypes, temperature, extra_bias, torch.float32)
     weight = keys.weight if keys.weight.stride(1) == 1 else keys.weight.contiguous()
-    factor = keys.scale * LOG2_E
+    factor, one = keys.scale * LOG2_E, torch.ones_like(keys.scale)
+    # in the rows the roundings of the factor average out over the dims; but bf16 rows are exact as they are
+    row_factor, factor = (one, factor) if products == torch.bfloat16 else (factor, one)
     multiplier = factor.expand(len(weight)).contiguous() if keys.gain is None else keys.gain * factor
     base_2 = None if keys.bias is None else (keys.bias * LOG2_E).contiguous()
-    return NativeKeys(weight, keys.gain, multiplier, keys.bias, base_2, float(keys.scale))
+    return NativeKeys(weight, keys.gain, row_factor, multiplier, keys.bias, base_2, float(keys.scale))
 
 
 class Logits(NamedTuple):
@@ -121,12 +126,13 @@ def score(rows_RD: Tensor, keys: NativeKeys, products: torch.dtype, logits: Logi
         logits: where the base-2 logits go, ``padded(R)`` columns of them.
     """
     native, run = module.built(), module.execution(products)
+    scaled_RD = rows_RD * keys.row_factor
     result = Softmax(*torch.empty(3, len(rows_RD), dtype=torch.float32).unbind())
     task = native.Score(
         weight=module.weight_of(keys.weight),
         multiplier=module.address(keys.multiplier),
         bias=module.address(keys.bias_base_2),
-        features=module.address(rows_RD),
+        features=module.address(scaled_RD),
         rows=len(rows_RD),
         logits=logits.for_module(),
         top=result.top.data_ptr(),
@@ -137,9 +143,3 @@ def score(rows_RD: Tensor, keys: NativeKeys, products: torch.dtype, logits: Logi
     native.score(task, run)
     del memory
     return result
-
-
-def padded(rows: int) -> int:
-    """Columns that the logits of ``rows`` take."""
-    step = int(module.built().ROW_PADDING)
-    return -(-rows // step) * step

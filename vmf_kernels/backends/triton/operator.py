@@ -1,9 +1,11 @@
-"""The operator on Triton's kernels, launch by launch.
+"""The operator, launch by launch, on Triton's kernels or with others in the place of those that read the prototypes.
 
 Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from vmf_kernels.backends.contract import LossInputs, LossOutputs
 from vmf_kernels.backends.triton import launch
 from vmf_kernels.backends.triton.passes import (
     Columns,
+    Parts,
     Side,
     column_pass,
     matched_column_pass,
@@ -35,30 +38,96 @@ from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 LOG2_E = 1.4426950408889634
 
 
-def cross_entropy(inputs: LossInputs) -> LossOutputs:
+class Kernels(Protocol):
+    """The kernels that read prototypes; what lies between them, and is small beside them, is Triton's for everyone."""
+
+    def pack_prototypes(
+        self, prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
+    ) -> PackedPrototypes:
+        """See ``prototypes.pack_prototypes``."""
+
+    def pull_back(
+        self, prototypes: Prototypes, temperature: Tensor, gradient_KD: Tensor, bias_gradient_K: Tensor
+    ) -> Tensor | None:
+        """See ``prototypes.pull_back``."""
+
+    def tile(self, name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
+        """What rows and prototypes of a pass are padded to; ``rows`` where it does not run over the features."""
+
+    def column_name(self, inputs: LossInputs, layout: Layout) -> str:
+        """Which column pass: "columns", or "matched" for Triton's ``matched_column_pass``."""
+
+    def row_pass(
+        self,
+        rows: Tensor,
+        keys: PackedPrototypes,
+        values: PackedPrototypes | None,
+        name: str,
+        tile: Tile,
+        group: ProcessGroup | None = None,
+    ) -> Parts:
+        """See ``passes.row_pass``."""
+
+    def column_pass(
+        self,
+        student: Side | None,
+        teacher: Side,
+        cotangents: Tensor,
+        unit: Tensor,
+        total: Tensor,
+        out: Columns,
+        tile: Tile,
+    ) -> None:
+        """See ``passes.column_pass``."""
+
+
+class TritonKernels:
+    """``Kernels`` of this folder."""
+
+    pack_prototypes = staticmethod(pack_prototypes)
+    pull_back = staticmethod(pull_back)
+    row_pass = staticmethod(row_pass)
+    column_pass = staticmethod(column_pass)
+
+    def tile(self, name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
+        """From the table of tiles."""
+        target = launch.target_of(features.device)
+        return tile_of(name, target, layout.precision, layout.width, features.shape[0] if rows is None else rows)
+
+    def column_name(self, inputs: LossInputs, layout: Layout) -> str:
+        """ "matched" for a one-to-one pairing, where the table says that it is faster, else "columns"."""
+        one_to_one = tuple(inputs.pairing.view_weights.shape) == (1, 1) and inputs.prototype_gradient
+        target = launch.target_of(inputs.student_features.device)
+        return "matched" if one_to_one and has_tile("matched", target, layout.precision, layout.width) else "columns"
+
+
+TRITON = TritonKernels()
+
+
+def cross_entropy(inputs: LossInputs, kernels: Kernels = TRITON) -> LossOutputs:
     """Loss, statistics and gradients: preparation, row pass and merge of both networks, then the column pass."""
     features, teacher_features = inputs.student_features, inputs.teacher_features
     dtype = product_dtype(features, teacher_features)
     with launch.on_device(features):
-        student = pack_prototypes(inputs.student, inputs.student_temperature, None, dtype)
-        teacher = pack_prototypes(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, dtype)
+        student = kernels.pack_prototypes(inputs.student, inputs.student_temperature, None, dtype)
+        teacher = kernels.pack_prototypes(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, dtype)
         layout = student.layout
         own = "student" if inputs.feature_gradient else "scores"  # only equation (4) has the student's barycentre
-        own_tile = _tile(own, features, layout)
-        teacher_tile = _tile("teacher", teacher_features, layout)
-        gathering = _column_name(inputs, layout)
-        column_tile = _tile(gathering, features, layout)
+        own_tile = kernels.tile(own, features, layout)
+        teacher_tile = kernels.tile("teacher", teacher_features, layout)
+        gathering = kernels.column_name(inputs, layout)
+        column_tile = kernels.tile(gathering, features, layout)
         padded = (
             padded_rows(len(features), [own_tile, column_tile]),
             padded_rows(len(teacher_features), [teacher_tile, column_tile]),
         )
         rows = pack_rows(inputs, dtype, layout, padded)
 
-        parts = row_pass(rows.teacher, teacher, student, "teacher", teacher_tile, inputs.prototype_group)
+        parts = kernels.row_pass(rows.teacher, teacher, student, "teacher", teacher_tile, inputs.prototype_group)
         teachers = merge_teachers(parts, rows.teacher_mass, rows.unit, layout, has_value_bias=student.has_bias)
         del parts  # tens of MiB, which the student's can take over
         values = student if inputs.feature_gradient else None
-        parts = row_pass(rows.student, student, values, own, own_tile, inputs.prototype_group)
+        parts = kernels.row_pass(rows.student, student, values, own, own_tile, inputs.prototype_group)
         students = finish_students(inputs, parts, rows, teachers, layout, has_value_bias=student.has_bias)
         del parts
         totals = sum_losses(students, teachers, rows.teacher_mass)
@@ -69,10 +138,12 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
             matched_column_pass(*sides, rows.unit, totals.weight, out, column_tile)
         else:
             asked = sides[0] if inputs.prototype_gradient else None
-            column_pass(asked, sides[1], rows.cotangents, rows.unit, totals.weight, out, column_tile)
+            kernels.column_pass(asked, sides[1], rows.cotangents, rows.unit, totals.weight, out, column_tile)
         magnitude_gradient = None
         if out.vectors is not None and out.bias_gradient is not None:
-            magnitude_gradient = pull_back(inputs.student, inputs.student_temperature, out.vectors, out.bias_gradient)
+            magnitude_gradient = kernels.pull_back(
+                inputs.student, inputs.student_temperature, out.vectors, out.bias_gradient
+            )
     return LossOutputs(
         totals.loss,
         totals.summary,
@@ -89,22 +160,24 @@ def usage(
     temperature: Tensor,
     bias: Tensor | None,
     group: ProcessGroup | None = None,
+    kernels: Kernels = TRITON,
 ) -> Tensor:
     """[K] mean probability of each prototype."""
     dtype = product_dtype(features)
     with launch.on_device(features):
-        keys = pack_prototypes(prototypes, temperature, bias, dtype)
+        keys = kernels.pack_prototypes(prototypes, temperature, bias, dtype)
         layout = keys.layout
-        tile = _tile("scores", features, layout)
-        column_tile = _tile("columns", features, layout)
+        tile = kernels.tile("scores", features, layout)
+        column_tile = kernels.tile("columns", features, layout)
         count = padded_rows(len(features), [tile, column_tile])
         rows, exists = padded_features(features, count, dtype, layout)
         unit = exists.new_ones(())
-        parts = row_pass(rows, keys, None, "scores", tile, group)
+        parts = kernels.row_pass(rows, keys, None, "scores", tile, group)
         offset = merge_offsets(parts, exists, unit, layout)
         result = exists.new_empty(keys.prototypes)
         total = exists.new_full((), float(len(features)))
-        column_pass(None, Side(rows, keys, offset), rows, unit, total, Columns(None, None, result), column_tile)
+        out = Columns(None, None, result)
+        kernels.column_pass(None, Side(rows, keys, offset), rows, unit, total, out, column_tile)
     return result
 
 
@@ -114,48 +187,40 @@ def row_log_sum_exp(
     temperature: Tensor,
     bias: Tensor | None = None,
     group: ProcessGroup | None = None,
+    kernels: Kernels = TRITON,
 ) -> Tensor:
     """[R] log-sum-exp over the prototypes, nats."""
     dtype = product_dtype(features)
     with launch.on_device(features):
-        keys = pack_prototypes(prototypes, temperature, bias, dtype)
-        tile = _tile("scores", features, keys.layout)
+        keys = kernels.pack_prototypes(prototypes, temperature, bias, dtype)
+        tile = kernels.tile("scores", features, keys.layout)
         rows, _ = padded_features(features, padded_rows(len(features), [tile]), dtype, keys.layout)
-        return merge_log_sum_exp(row_pass(rows, keys, None, "scores", tile, group), None)[: len(features)]
+        return merge_log_sum_exp(kernels.row_pass(rows, keys, None, "scores", tile, group), None)[: len(features)]
 
 
-def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor) -> Tensor:
+def column_log_sum_exp(
+    features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor, kernels: Kernels = TRITON
+) -> Tensor:
     """[K] ``log sum_r exp(l_rk - offset_r)``: the row pass with the roles of rows and prototypes swapped."""
     dtype = product_dtype(features)
     with launch.on_device(features):
-        keys = pack_prototypes(prototypes, temperature, None, dtype)
+        keys = kernels.pack_prototypes(prototypes, temperature, None, dtype)
         if not len(features):
             return keys.bias.new_full((keys.prototypes,), -torch.inf)
-        tile = _tile("scores", features, keys.layout, rows=keys.prototypes)
+        tile = kernels.tile("scores", features, keys.layout, rows=keys.prototypes)
         count = -(-len(features) // tile.prototypes) * tile.prototypes
         rows, _ = padded_features(features, count, dtype, keys.layout)
         bias = keys.bias.new_full((count,), 2 * LOWEST_BIAS)
         bias[: len(features)] = offset * -LOG2_E
         swapped = PackedPrototypes(rows, bias, temperature, len(features), keys.layout, True)
-        return merge_log_sum_exp(row_pass(keys.weight, swapped, None, "scores", tile), keys.bias)[: keys.prototypes]
+        parts = kernels.row_pass(keys.weight, swapped, None, "scores", tile)
+        return merge_log_sum_exp(parts, keys.bias)[: keys.prototypes]
 
 
 def product_dtype(*rows: Tensor) -> torch.dtype:
     """Dtype of the products: that of the rows, float32 for rows of two dtypes."""
     dtype = rows[0].dtype
     return dtype if all(other.dtype == dtype for other in rows) else torch.float32
-
-
-def _tile(name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
-    target = launch.target_of(features.device)
-    return tile_of(name, target, layout.precision, layout.width, features.shape[0] if rows is None else rows)
-
-
-def _column_name(inputs: LossInputs, layout: Layout) -> str:
-    """Which column pass: "matched" for a one-to-one pairing, where the table says that it is faster, else "columns"."""
-    one_to_one = tuple(inputs.pairing.view_weights.shape) == (1, 1) and inputs.prototype_gradient
-    target = launch.target_of(inputs.student_features.device)
-    return "matched" if one_to_one and has_tile("matched", target, layout.precision, layout.width) else "columns"
 
 
 def _column_buffers(inputs: LossInputs, like: Tensor) -> Columns:

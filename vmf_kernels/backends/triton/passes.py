@@ -56,6 +56,26 @@ def padded_rows(rows: int, tiles: list[Tile]) -> int:
     return max(1, -(-rows // block)) * block
 
 
+def shared_out(rows: Tensor, keys: PackedPrototypes, values: PackedPrototypes | None, tile: Tile) -> tuple[int, int]:
+    """(N, prototypes of each split but the last) of a row pass with this tile."""
+    count, width = rows.shape[0], keys.layout.width
+    prototype_blocks = keys.weight.shape[0] // tile.prototypes
+    most = WORKSPACE_BYTES // (count * width * 4) if values is not None else prototype_blocks
+    target = launch.target_of(rows.device)
+    row_blocks = count // tile.rows * tile.parts
+    splits = split_count(row_blocks, prototype_blocks, target.multiprocessors, max(1, most))
+    split_blocks = -(-prototype_blocks // splits)
+    return -(-prototype_blocks // split_blocks), split_blocks * tile.prototypes
+
+
+def empty_parts(rows: Tensor, splits: int, values: PackedPrototypes | None) -> Parts:
+    """Room for what a row pass leaves behind."""
+    count = rows.shape[0]
+    statistics = torch.empty(4, splits, count, dtype=torch.float32, device=rows.device)
+    barycentre = statistics if values is None else statistics.new_empty(splits, count, values.layout.width)
+    return Parts(statistics, barycentre)
+
+
 def row_pass(
     rows: Tensor,
     keys: PackedPrototypes,
@@ -68,31 +88,23 @@ def row_pass(
 
     Ranks of a group share out the prototypes: the parts are then one, the sums over all ranks.
     """
-    count, layout = rows.shape[0], keys.layout
-    blocks = count // tile.rows
-    prototype_blocks = keys.weight.shape[0] // tile.prototypes
-    most = WORKSPACE_BYTES // (count * layout.width * 4) if values is not None else prototype_blocks
-    target = launch.target_of(rows.device)
-    splits = split_count(blocks * tile.parts, prototype_blocks, target.multiprocessors, max(1, most))
-    split_blocks = -(-prototype_blocks // splits)
-    splits = -(-prototype_blocks // split_blocks)
-    statistics = torch.empty(4, splits, count, dtype=torch.float32, device=rows.device)
-    barycentre = statistics if values is None else statistics.new_empty(splits, count, layout.width)
+    layout = keys.layout
+    splits, split_size = shared_out(rows, keys, values, tile)
+    parts = empty_parts(rows, splits, values)
     has_value_bias = name == "teacher" and values is not None and values.has_bias
     kind = "none" if values is None else "keys" if values is keys and tile.parts == 1 else "own"
     launch.run(
         assign_rows_kernel,
-        (blocks, splits, tile.parts),
+        (rows.shape[0] // tile.rows, splits, tile.parts),
         _blocks(rows, tile.rows, layout, tile),
         _blocks(keys.weight, tile.prototypes, layout, tile),
         _blocks((keys if values is None else values).weight, tile.prototypes, layout, tile),
         keys.bias,
         keys.bias if values is None else values.bias,
         keys.temperature,
-        statistics,
-        barycentre,
-        count,
-        split_blocks * tile.prototypes,
+        *parts,
+        rows.shape[0],
+        split_size,
         keys.weight.shape[0],
         N_ROWS=tile.rows,
         N_PROTOTYPES=tile.prototypes,
@@ -101,14 +113,16 @@ def row_pass(
         HAS_VALUE_BIAS=has_value_bias,
         **_common(layout, tile),
     )
-    parts = Parts(statistics, barycentre)
+    return merged_over_ranks(parts, group, has_values=values is not None)
+
+
+def merged_over_ranks(parts: Parts, group: ProcessGroup | None, *, has_values: bool) -> Parts:
+    """One part whose sums run over all splits of all ranks; one maximum and D + 3 sums a row are exchanged.
+
+    The parts as they are where no ranks share out the prototypes.
+    """
     if group is None or count_ranks(group) == 1:
         return parts
-    return _merged_over_ranks(parts, group, has_values=values is not None)
-
-
-def _merged_over_ranks(parts: Parts, group: ProcessGroup, *, has_values: bool) -> Parts:
-    """One part whose sums run over all splits of all ranks; one maximum and D + 3 sums a row are exchanged."""
     top_NR, mass_NR, moment_NR, bias_NR = parts.statistics
     top_R = max_over_ranks(top_NR.amax(dim=0), group)
     shift_NR = top_NR - top_R

@@ -1,0 +1,1 @@
+"""The CUDA C++ kernels, compiled and their launches recorded without a GPU."""

@@ -1,0 +1,152 @@
+"""Rates of the hot kernels alone: row pass and column pass of the library's backends on a GPU, interleaved.
+
+Legend: R rows, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.baselines import UnavailableError
+from bench.gpu.agreement import DisagreementError
+from bench.gpu.head import limited, refuse_lost_device
+from bench.gpu.record import Record, attempt
+from bench.gpu.settings import Settings
+from bench.gpu.timing import Step, Stopwatch, interleaved, rounds_within
+from bench.pass_case import MANY_ROWS, PROTOTYPES, PassCase
+from vmf_kernels.assign import BACKENDS
+
+BACKENDS_BESIDE = (
+    "triton",
+    "cuda",
+)  # of the library, that have kernels for a GPU; the first is what others are compared with
+PASSES = {"student": "row pass, keys as values", "teacher": "row pass, own values", "columns": "column pass"}
+SECONDS = 0.3  # for each pass at each size
+LARGEST_DIFFERENCE = 0.02  # relative, between two backends in 16 bits
+
+
+class Case(NamedTuple):
+    """One embedding dim and one dtype."""
+
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """For example "D256 bfloat16"."""
+        return f"D{self.width} {str(self.dtype).removeprefix('torch.')}"
+
+
+CASES = (
+    Case(256, torch.bfloat16),
+    Case(256, torch.float16),
+    Case(384, torch.bfloat16),
+    Case(128, torch.bfloat16),
+)
+
+
+def run(settings: Settings, record: Record, skip: tuple[str, ...] = ()) -> None:
+    """Every pass of every case that is reached in time; ``skip`` names backends to leave out."""
+    record.put("rows", value=MANY_ROWS)
+    record.put("prototypes", value=PROTOTYPES)
+    newest = BACKENDS_BESIDE[-1]
+    record.put(
+        "in_hand", value=None if newest in skip else newest
+    )  # whom to leave out should this process not come back
+    for case in CASES:
+        for name in PASSES:
+            if settings.seconds_left() < 0:
+                record.put("passes", case.name, name, value={"status": "skipped", "reason": "no time left"})
+                continue
+
+            if settings.dry:
+                reason = "a dry run measures no pass: they have the sizes of a GPU"
+                record.put("passes", case.name, name, value={"status": "not available", "reason": reason})
+                continue
+
+            def action(case: Case = case, name: str = name) -> dict[str, Any]:
+                with limited(max(settings.seconds_left(), 1)):
+                    return measure(case, name, settings.device, skip)
+
+            result, outcome = attempt(action)
+            record.put("passes", case.name, name, value=outcome | (result or {}))
+            refuse_lost_device(settings, record, newest)
+    record.put("in_hand", value=None)
+
+
+def kernels_on(case: Case, device: torch.device, skip: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """``operator.Kernels`` of the backends that run there, and why the others do not."""
+    rows = torch.empty(1, case.width, dtype=case.dtype, device=device)
+    reasons = {
+        name: "an earlier run did not come back from it" if name in skip else BACKENDS[name].unsupported(rows, rows)
+        for name in BACKENDS_BESIDE
+    }
+    found = {name: _kernels(name) for name, reason in reasons.items() if reason is None}
+    return found, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _kernels(backend: str) -> Any:
+    if backend == "cuda":
+        from vmf_kernels.backends.cuda.passes import CUDA
+
+        return CUDA
+    from vmf_kernels.backends.triton.operator import TRITON
+
+    return TRITON
+
+
+def measure(case: Case, name: str, device: torch.device, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Times and rates by backend, and how far their results are apart.
+
+    Raises:
+        UnavailableError: no backend runs there.
+    """
+    found, reasons = kernels_on(case, device, skip)
+    if not found:
+        raise UnavailableError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    inputs = PassCase.of(name, "16-bit", case.width, device=device, dtype=case.dtype)
+    result: dict[str, Any] = {name: {"status": "not available", "reason": reason} for name, reason in reasons.items()}
+    return result | {"operations": inputs.operations, **compared(inputs, found), **rates(inputs, found)}
+
+
+def compared(inputs: PassCase, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Relative difference of each backend's result from the first one's.
+
+    Raises:
+        DisagreementError: it is more than rounding explains; what is wrong is not timed.
+    """
+    first, *others = found
+    expected = inputs.result(tile_of(inputs, found[first]), found[first])
+    differences: dict[str, float] = {}
+    for name in others:
+        got = inputs.result(tile_of(inputs, found[name]), found[name])
+        differences[name] = float((got - expected).norm() / expected.norm())
+        if not differences[name] <= LARGEST_DIFFERENCE:
+            raise DisagreementError(f"{name} differs from {first} by {differences[name]:.1e}")
+    return {"difference": differences}
+
+
+def rates(inputs: PassCase, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Times of one launch, interleaved, and TFLOP/s of the products."""
+    stopwatch = Stopwatch(inputs.rows.device)
+    steps = {name: step_of(inputs, kernels) for name, kernels in found.items()}
+    total = sum(stopwatch.warm_up(step) for step in steps.values())
+    times = interleaved(stopwatch.device_milliseconds, steps, rounds_within(SECONDS, 2 * total))
+    return {
+        name: {"status": "ok", "ms": ms._asdict(), "tflops": inputs.operations / ms.median / 1e9}
+        for name, ms in times.items()
+    }
+
+
+def step_of(inputs: PassCase, kernels: Any) -> Step:
+    """One launch."""
+    tile = tile_of(inputs, kernels)
+    return lambda: inputs.run(tile, kernels)
+
+
+def tile_of(inputs: PassCase, kernels: Any) -> Any:
+    """What the kernels pad to in this pass."""
+    return kernels.tile(inputs.name, inputs.rows, inputs.layout)

@@ -1,0 +1,78 @@
+"""CUDA backend: the streaming operator in CUDA C++ for Hopper GPUs, compute capability 9.0.
+
+Prototypes are prepared and read by the kernels of csrc/cuda: the row pass, the column pass, and the gradient's way back to what
+is stored. What lies between (rows packed, parts merged, losses summed) is small, and runs on Triton's kernels. The compiled
+module and Triton are imported when they are first wanted: the library works where either is absent.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.backends.contract import LossInputs, LossOutputs
+from vmf_kernels.backends.cuda import binding, measured
+from vmf_kernels.backends.cuda.layouts import MAX_DIM, width_of
+from vmf_kernels.backends.triton import launch
+from vmf_kernels.prototypes import Prototypes
+
+
+class CudaBackend:
+    """``contract.Backend`` on csrc/cuda: no logits in memory, no atomics, no host synchronisation."""
+
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
+        """Dtypes and embedding dims there are no kernels for, other devices, and what is not built or installed."""
+        if rows.dtype not in binding.ELEMENTS:
+            return f"it computes in bfloat16 or float16, but the features are {rows.dtype}"
+        if weight.shape[1] > MAX_DIM:
+            return f"the embedding dim is {weight.shape[1]}; it goes up to {MAX_DIM}"
+        return binding.unsupported_device(rows.device)
+
+    def wins(self, rows: Tensor, weight: Tensor) -> bool:
+        """Whether measurements show that it is faster than Triton on such tensors, which it can run on."""
+        arch = launch.target_of(rows.device).arch
+        return measured.wins(arch, binding.ELEMENTS[rows.dtype], width_of(weight.shape[1]), rows.shape[0])
+
+    def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
+        """See ``contract.Backend``."""
+        from vmf_kernels.backends.cuda.passes import CUDA
+        from vmf_kernels.backends.triton import operator
+
+        return operator.cross_entropy(inputs, CUDA)
+
+    def usage(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        """See ``contract.Backend``."""
+        from vmf_kernels.backends.cuda.passes import CUDA
+        from vmf_kernels.backends.triton import operator
+
+        return operator.usage(features, prototypes, temperature, bias, group, CUDA)
+
+    def row_log_sum_exp(
+        self,
+        features: Tensor,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        bias: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        """See ``contract.Backend``."""
+        from vmf_kernels.backends.cuda.passes import CUDA
+        from vmf_kernels.backends.triton import operator
+
+        return operator.row_log_sum_exp(features, prototypes, temperature, bias, group, CUDA)
+
+    def column_log_sum_exp(
+        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
+    ) -> Tensor:
+        """See ``contract.Backend``."""
+        from vmf_kernels.backends.cuda.passes import CUDA
+        from vmf_kernels.backends.triton import operator
+
+        return operator.column_log_sum_exp(features, prototypes, temperature, offset, CUDA)

@@ -1,0 +1,67 @@
+"""The compiled module ``vmf_kernels._cuda``: whether it is there, where it runs, and what its functions are handed.
+
+Its functions take addresses as integers, 0 for none, and check no shape: that is done here and by who calls them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.backends.triton import launch
+
+NAME = "vmf_kernels._cuda"
+ARCH, CODE = (
+    90,
+    "90a",
+)  # what the streaming passes are written for: compute capability * 10, and the name nvcc has for it
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # of the products
+
+
+@functools.cache
+def module() -> Any:
+    """The compiled module, imported when it is first wanted; None where it has not been built."""
+    return None if importlib.util.find_spec(NAME) is None else importlib.import_module(NAME)
+
+
+def unsupported_device(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device, or None."""
+    if device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, but the tensors are on {device}"
+    reason = launch.unsupported_device(device)  # the kernels between these are Triton's
+    if reason is not None:
+        return reason
+    if (arch := launch.target_of(device).arch) != ARCH:
+        return f"its passes are for compute capability {ARCH / 10:.1f}, but {device} has {arch / 10:.1f}"
+    return unbuilt()
+
+
+def unbuilt() -> str | None:
+    """Why the compiled module is of no use, or None."""
+    if module() is None:
+        return f"{NAME} has not been built; install the package where nvcc is found, with {CODE} among VMF_CUDA_ARCHS"
+    if CODE not in module().archs:
+        archs = " ".join(module().archs)
+        return f"{NAME} has been built for {archs}; install the package again with {CODE} among VMF_CUDA_ARCHS"
+    return None
+
+
+def queue(tensor: Tensor) -> Any:
+    """Torch's current stream on the tensor's device."""
+    stream = torch.cuda.current_stream(tensor.device)
+    return module().Queue(device=stream.device_index, stream=stream.cuda_stream)
+
+
+def element(dtype: torch.dtype) -> Any:
+    """The module's name for a dtype of the products."""
+    return getattr(module().Element, ELEMENTS[dtype])
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the tensor's first element; 0 for no tensor."""
+    return 0 if tensor is None else tensor.data_ptr()

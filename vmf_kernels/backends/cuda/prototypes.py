@@ -1,0 +1,107 @@
+"""Prototypes as the passes read them, and the gradient's way back to what is stored, by csrc/cuda/prototypes.cu.
+
+Legend: K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.backends.cuda import binding
+from vmf_kernels.backends.cuda.layouts import PAD_TO, layout_of
+from vmf_kernels.backends.triton.prototypes import PackedPrototypes
+from vmf_kernels.bessel import difference_coefficients, orders, slope_coefficients
+from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
+
+STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def pack_prototypes(
+    prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
+) -> PackedPrototypes:
+    """One pass over the weights: norms, vMF normaliser, cast, padding; arguments as ``vmf_kernels.prototypes.prepare_keys``."""
+    layout = layout_of(prototypes.dim, dtype)
+    padded = -(-prototypes.count // PAD_TO) * PAD_TO
+    new = prototypes.weight.new_empty
+    packed = PackedPrototypes(
+        new(padded, layout.width, dtype=dtype),
+        new(padded, dtype=torch.float32),
+        temperature,
+        prototypes.count,
+        layout,
+        prototypes.has_normalizer or extra_bias is not None,
+    )
+    # held by name until the launch: its memory would go to someone else's tensor
+    weight, magnitude, extra = _rows(prototypes.weight), _vector(prototypes.magnitude), _vector(extra_bias)
+    binding.module().pack_prototypes(
+        _stored(prototypes, weight, magnitude, temperature),
+        binding.queue(weight),
+        element=binding.element(dtype),
+        width=layout.width,
+        padded=padded,
+        lowest_bias=LOWEST_BIAS,
+        extra_bias=binding.address(extra),
+        packed=binding.address(packed.weight),
+        bias=binding.address(packed.bias),
+    )
+    return packed
+
+
+def pull_back(
+    prototypes: Prototypes, temperature: Tensor, gradient_KD: Tensor, bias_gradient_K: Tensor
+) -> Tensor | None:
+    """Gradient at ``w_k`` -> at the stored tensors; as ``vmf_kernels.prototypes.pull_back_to_stored``, in one pass."""
+    if prototypes.kind == "linear":
+        return None
+    assert gradient_KD.is_contiguous(), "gradients are formed contiguous"
+    weight, magnitude = _rows(prototypes.weight), _vector(prototypes.magnitude)
+    magnitude_gradient = None if magnitude is None else gradient_KD.new_empty(prototypes.count)
+    binding.module().pull_back(
+        _stored(prototypes, weight, magnitude, temperature),
+        binding.queue(weight),
+        bias_gradient=binding.address(bias_gradient_K),
+        gradient=binding.address(gradient_KD),
+        magnitude_gradient=binding.address(magnitude_gradient),
+    )
+    return magnitude_gradient
+
+
+def _stored(prototypes: Prototypes, weight: Tensor, magnitude: Tensor | None, temperature: Tensor) -> Any:
+    return binding.module().StoredPrototypes(
+        stored=getattr(binding.module().Stored, STORED[weight.dtype]),
+        kind=getattr(binding.module().Kind, prototypes.without_vmf().kind),
+        count=prototypes.count,
+        dim=prototypes.dim,
+        stride=weight.stride(0),
+        weight=binding.address(weight),
+        magnitude=binding.address(magnitude),
+        temperature=binding.address(temperature if prototypes.has_normalizer else None),
+        expansion=_expansion(prototypes.dim),
+    )
+
+
+@functools.cache
+def _expansion(dim: int) -> Any:
+    """What the normaliser is formed with: first order, steps down from it, coefficients."""
+    visited = orders(dim)
+    return binding.module().Expansion(
+        order=visited[0],
+        steps=len(visited) - 1,
+        coefficients=difference_coefficients(visited[0], torch.float32),
+        slopes=slope_coefficients(visited[0], torch.float32),
+    )
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The matrix with elements of a row side by side, in a dtype that the kernels read: a copy where they are not."""
+    matrix = matrix if matrix.dtype in STORED else matrix.float()
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _vector(values: Tensor | None) -> Tensor | None:
+    """[K] fp32, contiguous."""
+    return None if values is None else values.reshape(-1).float().contiguous()
