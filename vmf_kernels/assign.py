@@ -213,7 +213,7 @@ def check_bias(bias: Tensor | None, count: int, name: str) -> None:
 def in_autocast_dtype(features: Tensor) -> Tensor:
     """The features as the last layer of a head would see them: fp32 ones cast where a region of autocast is on.
 
-    Only on a GPU, where 16-bit products are what the region asks for; a CPU's are no faster, and it keeps fp32.
+    Only on a GPU, where 16-bit products are what the region asks for; on a CPU fp32 features keep fp32 products.
     """
     kind = features.device.type
     if kind == "cuda" and features.dtype == torch.float32 and torch.is_autocast_enabled(kind):

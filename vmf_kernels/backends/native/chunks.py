@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 96 * 2**20  # of logits
+WORKSPACE_BYTES = 72 * 2**20  # of logits; with more, 640 rows were no faster (bench/LOG.md)
 WORKSPACE_SHARE = 0.5  # of what the logits of all rows would take: a small batch must save memory too
 LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading the prototypes
 MOST_ROWS = 768  # the block of G and the panels of rows have to stay in cache
