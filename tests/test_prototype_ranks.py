@@ -39,6 +39,7 @@ from tests.prototype_ranks import (
 from tests.test_cross_entropy import HARD
 from vmf_kernels import LogitCenter, matched_prototype_cross_entropy
 from vmf_kernels.backends import streaming
+from vmf_kernels.backends.native import chunks, module
 from vmf_kernels.prototypes import KINDS
 from vmf_kernels.ranks import gather_rows, log_sum_exp_over_ranks, name_of
 from vmf_kernels.testing import Outcome, Problem, assert_within_budget, random_problem
@@ -48,6 +49,7 @@ SIZES = {2: (301, 699), 4: (1, 499, 37, 463)}  # prototypes of each rank
 PROTOTYPES = 1000
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 BACKENDS = ["streaming", "in chunks", "reference"]
+NATIVE = ["native", "native in chunks"]  # fp32 only
 VIEWS = {"views": (5, (2, 4)), "rows": (1, (7, 9)), "matched": (33, (1, 1)), "no rows": (0, (2, 3))}
 FAR_BELOW = {"first block far below": 0, "second block far below": 1}
 ROWS = (4, 0, 3, 2)  # of each rank, where ranks have rows of their own
@@ -80,13 +82,16 @@ class Ranks(NamedTuple):
 
 @contextmanager
 def backend_of(name: str) -> Iterator[str]:
-    """The backend's name, in blocks of 48 prototypes and chunks of few rows for "in chunks"."""
+    """The backend's name, in chunks of few rows for "in chunks", and plain torch's in blocks of 48 prototypes."""
     with ExitStack() as patches:
+        if name == "native in chunks":
+            sizes: dict[str, Any] = {"WORKSPACE_BYTES": 11 * PROTOTYPES * 4, "LEAST_WORKSPACE_BYTES": 0}
+            patches.enter_context(mock.patch.multiple(chunks, **sizes, LEAST_ROWS=1))
         if name == "in chunks":
             sizes = {"BLOCK_PROTOTYPES": 48, "WORKSPACE_BYTES": 11 * PROTOTYPES * 4, "LEAST_WORKSPACE_BYTES": 0}
             for size, value in (sizes | {"LEAST_CHUNK_ROWS": 5}).items():
                 patches.enter_context(mock.patch.object(streaming, size, value))
-        yield "streaming" if name == "in chunks" else name
+        yield {"in chunks": "streaming", "native in chunks": "native"}.get(name, name)
 
 
 def problem_of(name: str, dtype: torch.dtype = torch.float64, kind: str = "weight_norm_vmf") -> Problem:
@@ -115,9 +120,16 @@ CASES = [
     *((4, backend, "", hard, "fp32") for backend in ("streaming", "reference") for hard in HARD),
     *((2, "in chunks", "", hard, "fp32") for hard in HARD),
     *((2, backend, "", far, dtype) for backend in BACKENDS for far in FAR_BELOW for dtype in DTYPES),
+    *((ranks, backend, kind, "views", "fp32") for ranks in SIZES for backend in NATIVE for kind in KINDS),
+    *((2, backend, "weight_norm_vmf", views, "fp32") for backend in NATIVE for views in VIEWS),
+    *((4, "native", "", hard, "fp32") for hard in HARD),
+    *((2, "native in chunks", "", hard, "fp32") for hard in HARD),
+    *((2, backend, "", far, "fp32") for backend in NATIVE for far in FAR_BELOW),
 ]
 # in blocks of 48 the masses of a row are rounded so often that one process alone is off by more than the budget
 CASES = [case for case in dict.fromkeys(CASES) if case[1::2] != ("in chunks", "logits + 500")]
+# the ranks run these
+RUNNABLE = [case for case in CASES if case[1] not in NATIVE or module.native() is not None]
 
 
 def case_name(case: tuple[object, ...]) -> str:
@@ -149,9 +161,12 @@ def matched_outcome(place: Place) -> Outcome:
 
 def repeats(place: Place) -> list[str]:
     """What differs, in any bit, between two runs, in fp32 and in chunks."""
-    with backend_of("in chunks") as backend:
-        first, second = (outcome_of(problem_of("views", torch.float32), place, backend) for _ in range(2))
-    return [name for name in first if not torch.equal(first[name], second[name])]
+    changed = []
+    for chunked in ("in chunks", "native in chunks") if module.native() is not None else ("in chunks",):
+        with backend_of(chunked) as backend:
+            first, second = (outcome_of(problem_of("views", torch.float32), place, backend) for _ in range(2))
+        changed += [f"{chunked}: {name}" for name in first if not torch.equal(first[name], second[name])]
+    return changed
 
 
 def autograd_case(place: Place) -> Results:
@@ -246,7 +261,7 @@ def run_rank(rank: int, folder: str) -> None:
     alone = Place(ranks.single)
     torch.save(
         {
-            "cases": {case_name(case): run_case(case, ranks.place(case[0])) for case in CASES},
+            "cases": {case_name(case): run_case(case, ranks.place(case[0])) for case in RUNNABLE},
             "matched": matched_outcome(ranks.place(2)),
             "repeats": {str(size): repeats(ranks.place(size)) for size in SIZES},
             "autograd": autograd_case(ranks.place(2)) if rank < 2 else {},  # compiles: seconds
@@ -272,6 +287,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 def test_ranks_that_share_the_prototypes_out_equal_one(
     ranks: list[Results], case: tuple[int, str, str, str, str]
 ) -> None:
+    if case not in RUNNABLE:
+        pytest.skip("vmf_kernels._native was not built")
     outcome = as_one([rank["cases"][case_name(case)] for rank in ranks[: case[0]]])
     _, _, kind, name, dtype = case
     problem = problem_of(name, DTYPES[dtype], kind or KINDS[0])
@@ -287,7 +304,7 @@ def hard_budget(name: str, dtype: torch.dtype) -> float:
 
 
 def test_both_pairs_of_ranks_get_the_same(ranks: list[Results]) -> None:
-    for case in CASES:
+    for case in RUNNABLE:
         if case[0] == 2:
             first, second = (
                 as_one([rank["cases"][case_name(case)] for rank in pair]) for pair in (ranks[:2], ranks[2:])

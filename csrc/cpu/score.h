@@ -110,11 +110,11 @@ struct Scorer {
       for_each_rows<N>(count, [&](auto m, int k) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         const Ahead soon = ahead_of(score.weight, begin + share * k / count, begin + share * (k + M) / count);
-        tile<Dot, M, N>(steps, Rows<Word>{weight.start + k * weight.stride, weight.stride}, panel, soon,
-                        [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
-                          finish<M, N>(first + k, vector, block, sums,
-                                       logits ? logits + k * score.logits.stride + vector * LANES : nullptr);
-                        });
+        float* out = logits ? logits + k * score.logits.stride + vector * LANES : nullptr;
+        const Rows<Word> rows_of_m{weight.start + k * weight.stride, weight.stride};
+        tile_in_short_sums<Dot, M, N>(steps, rows_of_m, panel, soon, [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
+          finish<M, N>(first + k, vector, block, sums, out);
+        });
       });
       for (int i = 0; i < N; ++i) softmax(block, vector, i).close();
     });

@@ -40,7 +40,7 @@ CASES = {
 @contextmanager
 def workspace_of(rows: int, prototypes: int = PROTOTYPES) -> Iterator[None]:
     """The workspace of so many rows' logits, however few rows there are."""
-    sizes = {"WORKSPACE_BYTES": rows * prototypes * 4, "LEAST_WORKSPACE_BYTES": rows * prototypes * 4}
+    sizes: dict[str, Any] = {"WORKSPACE_BYTES": rows * prototypes * 4, "LEAST_WORKSPACE_BYTES": rows * prototypes * 4}
     with mock.patch.multiple(chunks, **sizes, LEAST_ROWS=1):
         yield
 
@@ -89,8 +89,8 @@ def test_ranges_of_rows_follow_each_other(rows: int) -> None:
     ],
 )
 def test_how_many_rows_go_at_once(rows: int, prototypes: int, expected: int) -> None:
-    sizes = {"WORKSPACE_BYTES": 96 * 2**20, "LEAST_WORKSPACE_BYTES": 16 * 2**20, "MOST_ROWS": 768, "LEAST_ROWS": 16}
-    with mock.patch.multiple(chunks, **sizes, WORKSPACE_SHARE=0.5):
+    sizes: dict[str, Any] = {"WORKSPACE_BYTES": 96 * 2**20, "LEAST_WORKSPACE_BYTES": 16 * 2**20}
+    with mock.patch.multiple(chunks, **sizes, MOST_ROWS=768, LEAST_ROWS=16, WORKSPACE_SHARE=0.5):
         assert rows_at_once(rows, prototypes) == expected
 
 
