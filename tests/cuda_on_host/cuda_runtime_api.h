@@ -2,11 +2,9 @@
 // qualifiers mean nothing, and a launch runs the blocks of its grid one after the other (machine.h).
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 
 #define __device__
 #define __global__
@@ -17,7 +15,13 @@
 #define __launch_bounds__(...)
 #define __CUDA_ARCH_FEAT_SM90_ALL 1  // else the kernels are a trap
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNotSupported, cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorNotSupported,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorInvalidDeviceFunction
+};
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
@@ -37,14 +41,13 @@ struct alignas(8) float2 {
 
 inline dim3 threadIdx(0), blockIdx(0);  // of the thread that runs: the host runs one at a time
 
-using std::max;
-using std::min;
+inline int min(int a, int b) { return a < b ? a : b; }
 
 // ---- what csrc/cuda/launch.cuh asks of the runtime ----
 
 namespace on_host {
 inline int shared_bytes_asked_for = 0;
-void run_grid(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+void run_grid(dim3 grid, int threads, size_t shared_bytes, void (*thread)(void** arguments), void** arguments);
 void* find_driver_function(const char* name);
 }  // namespace on_host
 
@@ -67,9 +70,11 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fou
 }
 template <typename Maps, typename Pass>
 cudaError_t cudaLaunchKernel(void (*kernel)(Maps, Pass), dim3 grid, dim3 block, void** arguments, size_t bytes, cudaStream_t) {
-  const Maps& maps = *static_cast<const Maps*>(arguments[0]);
-  const Pass& pass = *static_cast<const Pass*>(arguments[1]);
-  return on_host::run_grid(grid, static_cast<int>(block.x), bytes, [&] { kernel(maps, pass); }), cudaSuccess;
+  void* with_kernel[] = {reinterpret_cast<void*>(kernel), arguments[0], arguments[1]};
+  const auto thread = [](void** p) {
+    reinterpret_cast<void (*)(Maps, Pass)>(p[0])(*static_cast<const Maps*>(p[1]), *static_cast<const Pass*>(p[2]));
+  };
+  return on_host::run_grid(grid, static_cast<int>(block.x), bytes, thread, with_kernel), cudaSuccess;
 }
 
 // ---- instructions that are functions of CUDA C++ ----

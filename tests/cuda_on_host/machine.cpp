@@ -27,7 +27,8 @@ using vmf::cuda::p_shared;
 
 constexpr size_t STACK_BYTES = 128 * 1024;
 constexpr uint32_t FIRST_ADDRESS = 1024;  // not 0, so that an offset taken for an address is found out
-constexpr int PATIENCE = 1000;            // rounds in which nothing happened, though some left threads out by chance
+constexpr int SHORT_STALL = 5, LONG_STALL = 100, LONG_STALL_ONE_IN = 8;  // rounds
+constexpr int PATIENCE = 10 * LONG_STALL;  // rounds in which nothing happened before nothing ever will
 
 struct Fiber {
   ucontext_t context;
@@ -39,9 +40,11 @@ struct Fiber {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
+  std::vector<int> stalls;  // rounds that a warp sits out
   std::map<int, Meeting> named;
   std::vector<std::function<void()>> copies;
-  std::function<void()> kernel;
+  void (*thread)(void**);  // what each runs
+  void** arguments;
   size_t shared_bytes;
   ucontext_t scheduler;
 };
@@ -53,7 +56,7 @@ std::mt19937 schedule;
 int below(int n) { return static_cast<int>(schedule() % n); }
 
 void run_fiber() {
-  block.kernel();
+  block.thread(block.arguments);
   Fiber& fiber = block.fibers[threadIdx.x];
   fiber.done = true;
   swapcontext(&fiber.context, &block.scheduler);
@@ -63,6 +66,7 @@ void prepare_block(int threads) {
   memset(p_shared, 0xFF, sizeof p_shared);  // NaN, as floats and as either element
   block.named.clear();
   block.warps.assign(threads / LANES, {});
+  block.stalls.assign(threads / LANES, 0);
   if (block.fibers.size() != static_cast<size_t>(threads)) block.fibers = std::vector<Fiber>(threads);
   for (Fiber& fiber : block.fibers) {
     fiber.done = false;
@@ -76,8 +80,10 @@ void prepare_block(int threads) {
   clear_products(threads);
 }
 
-// Whether any of its threads could run.
-bool run_warp(int warp) {
+// Whether any of its threads could run. Then a warp that is not favoured pauses for a little, and any for long now and then:
+// until whatever it has given up is taken.
+bool run_warp(int warp, bool is_favoured) {
+  if (block.stalls[warp] > 0) return --block.stalls[warp], false;
   bool ran = false;
   for (int i = warp * LANES; i < (warp + 1) * LANES; ++i) {
     Fiber& fiber = block.fibers[i];
@@ -87,6 +93,7 @@ bool run_warp(int warp) {
     swapcontext(&block.scheduler, &fiber.context);
     ran = true;
   }
+  if (ran) block.stalls[warp] = by_chance(LONG_STALL_ONE_IN) ? below(LONG_STALL) : is_favoured ? 0 : below(SHORT_STALL);
   return ran;
 }
 
@@ -112,7 +119,7 @@ void run_block() {
     const int first = below(warps);
     for (int i = 0; i < warps; ++i) {
       const int warp = (first + i) % warps;
-      if (warp / 4 == favoured || by_chance(3)) happened |= run_warp(warp);
+      happened |= run_warp(warp, warp / 4 == favoured);
     }
     happened |= land_a_copy();
     if (chosen == Timing::any) happened |= finish_a_product(below(warps));
@@ -178,10 +185,11 @@ uint32_t address_of_shared(const void* p) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - p_shared) + FIRST_ADDRESS;
 }
 
-void run_grid(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+void run_grid(dim3 grid, int threads, size_t shared_bytes, void (*thread)(void**), void** arguments) {
   if (shared_bytes > sizeof p_shared || shared_bytes > static_cast<size_t>(shared_bytes_asked_for))
     fail("REFUSED %zu bytes of shared memory, %d asked for", shared_bytes, shared_bytes_asked_for);
-  block.kernel = kernel;
+  block.thread = thread;
+  block.arguments = arguments;
   block.shared_bytes = shared_bytes;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)

@@ -8,8 +8,8 @@
 
 namespace on_host {
 
-// One wgmma of one thread, m64nNk16, unscaled: sums [64, N] (+)= left [64, 16] right. Pointers, not copies: registers that change
-// before the product is carried out change what it computes.
+// One wgmma of one thread, m64nNk16, unscaled: sums [64, N] (+)= left [64, 16] right. Pointers, not copies: registers that
+// change before the product is carried out change what it computes.
 struct Product {
   vmf::cuda::Element element;
   float* sums;              // N / 2 registers

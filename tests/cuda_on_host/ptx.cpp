@@ -1,7 +1,11 @@
 // ptx.cuh, and the driver's encoder of tensor maps: barriers in shared memory, copies into it.
 #include "ptx.cuh"
 
+#include <cmath>
 #include <cstring>
+#include <limits>
+
+#include "machine.h"
 
 using on_host::fail;
 
@@ -49,12 +53,17 @@ void fill_box(uint32_t target, const CUtensorMap& map, int column, int row) {
 
 }  // namespace
 
+uint32_t shared_address(const void* p) { return on_host::address_of_shared(p); }
+
 void init_barrier(uint64_t* p, int arrivals) {
   const Barrier barrier{static_cast<int8_t>(arrivals), static_cast<int8_t>(arrivals), 0, 0};
   memcpy(p, &barrier, sizeof barrier);
 }
 
-void arrive(uint64_t* barrier) { change(barrier, 1, 0); }
+void arrive(uint64_t* barrier) {
+  change(barrier, 1, 0);
+  if (on_host::by_chance(2)) on_host::let_others_run();  // what follows may come too late
+}
 void arrive_expecting(uint64_t* barrier, int bytes) { change(barrier, 1, bytes); }
 
 bool look_at(uint64_t* barrier, uint32_t parity) { return (read(barrier).completed & 1) != parity; }
@@ -65,9 +74,10 @@ void wait(uint64_t* barrier, uint32_t parity) {
 }
 
 void load_box(uint32_t target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
-  on_host::start_copy([=] {
-    fill_box(target, *map, column, row);
-    change(barrier, 0, -map->box_rows * map->box_columns * 2);
+  // the map by value: it is a parameter of the kernel, and the thread that asked may be gone by then
+  on_host::start_copy([=, map = *map] {
+    fill_box(target, map, column, row);
+    change(barrier, 0, -map.box_rows * map.box_columns * 2);
   });
 }
 
@@ -78,6 +88,14 @@ void load_line(float* target, const float* source, int bytes, uint64_t* barrier)
     memcpy(on_host::shared_at(shared_address(target), bytes), source, bytes);
     change(barrier, 0, -bytes);
   });
+}
+
+void wait_at(int barrier, int threads) { on_host::meet(on_host::named_barrier(barrier), threads); }
+void pass_by(int barrier, int threads) { on_host::arrive_at(on_host::named_barrier(barrier), threads); }
+
+float exp2_fast(float x) {
+  const float y = std::exp2(x);
+  return y < std::numeric_limits<float>::min() ? 0.0f : y;  // subnormal
 }
 
 }  // namespace vmf::cuda

@@ -5,13 +5,11 @@
 
 #include <cstdint>
 
-#include "machine.h"
-
 namespace vmf::cuda {
 
 #define VMF_DEVICE __attribute__((unused)) inline
 
-inline uint32_t shared_address(const void* p) { return on_host::address_of_shared(p); }
+uint32_t shared_address(const void* p);
 
 void init_barrier(uint64_t* barrier, int arrivals);
 inline void publish_barriers() {}
@@ -28,13 +26,9 @@ void shrink_registers() {}
 template <int COUNT>
 void grow_registers() {}
 
-inline void wait_at(int barrier, int threads) { on_host::meet(on_host::named_barrier(barrier), threads); }
-inline void pass_by(int barrier, int threads) { on_host::arrive_at(on_host::named_barrier(barrier), threads); }
+void wait_at(int barrier, int threads);
+void pass_by(int barrier, int threads);
 
-inline float exp2_fast(float x) {
-  constexpr float LEAST_NORMAL = 1.17549435e-38f;
-  const float y = std::exp2(x);
-  return y < LEAST_NORMAL ? 0.0f : y;
-}
+float exp2_fast(float x);
 
 }  // namespace vmf::cuda
