@@ -227,7 +227,7 @@ def test_other_inputs_give_other_bits(results: Results) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "element"), WIDTHS)
+@pytest.mark.parametrize(("width", "element"), [pair for pair in WIDTHS if pair[0] in (64, 256)])
 @pytest.mark.parametrize("of_pass", CASES)
 def test_both_elements_match_under_more_schedules(built: Path, of_pass: str, width: int, element: str) -> None:
     for each in (element, OTHER[element]):

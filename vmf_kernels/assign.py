@@ -6,7 +6,7 @@ Legend: R rows, K prototypes, D embedding dim.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -40,26 +40,26 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-def choose_backend(backend: str, rows: Tensor, weight: Tensor) -> Backend:
+def choose_backend(backend: str, rows: Tensor, *weights: Tensor) -> Backend:
     """The one that computes the operator on these tensors.
 
     Args:
         backend: "auto" takes the first that can run, "cuda" and "native" only where measurements show that it is the fastest;
             a name takes that one or raises.
         rows: [R, D] features.
-        weight: [K, D] prototypes.
+        weights: [K, D] prototypes of each network.
 
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the backend asked for cannot run on these tensors, or the prototypes' memory has been freed; says why.
     """
-    refuse_freed(weight)
+    refuse_freed(*weights)
     if backend == "auto":
         candidates = PREFERENCE.get(rows.device.type, PREFERENCE["cpu"])
         # the last one takes everything, and would say why not below
-        backend = next((name for name in candidates if _auto_takes(name, rows, weight)), candidates[-1])
+        backend = next((name for name in candidates if _auto_takes(name, rows, weights)), candidates[-1])
     check_backend_name(backend)
-    reason = BACKENDS[backend].unsupported(rows, weight)
+    reason = _unsupported(backend, rows, weights)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
     return BACKENDS[backend]
@@ -232,10 +232,15 @@ def without_autocast(op: Callable[Concatenate[Tensor, P], Result]) -> Callable[C
     return run
 
 
-def _auto_takes(name: str, rows: Tensor, weight: Tensor) -> bool:
-    if BACKENDS[name].unsupported(rows, weight) is not None:
+def _unsupported(name: str, rows: Tensor, weights: Sequence[Tensor]) -> str | None:
+    reasons = (BACKENDS[name].unsupported(rows, weight) for weight in weights)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _auto_takes(name: str, rows: Tensor, weights: Sequence[Tensor]) -> bool:
+    if _unsupported(name, rows, weights) is not None:
         return False
-    return name not in MEASURED or MEASURED[name](rows, weight)
+    return name not in MEASURED or MEASURED[name](rows, weights[0])
 
 
 def _check_rows(features: Tensor, prototypes: Prototypes, bias: Tensor | None) -> None:

@@ -213,7 +213,7 @@ def _cross_entropy_op(
     ranks = group_named(group)
     _refuse_other_rows(student_features, teacher_features, ranks)
     outputs = choose_backend(
-        backend, _rows_of_products(student_features, teacher_features), student_weight
+        backend, _rows_of_products(student_features, teacher_features), student_weight, teacher_weight
     ).cross_entropy(
         LossInputs(
             student_features,

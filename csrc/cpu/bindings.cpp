@@ -121,8 +121,4 @@ PYBIND11_MODULE(_native, m) {
   m.def("score", &score, py::call_guard<py::gil_scoped_release>());
   m.def("gather_workspace", &gather_workspace);
   m.def("gather", &gather, py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "norms",
-      [](const Weight& weight, Address result, const Execution& run) { norms(weight, pointer<float>(result), run); },
-      py::call_guard<py::gil_scoped_release>());
 }

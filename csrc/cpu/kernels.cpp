@@ -10,25 +10,6 @@
 namespace vmf::cpu {
 namespace VMF_ISA {
 
-inline void norms(const Weight& w, float* result, int first, int last) {
-  for (int k = first; k < last; ++k) {
-    if (w.stored == Stored::fp32) {
-      const float* row = static_cast<const float*>(w.data) + k * w.stride;
-      result[k] = __builtin_sqrtf(dot(row, row, w.dim));
-      continue;
-    }
-    const std::uint16_t* row = static_cast<const std::uint16_t*>(w.data) + k * w.stride;
-    float total[LANES] = {};
-    for (int d = 0; d < w.dim; ++d) {
-      const float x = w.stored == Stored::bf16 ? from_bf16(row[d]) : from_fp16(row[d]);
-      total[d % LANES] += x * x;
-    }
-    float whole = 0;
-    for (int i = 0; i < LANES; ++i) whole += total[i];
-    result[k] = __builtin_sqrtf(whole);
-  }
-}
-
 template <class Dot>
 struct Table {
   using Word = typename Dot::Word;
@@ -56,7 +37,7 @@ struct Table {
   static void gather(const GatherTask& task) { Gatherer<Dot>{task}.run(); }
 
   static constexpr Kernels kernels{LANES,         pack_features, features_bytes, pack_values, values_bytes,
-                                   score_scratch, score,         gather_scratch, gather,      VMF_ISA::norms};
+                                   score_scratch, score,         gather_scratch, gather};
 };
 
 }  // namespace VMF_ISA

@@ -38,7 +38,6 @@ struct Kernels {
   void (*score)(const ScoreTask&);
   std::size_t (*gather_scratch)(const Gather&);
   void (*gather)(const GatherTask&);
-  void (*norms)(const Weight&, float* result, int first, int last);
 };
 
 // By products; null members where an instruction set has none of its own.

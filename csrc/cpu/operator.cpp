@@ -20,6 +20,8 @@ namespace {
 // Parts of the prototypes: enough to keep many threads busy to the end, few enough that a copy of dz for each is small.
 constexpr int MOST_PARTS = 32;
 constexpr int LEAST_PART = 480;  // prototypes: a few blocks
+constexpr std::size_t PARTS_BYTES = std::size_t(16) << 20;  // of all their dz, if that leaves
+constexpr int FEWEST_PARTS = 8;                             // so many
 
 const Kernels& kernels_of(const Execution& run) {
   const Kernels* found = nullptr;
@@ -44,6 +46,13 @@ int padded_to(int n, int lanes) { return (n + lanes - 1) / lanes * lanes; }
 
 int part_count(int prototypes) { return std::clamp(prototypes / LEAST_PART, 1, MOST_PARTS); }
 
+// Of a gathering pass, each part of which has a dz of its own.
+int part_count(const Gather& g) {
+  const std::size_t part = sizeof(float) * std::max<std::size_t>(1, std::size_t(g.student_rows) * g.weight.dim);
+  const int most = int(std::min<std::size_t>(MOST_PARTS, PARTS_BYTES / part));
+  return std::min(part_count(g.weight.prototypes), std::max(most, FEWEST_PARTS));
+}
+
 // Hands out pieces of one allocation, each on a cache line of its own; with a null start it only counts.
 struct Arena {
   char* start;
@@ -56,6 +65,7 @@ struct Arena {
   }
 };
 
+// Calls body(part, thread, first prototype, last) with fewer threads than asked for where there are fewer parts.
 template <class Body>
 void for_each_part(int parts, int prototypes, int threads, Body&& body) {
   // parts begin on even prototypes: bf16 products take them in pairs
@@ -63,7 +73,7 @@ void for_each_part(int parts, int prototypes, int threads, Body&& body) {
     return part == parts ? prototypes : int(std::int64_t(part) * prototypes / parts) / 2 * 2;
   };
 #if defined(_OPENMP)
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(std::min(threads, parts)) schedule(dynamic, 1)
 #endif
   for (int part = 0; part < parts; ++part) {
 #if defined(_OPENMP)
@@ -85,7 +95,7 @@ struct ScoreRoom {
     Arena arena{static_cast<char*>(start)};
     panels = arena.take<char>(kernels.features_bytes(s.rows, s.weight.dim));
     statistics = arena.take<float>(std::size_t(part_count(s.weight.prototypes)) * 3 * padded_to(s.rows, kernels.lanes));
-    scratch = arena.take<char>(scratch_bytes * run.threads);
+    scratch = arena.take<char>(scratch_bytes * std::min(run.threads, MOST_PARTS));
     bytes = arena.used;
   }
 };
@@ -122,9 +132,9 @@ struct GatherRoom {
     teacher_top = arena.take<float>(teachers);
     teacher_factor = arena.take<float>(teachers);
     coefficient = arena.take<float>(students * g.teacher_views);
-    feature_gradient = arena.take<float>(std::size_t(part_count(g.weight.prototypes)) * students *
+    feature_gradient = arena.take<float>(std::size_t(part_count(g)) * students *
                                          padded_to(g.weight.dim, kernels.lanes));
-    scratch = arena.take<char>(scratch_bytes * run.threads);
+    scratch = arena.take<char>(scratch_bytes * std::min(run.threads, MOST_PARTS));
     bytes = arena.used;
   }
 };
@@ -177,7 +187,7 @@ void gather(const Gather& g, const Execution& run) {
   const Kernels& kernels = kernels_of(run);
   const GatherRoom room(g, run, kernels, run.workspace);
   const int students = padded_to(g.student_rows, kernels.lanes), teachers = padded_to(g.teacher_rows, kernels.lanes);
-  const int width = padded_to(g.weight.dim, kernels.lanes), parts = part_count(g.weight.prototypes);
+  const int width = padded_to(g.weight.dim, kernels.lanes), parts = part_count(g);
   const float infinity = std::numeric_limits<float>::infinity();
   if (g.weight_gradient) kernels.pack_values(g.features, g.student_rows, g.weight.dim, room.panels);
   pad(g.student_top, g.student_rows, room.student_top, students, infinity);
@@ -193,12 +203,6 @@ void gather(const Gather& g, const Execution& run) {
                     room.feature_gradient + std::size_t(part) * students * width, first, last});
   });
   if (g.student_rows) add_parts(g, room.feature_gradient, parts, students, width, run.threads);
-}
-
-void norms(const Weight& w, float* result, const Execution& run) {
-  const Kernels& kernels = kernels_of({run.isa, Products::fp32, run.threads, nullptr});
-  for_each_part(part_count(w.prototypes), w.prototypes, run.threads,
-                [&](int, int, int first, int last) { kernels.norms(w, result, first, last); });
 }
 
 }  // namespace vmf::cpu

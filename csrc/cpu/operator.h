@@ -99,7 +99,4 @@ void score(const Score&, const Execution&);
 std::size_t gather_workspace(const Gather&, const Execution&);
 void gather(const Gather&, const Execution&);
 
-// [K] norms of the stored rows, fp32.
-void norms(const Weight&, float* result, const Execution&);
-
 }  // namespace vmf::cpu

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from vmf_kernels import assign
 from vmf_kernels.backends import native as package
 from vmf_kernels.backends.native import module
+from vmf_kernels.testing import library_outcome, random_problem
 
 BUILT = pytest.mark.skipif(module.native() is None, reason="vmf_kernels._native was not built")
 STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,15 +57,31 @@ def test_auto_takes_streaming_for_fp64(rows: torch.dtype, weight: torch.dtype) -
 
 
 def test_without_the_module_auto_takes_streaming_and_a_request_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package, "native", lambda: None)
+    monkeypatch.setattr(module, "MODULE", "vmf_kernels._not_built")
+    monkeypatch.setattr(package, "why_absent", module.why_absent.__wrapped__)
     assert chosen() == "streaming"
     said = refused(torch.empty(2, 4), torch.empty(3, 4))
     assert said.startswith("backend 'native' cannot run here: its module was not built: install vmf_kernels again")
 
 
-def test_a_module_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MODULE", "vmf_kernels._not_built")
-    assert module.native.__wrapped__() is None
+def test_a_module_that_cannot_be_loaded_is_as_good_as_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "of_another_machine.py").write_text("raise ImportError('GLIBCXX_9 not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(module, "MODULE", "of_another_machine")
+    monkeypatch.setattr(package, "why_absent", module.why_absent.__wrapped__)
+    assert chosen() == "streaming"
+    assert "cannot be loaded (GLIBCXX_9 not found)" in refused(torch.empty(2, 4), torch.empty(3, 4))
+
+
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_takes_streaming_for_a_teacher_in_fp64(rows: torch.dtype) -> None:
+    problem = random_problem(dtype=torch.float64)
+    x_SD, x_TD = problem.student_features.to(rows), problem.teacher_features.to(rows)
+    mixed = replace(problem.to(torch.float32), student_features=x_SD, teacher_features=x_TD)
+    mixed = replace(mixed, teacher_prototypes=problem.teacher_prototypes)
+    assert library_outcome(mixed)["loss"].item() == library_outcome(mixed, "streaming")["loss"].item()
+    with pytest.raises(RuntimeError, match=r"but the prototypes are torch\.float64"):
+        library_outcome(mixed, "native")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,9 +18,10 @@ from tests.backends.native_calls import check, check_log_sums, damaged
 from tests.measure import allocations_of
 from vmf_kernels import prototype_usage
 from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
-from vmf_kernels.backends.native import chunks, module, operator
+from vmf_kernels.backends.native import chunks, module, operator, scores
 from vmf_kernels.backends.native.chunks import Chunk, chunks_of, row_ranges, rows_at_once
-from vmf_kernels.prototypes import KINDS
+from vmf_kernels.backends.native.scores import Logits
+from vmf_kernels.prototypes import KINDS, Prototypes
 from vmf_kernels.testing import Problem, library_outcome, random_problem
 
 pytestmark = pytest.mark.skipif(module.native() is None, reason="vmf_kernels._native was not built")
@@ -59,15 +61,14 @@ def test_every_pair_of_views_and_every_row_is_in_one_chunk(case: str) -> None:
         made = chunks_of(views, images, PROTOTYPES)
     for chunk in made:
         pairs[chunk.teacher_views, chunk.student_views, chunk.images] += 1
-        if chunk.students_count:
-            chunk.students_of(students).add_(1)
-        if chunk.teachers_count:
-            chunk.teachers_of(teachers).add_(1)
+        chunk.students_of(students).add_(1)
+        chunk.teachers_of(teachers).add_(1)
         rows = chunk.students_of(students).numel() + chunk.teachers_of(teachers).numel()
         assert rows <= most, f"a chunk of {rows} rows does not fit the workspace of {most}"
     assert len(made) == count
-    for name, counted in (("pairs", pairs), ("students", students), ("teachers", teachers)):
-        assert (counted == 1).all(), f"{name} are in {sorted(set(counted.flatten().tolist()))} chunks, expected 1"
+    assert (pairs == 1).all(), f"pairs are in {sorted(set(pairs.flatten().tolist()))} chunks, expected 1"
+    assert students.all(), "some student rows are in no chunk"
+    assert teachers.all(), "some teacher rows are in no chunk"
 
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 700])
@@ -137,22 +138,12 @@ def none_is_the_last(run: Run, index: int, arguments: dict[str, Any]) -> None:
     run(**arguments | {"last": False})
 
 
-def students_always_count(run: Run, index: int, arguments: dict[str, Any]) -> None:
-    run(**arguments | {"chunk": arguments["chunk"]._replace(students_count=True)})
-
-
-def teachers_always_count(run: Run, index: int, arguments: dict[str, Any]) -> None:
-    run(**arguments | {"chunk": arguments["chunk"]._replace(teachers_count=True)})
-
-
 DAMAGES = [
     one_is_lost,
     one_runs_twice,
     each_is_the_first,
     each_is_the_last,
     none_is_the_last,
-    students_always_count,
-    teachers_always_count,
 ]
 
 
@@ -251,3 +242,54 @@ def test_the_reference_does_grow(run: Callable[[Problem, str], Any]) -> None:
     """Negative control of the one above."""
     growth, logits = peak_of(run, "reference", 64) - peak_of(run, "reference", 16), (64 - 16) * 4 * 4099 * 4
     assert growth >= logits, f"{growth} bytes more for rows whose logits take {logits}"
+
+
+@pytest.mark.parametrize(
+    ("views", "images", "dim", "first", "count"),
+    [
+        ((2, 4), 23, 64, 8, 2),  # 16 + 32 of 64 columns, and the rest in as many chunks as without
+        ((2, 4), 8, 64, 8, 1),
+        ((2, 4), 23, 32, 12, 2),  # 4 images in the gradient would make a third chunk
+        ((1, 1), 3771, 4096, 384, 77),  # as many as stay in cache, however much is free
+    ],
+    ids=str,
+)
+def test_the_first_chunk_takes_what_is_free(
+    views: tuple[int, int], images: int, dim: int, first: int, count: int
+) -> None:
+    with workspace_of(90):
+        made = chunks_of(views, images, PROTOTYPES, dim)
+    got = [chunk.images.stop - chunk.images.start for chunk in made]
+    assert (sum(got), got[0], len(got)) == (images, first, count), f"chunks of {got} images"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("images", [8, 23])
+def test_logits_in_the_gradient_and_in_pieces_match_the_fp64_truth(
+    images: int, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "PIECE_BYTES", 333 * 96 * 4)
+    problem = random_problem(images=images, views=(2, 4), prototypes=PROTOTYPES, dim=64, dtype=dtype)
+    with workspace_of(90), mock.patch.object(Logits, "empty", wraps=Logits.empty) as elsewhere:
+        check(problem, isa)
+    assert [call.args[1] for call in elsewhere.call_args_list] == [[], [96]][images > 8], (
+        "logits did not go where expected"
+    )
+
+
+def test_constants_are_those_of_the_module() -> None:
+    built = module.built()
+    assert (chunks.ROW_PADDING, scores.MOST_PIECES) == (built.ROW_PADDING, built.MOST_PIECES)
+
+
+def test_bf16_rounds_the_difference_where_views_are_cut_as_well() -> None:
+    """Prototypes that are all alike: p and q cancel, in every chunk by itself."""
+    problem = random_problem(
+        images=1, views=(40, 60), prototypes=PROTOTYPES, dim=64, dtype=torch.bfloat16, kind="linear"
+    )
+    alike = Prototypes(problem.student_prototypes.weight[:1].expand(PROTOTYPES, 64).contiguous(), None, "linear")
+    problem = replace(problem, student_prototypes=alike, teacher_prototypes=alike, teacher_bias=None)
+    with workspace_of(30):
+        outcome = library_outcome(problem, "native")
+    largest = outcome["feature_gradient"].abs().max().item()
+    assert largest <= 1e-6, f"gradient of {largest:.1e} where p = q"

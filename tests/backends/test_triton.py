@@ -93,7 +93,7 @@ def test_rows_of_two_dtypes_are_multiplied_in_fp32(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         cross_entropy,
         "choose_backend",
-        lambda name, rows, weight: (asked.append(rows.dtype), choose(name, rows, weight))[1],
+        lambda name, rows, *weights: (asked.append(rows.dtype), choose(name, rows, *weights))[1],
     )
     library_outcome(problem, "streaming")
     assert asked == [torch.float32]

@@ -44,7 +44,7 @@ class LossOutputs(NamedTuple):
 
 
 class Backend(Protocol):
-    """One way to compute the operator. None stores a [R, K] tensor, except ``reference``, which defines what is correct."""
+    """One way to compute the operator. None but ``reference``, the definition of correct, stores all rows' [R, K] values."""
 
     def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
         """Why it cannot run on these tensors, or None."""

@@ -7,7 +7,7 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import LossInputs, LossOutputs
 from vmf_kernels.backends.native import operator
-from vmf_kernels.backends.native.module import STORED, instruction_sets, native
+from vmf_kernels.backends.native.module import STORED, instruction_sets, why_absent
 from vmf_kernels.prototypes import Prototypes
 
 
@@ -21,9 +21,7 @@ class NativeBackend:
                 return f"it runs on CPUs, but the {name} are on {tensor.device}"
             if tensor.dtype not in STORED:
                 return f"it takes float32, bfloat16 or float16, but the {name} are {tensor.dtype}"
-        if native() is None:
-            return "its module was not built: install vmf_kernels again where a C++17 compiler is found"
-        return None
+        return why_absent()
 
     def wins(self, rows: Tensor, weight: Tensor) -> bool:
         """Whether it is faster than plain torch here, asked where it can run: with AVX2 or better, not with portable code.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 72 * 2**20  # of logits; with more, 640 rows were no faster (bench/LOG.md)
+WORKSPACE_BYTES = 72 * 2**20  # of logits, less their padding; with more, 640 rows were no faster (bench/LOG.md)
 WORKSPACE_SHARE = 0.5  # of what the logits of all rows would take: a small batch must save memory too
 LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading the prototypes
 MOST_ROWS = 768  # the block of G and the panels of rows have to stay in cache
@@ -22,13 +22,14 @@ ROW_PADDING = 16  # of either network's rows among the columns of logits; the mo
 
 
 class Chunk(NamedTuple):
-    """Views and images of one step; every pair of views of every image is in exactly one."""
+    """Views and images of one step; every pair of views of every image is in exactly one.
+
+    A row whose pairs are in several counts in each with the weight of the pairs there.
+    """
 
     images: slice
     student_views: slice
     teacher_views: slice
-    students_count: bool  # their own part is in this chunk: of several with the same students one
-    teachers_count: bool
 
     def students_of(self, rows: Tensor) -> Tensor:
         """[student views, images, ...] of view-major [V, B, ...]."""
@@ -52,14 +53,13 @@ def chunks_of(views: tuple[int, int], images: int, prototypes: int, first_column
     if most == 0:
         return _chunks_of_views(views, images, rows_at_once(sum(views) * images, prototypes))
     sizes = _even_sizes(images, most)
-    free = next((count for count in range(images, 0, -1) if columns_of(views, count) <= first_columns), 0)
+    fitting = range(min(images, MOST_ROWS // sum(views), first_columns // sum(views)), 0, -1)
+    free = next((count for count in fitting if columns_of(views, count) <= first_columns), 0)
     if free and 1 + math.ceil((images - free) / most) <= len(sizes):
         sizes = [free, *_even_sizes(images - free, most)]
     ends = list(itertools.accumulate(sizes))
     every = [slice(0, count) for count in views]
-    return [
-        Chunk(slice(end - size, end), every[1], every[0], True, True) for size, end in zip(sizes, ends, strict=True)
-    ]
+    return [Chunk(slice(end - size, end), every[1], every[0]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def columns_of(views: tuple[int, int], images: int) -> int:
@@ -88,7 +88,7 @@ def _chunks_of_views(views: tuple[int, int], images: int, rows: int) -> list[Chu
     """One image after the other, and of each some views of either network: ``rows`` of them at most."""
     teachers, students = (list(_ranges(count, _even(count, max(1, rows // 2)))) for count in views)
     return [
-        Chunk(slice(image, image + 1), student, teacher, teacher.start == 0, student.start == 0)
+        Chunk(slice(image, image + 1), student, teacher)
         for image, student, teacher in itertools.product(range(images), students, teachers)
     ]
 

@@ -21,8 +21,20 @@ STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 @functools.cache
 def native() -> ModuleType | None:
-    """The module, or None where it was not built."""
-    return importlib.import_module(MODULE) if importlib.util.find_spec(MODULE) is not None else None
+    """The module, or None where it was not built or cannot be loaded: ``why_absent`` says which."""
+    return None if why_absent() is not None else importlib.import_module(MODULE)
+
+
+@functools.cache
+def why_absent() -> str | None:
+    """Why there is no module, or None."""
+    if importlib.util.find_spec(MODULE) is None:
+        return "its module was not built: install vmf_kernels again where a C++17 compiler is found"
+    try:
+        importlib.import_module(MODULE)
+    except ImportError as error:  # of another Python or C++ library
+        return f"its module cannot be loaded ({error}): install vmf_kernels again on this machine"
+    return None
 
 
 def built() -> ModuleType:
@@ -38,12 +50,12 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(built().available())
 
 
-def execution(products: torch.dtype, isa: str | None = None) -> Any:
+def execution(products: torch.dtype) -> Any:
     """How a call runs: best instruction set, torch's number of threads, its own workspace to be set."""
     module = built()
     name = "bf16" if products == torch.bfloat16 else "fp32"
     return module.Execution(
-        isa=instruction_sets()[-1] if isa is None else isa,
+        isa=instruction_sets()[-1],
         products=getattr(module.Products, name),
         threads=torch.get_num_threads(),
     )

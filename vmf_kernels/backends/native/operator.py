@@ -9,7 +9,7 @@ Legend: R rows, S / T student / teacher rows, G / V their views, B images, K pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def usage(
         logits = Logits.empty(keys.prototypes, padded(count))
         softmax = score(x_RD[rows], keys, products, logits).merged_over_ranks(group)
         mass = torch.full((count,), 1 / len(x_RD), dtype=torch.float32)
-        _gather(keys, logits, products, usage=result, teacher=softmax, teacher_weight=mass)
+        _gather(keys, logits, products, _Teachers(softmax, mass, 0, result))
     return result
 
 
@@ -172,7 +172,7 @@ class _Step:
         if columns and columns[0] <= self.free_columns and self.weight_gradient is not None:
             rooms.append(Logits([self.weight_gradient], 0))
         rest = columns[len(rooms) :]
-        return rooms + len(rest) * [Logits.empty(self.student.prototypes, max(rest, default=0))]
+        return rooms + (len(rest) * [Logits.empty(self.student.prototypes, max(rest))] if rest else [])
 
     def run(self, chunk: Chunk, logits: Logits, *, first: bool, last: bool) -> None:
         """Add a chunk's share to every sum; the last one makes the prototypes' gradient that of what is stored."""
@@ -182,30 +182,21 @@ class _Step:
         group = self.inputs.prototype_group
         by_student = score(x_SD, self.student, self.products, logits).merged_over_ranks(group)
         by_teacher = score(x_TD, self.teacher, self.products, logits.from_column(column)).merged_over_ranks(group)
-        n_S, n_T = chunk.students_of(self.student_mass), chunk.teachers_of(self.teacher_mass)
-        if chunk.students_count:
-            chunk.students_of(self.student_entropy).copy_(by_student.entropy.view_as(n_S))
-        else:
-            n_S = torch.zeros_like(n_S)
-        if chunk.teachers_count:
-            chunk.teachers_of(self.teacher_entropy).copy_(by_teacher.entropy.view_as(n_T))
-        else:
-            n_T = torch.zeros_like(n_T)
-        scale = self.student.scale
+        chunk.students_of(self.student_entropy).copy_(by_student.entropy.view(students.shape[:2]))
+        chunk.teachers_of(self.teacher_entropy).copy_(by_teacher.entropy.view(teachers.shape[:2]))
+        # of the pairs in this chunk alone, so that p and q meet before G is rounded for the products
+        pairs_GVB, scale = self._pairs(chunk), self.student.scale
         x_gradient = torch.empty_like(x_SD)
         _gather(
             self.student,
             logits,
             self.products,
-            usage=self.usage,
-            teacher=by_teacher,
-            teacher_weight=n_T.flatten(),
-            teacher_column=column,
-            students=_Students(
+            _Teachers(by_teacher, pairs_GVB.sum(dim=1).flatten(), column, self.usage),
+            _Students(
                 features=x_SD.contiguous(),
                 softmax=by_student,
-                weight=n_S.flatten() * scale,
-                coefficient=self._coefficients(chunk, by_teacher.mass / scale),
+                weight=pairs_GVB.sum(dim=0).flatten() * scale,
+                coefficient=_over_mass(pairs_GVB * scale, by_teacher.mass),
                 feature_gradient=x_gradient,
                 weight_gradient=self.weight_gradient,
                 bias_gradient=self.bias_gradient,
@@ -215,13 +206,13 @@ class _Step:
         )
         chunk.students_of(self.feature_gradient).add_(x_gradient.view_as(students))
 
-    def _coefficients(self, chunk: Chunk, mass_T: Tensor) -> Tensor:
-        """[G, S] weights a_ts of a chunk's pairs of views, each of one image with itself, over the mass of the teacher row."""
+    def _pairs(self, chunk: Chunk) -> Tensor:
+        """[G, V, B] weights of a chunk's pairs of views, each of one image with itself."""
         pairs, by_image = self.inputs.pairing.view_weights.to(torch.float32), self.inputs.pairing.image_weights
         pairs = pairs[chunk.teacher_views, chunk.student_views]
         images = chunk.images.stop - chunk.images.start
         r_B = pairs.new_ones(images) if by_image is None else by_image[chunk.images].to(torch.float32)
-        return (pairs[:, :, None] * (r_B / mass_T.view(-1, 1, images))).flatten(1).contiguous()
+        return pairs[:, :, None] * r_B
 
     def _pull_back(self) -> _PullBack:
         prototypes = self.inputs.student
@@ -299,20 +290,26 @@ class _Students:
     pull_back: _PullBack | None
 
 
+class _Teachers(NamedTuple):
+    """The teacher's side of a gathering pass."""
+
+    softmax: Softmax
+    weight: Tensor  # [T] n_t
+    column: int  # of the logits, that its rows start at
+    usage: Tensor  # [K] added to
+
+
+def _over_mass(pairs_GVB: Tensor, mass_T: Tensor) -> Tensor:
+    """[G, S] the pairs' weights over the mass of their teacher row, which turns 2^(l - top) into a probability."""
+    return (pairs_GVB / mass_T.view(len(pairs_GVB), 1, -1)).flatten(1).contiguous()
+
+
 def _gather(
-    keys: NativeKeys,
-    logits: Logits,
-    products: torch.dtype,
-    *,
-    usage: Tensor,
-    teacher: Softmax,
-    teacher_weight: Tensor,
-    teacher_column: int = 0,
-    students: _Students | None = None,
+    keys: NativeKeys, logits: Logits, products: torch.dtype, teachers: _Teachers, students: _Students | None = None
 ) -> None:
     """From stored logits to the sums over rows; without students the usage alone."""
     native, run = module.built(), module.execution(products)
-    teachers, teacher_factor = len(teacher_weight), teacher_weight / teacher.mass
+    teacher_factor = teachers.weight / teachers.softmax.mass
     student_factor = None if students is None else students.weight / students.softmax.mass
     views = 1 if students is None else len(students.coefficient)
     mine = students
@@ -321,14 +318,14 @@ def _gather(
         weight=module.weight_of(keys.weight),
         gain=module.address(keys.gain),
         logits=logits.for_module(),
-        teacher_column=teacher_column,
+        teacher_column=teachers.column,
         student_rows=0 if mine is None else len(mine.features),
-        teacher_rows=teachers,
-        images=teachers // views,
+        teacher_rows=len(teachers.weight),
+        images=len(teachers.weight) // views,
         teacher_views=views,
         student_top=module.address(None if mine is None else mine.softmax.top),
         student_factor=module.address(student_factor),
-        teacher_top=module.address(teacher.top),
+        teacher_top=module.address(teachers.softmax.top),
         teacher_factor=module.address(teacher_factor),
         coefficient=module.address(None if mine is None else mine.coefficient),
         features=module.address(None if mine is None else mine.features),
@@ -336,7 +333,7 @@ def _gather(
         feature_gradient=module.address(None if mine is None else mine.feature_gradient),
         weight_gradient=module.address(None if mine is None else mine.weight_gradient),
         bias_gradient=module.address(None if mine is None else mine.bias_gradient),
-        usage=module.address(usage),
+        usage=module.address(teachers.usage),
         first=mine is not None and mine.first,
         pull_back=pull_back,
     )
