@@ -196,7 +196,7 @@ class _Step:
                 features=x_SD.contiguous(),
                 softmax=by_student,
                 weight=pairs_GVB.sum(dim=0).flatten() * scale,
-                coefficient=_over_mass(pairs_GVB * scale, by_teacher.mass),
+                coefficient=_over_mass(pairs_GVB, by_teacher.mass / scale),
                 feature_gradient=x_gradient,
                 weight_gradient=self.weight_gradient,
                 bias_gradient=self.bias_gradient,
@@ -301,7 +301,7 @@ class _Teachers(NamedTuple):
 
 def _over_mass(pairs_GVB: Tensor, mass_T: Tensor) -> Tensor:
     """[G, S] the pairs' weights over the mass of their teacher row, which turns 2^(l - top) into a probability."""
-    return (pairs_GVB / mass_T.view(len(pairs_GVB), 1, -1)).flatten(1).contiguous()
+    return (pairs_GVB * mass_T.view(len(pairs_GVB), 1, -1).reciprocal()).flatten(1).contiguous()
 
 
 def _gather(
