@@ -97,7 +97,9 @@ def binding_flags() -> list[str]:
     # A copy: an isolated build has its own in a new folder each time, and another command line is another compilation.
     headers = BUILD / f"pybind11-{pybind11.__version__}"
     if not headers.exists():
-        shutil.copytree(pybind11.get_include(), headers)
+        headers.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=headers.parent) as folder:  # whole or not at all, if this is interrupted
+            shutil.copytree(pybind11.get_include(), Path(folder, "headers")).rename(headers)
     return ["-isystem", str(headers), "-isystem", sysconfig.get_path("include")]
 
 
@@ -137,7 +139,7 @@ def find_nvcc() -> Path:
 
 
 def cuda_archs(setting: str | None) -> list[str]:
-    """The parts that VMF_CUDA_ARCHS asks for.
+    """The parts that VMF_CUDA_ARCHS asks for; 90 is read as 90a, for the same GPUs, as plain code of the passes only traps.
 
     Raises:
         SystemExit: it is no list of parts that the sources can be compiled for.
@@ -147,7 +149,7 @@ def cuda_archs(setting: str | None) -> list[str]:
         return CUDA_ARCHS
     if setting.strip() == "none":
         raise CannotBuildError("VMF_CUDA_ARCHS is none")
-    archs = list(dict.fromkeys(setting.split()))
+    archs = list(dict.fromkeys("90a" if arch == "90" else arch for arch in setting.split()))
     for arch in archs or [""]:
         if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < OLDEST_ARCH:
             expected = f"compute capabilities from {OLDEST_ARCH} up such as '{' '.join(CUDA_ARCHS)}', or 'none'"

@@ -283,22 +283,24 @@ def results(**changes: Any) -> dict[str, Any]:
         cuda = {"status": "failed"} if cuda_ms is None else {"status": "ok", "step_ms": {"median": cuda_ms}}
         ours = {"status": "ok", "step_ms": {"median": ours_ms}}
         variants = {"ours": ours, "cuda": cuda, "B1": {"status": "ok", "step_ms": {"median": 9.0}}}
-        return {"name": f"{rows} D{dim}", "student_rows": rows, "dim": dim, "variants": variants}
+        sizes = {"student_rows": rows, "prototypes": 65536, "dim": dim}
+        return {"name": f"{rows} D{dim}", **sizes, "variants": variants}
 
+    tests = {"tests": 40, "skipped": 2, "failed": []}
     found = [workload(3771, 256, 2.0, 1.6), workload(640, 256, 0.5, 0.6), workload(640, 200, 0.5, None)]
     found += [workload(640, 384, 0.9, 0.8), workload(640, 768, 3.0, 2.0)]
     return {
         "dry_run": False,
         "backend": "triton",
         "environment": {"device": {"compute_capability": "9.0"}, "uncommitted_changes": False},
-        "stages": {"tests": {"tests": 90, "failed": []}, "tests cuda": {"tests": 40, "failed": []}},
+        "stages": {"tests": {"tests": 90, "failed": []}, "tests cuda": tests},
         "results": {f"head {i}": each for i, each in enumerate(found)},
     } | changes
 
 
 def test_the_table_of_wins_has_what_was_measured_side_by_side() -> None:
     table = wins.measured_table(results(), SOURCE)
-    entry = {"rows": 640, "cuda_ms": 0.6, "triton_ms": 0.5, "source": SOURCE}
+    entry = {"rows": 640, "prototypes": 65536, "cuda_ms": 0.6, "triton_ms": 0.5, "source": SOURCE}
     assert table["90"]["bf16"]["256"] == [entry, entry | {"rows": 3771, "cuda_ms": 1.6, "triton_ms": 2.0}]
     assert set(table["90"]["bf16"]) == {"256", "384"}, "768 has no such kernels, and 200 was not timed"
 
@@ -321,7 +323,14 @@ def test_where_cuda_was_asked_for_triton_is_beside() -> None:
         ),
         ({"stages": {}}, "no test of the backend was run"),
         ({"stages": {"tests cuda": {"status": "timed out", "reason": "..."}}}, "no test of the backend was run"),
-        ({"stages": {"tests cuda": {"tests": 9, "failed": ["tests.gpu.test_cuda::test_x"]}}}, "failed: tests.gpu.t"),
+        (
+            {"stages": {"tests cuda": {"tests": 9, "skipped": 9, "failed": []}}},
+            "all 9 tests of the backend were skipped",
+        ),
+        (
+            {"stages": {"tests cuda": {"tests": 9, "skipped": 8, "failed": ["tests.gpu.test_cuda::test_x"]}}},
+            "failed: tests.gpu.t",
+        ),
         ({"results": {}}, "no workload in which both cuda and triton were timed"),
     ],
 )
@@ -343,7 +352,7 @@ def test_auto_goes_by_the_table_that_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, source = tmp_path / "measured.json", tmp_path / "head.json"
-    kept = {"rows": 1, "cuda_ms": 2.0, "triton_ms": 1.0, "source": "an older one"}
+    kept = {"rows": 1, "prototypes": 9, "cuda_ms": 2.0, "triton_ms": 1.0, "source": "an older one"}
     path.write_text(json.dumps({"measured": {"90": {"fp16": {"256": [kept]}}}}))
     source.write_text(json.dumps(results()))
     wins.main([str(source), "--out", str(path)])
@@ -351,8 +360,10 @@ def test_auto_goes_by_the_table_that_is_written(
     monkeypatch.setattr(measured, "TABLE_PATH", path)
     measured.table.cache_clear()
     try:
-        found = {rows: measured.wins(90, "bf16", 256, rows) for rows in (100, 640, 2000, 3771, 9999)}
+        found = {rows: measured.wins(90, "bf16", 256, rows, 65_536) for rows in (100, 640, 2000, 3771, 9999)}
         assert found == {100: False, 640: False, 2000: False, 3771: True, 9999: True}
+        by_prototypes = {k: measured.wins(90, "bf16", 256, 3771, k) for k in (8192, 32767, 32768, 131072)}
+        assert by_prototypes == {8192: False, 32767: False, 32768: True, 131072: True}
         assert measured.measurements(90, "fp16", 256) == [measured.Measurement(**kept)]
     finally:
         measured.table.cache_clear()

@@ -246,7 +246,14 @@ def test_archs_that_are_none_are_refused(setting: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "archs"), [(None, ["80", "90a", "100"]), ("90a", ["90a"]), (" 120f  80 120f", ["120f", "80"])]
+    ("setting", "archs"),
+    [
+        (None, ["80", "90a", "100"]),
+        ("90a", ["90a"]),
+        (" 120f  80 120f", ["120f", "80"]),
+        ("90", ["90a"]),  # plain code for Hopper only traps
+        ("90 80 90a", ["90a", "80"]),
+    ],
 )
 def test_archs_are_read(setting: str | None, archs: list[str]) -> None:
     assert setup_module().cuda_archs(setting) == archs

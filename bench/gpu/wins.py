@@ -37,8 +37,8 @@ def measured_table(data: Mapping[str, Any], source: str) -> dict[str, Any]:
         source: where it lies, below the repository's root.
 
     Raises:
-        UntrustworthyError: it is of a dry run or of changed sources, a test of the CUDA backend failed or none ran, a result
-            was wrong, or nothing was measured side by side.
+        UntrustworthyError: it is of a dry run or of changed sources, a test of the CUDA backend failed or all were skipped, a
+            result was wrong, or nothing was measured side by side.
     """
     refuse_unfit(data)
     arch = str(round(10 * float(data["environment"]["device"]["compute_capability"])))
@@ -52,7 +52,7 @@ def measured_table(data: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def refuse_unfit(data: Mapping[str, Any]) -> None:
-    """Raise UntrustworthyError unless the run was real, of committed sources, and the CUDA backend's tests passed."""
+    """Raise UntrustworthyError unless the run was real, of committed sources, and the CUDA backend's tests ran and passed."""
     if data["dry_run"]:
         raise UntrustworthyError("these are results of a dry run; expected those of a GPU")
     if data["environment"]["uncommitted_changes"]:
@@ -60,6 +60,8 @@ def refuse_unfit(data: Mapping[str, Any]) -> None:
     tests = data["stages"].get(TESTS_OF_CUDA, {})
     if not tests.get("tests"):
         raise UntrustworthyError("no test of the backend was run to its end")
+    if tests["tests"] <= tests["skipped"]:
+        raise UntrustworthyError(f"all {tests['tests']} tests of the backend were skipped; expected some that ran")
     if tests["failed"]:
         raise UntrustworthyError(f"tests of the backend failed: {', '.join(tests['failed'])}")
 
@@ -75,7 +77,8 @@ def side_by_side(data: Mapping[str, Any], source: str) -> Iterator[tuple[int, Me
             raise UntrustworthyError(f"{workload['name']}: a result is wrong, {wrong[0]}")
         times = [one.get("step_ms", {}).get("median") for one in pair]
         if None not in times and workload["dim"] <= MAX_DIM:
-            yield width_of(workload["dim"]), Measurement(workload["student_rows"], times[0], times[1], source)
+            sizes = workload["student_rows"], workload["prototypes"]
+            yield width_of(workload["dim"]), Measurement(*sizes, times[0], times[1], source)
 
 
 def write(path: Path, results: Path) -> dict[str, Any]:

@@ -35,9 +35,16 @@ struct Queue {
 };
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) +
-                             ")");
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is raised here; left behind, the check after the next launch would find it
+  throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+}
+
+// 13000 for 13.0
+int version(cudaError_t (*get)(int*), const char* what) {
+  int found = 0;
+  check(get(&found), what);
+  return found;
 }
 
 template <class Call> void launch(const char* what, Queue queue, Call call) {
@@ -201,6 +208,9 @@ void bind_column_pass(py::module_& module) {
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "The CUDA kernels of vmf_kernels.backends.cuda.";
   module.attr("archs") = archs();
+  module.def("runtime_version", [] { return version(cudaRuntimeGetVersion, "asking for the runtime's version"); });
+  // 0 where there is no driver
+  module.def("driver_version", [] { return version(cudaDriverGetVersion, "asking for the driver's version"); });
   py::enum_<Element>(module, "Element", py::module_local())
       .value("bf16", Element::bf16)
       .value("fp16", Element::fp16);

@@ -13,7 +13,6 @@
 
 namespace vmf::cuda {
 
-constexpr int PROTOTYPE_PADDING = 256;
 constexpr int MOST_SPLITS = 65535;  // of a grid's second dimension
 
 inline bool are_aligned(std::initializer_list<const void*> pointers) {

@@ -182,16 +182,20 @@ cudaError_t launch_rows_by_values(const RowPass& pass, cudaStream_t stream) {
 }
 
 bool is_valid(const RowPass& pass) {
+  const bool has_own_values = pass.values != nullptr && pass.values != pass.keys;
   return pass.rows > 0 && pass.rows % QUERIES == 0 && pass.prototypes > 0 && pass.prototypes % PROTOTYPE_PADDING == 0 &&
          pass.splits > 0 && pass.split_size > 0 && pass.split_size % prototype_tile(pass.width, false) == 0 &&
          static_cast<long>(pass.splits) * pass.split_size >= pass.prototypes && pass.splits <= MOST_SPLITS &&
-         (pass.values == nullptr) == (pass.barycentre == nullptr) &&
+         (pass.values == nullptr) == (pass.barycentre == nullptr) && (has_own_values || pass.value_bias == nullptr) &&
          are_aligned({pass.features, pass.keys, pass.values, pass.bias, pass.value_bias, pass.barycentre});
 }
 
 }  // namespace
 
 int row_tile() { return QUERIES; }
+
+static_assert(Tile<64>::KEYS == Tile<128>::KEYS && Tile<192>::KEYS == Tile<256>::KEYS &&
+              Tile<256>::KEYS == Tile<384>::KEYS, "prototype_tile names the tile of 128 and of 256 for all widths");
 
 int prototype_tile(int width, bool) { return width <= 128 ? Tile<128>::KEYS : Tile<256>::KEYS; }
 

@@ -22,6 +22,8 @@ constexpr int BOX_BYTES_PER_ROW = 128;
 constexpr int CONSUMER_REGISTERS = 240;
 constexpr int PRODUCER_REGISTERS = 24;
 
+constexpr int PROTOTYPE_PADDING = 256;  // what the callers pad K to: whole tiles and whole blocks, whatever the width
+
 constexpr int SHARED_LIMIT = 227 * 1024;  // bytes a block may have on compute capability 9.0
 
 // KEYS:  64 where the sums take 96 or 128 registers of a thread, so that logits (32) and probabilities (16) fit beside them;
@@ -52,7 +54,13 @@ struct Tile : Sizes<WIDTH_> {
   static constexpr int LOGITS = KEYS / 2;   // fp32 registers of a thread: 64 x KEYS over 128 threads
   static constexpr int WEIGHTS = KEYS / 4;  // 32-bit registers, two 16-bit probabilities in each
   static constexpr int SUMS = PANEL / 2;    // fp32 registers of a thread
+  // The passes count tiles by division: what is left over would be dropped, and never missed.
+  static_assert(PROTOTYPE_PADDING % KEYS == 0, "a tile of the row pass must divide what prototypes are padded to");
+  static_assert(QUERIES % KEYS == 0, "a tile of the column pass must divide what rows are padded to");
+  static_assert(WIDTH % PANEL == 0, "panels must share out the columns");
 };
+
+static_assert(PROTOTYPE_PADDING % QUERIES == 0, "blocks of the column pass must share out the padded prototypes");
 
 // Shared memory of a block. Swizzled tiles start at multiples of 1024 bytes: the pattern repeats with eight rows of 128.
 template <typename T>

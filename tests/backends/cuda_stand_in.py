@@ -165,6 +165,12 @@ class StandIn:
         self.damage = damage
         self.called: list[str] = []
 
+    def runtime_version(self) -> int:
+        return 13000
+
+    def driver_version(self) -> int:
+        return 13000
+
     def row_tile(self) -> int:
         return ROW_TILE
 

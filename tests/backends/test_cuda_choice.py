@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import importlib.machinery
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vmf_kernels
 from tests.backends.cuda_stand_in import StandIn, standing_in
 from vmf_kernels import assign
 from vmf_kernels.backends.cuda import binding, measured
@@ -22,11 +27,13 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU he
 BUILT = pytest.mark.skipif(
     importlib.util.find_spec(binding.NAME) is None, reason=f"{binding.NAME} has not been built here: no nvcc"
 )
-ENTRY = {"rows": 640, "cuda_ms": 1.0, "triton_ms": 1.5, "source": "bench/results/device/head.json"}
+ENTRY = {"rows": 640, "prototypes": 1000, "cuda_ms": 1.0, "triton_ms": 1.5, "source": "bench/results/device/head.json"}
 
 
-def tensors(dtype: torch.dtype = BF16, dim: int = 200, rows: int = 640) -> tuple[Tensor, Tensor]:
-    return torch.empty(rows, dim, dtype=dtype), torch.empty(3, dim)
+def tensors(
+    dtype: torch.dtype = BF16, dim: int = 200, rows: int = 640, prototypes: int = 1000
+) -> tuple[Tensor, Tensor]:
+    return torch.empty(rows, dim, dtype=dtype), torch.empty(prototypes, dim)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +50,14 @@ def test_what_it_cannot_run_is_said(dtype: torch.dtype, dim: int, said: str) -> 
         assign.choose_backend("cuda", *tensors(dtype, dim))
 
 
-def reason_on(arch: int, archs: tuple[str, ...] | None) -> str | None:
-    """What is said about a GPU of this compute capability, by a module built for these parts or absent."""
-    module = None if archs is None else mock.Mock(archs=archs)
+def reason_on(arch: int, archs: tuple[str, ...], runtime: int = 13000, driver: int = 13000) -> str | None:
+    """What is said about a GPU of this compute capability, by a module built for these parts, beside this driver."""
+    module = mock.Mock(archs=archs)
+    module.runtime_version.return_value, module.driver_version.return_value = runtime, driver
     with (
         mock.patch.object(launch, "unsupported_device", return_value=None),
         mock.patch.object(launch, "target_of", return_value=launch.Target(arch, 132)),
+        mock.patch.object(binding, "missing", return_value=None),
         mock.patch.object(binding, "module", return_value=module),
     ):
         return binding.unsupported_device(torch.device("cuda", 0))
@@ -57,13 +66,12 @@ def reason_on(arch: int, archs: tuple[str, ...] | None) -> str | None:
 @pytest.mark.parametrize(
     ("arch", "archs", "said"),
     [
-        (90, None, "vmf_kernels._cuda has not been built; install the package where nvcc is found"),
         (90, ("80", "100"), "built for 80 100; install the package again with 90a among VMF_CUDA_ARCHS"),
         (80, ("80", "90a"), "its passes are for compute capability 9.0, but cuda:0 has 8.0"),
         (100, ("80", "90a"), "its passes are for compute capability 9.0, but cuda:0 has 10.0"),
     ],
 )
-def test_a_device_or_a_build_that_does_not_suit_is_said(arch: int, archs: tuple[str, ...] | None, said: str) -> None:
+def test_a_device_or_a_build_that_does_not_suit_is_said(arch: int, archs: tuple[str, ...], said: str) -> None:
     reason = reason_on(arch, archs)
     assert reason is not None
     assert said in reason, reason
@@ -74,19 +82,71 @@ def test_hopper_with_its_code_suits() -> None:
     assert reason_on(90, ("80", "90a")) is None
 
 
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [
+        (12090, "vmf_kernels._cuda has been built with CUDA 13.1, but the driver is for 12.9; update either"),
+        (0, "vmf_kernels._cuda has been built with CUDA 13.1, but the driver is for 0.0; update either"),
+        (13000, None),
+        (14020, None),
+    ],
+)
+def test_a_driver_of_an_older_major_version_is_said(driver: int, said: str | None) -> None:
+    assert reason_on(90, ("90a",), runtime=13010, driver=driver) == said
+
+
+@pytest.fixture
+def imports_anew() -> Iterator[None]:
+    """What is known of the compiled module is found out again, and again after the test."""
+    for known in (binding.missing, binding.module):
+        known.cache_clear()
+    yield
+    for known in (binding.missing, binding.module):
+        known.cache_clear()
+
+
+def test_a_module_that_was_not_built_is_said(imports_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert binding.module() is None
+    said = "vmf_kernels._cuda has not been built; install the package where nvcc is found"
+    assert str(binding.unusable()).startswith(said)
+
+
+def test_a_module_that_does_not_load_is_said(
+    imports_anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the right name that no linker takes, as a module of another machine."""
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / f"_cuda{suffix}").write_text("no library")
+    monkeypatch.setattr(vmf_kernels, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, binding.NAME, raising=False)
+    importlib.invalidate_caches()
+    assert binding.module() is None
+    reason = str(binding.unusable())
+    assert reason.startswith("vmf_kernels._cuda cannot be loaded ("), reason
+    assert reason.endswith("install the package again on this machine"), reason
+
+
+@BUILT
+def test_a_module_that_loads_is_there(imports_anew: None) -> None:
+    """Negative control of the two above."""
+    assert binding.missing() is None
+    assert binding.module() is sys.modules[binding.NAME]
+
+
 @NO_GPU
 def test_absent_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     assert binding.unsupported_device(torch.device("cuda", 0)) == "the package triton is not installed"
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], rows: int = 640) -> str:
+def chosen(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], rows: int = 640, prototypes: int = 1000) -> str:
     """What "auto" takes on a device where both could run, which the CPU stands for."""
     monkeypatch.setattr(assign, "PREFERENCE", {"cpu": assign.PREFERENCE["cuda"]})
     monkeypatch.setattr(measured, "table", lambda: table)
     monkeypatch.setattr(launch, "target_of", lambda device: launch.Target(90, 132))
     with standing_in():
-        backend = assign.choose_backend("auto", *tensors(rows=rows))
+        backend = assign.choose_backend("auto", *tensors(rows=rows, prototypes=prototypes))
     return next(name for name, known in assign.BACKENDS.items() if known is backend)
 
 
@@ -143,6 +203,14 @@ def test_the_nearest_measured_numbers_of_rows_decide(rows: int, expected: str, m
 @NO_GPU
 def test_beyond_the_most_measured_rows_those_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, {"90": {"bf16": {"256": [ENTRY]}}}, rows=10**5) == "cuda"
+
+
+@NO_GPU
+@pytest.mark.parametrize(("prototypes", "expected"), [(3, "triton"), (499, "triton"), (500, "cuda"), (4000, "cuda")])
+def test_measurements_of_more_than_twice_the_prototypes_tell_nothing(
+    prototypes: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen(monkeypatch, {"90": {"bf16": {"256": [ENTRY]}}}, prototypes=prototypes) == expected
 
 
 def test_every_entry_of_the_table_names_a_result_file_that_exists() -> None:
@@ -242,12 +310,20 @@ def test_the_compiled_module_raises_where_there_is_no_driver(what: str) -> None:
 @BUILT
 def test_the_compiled_module_names_its_parts_and_tiles() -> None:
     module = binding.module()
-    assert set(module.archs) <= {"80", "86", "89", "90", "90a", "100", "100a", "120"}, module.archs
+    assert set(module.archs) <= {"80", "86", "89", "90a", "100", "100a", "120"}, module.archs
     assert module.archs, "compiled for no part"
     for width in (64, 128, 192, 256, 384):
         tiles = {module.prototype_tile(width=width, own_values=own) for own in (False, True)}
         assert all(256 % tile == 0 for tile in tiles), f"tiles {tiles} do not divide the padding of 256"
     assert 256 % module.row_tile() == 0, "prototypes take the rows' place in column_log_sum_exp"
+
+
+@BUILT
+def test_the_compiled_module_knows_versions_also_where_there_is_no_driver() -> None:
+    module = binding.module()
+    assert module.runtime_version() >= 12050, module.runtime_version()
+    has_driver = ctypes.util.find_library("cuda") is not None
+    assert (module.driver_version() > 0) == has_driver, module.driver_version()
 
 
 @BUILT

@@ -366,7 +366,7 @@ def check_against_triton(prototypes: Prototypes, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_auto_takes_it_only_where_it_was_measured_to_win(hopper: torch.device) -> None:
     rows = torch.empty(640, 256, dtype=BF16, device=hopper)
-    won = measured.wins(launch.target_of(hopper).arch, "bf16", 256, 640)
+    won = measured.wins(launch.target_of(hopper).arch, "bf16", 256, 640, len(rows))
     assert choose_backend("auto", rows, rows) is BACKENDS["cuda" if won else "triton"]
 
 

@@ -18,7 +18,11 @@ from vmf_kernels.prototypes import Prototypes
 
 
 class CudaBackend:
-    """``contract.Backend`` on csrc/cuda: no logits in memory, no atomics, no host synchronisation."""
+    """``contract.Backend`` on csrc/cuda: no logits in memory, no atomics, no host synchronisation.
+
+    The first call of each width, dtype and mode (which gradients, usage or log sums) on a device must not be inside the capture
+    of a CUDA graph: code is loaded and given its shared memory then, and Triton compiles what lies between.
+    """
 
     def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
         """Dtypes and embedding dims there are no kernels for, other devices, and what is not built or installed."""
@@ -29,9 +33,13 @@ class CudaBackend:
         return binding.unsupported_device(rows.device)
 
     def wins(self, rows: Tensor, weight: Tensor) -> bool:
-        """Whether measurements show that it is faster than Triton on such tensors, which it can run on."""
-        arch = launch.target_of(rows.device).arch
-        return measured.wins(arch, binding.ELEMENTS[rows.dtype], width_of(weight.shape[1]), rows.shape[0])
+        """Whether measurements show that it is faster than Triton on such tensors, which it can run on.
+
+        They are of the loss, forward and backward, at the K they record; it decides for all four operations. With less than
+        half of that K the answer is no.
+        """
+        arch, (prototypes, dim) = launch.target_of(rows.device).arch, weight.shape
+        return measured.wins(arch, binding.ELEMENTS[rows.dtype], width_of(dim), rows.shape[0], prototypes)
 
     def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
         """See ``contract.Backend``."""

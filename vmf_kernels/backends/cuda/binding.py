@@ -20,13 +20,26 @@ ARCH, CODE = (
     90,
     "90a",
 )  # what the streaming passes are written for: compute capability * 10, and the name nvcc has for it
+MAJOR = 1000  # of a version as CUDA has it: 1000 major + 10 minor
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # of the products
 
 
 @functools.cache
 def module() -> Any:
-    """The compiled module, imported when it is first wanted; None where it has not been built."""
-    return None if importlib.util.find_spec(NAME) is None else importlib.import_module(NAME)
+    """The compiled module, imported when it is first wanted; None where ``missing`` says why."""
+    return None if missing() is not None else importlib.import_module(NAME)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the compiled module cannot be imported, or None."""
+    if importlib.util.find_spec(NAME) is None:
+        return f"{NAME} has not been built; install the package where nvcc is found, with {CODE} among VMF_CUDA_ARCHS"
+    try:
+        importlib.import_module(NAME)
+    except ImportError as error:  # of another Python, or a library that it needs is not here
+        return f"{NAME} cannot be loaded ({error}); install the package again on this machine"
+    return None
 
 
 def unsupported_device(device: torch.device) -> str | None:
@@ -38,17 +51,27 @@ def unsupported_device(device: torch.device) -> str | None:
         return reason
     if (arch := launch.target_of(device).arch) != ARCH:
         return f"its passes are for compute capability {ARCH / 10:.1f}, but {device} has {arch / 10:.1f}"
-    return unbuilt()
+    return unusable()
 
 
-def unbuilt() -> str | None:
-    """Why the compiled module is of no use, or None."""
-    if module() is None:
-        return f"{NAME} has not been built; install the package where nvcc is found, with {CODE} among VMF_CUDA_ARCHS"
+def unusable() -> str | None:
+    """Why the compiled module is of no use beside this machine's driver, or None."""
+    if (reason := missing()) is not None:
+        return reason
     if CODE not in module().archs:
         archs = " ".join(module().archs)
         return f"{NAME} has been built for {archs}; install the package again with {CODE} among VMF_CUDA_ARCHS"
+    runtime, driver = module().runtime_version(), module().driver_version()
+    if driver // MAJOR < runtime // MAJOR:  # within one major version older drivers serve
+        return (
+            f"{NAME} has been built with CUDA {dotted(runtime)}, but the driver is for {dotted(driver)}; update either"
+        )
     return None
+
+
+def dotted(version: int) -> str:
+    """13000 -> "13.0"."""
+    return f"{version // MAJOR}.{version % MAJOR // 10}"
 
 
 def queue(tensor: Tensor) -> Any:

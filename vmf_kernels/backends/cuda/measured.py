@@ -3,7 +3,7 @@
 The table is ``measured.json`` beside this file, ``{compute capability * 10: {"bf16" or "fp16": {width: [measurement, ...]}}}``,
 written by a command of bench/ from a committed result file. Nothing is taken that nobody measured: the table starts empty.
 
-Legend: R rows, D embedding dim.
+Legend: R rows, K prototypes, D embedding dim.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TABLE_PATH = Path(__file__).parent / "measured.json"
+MOST_TIMES = 2  # the prototypes at hand, in a measurement that still tells something of them: a choice, not measured
 
 
 class Measurement(NamedTuple):
     """One forward and backward pass of both backends, measured side by side; an entry of the table has these fields."""
 
     rows: int  # the student's
+    prototypes: int
     cuda_ms: float
     triton_ms: float
     source: str  # the result file in bench/results that it is from
@@ -31,18 +33,20 @@ class Measurement(NamedTuple):
         return self.cuda_ms < self.triton_ms
 
 
-def wins(arch: int, element: str, width: int, rows: int) -> bool:
+def wins(arch: int, element: str, width: int, rows: int, prototypes: int) -> bool:
     """Whether these kernels were faster at the nearest measured numbers of rows on either side.
 
-    Beyond the most rows that were measured those decide; below the fewest nothing is known, and the answer is no.
+    Beyond the most rows that were measured those decide; below the fewest nothing is known, and the answer is no. Measurements
+    of more than twice the prototypes tell nothing: with fewer, launches and what lies between the passes weigh more.
 
     Args:
         arch: compute capability * 10.
         element: "bf16" or "fp16".
         width: D with its padding.
         rows: R.
+        prototypes: K.
     """
-    known = measurements(arch, element, width)
+    known = [one for one in measurements(arch, element, width) if one.prototypes <= MOST_TIMES * prototypes]
     below = max((one.rows for one in known if one.rows <= rows), default=None)
     above = min((one.rows for one in known if one.rows >= rows), default=below)
     return below is not None and all(one.won for one in known if one.rows in (below, above))
