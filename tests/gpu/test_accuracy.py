@@ -201,7 +201,9 @@ def test_usage_and_log_sums_match_the_fp64_truth(device: torch.device) -> None:
     check_log_sums(257, K, 256, BF16, device)
 
 
-def check_log_sums(rows: int, prototypes: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_log_sums(
+    rows: int, prototypes: int, dim: int, dtype: torch.dtype, device: torch.device, backend: str = "triton"
+) -> None:
     """Prototypes of free norm: what is stored is what is multiplied, so that 16 bits round nothing but the inputs."""
     problem = random_problem(
         views=(rows, rows), prototypes=prototypes, dim=dim, kind="linear_vmf", dtype=dtype, device=device
@@ -217,7 +219,7 @@ def check_log_sums(rows: int, prototypes: int, dim: int, dtype: torch.dtype, dev
         }
 
     exact = results(problem.to(FP64), "reference", offset)
-    for name, got in results(problem, "triton", offset.float()).items():
+    for name, got in results(problem, backend, offset.float()).items():
         error = ((got - exact[name]).abs() / (1 + exact[name].abs())).max().item()
         assert error <= 2e-5, f"{name}: relative error {error:.1e}, budget 2e-05"
 

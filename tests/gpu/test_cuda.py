@@ -27,12 +27,12 @@ from tests.backends.test_triton_prototypes import (
     in_fp64,
     incoming,
 )
-from tests.gpu.test_accuracy import products_of
+from tests.gpu.test_accuracy import check_log_sums, products_of
 from tests.gpu.test_capture import Step, check_repeats, check_replays, recorded, refill_rows, training_problem
 from tests.gpu.test_devices import assert_equal, moved
 from tests.test_cross_entropy import HARD
-from vmf_kernels import Prototypes, prototype_usage
-from vmf_kernels.assign import BACKENDS, choose_backend, column_log_sum_exp, row_log_sum_exp
+from vmf_kernels import Prototypes
+from vmf_kernels.assign import BACKENDS, choose_backend
 from vmf_kernels.backends.cuda import binding, measured
 from vmf_kernels.backends.cuda import prototypes as ours
 from vmf_kernels.backends.triton import launch
@@ -185,27 +185,7 @@ def test_a_damaged_launch_fails_the_budget(hopper: torch.device) -> None:
 def test_usage_and_log_sums_match_the_fp64_truth(
     rows: int, prototypes: int, dim: int, dtype: torch.dtype, hopper: torch.device
 ) -> None:
-    check_log_sums(rows, prototypes, dim, dtype, hopper)
-
-
-def check_log_sums(rows: int, prototypes: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Prototypes of free norm: what is stored is what is multiplied, so that 16 bits round nothing but the inputs."""
-    shape = {"views": (rows, rows), "prototypes": prototypes, "dim": dim}
-    problem = random_problem(**shape, kind="linear_vmf", dtype=dtype, device=device)
-    offset = torch.randn(rows, dtype=FP64, device=device)
-
-    def results(problem: Problem, backend: str, offset: Tensor) -> dict[str, Tensor]:
-        x, p = problem.teacher_features, problem.teacher_prototypes
-        return {
-            "usage": prototype_usage(x, p, 0.07, problem.teacher_bias, backend=backend) * prototypes,
-            "rows": row_log_sum_exp(x, p, 0.07, backend=backend),
-            "columns": column_log_sum_exp(x, p, 0.07, offset, backend=backend),
-        }
-
-    exact = results(problem.to(FP64), "reference", offset)
-    for name, got in results(problem, "cuda", offset.float()).items():
-        error = ((got - exact[name]).abs() / (1 + exact[name].abs())).max().item()
-        assert error <= 2e-5, f"{name}: relative error {error:.1e}, budget 2e-05"
+    check_log_sums(rows, prototypes, dim, dtype, hopper, "cuda")
 
 
 def loss_step(problem: Problem) -> Step:
@@ -379,7 +359,7 @@ def test_dry_run_at_toy_size() -> None:
         check_hard(SOFT[0], CPU, images=2, prototypes=40)
         check(in_16_bits(random_problem(images=4, views=(2, 4), prototypes=40, dim=64, dtype=FP32)))
         check_that_damage_shows(random_problem(images=7, views=(2, 3), prototypes=40, dim=64, dtype=BF16))
-        check_log_sums(3, 40, 64, BF16, CPU)
+        check_log_sums(3, 40, 64, BF16, CPU, "cuda")
         problem = training_problem(CPU, 1, 33, 64, crops=2)
         check_graph(problem, rounds=1)
         check_repeats(loss_step(problem), CPU, runs=2)

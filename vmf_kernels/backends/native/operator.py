@@ -214,8 +214,11 @@ class _Step:
         r_B = pairs.new_ones(images) if by_image is None else by_image[chunk.images].to(torch.float32)
         return pairs[:, :, None] * r_B
 
-    def _pull_back(self) -> _PullBack:
+    def _pull_back(self) -> _PullBack | None:
+        """None where what is stored is the effective prototypes and nothing else depends on their norms."""
         prototypes = self.inputs.student
+        if prototypes.kind == "linear":
+            return None
         norm = torch.linalg.vector_norm(self.student.weight, dim=1, dtype=torch.float32)
         slope = None
         if prototypes.has_normalizer:
