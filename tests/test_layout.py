@@ -17,6 +17,7 @@ MOST_LINES = 400
 
 # Each module imports only from modules above it.
 ORDER = [
+    "tensors",
     "_debye",
     "bessel",
     "prototypes",
@@ -53,10 +54,13 @@ ORDER = [
     "backends.cuda.prototypes",
     "backends.cuda.passes",
     "backends.cuda",
+    "operators",
     "assign",
     "once",
     "cross_entropy",
     "dense_cross_entropy",
+    "row_index",
+    "einops_backend",
     "unstored",
     "logits",
     "targets",

@@ -5,9 +5,7 @@ Legend: R rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +17,10 @@ from vmf_kernels.backends.contract import Backend
 from vmf_kernels.backends.cuda import CudaBackend
 from vmf_kernels.backends.native import NativeBackend
 from vmf_kernels.backends.triton import TritonBackend
+from vmf_kernels.operators import operator
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_freed
 from vmf_kernels.ranks import group_named, name_of, sum_number_over_ranks
+from vmf_kernels.tensors import is_readable
 
 _CUDA, _NATIVE = CudaBackend(), NativeBackend()
 BACKENDS: dict[str, Backend] = {
@@ -35,9 +35,6 @@ PREFERENCE = {
     "cpu": ("native", "streaming"),
 }  # of "auto", best first; other devices go as "cpu"
 MEASURED = {"cuda": _CUDA.wins, "native": _NATIVE.wins}  # these "auto" takes only where that says so of the tensors
-
-P = ParamSpec("P")
-Result = TypeVar("Result")
 
 
 def choose_backend(backend: str, rows: Tensor, *weights: Tensor) -> Backend:
@@ -148,8 +145,7 @@ def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} has {value.numel()} elements; expected 1")
-        visible = value.device.type == "cpu" and not torch.compiler.is_compiling()
-        if visible and not value.item() > 0:
+        if is_readable(value) and not value.item() > 0:
             raise ValueError(f"{name} is {value.item()}; expected a number > 0")
         return value.detach().reshape(()).to(device=device, dtype=torch.float64)
     if not value > 0:
@@ -168,7 +164,7 @@ def refuse_nan_prototypes(result: Tensor, *stored: Tensor | None, group: Process
 
     Ranks of a group share the result, and all of them raise where one of them has such a tensor.
     """
-    if result.device.type != "cpu" or not result.isnan().any():
+    if not is_readable(result) or not result.isnan().any():
         return
     bad = sum(int(tensor.isnan().sum()) for tensor in stored if tensor is not None)
     if group is not None:
@@ -221,17 +217,6 @@ def in_autocast_dtype(features: Tensor) -> Tensor:
     return features
 
 
-def without_autocast(op: Callable[Concatenate[Tensor, P], Result]) -> Callable[Concatenate[Tensor, P], Result]:
-    """The body of an op with autocast off: a region of the caller's would round its fp32 sums to half precision."""
-
-    @functools.wraps(op)
-    def run(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        with torch.autocast(first.device.type, enabled=False):
-            return op(first, *args, **kwargs)
-
-    return run
-
-
 def _unsupported(name: str, rows: Tensor, weights: Sequence[Tensor]) -> str | None:
     reasons = (BACKENDS[name].unsupported(rows, weight) for weight in weights)
     return next((reason for reason in reasons if reason is not None), None)
@@ -258,8 +243,25 @@ def _flat(features: Tensor, prototypes: Prototypes) -> tuple[Tensor, Tensor, Ten
     return features.detach(), stored.weight, stored.magnitude, prototypes.kind
 
 
-@torch.library.custom_op("vmf_kernels::prototype_usage", mutates_args=())
-@without_autocast
+def _flops(features: Sequence[int], weight: Sequence[int], *rest: object) -> int:
+    """Of one product with the prototypes."""
+    return 2 * features[0] * weight[0] * weight[1]
+
+
+def _fake_usage(
+    features: Tensor,
+    weight: Tensor,
+    magnitude: Tensor | None,
+    kind: str,
+    bias: Tensor | None,
+    temperature: Tensor,
+    backend: str,
+    group: str = "",
+) -> Tensor:
+    return features.new_empty(weight.shape[0], dtype=accumulation_dtype(features.dtype))
+
+
+@operator("prototype_usage", fake=_fake_usage, flops=_flops)
 def _usage_op(
     features: Tensor,
     weight: Tensor,
@@ -277,8 +279,7 @@ def _usage_op(
     return usage
 
 
-@_usage_op.register_fake
-def _(
+def _fake_row(
     features: Tensor,
     weight: Tensor,
     magnitude: Tensor | None,
@@ -288,11 +289,10 @@ def _(
     backend: str,
     group: str = "",
 ) -> Tensor:
-    return features.new_empty(weight.shape[0], dtype=accumulation_dtype(features.dtype))
+    return features.new_empty(features.shape[0], dtype=accumulation_dtype(features.dtype))
 
 
-@torch.library.custom_op("vmf_kernels::row_log_sum_exp", mutates_args=())
-@without_autocast
+@operator("row_log_sum_exp", fake=_fake_row, flops=_flops)
 def _row_op(
     features: Tensor,
     weight: Tensor,
@@ -307,22 +307,19 @@ def _row_op(
     return run.row_log_sum_exp(features, Prototypes(weight, magnitude, kind), temperature, bias, group_named(group))
 
 
-@_row_op.register_fake
-def _(
+def _fake_column(
     features: Tensor,
     weight: Tensor,
     magnitude: Tensor | None,
     kind: str,
-    bias: Tensor | None,
     temperature: Tensor,
+    offset: Tensor,
     backend: str,
-    group: str = "",
 ) -> Tensor:
-    return features.new_empty(features.shape[0], dtype=accumulation_dtype(features.dtype))
+    return features.new_empty(weight.shape[0], dtype=accumulation_dtype(features.dtype))
 
 
-@torch.library.custom_op("vmf_kernels::column_log_sum_exp", mutates_args=())
-@without_autocast
+@operator("column_log_sum_exp", fake=_fake_column, flops=_flops)
 def _column_op(
     features: Tensor,
     weight: Tensor,
@@ -334,16 +331,3 @@ def _column_op(
 ) -> Tensor:
     run = choose_backend(backend, features, weight)
     return run.column_log_sum_exp(features, Prototypes(weight, magnitude, kind), temperature, offset)
-
-
-@_column_op.register_fake
-def _(
-    features: Tensor,
-    weight: Tensor,
-    magnitude: Tensor | None,
-    kind: str,
-    temperature: Tensor,
-    offset: Tensor,
-    backend: str,
-) -> Tensor:
-    return features.new_empty(weight.shape[0], dtype=accumulation_dtype(features.dtype))

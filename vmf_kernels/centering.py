@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.assign import check_backend_name, temperature_tensor
 from vmf_kernels.log_sums import LogSums
-from vmf_kernels.logits import PrototypeLogits, project
+from vmf_kernels.logits import PrototypeLogits, outside_transforms, project
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.ranks import RowRanks, Shared, all_finite, sum_number_over_ranks
 
@@ -82,7 +82,8 @@ class Center(RunningMean):
         self.backend = backend
         self._prototype_group = Shared(prototype_group)
         self._row_ranks = RowRanks.of(prototype_group, row_group)
-        self.register_buffer("center", torch.empty(1, num_prototypes))
+        made: dict[str, Any] = {"dtype": torch.float32, "device": torch.get_default_device()}
+        self.register_buffer("center", torch.empty(1, num_prototypes, **made))
         self._start = torch.nan if start == "first_batch" else 0.0
         self.reset_parameters()
 
@@ -105,6 +106,7 @@ class Center(RunningMean):
         self.begin(teacher, temperature, bias)
         return self.bias(temperature)
 
+    @outside_transforms
     def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
         """Set a centre that has not started to the mean of this batch; call before ``bias``, arguments as ``accumulate``."""
         if self._started:
@@ -115,6 +117,7 @@ class Center(RunningMean):
             self.center.copy_(torch.where(finite, batch, self.center[0])[None])
         self._started = not bool(self.center.isnan().any())
 
+    @outside_transforms
     def accumulate(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
     ) -> None:
@@ -146,6 +149,7 @@ class Center(RunningMean):
         self._pending = torch.where(finite, merged[0], kept[0]), torch.where(finite, merged[1], kept[1])
 
     @torch.no_grad()
+    @outside_transforms
     def apply_pending(self) -> None:
         """Move the centre by what has been accumulated since the last call, if anything."""
         if self._pending is None:

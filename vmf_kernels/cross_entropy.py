@@ -22,14 +22,18 @@ from vmf_kernels.assign import (
     in_autocast_dtype,
     refuse_nan_prototypes,
     temperature_tensor,
-    without_autocast,
 )
 from vmf_kernels.backends.contract import LossInputs
-from vmf_kernels.once import ReadyGradients, cast_like, mark_by_products, no_gradients
-from vmf_kernels.pairing import Pairing, check_pairing
-from vmf_kernels.prototypes import Prototypes, accumulation_dtype
+from vmf_kernels.once import Form, Kept, ReadyGradients, no_gradients, once_differentiable
+from vmf_kernels.operators import OperatorFunction, below_autograd, operator
+from vmf_kernels.pairing import Pairing, check_pairing, check_weights
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_severed
 from vmf_kernels.ranks import gather_objects, group_named, name_of, sum_over_ranks
 from vmf_kernels.statistics import AssignmentStatistics, SharedStatistics, entropy
+from vmf_kernels.tensors import may_require_grad, refuse_gradients
+
+
+NAME = "prototype_cross_entropy"
 
 
 class CrossEntropy(NamedTuple):
@@ -83,11 +87,20 @@ def prototype_cross_entropy(
         ValueError: shapes, weights, temperatures or the backend's name do not fit, or (CPU only, as it would wait for
             the device elsewhere) the prototypes contain NaN or ranks of the group hold different rows. Says what was got and
             what was expected.
-        RuntimeError: differentiated twice, or the backend asked for cannot run.
+        RuntimeError: differentiated twice, or the backend asked for cannot run, or the student's head ran where its gradient
+            is lost.
     Source: Caron et al., ICCV 2021 (DINO), section 3.1; Govindarajan et al., ICLR 2023 (DINO-vMF), section 4.
     """
     _check_sides(student_features, student_prototypes, teacher_features, teacher_prototypes)
+    refuse_severed(student_prototypes)
     check_bias(teacher_bias, teacher_prototypes.count, "teacher_bias")
+    refuse_gradients(
+        pair_weights=pair_weights,
+        image_weights=image_weights,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        teacher_bias=teacher_bias,
+    )
     student_features, teacher_features = in_autocast_dtype(student_features), in_autocast_dtype(teacher_features)
     device = student_features.device
     dtype = accumulation_dtype(student_features.dtype)
@@ -96,6 +109,7 @@ def prototype_cross_entropy(
         None if image_weights is None else image_weights.detach().to(device=device, dtype=dtype),
     )
     check_pairing(pairing, teacher_features.shape[0], student_features.shape[0])
+    check_weights(pairing)
     student, teacher = student_prototypes, teacher_prototypes.detach()
     outputs = _cross_entropy_op(
         student_features,
@@ -162,7 +176,7 @@ def matched_prototype_cross_entropy(
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t is not None and may_require_grad(t) for t in tensors)
 
 
 def _check_sides(
@@ -183,8 +197,111 @@ def _check_sides(
         )
 
 
-@torch.library.custom_op("vmf_kernels::prototype_cross_entropy", mutates_args=())
-@without_autocast
+class _Gradient(OperatorFunction):
+    """Gradients at the student's features, weight and magnitude, which the forward pass has formed."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Sequence[Tensor]:
+        with below_autograd():
+            outputs: Sequence[Tensor] = _cross_entropy_op(*inputs)
+        ctx.mark_non_differentiable(*outputs[1:])  # only the loss is
+        ctx.set_materialize_grads(False)
+        student, ctx.rest = inputs[:3], inputs[3:]
+        ctx.forms = [Form.of(tensor) for tensor in student]
+        inference = [tensor is not None and tensor.is_inference() for tensor in student]
+        ctx.save_for_backward(*(None if kept else t for kept, t in zip(inference, student, strict=True)))
+        unsaved = [t if kept else None for kept, t in zip(inference, student, strict=True)]
+        ctx.kept = Kept([*unsaved, *(x for x in ctx.rest if isinstance(x, Tensor))], NAME)
+        ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in ctx.rest]
+        ctx.ready = ReadyGradients(outputs[3:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = no_gradients(len(ctx.rest))
+        if loss_grad is None:
+            return (*no_gradients(3), *nothing)
+
+        def student() -> list[Tensor | None]:
+            return [
+                kept if saved is None else saved
+                for saved, kept in zip(ctx.saved_tensors, ctx.kept.unchanged()[:3], strict=True)
+            ]
+
+        def recompute() -> Sequence[Tensor]:
+            others = iter(ctx.kept.unchanged()[3:])
+            rest = [next(others) if x is None else x[0] for x in ctx.rest]
+            with torch.no_grad():
+                outputs: Sequence[Tensor] = _cross_entropy_op(*student(), *rest)
+            return outputs[3:]
+
+        gradients: Sequence[Tensor] = ctx.ready.take(loss_grad, recompute)
+        if torch.is_grad_enabled():
+            gradients = once_differentiable(gradients, student(), NAME)
+        formed = zip(ctx.forms, gradients, ctx.needs_input_grad[:3], strict=True)
+        return (*(form.cast(g) if needed and form is not None else None for form, g, needed in formed), *nothing)
+
+
+def _fake_outputs(
+    student_features: Tensor,
+    student_weight: Tensor,
+    student_magnitude: Tensor | None,
+    student_kind: str,
+    teacher_features: Tensor,
+    teacher_weight: Tensor,
+    teacher_magnitude: Tensor | None,
+    teacher_kind: str,
+    teacher_bias: Tensor | None,
+    view_weights: Tensor,
+    image_weights: Tensor | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    feature_gradient: bool,
+    prototype_gradient: bool,
+    backend: str,
+    group: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count = student_weight.shape[0]
+    has_magnitude = prototype_gradient and student_magnitude is not None
+
+    def empty(*shape: int) -> Tensor:
+        return student_features.new_empty(shape, dtype=accumulation_dtype(student_features.dtype))
+
+    return (
+        empty(),
+        empty(3),
+        empty(count),
+        empty(*student_features.shape) if feature_gradient else empty(0),
+        empty(*student_weight.shape) if prototype_gradient else empty(0),
+        empty(count) if has_magnitude else empty(0),
+    )
+
+
+def _flops(
+    student_features: Sequence[int],
+    student_weight: Sequence[int],
+    student_magnitude: Sequence[int] | None,
+    student_kind: str,
+    teacher_features: Sequence[int],
+    teacher_weight: Sequence[int],
+    teacher_magnitude: Sequence[int] | None,
+    teacher_kind: str,
+    teacher_bias: Sequence[int] | None,
+    view_weights: Sequence[int],
+    image_weights: Sequence[int] | None,
+    student_temperature: Sequence[int],
+    teacher_temperature: Sequence[int],
+    feature_gradient: bool,
+    prototype_gradient: bool,
+    *rest: str,
+) -> int:
+    """Of the products, as stored logits have them in both passes; the gradients' are formed in the forward one."""
+    count, dim = student_weight
+    products = 1 + feature_gradient + prototype_gradient
+    return 2 * count * (products * student_features[0] * dim + teacher_features[0] * teacher_weight[1])
+
+
+@operator(NAME, fake=_fake_outputs, flops=_flops, gradient=_Gradient)
 def _cross_entropy_op(
     student_features: Tensor,
     student_weight: Tensor,
@@ -249,7 +366,7 @@ def _refuse_other_rows(student: Tensor, teacher: Tensor, group: ProcessGroup | N
 def _checksum(rows: Tensor) -> int:
     """The bits as integers, weighed by their places: in whatever order they are added, the same."""
     bits = rows.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.dtype.itemsize]).flatten()
-    return int(bits.to(torch.int64) @ torch.arange(1, len(bits) + 1))
+    return int(bits.to(torch.int64) @ torch.arange(1, len(bits) + 1, dtype=torch.int64, device=bits.device))
 
 
 def _rows_of_products(student: Tensor, teacher: Tensor) -> Tensor:
@@ -257,70 +374,3 @@ def _rows_of_products(student: Tensor, teacher: Tensor) -> Tensor:
     if student.dtype == teacher.dtype or student.dtype.itemsize > 2:
         return student
     return student.new_empty(0, student.shape[1], dtype=torch.float32)
-
-
-@_cross_entropy_op.register_fake
-def _(
-    student_features: Tensor,
-    student_weight: Tensor,
-    student_magnitude: Tensor | None,
-    student_kind: str,
-    teacher_features: Tensor,
-    teacher_weight: Tensor,
-    teacher_magnitude: Tensor | None,
-    teacher_kind: str,
-    teacher_bias: Tensor | None,
-    view_weights: Tensor,
-    image_weights: Tensor | None,
-    student_temperature: Tensor,
-    teacher_temperature: Tensor,
-    feature_gradient: bool,
-    prototype_gradient: bool,
-    backend: str,
-    group: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    count = student_weight.shape[0]
-    has_magnitude = prototype_gradient and student_magnitude is not None
-
-    def empty(*shape: int) -> Tensor:
-        return student_features.new_empty(shape, dtype=accumulation_dtype(student_features.dtype))
-
-    return (
-        empty(),
-        empty(3),
-        empty(count),
-        empty(*student_features.shape) if feature_gradient else empty(0),
-        empty(*student_weight.shape) if prototype_gradient else empty(0),
-        empty(count) if has_magnitude else empty(0),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    mark_by_products(ctx, output)
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-    ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
-    ctx.ready = ReadyGradients(output[3:], "prototype_cross_entropy")
-
-
-def _backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    if loss_grad is None:
-        return no_gradients(len(ctx.rest))
-    saved = iter(ctx.saved_tensors)
-    inputs = [next(saved) if rest is None else rest[0] for rest in ctx.rest]
-
-    def recompute() -> Sequence[Tensor]:
-        with torch.no_grad():
-            outputs: Sequence[Tensor] = _cross_entropy_op(*inputs)
-            return outputs[3:]
-
-    features, weight, magnitude = ctx.ready.take(loss_grad, recompute)
-    wants_features, wants_prototypes = inputs[13:15]
-    return (
-        cast_like(features, wants_features, inputs[0]),
-        cast_like(weight, wants_prototypes, inputs[1]),
-        cast_like(magnitude, wants_prototypes, inputs[2]),
-        *no_gradients(len(inputs) - 3),
-    )
-
-
-_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)

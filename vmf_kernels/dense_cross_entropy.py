@@ -15,17 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmf_kernels.assign import check_bias, temperature_tensor, without_autocast
+from vmf_kernels.assign import check_bias, temperature_tensor
 from vmf_kernels.backends.triton import logits as triton_logits
 from vmf_kernels.backends.triton.logits import Side, Sums
 from vmf_kernels.cross_entropy import CrossEntropy
-from vmf_kernels.once import TWICE, cast_like, mark_by_products, no_gradients
-from vmf_kernels.pairing import Pairing, check_pairing
+from vmf_kernels.once import Form, no_gradients, once_differentiable, saveable
+from vmf_kernels.operators import OperatorFunction, below_autograd, operator
+from vmf_kernels.pairing import Pairing, check_pairing, check_weights
 from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype
 from vmf_kernels.statistics import AssignmentStatistics, or_one, weighted_summary
+from vmf_kernels.tensors import refuse_gradients
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
+NAME = "logit_cross_entropy"
 BACKENDS = ("auto", "torch", "triton")
 CHUNK_BYTES = 8 * 2**20  # of logits at once: a few such copies stay in a 32 MiB L3
 
@@ -67,10 +70,19 @@ def logit_cross_entropy(
     _check_logits(student_logits, teacher_logits)
     check_bias(student_bias, student_logits.shape[1], "student_bias")
     check_bias(teacher_bias, student_logits.shape[1], "teacher_bias")
+    refuse_gradients(
+        pair_weights=pair_weights,
+        image_weights=image_weights,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        teacher_bias=teacher_bias,
+    )
     device, dtype = student_logits.device, accumulation_dtype(student_logits.dtype)
     weights = pair_weights.detach().to(device=device, dtype=dtype)
     images = None if image_weights is None else image_weights.detach().to(device=device, dtype=dtype)
-    check_pairing(Pairing(weights, images), teacher_logits.shape[0], student_logits.shape[0])
+    pairing = Pairing(weights, images)
+    check_pairing(pairing, teacher_logits.shape[0], student_logits.shape[0])
+    check_weights(pairing)
     loss, summary, usage, _, _ = _logit_op(
         student_logits,
         student_bias,
@@ -221,8 +233,70 @@ def _torch_backward(
     return gradient, bias_gradient
 
 
-@torch.library.custom_op("vmf_kernels::logit_cross_entropy", mutates_args=())
-@without_autocast
+class _Gradient(OperatorFunction):
+    """Gradients at the student's logits and its bias."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Sequence[Tensor]:
+        with below_autograd():
+            outputs: Sequence[Tensor] = _logit_op(*inputs)
+        ctx.mark_non_differentiable(*outputs[1:])  # only the loss is
+        ctx.set_materialize_grads(False)
+        *tensors, ctx.backend = inputs
+        ctx.forms = [Form.of(tensor) for tensor in tensors[:2]]
+        ctx.save_for_backward(*(saveable(tensor) for tensor in (*tensors, *outputs[3:])))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        if loss_grad is None:
+            return no_gradients(9)
+        saved = ctx.saved_tensors
+        gradients: Sequence[Tensor] = _logit_backward_op(loss_grad, *saved, ctx.backend)
+        gradients = once_differentiable(gradients, saved[:2], NAME)
+        formed = zip(ctx.forms, gradients, ctx.needs_input_grad[:2], strict=True)
+        return (
+            *(form.cast(g) if needed and form is not None else None for form, g, needed in formed),
+            *no_gradients(7),
+        )
+
+
+def _fake_logit(
+    student_logits: Tensor,
+    student_bias: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor | None,
+    view_weights: Tensor,
+    image_weights: Tensor | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    teacher_views, views = view_weights.shape
+    images = student_logits.shape[0] // views
+    empty = view_weights.new_empty
+    return empty(()), empty(3), empty(student_logits.shape[1]), empty(images, views), empty(images, teacher_views)
+
+
+def _fake_logit_backward(
+    loss_grad: Tensor,
+    student_logits: Tensor,
+    student_bias: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor | None,
+    view_weights: Tensor,
+    image_weights: Tensor | None,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    return gradient, view_weights.new_empty(student_logits.shape[1])
+
+
+@operator(NAME, fake=_fake_logit, gradient=_Gradient)
 def _logit_op(
     student_logits: Tensor,
     student_bias: Tensor | None,
@@ -247,26 +321,7 @@ def _logit_op(
     return loss.to(dtype), summary.to(dtype), sums.usage / or_one(total), sums.student_lse, sums.teacher_lse
 
 
-@_logit_op.register_fake
-def _(
-    student_logits: Tensor,
-    student_bias: Tensor | None,
-    teacher_logits: Tensor,
-    teacher_bias: Tensor | None,
-    view_weights: Tensor,
-    image_weights: Tensor | None,
-    student_temperature: Tensor,
-    teacher_temperature: Tensor,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    teacher_views, views = view_weights.shape
-    images = student_logits.shape[0] // views
-    empty = view_weights.new_empty
-    return empty(()), empty(3), empty(student_logits.shape[1]), empty(images, views), empty(images, teacher_views)
-
-
-@torch.library.custom_op("vmf_kernels::logit_cross_entropy_backward", mutates_args=())
-@without_autocast
+@operator(f"{NAME}_backward", fake=_fake_logit_backward)
 def _logit_backward_op(
     loss_grad: Tensor,
     student_logits: Tensor,
@@ -288,45 +343,3 @@ def _logit_backward_op(
     weight_B = view_weights.new_ones(images) if image_weights is None else image_weights
     backward = triton_logits.backward if _takes_triton(backend, student, teacher, view_weights) else _torch_backward
     return backward(loss_grad, student, teacher, view_weights, weight_B, student_lse, teacher_lse)
-
-
-@_logit_backward_op.register_fake
-def _(
-    loss_grad: Tensor,
-    student_logits: Tensor,
-    student_bias: Tensor | None,
-    teacher_logits: Tensor,
-    teacher_bias: Tensor | None,
-    view_weights: Tensor,
-    image_weights: Tensor | None,
-    student_temperature: Tensor,
-    teacher_temperature: Tensor,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    return gradient, view_weights.new_empty(student_logits.shape[1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    mark_by_products(ctx, output)
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[3:])
-
-
-def _backward(ctx: Any, loss_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, lse = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-    if loss_grad is None:
-        return no_gradients(len(inputs) + 1)
-    if torch.is_grad_enabled():
-        raise RuntimeError(TWICE.format(name="logit_cross_entropy"))
-    logits_grad, bias_grad = _logit_backward_op(loss_grad, *inputs, *lse, ctx.backend)
-    return (
-        cast_like(logits_grad, ctx.needs_input_grad[0], inputs[0]),
-        cast_like(bias_grad, ctx.needs_input_grad[1], inputs[1]),
-        *no_gradients(len(inputs) - 1),  # the backend counts
-    )
-
-
-_logit_op.register_autograd(_backward, setup_context=_setup_context)

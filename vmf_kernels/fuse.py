@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm  # private: nothing public tells weight norm from others
 from torch.nn.utils.weight_norm import WeightNorm
 
-from vmf_kernels.heads import PrototypeLayer, outlive
+from vmf_kernels.heads import PrototypeLayer, handed_out, outlive
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.prototypes import Prototypes, linear_prototypes, weight_norm_prototypes
 
@@ -28,9 +28,8 @@ class FusedLinear(nn.Linear):
     def prototypes(self) -> Prototypes:
         """The layer's K prototypes, sharing its parameters."""
         if parametrize.is_parametrized(self, "weight"):
-            return _weight_norm_views(*_originals(self))
-        # a view, as in ``PrototypeLayer.prototypes``
-        return linear_prototypes(self.weight.view_as(self.weight))
+            return handed_out(weight_norm_prototypes(*_originals(self)))
+        return handed_out(linear_prototypes(self.weight))
 
     def forward(self, features: Tensor) -> PrototypeLogits:  # type: ignore[override]
         """[..., D] features to [..., K] logits that are not stored."""
@@ -45,7 +44,7 @@ class FusedWeightNormLinear(FusedLinear):
 
     def prototypes(self) -> Prototypes:
         """The layer's K prototypes, sharing its parameters."""
-        return _weight_norm_views(self.weight_g, self.weight_v)
+        return handed_out(weight_norm_prototypes(self.weight_g, self.weight_v))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -203,7 +202,3 @@ def _originals(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """(g, v) of a layer with weight norm as a parametrization."""
     stored: Any = layer.parametrizations["weight"]  # type: ignore[index]
     return stored.original0, stored.original1
-
-
-def _weight_norm_views(magnitude: Tensor, direction: Tensor) -> Prototypes:
-    return weight_norm_prototypes(magnitude.view_as(magnitude), direction.view_as(direction))

@@ -9,14 +9,20 @@ import itertools
 import math
 import sys
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.prototypes import Prototypes, weight_norm_prototypes
 
+REPLICA = (
+    "torch.nn.DataParallel joins the stored tensors of its replicas, and these logits are not stored; expected "
+    "DistributedDataParallel, or DataParallel around the backbone alone"
+)
 INIT_STD = 0.02  # of the MLP's weights, truncated at +-2 (absolute): the ViT initialisation the published head uses
 
 
@@ -35,14 +41,15 @@ class PrototypeLayer(nn.Module):
 
     def __init__(self, dim: int, num_prototypes: int, *, frozen_norm: bool = False) -> None:
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not frozen_norm)
-        self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
+        # parameters follow torch's defaults, as those of nn.Linear do
+        made: dict[str, Any] = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1, **made), requires_grad=not frozen_norm)
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim, **made))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
     def prototypes(self) -> Prototypes:
         """The layer's K prototypes, sharing its parameters."""
-        # views: DistributedDataParallel finds the parameters an output needs by its graph, where a leaf has no node
-        return weight_norm_prototypes(self.weight_g.view_as(self.weight_g), self.weight_v.view_as(self.weight_v))
+        return handed_out(weight_norm_prototypes(self.weight_g, self.weight_v))
 
     def forward(self, features: Tensor) -> PrototypeLogits:
         """[..., D] features to [..., K] logits that are not stored."""
@@ -105,6 +112,31 @@ def bottleneck_rows(hidden: Tensor) -> Tensor:
     return functional.normalize(hidden, dim=-1, p=2.0, eps=max(1e-12, torch.finfo(hidden.dtype).smallest_normal))
 
 
+def handed_out(stored: Prototypes) -> Prototypes:
+    """A layer's prototypes as its outputs hold them: cut off from the parameters where autograd is off."""
+    magnitude = stored.magnitude
+    if not torch.is_grad_enabled():
+        # a view would still require a gradient, which would then go to the view and not to the parameter
+        return replace(stored.detach(), severed=_inside_function())
+    # views: DistributedDataParallel finds the parameters an output needs by its graph, where a leaf has no node
+    weight = stored.weight.view_as(stored.weight)
+    return replace(stored, weight=weight, magnitude=None if magnitude is None else magnitude.view_as(magnitude))
+
+
+def _inside_function() -> bool:
+    """Whether an ``autograd.Function`` is in its forward pass, which gives a graph to the tensors that it returns alone."""
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
+            if isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def outlive(unit: nn.Module, logits: PrototypeLogits) -> PrototypeLogits:
     """The logits; with tensors of their own where ``fully_shard`` may free the prototypes as soon as ``unit`` returns.
 
@@ -114,7 +146,12 @@ def outlive(unit: nn.Module, logits: PrototypeLogits) -> PrototypeLogits:
     Args:
         unit: the module whose ``forward`` is about to return the logits.
         logits: those of a layer in it.
+
+    Raises:
+        RuntimeError: ``unit`` is a replica of ``torch.nn.DataParallel``.
     """
+    if getattr(unit, "_is_replica", False):
+        raise RuntimeError(REPLICA)
     if not _is_fsdp_unit(unit):
         return logits
     stored = logits.prototypes

@@ -258,30 +258,10 @@ def _joined(student: PrototypeLogits | Tensor, local: PrototypeLogits | Tensor) 
             "expected those of one head"
         )
     if isinstance(student, PrototypeLogits) and isinstance(local, PrototypeLogits):
-        if not _may_be_one_head(student.prototypes, local.prototypes):
+        one, other = student.prototypes, local.prototypes
+        if not same_prototypes(one, other) or one.weight.requires_grad != other.weight.requires_grad:
             raise ValueError(
                 "student_local_cls has other prototypes than the global crops' class tokens; expected those of one head, "
                 "both detached or neither"
             )
-        # not torch.cat, which would refuse the copies that differ by call under FSDP2
-        return PrototypeLogits(torch.cat([student.features, local.features]), student.prototypes)
     return torch.cat([student, local])  # type: ignore[list-item]
-
-
-def _may_be_one_head(one: Prototypes, other: Prototypes) -> bool:
-    """Whether nothing tells the prototypes of two calls apart.
-
-    Memory does where both are a layer's parameters, seen eagerly; FSDP2 units and DDP may return copies, a new one each call.
-    """
-    if one.kind != other.kind or one.weight.shape != other.weight.shape:
-        return False
-    if one.weight.requires_grad != other.weight.requires_grad:
-        return False
-    if torch.compiler.is_compiling() or not (_is_parameter(one.weight) and _is_parameter(other.weight)):
-        return True
-    return same_prototypes(one, other)
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    """Whether the tensor is a parameter, or a view of one as ``PrototypeLayer`` hands out."""
-    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from vmf_kernels.once import TWICE
+from vmf_kernels.once import once_differentiable
 from vmf_kernels.prototypes import (
     Prototypes,
     accumulation_dtype,
@@ -181,7 +181,7 @@ class PrototypeKoLeoLoss(nn.Module):
         stored = linear_prototypes(prototypes) if isinstance(prototypes, Tensor) else prototypes
         refuse_freed(stored.weight, stored.magnitude)
         sign = None if stored.magnitude is None else stored.magnitude.detach().sign()
-        loss: Tensor = _SpreadPrototypes.apply(stored.weight, sign, self.eps, self.group)  # type: ignore[no-untyped-call]
+        loss: Tensor = _SpreadPrototypes.apply(stored.weight, sign, self.eps, self.group)[0]  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -189,24 +189,29 @@ class _SpreadPrototypes(torch.autograd.Function):
     """The loss of prototypes ``weight`` [K, D] of signs [K] or [K, 1]; keeps neighbours and distances for its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, sign: Tensor | None, eps: float, group: ProcessGroup | None) -> Tensor:
+    def forward(
+        weight: Tensor, sign: Tensor | None, eps: float, group: ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(weight.device.type, enabled=False):
             among_KD, own = _directions(_signed(weight, sign), group)
             if among_KD.shape[0] < 2:
                 raise ValueError("there is a single prototype, which has no neighbour; expected K >= 2")
             nearest = _nearest_rows(among_KD, own)
             distance = torch.cat([torch.linalg.vector_norm(gap, dim=1) for _, _, gap in _gaps(among_KD, own, nearest)])
-        ctx.save_for_backward(weight, sign, nearest, distance)
-        ctx.eps, ctx.group = eps, group
         total = -(distance + eps).log().sum()
-        return (total if group is None else sum_over_ranks(total, group)) / among_KD.shape[0]
+        loss = (total if group is None else sum_over_ranks(total, group)) / among_KD.shape[0]
+        return loss, nearest, distance
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(TWICE.format(name="PrototypeKoLeoLoss"))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        weight, sign, ctx.eps, ctx.group = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(weight, sign, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         weight, sign, nearest, distance = ctx.saved_tensors
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             stored = _signed(weight, sign)
             among_KD, own = _directions(stored, ctx.group)
             # at distance 0 the norm has no slope, and 0 is the mean of those around
@@ -220,7 +225,8 @@ class _SpreadPrototypes(torch.autograd.Function):
             if ctx.group is not None:
                 gradient_KD = sum_over_ranks(gradient_KD, ctx.group)[own].clone()
             pull_back_to_stored(stored, gradient_KD.new_ones(()), gradient_KD, None)
-        return _in_range(gradient_KD, weight.dtype).to(weight.dtype), None, None, None
+            gradient = _in_range(gradient_KD, weight.dtype).to(weight.dtype)
+        return once_differentiable([gradient], [weight, upstream], "PrototypeKoLeoLoss")[0], None, None, None
 
 
 def _signed(weight: Tensor, sign: Tensor | None) -> Prototypes:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from vmf_kernels.prototypes import Prototypes, refuse_freed
-from vmf_kernels.unstored import UnstoredRows, advice
+from vmf_kernels.einops_backend import offer_to_einops
+from vmf_kernels.prototypes import Prototypes, refuse_freed, refuse_severed
+from vmf_kernels.tensors import has_memory, is_transforming, untransformed
+from vmf_kernels.row_index import advice
+from vmf_kernels.unstored import UnstoredRows
+
+Owner = TypeVar("Owner")
+P = ParamSpec("P")
+Result = TypeVar("Result")
+# autograd's records of what wrappers do with a module's outputs: DistributedDataParallel's sink passes many on as they are
+SINKS = ("_DDPSinkBackward",)
+COPIES = (*SINKS, "ViewBackward0", "AliasBackward0", "CloneBackward0", "ToCopyBackward0")
 
 
 @dataclass(eq=False, repr=False)
@@ -16,8 +29,7 @@ class PrototypeLogits(UnstoredRows):
     """Stands for ``features @ prototypes.effective_weight().T``, the [..., K] logits of a head, without storing them.
 
     It behaves as that tensor in what training loops do between a head and its loss: ``shape``, ``dtype``, ``device``,
-    ``chunk``, ``split``, ``unbind``, indexing of rows, ``index_select``, ``unsqueeze``, ``squeeze``, ``flatten``,
-    ``unflatten``, ``view``, ``reshape``, ``float``, ``half``, ``to``, ``detach``, ``torch.cat``, ``torch.stack``.
+    every operation that moves, picks or joins rows (``UnstoredRows``; ``einops`` too), ``float``, ``half``, ``to``, ``detach``.
     Anything that would need the values raises and names ``materialize()``. A change of dtype is one of the features, so a
     cast to 16 bits rounds them and not the logits.
 
@@ -37,6 +49,7 @@ class PrototypeLogits(UnstoredRows):
     def __post_init__(self) -> None:
         if not isinstance(self.features, Tensor):
             return  # a tree of something else in the shape of this one, as torch makes them of a module's outputs
+        offer_to_einops(PrototypeLogits)
         refuse_freed(self.prototypes.weight, self.prototypes.magnitude)
         if self.features.ndim < 1 or self.features.shape[-1] != self.prototypes.dim:
             raise ValueError(
@@ -63,6 +76,7 @@ class PrototypeLogits(UnstoredRows):
 
     def materialize(self) -> Tensor:
         """[..., K] the stored logits, differentiable: the memory this class exists to save."""
+        refuse_severed(self.prototypes)
         dtype = torch.promote_types(self.features.dtype, self.prototypes.weight.dtype)
         return (self.features.to(dtype) @ self.prototypes.effective_weight().to(dtype).T).to(self.dtype)
 
@@ -109,12 +123,72 @@ def project(prototypes: Prototypes, vector_D: Tensor) -> Tensor:
     return projected if gain is None else projected * gain.to(projected.dtype)
 
 
+def outside_transforms(method: Callable[Concatenate[Owner, P], Result]) -> Callable[Concatenate[Owner, P], Result]:
+    """A method that changes a module's state: ``torch.func`` around the loss, which may not see that, leaves it alone."""
+
+    @functools.wraps(method)
+    def run(owner: Owner, *args: P.args, **kwargs: P.kwargs) -> Result:
+        if not is_transforming():
+            return method(owner, *args, **kwargs)
+        plain: Any = [_untransformed(arg) for arg in args]
+        named: Any = {name: _untransformed(arg) for name, arg in kwargs.items()}
+        with torch._C._DisableFuncTorch():
+            return method(owner, *plain, **named)
+
+    return run
+
+
+def _untransformed(value: object) -> object:
+    if isinstance(value, PrototypeLogits):
+        stored = value.prototypes
+        magnitude = None if stored.magnitude is None else untransformed(stored.magnitude)
+        of = replace(stored, weight=untransformed(stored.weight), magnitude=magnitude)
+        return PrototypeLogits(untransformed(value.features), of)
+    return untransformed(value) if isinstance(value, Tensor) else value
+
+
 def same_prototypes(one: Prototypes, other: Prototypes) -> bool:
-    """Whether both stand for one layer, detached or not."""
+    """Whether both stand for one layer, detached or not.
+
+    Memory tells, where both are a layer's own; wrappers of modules (DistributedDataParallel, FSDP2, Lightning's Fabric) hand out
+    a copy a call, and then the parameters tell that autograd finds behind them. Copies without a graph are compared by value,
+    which waits for a GPU.
+    """
     if one.kind != other.kind or one.weight.shape != other.weight.shape:
         return False
+    if one.weight.requires_grad != other.weight.requires_grad and not _same_memory(one.weight, other.weight):
+        return False
     pairs = ((one.weight, other.weight), (one.magnitude, other.magnitude))
-    return all(a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr() != 0) for a, b in pairs)
+    return all(_same_tensor(a, b) for a, b in pairs)
+
+
+def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a is b:
+        return a is b
+    if not has_memory(a) or not has_memory(b):
+        return True  # traced: the shapes are all that is known
+    if _same_memory(a, b):
+        return True
+    if a.requires_grad or b.requires_grad:
+        source = _copied_from(a)
+        return source is not None and source is _copied_from(b)
+    return a.device == b.device and torch.equal(a, b)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return has_memory(a) and has_memory(b) and a.data_ptr() == b.data_ptr() != 0
+
+
+def _copied_from(tensor: Tensor) -> Tensor | None:
+    """The parameter that a tensor is a view or copy of, as autograd recorded it; None where something was computed."""
+    if tensor.grad_fn is None:
+        return tensor
+    node, place = tensor.grad_fn, tensor.output_nr
+    while node is not None and node.name() in COPIES:
+        edges = node.next_functions
+        node, place = edges[place if node.name() in SINKS else 0]
+    variable: Tensor | None = getattr(node, "variable", None)
+    return variable
 
 
 def _on(prototypes: Prototypes, device: torch.device) -> Prototypes:

@@ -3,42 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vmf_kernels.backends.triton.launch import unsupported_device
+from vmf_kernels.operators import OperatorFunction, below_autograd, operator
+from vmf_kernels.tensors import has_memory, is_moved, version_of
 
 TWICE = (
     "{name} cannot be differentiated twice: its gradient is formed in closed form and recorded as a constant; "
-    "expected backward() or autograd.grad() without create_graph=True"
+    "expected backward() or autograd.grad() of the loss alone, not of its gradient"
+)
+MOVED = (
+    "a second backward pass of {name} forms its gradient anew, but a tensor of shape {shape} that it needs has been changed "
+    "in place since the loss; expected the teacher to follow the student after the last backward pass"
 )
 
 
 class ReadyGradients:
     """The gradients of one loss, given away once; asked for again (retain_graph) they are recomputed."""
 
-    def __init__(self, gradients: Sequence[Tensor], name: str) -> None:
+    def __init__(self, gradients: Sequence[Tensor]) -> None:
         self._gradients: Sequence[Tensor] | None = gradients
-        self._name = name
 
     def take(self, scale: Tensor, recompute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-        """Every gradient times ``scale`` (a [] tensor), in its own dtype.
-
-        Raises:
-            RuntimeError: the caller is recording a graph of the backward pass.
-        """
-        if torch.is_grad_enabled():
-            raise RuntimeError(TWICE.format(name=self._name))
+        """Every gradient times ``scale`` (a [] tensor), in its own dtype."""
         gradients = recompute() if self._gradients is None else self._gradients
-        if torch.compiler.is_compiling() or type(scale) is not Tensor:  # traced or fake: it has no value to look at
+        if torch.is_grad_enabled() or not has_memory(scale):  # a graph is recorded or traced: products, not buffers
             return [g * scale.to(g.dtype) for g in gradients]
         # the [K, D] buffer becomes the parameter's .grad itself: a copy would double the head's largest gradient
         self._gradients = None
         if scale.device.type == "cpu" and scale.item() == 1.0:
             return list(gradients)
         return [_scaled(g, scale) for g in gradients]
+
+
+class Kept:
+    """Inputs that only a second backward pass reads, outside autograd's own records.
+
+    Autograd would refuse tensors of ``torch.inference_mode``, and a teacher that moves between the loss and its backward pass,
+    although the gradients are there already.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], name: str) -> None:
+        self._tensors = [(t, None if t is None else version_of(t)) for t in tensors]
+        self._name = name
+
+    def unchanged(self) -> list[Tensor | None]:
+        """The tensors.
+
+        Raises:
+            RuntimeError: one of them has been changed in place, so that the gradients would be others.
+        """
+        for tensor, version in self._tensors:
+            if tensor is not None and is_moved(tensor, version):
+                raise RuntimeError(MOVED.format(name=self._name, shape=list(tensor.shape)))
+        return [tensor for tensor, _ in self._tensors]
+
+
+class Form(NamedTuple):
+    """What a gradient has in common with the tensor it belongs to."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Form | None:
+        """That of a tensor; None for None."""
+        return None if tensor is None else cls(tensor.shape, tensor.dtype)
+
+    def cast(self, gradient: Tensor) -> Tensor:
+        """``gradient`` in this shape and dtype."""
+        return gradient.to(self.dtype).reshape(self.shape)
+
+
+def no_gradients(count: int) -> tuple[None, ...]:
+    """``count`` times None, for the inputs of an op that have no gradient."""
+    return (None,) * count
+
+
+def saveable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as ``save_for_backward`` takes it: a copy of one that ``torch.inference_mode`` made."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
+def once_differentiable(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], name: str) -> list[Tensor]:
+    """The gradients, whose own gradients at the inputs of the loss raise where a graph of the backward pass is recorded."""
+    if not torch.is_grad_enabled():
+        return list(gradients)
+    return [_once_op(gradient, *inputs, *no_gradients(3 - len(inputs)), name) for gradient in gradients]
+
+
+class _Refusal(OperatorFunction):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *rest: Any) -> Tensor:
+        ctx.name = rest[-1]
+        with below_autograd():
+            copy: Tensor = _once_op(gradient, *rest)
+        return copy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(TWICE.format(name=ctx.name))
+
+
+def _fake_once(
+    gradient: Tensor, first: Tensor | None, second: Tensor | None, third: Tensor | None, name: str
+) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+@operator("once_differentiable", fake=_fake_once, gradient=_Refusal)
+def _once_op(gradient: Tensor, first: Tensor | None, second: Tensor | None, third: Tensor | None, name: str) -> Tensor:
+    """A copy of a gradient that depends on the inputs of the loss ``name``, in a way that is not differentiated."""
+    return gradient.clone()
 
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
@@ -48,21 +128,3 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     from vmf_kernels.backends.triton.prototypes import scale_in_place
 
     return scale_in_place(gradient, scale)
-
-
-def cast_like(gradient: Tensor, needed: bool, stored: Tensor | None) -> Tensor | None:
-    """``gradient`` in the shape and dtype of the tensor it belongs to, or None where none is needed."""
-    if stored is None or not needed:
-        return None
-    return gradient.to(stored.dtype).reshape(stored.shape)
-
-
-def no_gradients(count: int) -> tuple[None, ...]:
-    """``count`` times None, for the inputs of an op that have no gradient."""
-    return (None,) * count
-
-
-def mark_by_products(ctx: Any, outputs: Sequence[Tensor]) -> None:
-    """Tell autograd that of an op's ``outputs`` only the first, the loss, is differentiable."""
-    ctx.mark_non_differentiable(*outputs[1:])
-    ctx.set_materialize_grads(False)

@@ -9,10 +9,13 @@ Legend: G / V teacher / student views, B images, T = G B teacher rows, S = V B s
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vmf_kernels.tensors import is_readable
 
 
 class Pairing(NamedTuple):
@@ -96,3 +99,13 @@ def check_pairing(pairing: Pairing, teacher_rows: int, student_rows: int) -> int
             f"image or row weights have shape {tuple(pairing.image_weights.shape)}; expected [{images}], one a pair"
         )
     return images
+
+
+def check_weights(pairing: Pairing) -> None:
+    """Raise ValueError unless all weights are finite and not negative; looks only where that waits for no device."""
+    for weights, name in ((pairing.view_weights, "pair weights"), (pairing.image_weights, "image or row weights")):
+        if weights is None or weights.numel() == 0 or not is_readable(weights):
+            continue
+        least, most = (bound.item() for bound in weights.aminmax())
+        if not (least >= 0 and most < math.inf):  # false for NaN as well
+            raise ValueError(f"{name} go from {least:.3g} to {most:.3g}; expected finite numbers >= 0")

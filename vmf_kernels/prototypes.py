@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from vmf_kernels.bessel import log_vmf_constant, vmf_mean_resultant_length
+from vmf_kernels.tensors import has_memory
 
 KINDS = ("linear", "normalized", "weight_norm", "linear_vmf", "weight_norm_vmf")
 PULL_BACK_BLOCK = 4096  # prototypes per step of the in-place pull-back: 4 MiB of fp32 at D = 256, stays in L2/L3
@@ -22,10 +22,16 @@ FREED = (
     "fully_shard(head, reshard_after_forward=False), or head.unshard() between the head and the loss, or a teacher that is "
     "resharded after the loss"
 )
+SEVERED = (
+    "the student's head ran inside the forward pass of an autograd.Function, such as torch.utils.checkpoint with "
+    "use_reentrant=True, which connects tensors only: these logits are not stored, so their gradient would be lost; expected "
+    "checkpoint(..., use_reentrant=False), or a checkpoint around the backbone or the head's MLP alone, or around head and "
+    "loss together"
+)
 LOWEST_BIAS = -1e30  # nats; stands for -inf, whose product with a zero probability would be NaN
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: Lightning rebuilds a module's outputs field by field
 class Prototypes:
     """Prototypes of one network as stored; build one with the functions below.
 
@@ -33,11 +39,13 @@ class Prototypes:
         weight: [K, D] floating point: ``w`` itself, or the direction ``v`` under weight norm.
         magnitude: [K, 1] or [K] signed norms ``g`` under weight norm, else None.
         kind: one of ``KINDS``; the suffix ``_vmf`` adds ``log C_D(||w_k|| / tau)`` to the logits.
+        severed: whether their head ran where its outputs have lost their gradient unseen: ``refuse_severed``.
     """
 
     weight: Tensor
     magnitude: Tensor | None
     kind: str
+    severed: bool = False
 
     @property
     def count(self) -> int:
@@ -227,14 +235,18 @@ def refuse_freed(*stored: Tensor | None) -> None:
 
     FSDP2 takes the memory of a module's full parameters when its forward returns, and a loss comes after that.
     """
-    if torch.compiler.is_compiling():
-        return  # traced tensors have no memory; the ops, which run later, ask again
     for tensor in stored:
-        # the exact types, as fake and other wrapped tensors have no memory of their own either
-        if tensor is None or type(tensor) not in (Tensor, Parameter) or tensor.is_meta or tensor.numel() == 0:
+        # traced and wrapped tensors have no memory of their own; the ops, which run later, ask again
+        if tensor is None or tensor.numel() == 0 or not has_memory(tensor):
             continue
         if tensor.untyped_storage().size() == 0:
             raise RuntimeError(FREED.format(shape=list(tensor.shape)))
+
+
+def refuse_severed(prototypes: Prototypes) -> None:
+    """Raise RuntimeError where a gradient is recorded for outputs of a head that have been cut off from it."""
+    if prototypes.severed and torch.is_grad_enabled():
+        raise RuntimeError(SEVERED)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

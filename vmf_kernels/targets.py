@@ -10,17 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Parameter
 
 from vmf_kernels.assign import check_bias, temperature_tensor
 from vmf_kernels.backends import reference
 from vmf_kernels.cross_entropy import CrossEntropy, prototype_cross_entropy
 from vmf_kernels.dense_cross_entropy import logit_cross_entropy
+from vmf_kernels.einops_backend import offer_to_einops
 from vmf_kernels.logits import PrototypeLogits, same_prototypes
 from vmf_kernels.pairing import Pairing, check_pairing
 from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype, prepare_keys
+from vmf_kernels.row_index import advice
 from vmf_kernels.statistics import AssignmentStatistics, or_one
-from vmf_kernels.unstored import UnstoredRows, advice
+from vmf_kernels.tensors import is_readable, refuse_gradients
+from vmf_kernels.unstored import UnstoredRows
 
 # one name serves unstored and stored students: what streams over prototypes is plain torch on stored logits
 LOGIT_BACKENDS = {"streaming": "torch", "reference": "torch", "native": "torch", "cuda": "triton"}
@@ -39,8 +41,8 @@ class TeacherTargets(UnstoredRows):
         bias: [K] nats: minus the centre, a Sinkhorn dual vector, the vMF normaliser that stored logits lack; or None.
 
     Raises:
-        ValueError: the logits are not [..., K] floating point, the bias has not K elements, or the temperature is not positive;
-            that of a tensor on a GPU is not looked at, which would wait for it.
+        ValueError: the logits are not [..., K] floating point, the bias has not K elements, bias or temperature require a
+            gradient, or the temperature is not positive; that of a tensor on a GPU is not looked at, which would wait for it.
     """
 
     logits: PrototypeLogits | Tensor
@@ -51,6 +53,7 @@ class TeacherTargets(UnstoredRows):
         rows = self.logits.features if isinstance(self.logits, PrototypeLogits) else self.logits
         if not isinstance(rows, Tensor):
             return  # a tree of something else in the shape of this one, see PrototypeLogits
+        offer_to_einops(TeacherTargets)
         if self.logits.ndim < 1 or not self.logits.is_floating_point():
             raise ValueError(
                 f"teacher logits are {self.logits.dtype} of shape {tuple(self.logits.shape)}; "
@@ -59,11 +62,14 @@ class TeacherTargets(UnstoredRows):
         # only where needed: the same tensors in all parts of one batch are how cat knows that they belong together
         if self.logits.requires_grad:
             self.logits = self.logits.detach()
+        refuse_gradients(temperature=self.temperature, bias=self.bias)
         if isinstance(self.bias, Tensor):
             check_bias(self.bias, self.logits.shape[-1], "bias")
             self.bias = self.bias.detach() if self.bias.requires_grad else self.bias
-        if _is_readable(self.temperature) and not float(self.temperature) > 0:
-            raise ValueError(f"temperature is {float(self.temperature)}; expected a number > 0")
+        tau = self.temperature
+        if not isinstance(tau, Tensor) or (is_readable(tau) and tau.numel() == 1):
+            if not float(tau) > 0:
+                raise ValueError(f"temperature is {float(tau)}; expected a number > 0")
 
     @property
     def shape(self) -> torch.Size:
@@ -241,7 +247,7 @@ def _probability_cross_entropy(
     """Of stored logits [S, K] and stored probabilities: ``q = s softmax(log q)`` with s the sum of a row."""
     images = check_pairing(Pairing(pair_weights, image_weights), q_TK.shape[0], student.shape[0])
     dtype = accumulation_dtype(q_TK.dtype)
-    if q_TK.device.type == "cpu" and not torch.compiler.is_compiling() and (q_TK < 0).any():
+    if is_readable(q_TK) and (q_TK < 0).any():
         raise ValueError(
             f"targets go down to {q_TK.min().item():.3g}; expected probabilities, or TeacherTargets of the teacher's raw logits"
         )
@@ -305,17 +311,6 @@ def _flat(rows: Tensor, side: str) -> Tensor:
     if rows.ndim < 2:
         raise ValueError(f"{side} is a single row of {rows.numel()} stored elements; expected [..., K] rows")
     return rows.flatten(0, -2)
-
-
-def _is_readable(temperature: object) -> bool:
-    """Whether it is a number, or a tensor whose element can be read without waiting for a device."""
-    if isinstance(temperature, (int, float)):
-        return True
-    # the exact types: fake and other wrapped tensors have no value
-    if torch.compiler.is_compiling() or type(temperature) not in (Tensor, Parameter):
-        return False
-    assert isinstance(temperature, Tensor)
-    return temperature.device.type == "cpu" and temperature.numel() == 1
 
 
 def _same_value(one: object, other: object) -> bool:

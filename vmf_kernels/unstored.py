@@ -14,11 +14,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-PROTOTYPE_DIM = "the last dim holds the prototypes, which are never split"
+from vmf_kernels.row_index import PROTOTYPE_DIM, advice, row_dim, row_index, row_order, row_sizes
+
 JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
 ROW_FUNCTIONS = (
-    *("chunk", "split", "split_with_sizes", "unbind", "unsqueeze", "squeeze", "flatten", "unflatten", "reshape"),
-    *("transpose", "narrow", "index_select", "detach", "clone", "numel", "is_floating_point"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsqueeze", "squeeze", "flatten", "unflatten"),
+    *("reshape", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "flip", "roll", "narrow", "select"),
+    *("index_select", "repeat_interleave", "broadcast_to", "detach", "clone", "numel", "is_floating_point"),
+)
+# attributes and methods of a tensor that do not depend on its values
+OF_ANY_VALUES = (
+    *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "element_size", "itemsize", "layout"),
+    *("is_sparse", "is_quantized", "is_nested", "is_meta", "is_complex", "is_signed"),
 )
 OPERATORS = (
     *(f"{side}{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul") for side in ("", "r")),
@@ -156,6 +163,75 @@ class UnstoredRows:
         """As ``Tensor.transpose`` of two dims of rows."""
         return self._with(self._rows.transpose(self._row_dim(dim0), self._row_dim(dim1)))
 
+    def swapaxes(self, axis0: int, axis1: int) -> Self:
+        """As ``transpose``."""
+        return self.transpose(axis0, axis1)
+
+    def swapdims(self, dim0: int, dim1: int) -> Self:
+        """As ``transpose``."""
+        return self.transpose(dim0, dim1)
+
+    def permute(self, *dims: Any) -> Self:
+        """As ``Tensor.permute`` that leaves the prototypes last."""
+        return self._with(self._rows.permute(*row_order(_unpacked(dims), self.shape, self._kind), self.ndim - 1))
+
+    def movedim(self, source: int | Sequence[int], destination: int | Sequence[int]) -> Self:
+        """As ``Tensor.movedim`` of dims of rows."""
+        ends = [[self._row_dim(d) for d in (side if isinstance(side, Sequence) else (side,))] for side in (source, destination)]
+        return self._with(self._rows.movedim(*ends))
+
+    def moveaxis(self, source: int | Sequence[int], destination: int | Sequence[int]) -> Self:
+        """As ``movedim``."""
+        return self.movedim(source, destination)
+
+    def flip(self, *dims: Any) -> Self:
+        """As ``Tensor.flip`` along dims of rows."""
+        return self._with(self._rows.flip([self._row_dim(dim) for dim in _unpacked(dims)]))
+
+    def roll(self, shifts: int | Sequence[int], dims: int | Sequence[int]) -> Self:
+        """As ``Tensor.roll`` along dims of rows."""
+        resolved = [self._row_dim(dim) for dim in (dims if isinstance(dims, Sequence) else (dims,))]
+        return self._with(self._rows.roll(shifts, resolved))
+
+    def repeat(self, *sizes: Any) -> Self:
+        """As ``Tensor.repeat`` of rows: 1 for the prototypes."""
+        asked = _unpacked(sizes)
+        if not asked or asked[-1] != 1:
+            raise ValueError(f"{self._kind} repeated {asked} times; expected 1 for the last dim ({PROTOTYPE_DIM})")
+        return self._with(self._rows.repeat(*asked))
+
+    def repeat_interleave(self, repeats: int | Tensor, dim: int, *, output_size: int | None = None) -> Self:
+        """As ``Tensor.repeat_interleave`` along a dim of rows."""
+        return self._with(self._rows.repeat_interleave(repeats, self._row_dim(dim), output_size=output_size))
+
+    def expand(self, *sizes: Any) -> Self:
+        """As ``Tensor.expand`` of dims of rows; the last size is K or -1."""
+        return self._with(self._rows.expand(*row_sizes(_unpacked(sizes), self.shape, self._kind, "expanded to"), -1))
+
+    def broadcast_to(self, *size: Any) -> Self:
+        """As ``expand``."""
+        return self.expand(*size)
+
+    def expand_as(self, other: Any) -> Self:
+        """As ``expand`` to the shape of a tensor or of what stands for one."""
+        return self.expand(*other.shape)
+
+    def view_as(self, other: Any) -> Self:
+        """As ``reshape`` to the shape of a tensor or of what stands for one."""
+        return self.reshape(*other.shape)
+
+    def reshape_as(self, other: Any) -> Self:
+        """As ``view_as``."""
+        return self.reshape(*other.shape)
+
+    def select(self, dim: int, index: int) -> Self:
+        """As ``Tensor.select`` along a dim of rows."""
+        return self._with(self._rows.select(self._row_dim(dim), index))
+
+    def tensor_split(self, indices_or_sections: Any, dim: int = 0) -> tuple[Self, ...]:
+        """As ``Tensor.tensor_split`` along a dim of rows."""
+        return self._many(self._rows.tensor_split(indices_or_sections, dim=self._row_dim(dim)))
+
     def narrow(self, dim: int, start: int, length: int) -> Self:
         """As ``Tensor.narrow`` along a dim of rows."""
         return self._with(self._rows.narrow(self._row_dim(dim), start, length))
@@ -165,7 +241,7 @@ class UnstoredRows:
         return self._with(self._rows.index_select(self._row_dim(dim), index))
 
     def __getitem__(self, index: Any) -> Self:
-        return self._with(self._rows[self._row_index(index)])
+        return self._with(self._rows[row_index(index, self.shape, self._kind)])
 
     def __iter__(self) -> Iterator[Self]:
         return iter(self.unbind(0))
@@ -173,6 +249,31 @@ class UnstoredRows:
     def contiguous(self) -> Self:
         """The rows, contiguous."""
         return self._with(self._rows.contiguous())
+
+    def is_contiguous(self) -> bool:
+        """Whether the rows are."""
+        return self._rows.is_contiguous()
+
+    @property
+    def data(self) -> Self:
+        """As ``detach``."""
+        return self.detach()
+
+    def detach(self) -> Self:
+        """Cut off from autograd."""
+        raise NotImplementedError
+
+    def nelement(self) -> int:
+        """As ``numel``."""
+        return self.numel()
+
+    def get_device(self) -> int:
+        """As ``Tensor.get_device``."""
+        return self._rows.get_device()
+
+    def type_as(self, other: Any) -> Self:
+        """Values in the dtype, and on the device, of another tensor."""
+        return self._moved(other.device, other.dtype)
 
     def clone(self) -> Self:
         """A copy of the rows; prototypes are shared."""
@@ -222,6 +323,8 @@ class UnstoredRows:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name in OF_ANY_VALUES:
+            return getattr(self._probe(), name)
         raise AttributeError(f"{self._kind} has no {name!r}: {advice(name)}")
 
     @classmethod
@@ -267,50 +370,12 @@ class UnstoredRows:
         return tuple(self._with(part) for part in parts)
 
     def _row_dim(self, dim: int, extra: int = 0) -> int:
-        resolved = dim if dim >= 0 else dim + self.ndim + extra
-        if not 0 <= resolved < self.ndim - 1 + extra:
-            raise IndexError(
-                f"dim {dim} of {self._kind} of shape {tuple(self.shape)} is not a dim of rows ({PROTOTYPE_DIM}); "
-                "materialize() gives the stored values"
-            )
-        return resolved
-
-    def _row_index(self, index: Any) -> tuple[Any, ...]:
-        """The index without ``...`` and without a slice that takes all prototypes."""
-        parts = list(index) if isinstance(index, tuple) else [index]
-        used = sum(_dims_used(part) for part in parts)
-        for place, part in enumerate(parts):
-            if part is Ellipsis:
-                parts[place : place + 1] = [slice(None)] * (self.ndim - used)
-                used = self.ndim
-                break
-        last = parts[-1] if parts else None
-        if used == self.ndim and isinstance(last, slice) and last.indices(self.shape[-1]) == (0, self.shape[-1], 1):
-            return tuple(parts[:-1])
-        if used >= self.ndim:
-            raise TypeError(
-                f"{self._kind} of shape {tuple(self.shape)} got the index {index!r}; expected one over rows only "
-                f"({PROTOTYPE_DIM}); materialize() gives the stored values"
-            )
-        return tuple(parts)
+        return row_dim(dim, self.shape, self._kind, extra)
 
 
-def advice(name: str) -> str:
-    """What to do about an operation that needs values."""
-    return (
-        f"the [rows, K] values are not stored; losses take them as they are (temperature, centre and softmax are applied "
-        f"there); call .materialize() first if {name} really needs them"
-    )
-
-
-def _dims_used(part: Any) -> int:
-    """How many dims of the tensor a part of an index takes: a mask as many as it has."""
-    if part is None or part is Ellipsis:
-        return 0
-    if isinstance(part, (int, slice)):
-        return 1
-    values = torch.as_tensor(part)
-    return values.ndim if values.dtype in (torch.bool, torch.uint8) else 1
+def _unpacked(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    """Of the two ways torch takes sizes and dims, one by one or as one sequence, the first."""
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], Sequence) else sizes
 
 
 def _refusal(name: str) -> Callable[..., Any]:

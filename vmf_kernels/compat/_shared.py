@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from vmf_kernels.assign import check_backend_name, temperature_tensor
 from vmf_kernels.centering import RunningMean
-from vmf_kernels.logits import PrototypeLogits, project
+from vmf_kernels.logits import PrototypeLogits, outside_transforms, project
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.ranks import RowRanks, Shared, all_finite
 from vmf_kernels.sinkhorn import SinkhornKnopp
@@ -100,6 +100,7 @@ class LazilyCentered(RunningMean):
         self.reduce_center_update(teacher_output)
 
     @torch.no_grad()
+    @outside_transforms
     def reduce_center_update(self, teacher_output: Logits) -> None:
         """As ``update_center``."""
         total, weight = self._mean_parts(self._checked(teacher_output))
@@ -111,6 +112,7 @@ class LazilyCentered(RunningMean):
         self._pending = torch.where(finite, merged[0], kept[0]), torch.where(finite, merged[1], kept[1])
 
     @torch.no_grad()
+    @outside_transforms
     def apply_center_update(self) -> None:
         """Move the centre by what waits, if anything. Not collective."""
         if self._pending is None:
@@ -290,6 +292,11 @@ class PatchLoss(LazilyCentered):
 
     def _weight_of(self, rows: int) -> int:
         return min(rows, 1)
+
+
+def new_center(*shape: int, fill: float) -> Tensor:
+    """A centre of this shape in fp32, whatever torch's default dtype, on its default device."""
+    return torch.full(shape, fill, dtype=torch.float32, device=torch.get_default_device())
 
 
 @torch.no_grad()

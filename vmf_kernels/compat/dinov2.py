@@ -26,6 +26,7 @@ from vmf_kernels.compat._shared import (
     RankOptions,
     Targets,
     check_targets,
+    new_center,
     unit_rows,
 )
 from vmf_kernels.heads import PrototypeLayer, check_head_dims, outlive, projection_mlp
@@ -114,7 +115,7 @@ class DINOLoss(ClassTokenLoss):
     def __init__(
         self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, **options: Unpack[RankOptions]
     ) -> None:
-        super().__init__(torch.zeros(1, out_dim), student_temp, center_momentum, **options)
+        super().__init__(new_center(1, out_dim, fill=0.0), student_temp, center_momentum, **options)
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_output: Logits, teacher_temp: float | Tensor) -> Targets:
@@ -186,7 +187,7 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
         center_momentum: float = 0.9,
         **options: Unpack[RankOptions],
     ) -> None:
-        super().__init__(torch.zeros(1, 1, patch_out_dim), student_temp, center_momentum, **options)
+        super().__init__(new_center(1, 1, patch_out_dim, fill=0.0), student_temp, center_momentum, **options)
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_patch_tokens: Logits, teacher_temp: float | Tensor) -> Targets:

@@ -24,6 +24,7 @@ from vmf_kernels.compat._shared import (
     RankOptions,
     Targets,
     check_targets,
+    new_center,
     sinkhorn_targets,
     unit_rows,
 )
@@ -84,7 +85,7 @@ class DINOLoss(ClassTokenLoss):
     def __init__(
         self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, **options: Unpack[RankOptions]
     ) -> None:
-        super().__init__(torch.full((1, out_dim), math.nan), student_temp, center_momentum, **options)
+        super().__init__(new_center(1, out_dim, fill=math.nan), student_temp, center_momentum, **options)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -189,7 +190,7 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
         center_momentum: float = 0.9,
         **options: Unpack[RankOptions],
     ) -> None:
-        super().__init__(torch.full((1, 1, patch_out_dim), math.nan), student_temp, center_momentum, **options)
+        super().__init__(new_center(1, 1, patch_out_dim, fill=math.nan), student_temp, center_momentum, **options)
         self.sinkhorn_knopp_teacher = SinkhornKnoppTeacher(**options)
 
     @torch.no_grad()

@@ -90,7 +90,7 @@ class DINOLoss(losses.DINOLoss):
         warm_up = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, num_epochs)
         super().__init__(num_prototypes, num_large_crops, *warm_up, student_temp, center_momentum, **options)
         # a compiled step would take an int of a module for a constant
-        self.register_buffer("epoch_now", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("epoch_now", torch.zeros((), dtype=torch.int64, device=torch.get_default_device()), persistent=False)
         self.epoch = 0
 
     @property

@@ -1,0 +1,132 @@
+"""How an operator becomes one of torch's: kernel, shapes without values, gradient, ``vmap`` and FLOPs.
+
+``torch.library.custom_op`` would do the same, but brings in torch's compiler: a second and 150 MiB in the first call of a
+process, and tens of microseconds in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+NAMESPACE = "vmf_kernels"
+# of this process, for as long as it lives: torch drops what a library holds with the library
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+FLOPS: dict[Any, Callable[..., int]] = {}  # by operator, as ``torch.utils.flop_counter`` keeps them
+
+
+class OperatorFunction(torch.autograd.Function):
+    """The gradient of an operator, recorded inside torch's dispatcher."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """As ``torch.autograd.Function.apply`` without its detour for ``torch.func``, whose wrapping is undone by then."""
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+def operator(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    gradient: type[OperatorFunction] | None = None,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Register the decorated kernel as ``torch.ops.vmf_kernels.<name>``, which takes its place.
+
+    Args:
+        name: of the operator.
+        fake: its outputs without their values, from the same arguments.
+        flops: floating-point operations from the same arguments, with shapes in the place of tensors.
+        gradient: whose ``forward(ctx, *args)`` calls the operator inside ``below_autograd()``; None for one without gradient.
+    """
+
+    def register(kernel: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(kernel, mutates_args=())
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, without_autocast(kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        op = getattr(getattr(torch.ops, NAMESPACE), name)
+        LIBRARY.impl(name, _autograd_kernel(op.default, gradient), "Autograd")
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", _one_by_one(op.default), lib=LIBRARY)
+        if flops is not None:
+            FLOPS[op] = _of_shapes(flops)
+        return op.default
+
+    return register
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """Operators inside record no gradient of their own."""
+    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
+
+
+def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel with autocast off: a region of the caller's would round its fp32 sums to half precision."""
+
+    def run(first: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return kernel(first, *args)
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *args)
+
+    return run
+
+
+def _autograd_kernel(op: Any, gradient: type[OperatorFunction] | None) -> Callable[..., Any]:
+    defaults = tuple(argument.default_value for argument in op._schema.arguments)
+
+    def run(*args: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack():
+            _tell_flop_counters()
+        if gradient is None or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with below_autograd():
+                return op(*args)
+        args += defaults[len(args) :]  # the dispatcher takes off what equals them
+        with _single_level():
+            return gradient.apply(*args)
+
+    return run
+
+
+def _single_level() -> AbstractContextManager[Any]:
+    """Lets a gradient be recorded where ``torch.func`` is at work, whose dispatch has come down to one of its levels."""
+    if torch._C._are_functorch_transforms_active():
+        return enable_single_level_autograd_function()  # type: ignore[no-untyped-call, no-any-return]
+    return nullcontext()
+
+
+def _one_by_one(op: Any) -> Callable[..., Any]:
+    """The rule of ``torch.vmap``: one call for each element of the batch, whose results are stacked."""
+
+    def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        results = [
+            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return run
+
+
+def _of_shapes(flops: Callable[..., int]) -> Callable[..., int]:
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return flops(*(arg.shape if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
+
+    return count
+
+
+def _tell_flop_counters() -> None:
+    """Give our FLOPs to the counters at work. Registering them at import would import Triton with torch's counter."""
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if isinstance(registry, dict):
+            for op, count in FLOPS.items():
+                registry.setdefault(op, count)

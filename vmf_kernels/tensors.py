@@ -1,0 +1,72 @@
+"""What may be done with a tensor from outside: whether it has memory of its own, and whether its values may be looked at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether it is an eager tensor with memory of its own.
+
+    Traced, fake, meta and other wrapped tensors are not: those of ``torch.compile``, ``torch.func`` and ``torch.export``.
+    """
+    # the exact types: a subclass may keep its values elsewhere. torch.func wraps without a type of its own
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or tensor.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether looking at its values neither waits for a device nor breaks a trace."""
+    return tensor.device.type == "cpu" and has_memory(tensor)
+
+
+def is_moved(tensor: Tensor, version: int | None) -> bool:
+    """Whether it was changed in place since ``version_of`` gave this version; False where that is not known."""
+    return version is not None and tensor._version != version
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """What an in-place change raises; None for tensors that do not count, such as those of ``torch.inference_mode``."""
+    return None if not has_memory(tensor) or tensor.is_inference() else tensor._version
+
+
+def may_require_grad(tensor: Tensor) -> bool:
+    """Whether a gradient at it may be asked for; ``torch.func`` says so at another of its levels."""
+    return tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def refuse_gradients(**arguments: object) -> None:
+    """Raise ValueError if one of these requires a gradient, which is not formed for it, in a region that records them."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, which is formed for the student's outputs and prototypes only; expected "
+                f"{name}.detach()"
+            )
+
+
+def is_transforming() -> bool:
+    """Whether ``torch.func`` (grad, vmap, ...) is at work; not asked of a trace, which has its own way with it."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def untransformed(tensor: Tensor) -> Tensor:
+    """The tensor that ``torch.func`` has wrapped for its gradients.
+
+    Raises:
+        RuntimeError: it is one of a batch of ``torch.vmap``, whose members have no value of their own outside.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    if functorch.is_functorch_wrapped_tensor(tensor):
+        raise RuntimeError(
+            "a centre cannot take in the teacher's rows inside torch.vmap, where each call has a batch of its own; expected the "
+            "loss outside of vmap, a vmap over what follows the centre, or prototype_cross_entropy with the centre as a bias"
+        )
+    return tensor
