@@ -132,19 +132,18 @@ class StoredWeight {
   Array<unsigned char> bytes_;
 };
 
-Execution execution(const Case& c) { return {c.isa, c.products, c.threads, nullptr}; }
+Execution execution(const Case& c) { return {c.isa, c.products, c.threads, 0, nullptr}; }
 
 // One network's rows: scored on construction into columns of the logits.
 struct Network {
-  Floats features, top, mass, moment, factor;
+  Floats features, top, mass, moment;
 
   Network(const Case& c, int rows, const Weight& weight, const float* bias, float* logits, std::ptrdiff_t stride,
           Random& random)
       : features(std::size_t(rows) * c.dim, c.place, 0),
         top(rows, c.place, NAN_F),
         mass(rows, c.place, NAN_F),
-        moment(rows, c.place, NAN_F),
-        factor(rows, c.place, NAN_F) {
+        moment(rows, c.place, NAN_F) {
     random.fill(features);
     Floats multiplier(c.prototypes, c.place, 1.0f / float(c.dim));
     const Score s{weight, multiplier.get(), bias, features.get(), rows, Logits{{logits}, c.prototypes, stride}, top.get(), mass.get(), moment.get()};
@@ -154,7 +153,6 @@ struct Network {
     score(s, run);
     expect_finite(top, "top"), expect_finite(mass, "mass"), expect_finite(moment, "moment");
     for (int k = 0; logits && k < c.prototypes; ++k) expect_finite(logits + k * stride, rows, "logits");
-    for (int r = 0; r < rows; ++r) factor[r] = 1 / mass[r];
   }
 };
 
@@ -162,7 +160,9 @@ void gather_in_own_room(const Case& c, const Gather& g) {
   Execution run = execution(c);
   Array<char> workspace(gather_workspace(g, run), c.place);
   run.workspace = workspace.get();
-  gather(g, run);
+  const Sums sums = gather(g, run);
+  const float all[] = {float(sums.student_entropy), float(sums.teacher_entropy), float(sums.weight)};
+  expect_finite(all, 3, "sums");
 }
 
 // Everything that `gather` writes.
@@ -186,7 +186,7 @@ void gather_all(const Case& c, Gather g, const PullBack& pull_back, const Gradie
   if (pull_back.magnitude_gradient) expect_finite(gradients.magnitude, "magnitude_gradient");
   g.first = true, g.pull_back = nullptr, g.features = nullptr, g.weight_gradient = nullptr, g.gain = nullptr;
   gather_in_own_room(c, g);
-  g.student_rows = 0, g.student_top = g.student_factor = g.coefficient = nullptr, g.feature_gradient = nullptr;
+  g.student_rows = 0, g.student_top = g.student_mass = g.student_moment = nullptr, g.feature_gradient = nullptr;
   gather_in_own_room(c, g);
   expect_finite(gradients.usage, "usage");
 }
@@ -203,10 +203,10 @@ void run(const Case& c) {
   const Network unstored(c, c.rows, stored.weight(), nullptr, nullptr, 0, random);
   const Network student(c, c.rows, stored.weight(), bias.get(), logits.get(), stride, random);
   const Network teacher(c, teacher_rows, other.weight(), nullptr, logits.get() + teacher_column, stride, random);
-  if (c.rows > 1) student.factor[0] = 0;  // a row without weight
 
-  Floats coefficient(std::size_t(teacher_views) * c.rows, c.place, 0);
-  random.fill(coefficient);
+  Floats view_weights(std::size_t(teacher_views) * student_views, c.place, 0.5f), image_weights(images, c.place, 2);
+  view_weights[0] = 0;  // a pair without weight
+  const bool weighs_images = c.threads == 1;
   const Gradients gradients(c);
   const bool has_magnitude = c.norms == Norms::magnitude;
   PullBack pull_back{};
@@ -216,10 +216,12 @@ void run(const Case& c) {
   Gather g{};
   g.weight = stored.weight(), g.gain = gain.get();
   g.logits = Logits{{logits.get()}, c.prototypes, stride}, g.teacher_column = teacher_column;
-  g.student_rows = c.rows, g.teacher_rows = teacher_rows, g.images = images, g.teacher_views = teacher_views;
-  g.student_top = student.top.get(), g.student_factor = student.factor.get();
-  g.teacher_top = teacher.top.get(), g.teacher_factor = teacher.factor.get();
-  g.coefficient = coefficient.get(), g.features = student.features.get(), g.scale = 10;
+  g.student_rows = c.rows, g.teacher_rows = teacher_rows, g.images = images;
+  g.student_views = student_views, g.teacher_views = teacher_views, g.view_weights = view_weights.get();
+  if (weighs_images) g.image_weights = image_weights.get();
+  g.student_top = student.top.get(), g.student_mass = student.mass.get(), g.student_moment = student.moment.get();
+  g.teacher_top = teacher.top.get(), g.teacher_mass = teacher.mass.get(), g.teacher_moment = teacher.moment.get();
+  g.features = student.features.get(), g.scale = 10;
   g.feature_gradient = gradients.features.get(), g.weight_gradient = gradients.weight.get();
   g.bias_gradient = gradients.bias.get(), g.usage = gradients.usage.get();
   g.first = true;

@@ -35,7 +35,9 @@ def version_of(tensor: Tensor) -> int | None:
 
 def may_require_grad(tensor: Tensor) -> bool:
     """Whether a gradient at it may be asked for; ``torch.func`` says so at another of its levels."""
-    return tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor.requires_grad
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def refuse_gradients(**arguments: object) -> None:

@@ -18,9 +18,9 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-Execution execution_of(const std::string& isa, Products products, int threads) {
+Execution execution_of(const std::string& isa, Products products, int threads, double least_work) {
   if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + "; expected at least 1");
-  return {isa_named(isa), products, threads, nullptr};
+  return {isa_named(isa), products, threads, least_work, nullptr};
 }
 
 Logits logits_of(const std::vector<Address>& pieces, int prototypes, std::ptrdiff_t stride) {
@@ -49,7 +49,8 @@ PYBIND11_MODULE(_native, m) {
       .value("magnitude", Norms::magnitude);
 
   py::class_<Execution>(m, "Execution")
-      .def(py::init(&execution_of), py::kw_only(), py::arg("isa"), py::arg("products"), py::arg("threads"))
+      .def(py::init(&execution_of), py::kw_only(), py::arg("isa"), py::arg("products"), py::arg("threads"),
+           py::arg("least_work"))
       .def_property(
           "workspace", [](const Execution& run) { return reinterpret_cast<Address>(run.workspace); },
           [](Execution& run, Address address) { run.workspace = pointer<void>(address); });
@@ -77,12 +78,12 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("norms"), py::arg("norm"), py::arg("magnitude"), py::arg("slope"),
            py::arg("magnitude_gradient"));
   py::class_<Gather>(m, "Gather")
-      .def(py::init([](const Weight& weight, Address gain, const Logits& logits,
-                       std::ptrdiff_t teacher_column, int student_rows, int teacher_rows, int images,
-                       int teacher_views, Address student_top, Address student_factor, Address teacher_top,
-                       Address teacher_factor, Address coefficient, Address features, float scale,
-                       Address feature_gradient, Address weight_gradient, Address bias_gradient, Address usage,
-                       bool first, const PullBack* pull_back) {
+      .def(py::init([](const Weight& weight, Address gain, const Logits& logits, std::ptrdiff_t teacher_column,
+                       int student_rows, int teacher_rows, int images, int student_views, int teacher_views,
+                       Address student_top, Address student_mass, Address student_moment, Address teacher_top,
+                       Address teacher_mass, Address teacher_moment, Address view_weights, Address image_weights,
+                       Address features, float scale, Address feature_gradient, Address weight_gradient,
+                       Address bias_gradient, Address usage, bool first, const PullBack* pull_back) {
              return Gather{weight,
                            pointer<const float>(gain),
                            logits,
@@ -90,12 +91,16 @@ PYBIND11_MODULE(_native, m) {
                            student_rows,
                            teacher_rows,
                            images,
+                           student_views,
                            teacher_views,
                            pointer<const float>(student_top),
-                           pointer<const float>(student_factor),
+                           pointer<const float>(student_mass),
+                           pointer<const float>(student_moment),
                            pointer<const float>(teacher_top),
-                           pointer<const float>(teacher_factor),
-                           pointer<const float>(coefficient),
+                           pointer<const float>(teacher_mass),
+                           pointer<const float>(teacher_moment),
+                           pointer<const float>(view_weights),
+                           pointer<const float>(image_weights),
                            pointer<const float>(features),
                            scale,
                            pointer<float>(feature_gradient),
@@ -105,12 +110,17 @@ PYBIND11_MODULE(_native, m) {
                            first,
                            pull_back};
            }),
-           py::keep_alive<1, 22>(), py::kw_only(), py::arg("weight"), py::arg("gain"), py::arg("logits"),
-           py::arg("teacher_column"), py::arg("student_rows"), py::arg("teacher_rows"),
-           py::arg("images"), py::arg("teacher_views"), py::arg("student_top"), py::arg("student_factor"),
-           py::arg("teacher_top"), py::arg("teacher_factor"), py::arg("coefficient"), py::arg("features"),
-           py::arg("scale"), py::arg("feature_gradient"), py::arg("weight_gradient"), py::arg("bias_gradient"),
-           py::arg("usage"), py::arg("first"), py::arg("pull_back").none(true));
+           py::keep_alive<1, 26>(), py::kw_only(), py::arg("weight"), py::arg("gain"), py::arg("logits"),
+           py::arg("teacher_column"), py::arg("student_rows"), py::arg("teacher_rows"), py::arg("images"),
+           py::arg("student_views"), py::arg("teacher_views"), py::arg("student_top"), py::arg("student_mass"),
+           py::arg("student_moment"), py::arg("teacher_top"), py::arg("teacher_mass"), py::arg("teacher_moment"),
+           py::arg("view_weights"), py::arg("image_weights"), py::arg("features"), py::arg("scale"),
+           py::arg("feature_gradient"), py::arg("weight_gradient"), py::arg("bias_gradient"), py::arg("usage"),
+           py::arg("first"), py::arg("pull_back").none(true));
+  py::class_<Sums>(m, "Sums")
+      .def_readonly("student_entropy", &Sums::student_entropy)
+      .def_readonly("teacher_entropy", &Sums::teacher_entropy)
+      .def_readonly("weight", &Sums::weight);
 
   m.def("available", [] {
     std::vector<std::string> names;
@@ -121,4 +131,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("score", &score, py::call_guard<py::gil_scoped_release>());
   m.def("gather_workspace", &gather_workspace);
   m.def("gather", &gather, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "dot",
+      [](Address a, Address b, std::size_t count) { return dot(pointer<const float>(a), pointer<const float>(b), count); },
+      py::call_guard<py::gil_scoped_release>());
 }

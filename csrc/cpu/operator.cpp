@@ -23,6 +23,12 @@ constexpr int LEAST_PART = 480;  // prototypes: a few blocks
 constexpr std::size_t PARTS_BYTES = std::size_t(16) << 20;  // of all their dz, if that leaves
 constexpr int FEWEST_PARTS = 8;                             // so many
 
+int threads_for(double products, const Execution& run) {
+  return int(std::clamp(products / std::max(run.least_work, 1.0), 1.0, double(run.threads)));
+}
+
+double products_of(int rows, const Weight& weight) { return double(rows) * weight.prototypes * weight.dim; }
+
 const Kernels& kernels_of(const Execution& run) {
   const Kernels* found = nullptr;
   switch (run.isa) {
@@ -144,6 +150,41 @@ void pad(const float* from, int count, float* to, int whole, float with) {
   std::fill(to + count, to + whole, with);
 }
 
+// Nats of a row of Score.
+double entropy(float mass, float moment) { return (std::log2(double(mass)) - double(moment) / mass) * M_LN2; }
+
+// The pairs' weights over the masses of their rows, which turn 2^(l - top) into weighted probabilities:
+// scale n_s / mass_s, n_t / mass_t and, of every teacher view, scale a_gv r_b / mass_t.
+Sums weigh(const Gather& g, const GatherRoom& room, int students, int teachers) {
+  Sums sums;
+  const auto image = [&](int b) { return g.image_weights ? g.image_weights[b] : 1.0f; };
+  const auto pair = [&](int view, int other) { return g.view_weights[view * g.student_views + other]; };
+  for (int s = 0; s < g.student_rows; ++s) {
+    float weight = 0;
+    for (int view = 0; view < g.teacher_views; ++view) weight += pair(view, s / g.images) * image(s % g.images);
+    room.student_factor[s] = weight * g.scale / g.student_mass[s];
+    sums.student_entropy += weight * entropy(g.student_mass[s], g.student_moment[s]);
+  }
+  for (int t = 0; t < g.teacher_rows; ++t) {
+    float weight = 0;
+    for (int other = 0; other < g.student_views; ++other) weight += pair(t / g.images, other) * image(t % g.images);
+    room.teacher_factor[t] = weight / g.teacher_mass[t];
+    sums.teacher_entropy += weight * entropy(g.teacher_mass[t], g.teacher_moment[t]);
+    sums.weight += weight;
+  }
+  for (int view = 0; view < g.teacher_views; ++view) {
+    float* row = room.coefficient + std::size_t(view) * students;
+    for (int s = 0; s < g.student_rows; ++s) {
+      const int b = s % g.images;
+      row[s] = pair(view, s / g.images) * image(b) * g.scale / g.teacher_mass[view * g.images + b];
+    }
+    std::fill(row + g.student_rows, row + students, 0.0f);
+  }
+  std::fill(room.student_factor + g.student_rows, room.student_factor + students, 0.0f);
+  std::fill(room.teacher_factor + g.teacher_rows, room.teacher_factor + teachers, 0.0f);
+  return sums;
+}
+
 // Sums dz over the parts, row by row and in their order.
 void add_parts(const Gather& g, const float* parts, int count, int rows, int width, int threads) {
   const int dim = g.weight.dim;
@@ -172,7 +213,7 @@ void score(const Score& s, const Execution& run) {
   const ScoreRoom room(s, run, kernels, run.workspace);
   const int rows = padded_to(s.rows, kernels.lanes), parts = part_count(s.weight.prototypes);
   kernels.pack_features(s.features, s.rows, s.weight.dim, room.panels);
-  for_each_part(parts, s.weight.prototypes, run.threads, [&](int part, int thread, int first, int last) {
+  for_each_part(parts, s.weight.prototypes, threads_for(products_of(s.rows, s.weight), run), [&](int part, int thread, int first, int last) {
     kernels.score({&s, room.panels, room.scratch + thread * room.scratch_bytes,
                    room.statistics + std::size_t(part) * 3 * rows, first, last});
   });
@@ -183,7 +224,7 @@ std::size_t gather_workspace(const Gather& g, const Execution& run) {
   return GatherRoom(g, run, kernels_of(run), nullptr).bytes;
 }
 
-void gather(const Gather& g, const Execution& run) {
+Sums gather(const Gather& g, const Execution& run) {
   const Kernels& kernels = kernels_of(run);
   const GatherRoom room(g, run, kernels, run.workspace);
   const int students = padded_to(g.student_rows, kernels.lanes), teachers = padded_to(g.teacher_rows, kernels.lanes);
@@ -191,18 +232,28 @@ void gather(const Gather& g, const Execution& run) {
   const float infinity = std::numeric_limits<float>::infinity();
   if (g.weight_gradient) kernels.pack_values(g.features, g.student_rows, g.weight.dim, room.panels);
   pad(g.student_top, g.student_rows, room.student_top, students, infinity);
-  pad(g.student_factor, g.student_rows, room.student_factor, students, 0);
   pad(g.teacher_top, g.teacher_rows, room.teacher_top, teachers, infinity);
-  pad(g.teacher_factor, g.teacher_rows, room.teacher_factor, teachers, 0);
-  for (int view = 0; view < g.teacher_views; ++view)
-    pad(g.coefficient + std::size_t(view) * g.student_rows, g.student_rows,
-        room.coefficient + std::size_t(view) * students, students, 0);
-  for_each_part(parts, g.weight.prototypes, run.threads, [&](int part, int thread, int first, int last) {
+  const Sums sums = weigh(g, room, students, teachers);
+  const int threads = threads_for(2 * products_of(g.student_rows, g.weight), run);
+  for_each_part(parts, g.weight.prototypes, threads, [&](int part, int thread, int first, int last) {
     kernels.gather({&g, room.panels, room.student_top, room.student_factor, room.teacher_top, room.teacher_factor,
                     room.coefficient, room.scratch + thread * room.scratch_bytes,
                     room.feature_gradient + std::size_t(part) * students * width, first, last});
   });
-  if (g.student_rows) add_parts(g, room.feature_gradient, parts, students, width, run.threads);
+  if (g.student_rows) add_parts(g, room.feature_gradient, parts, students, width, threads);
+  return sums;
+}
+
+double dot(const float* a, const float* b, std::size_t count) {
+  constexpr int LANES = 8;  // sums side by side, which the compiler keeps in vectors
+  double sums[LANES] = {};
+  std::size_t i = 0;
+  for (; i + LANES <= count; i += LANES)
+    for (int lane = 0; lane < LANES; ++lane) sums[lane] += double(a[i + lane]) * b[i + lane];
+  for (; i < count; ++i) sums[0] += double(a[i]) * b[i];
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
 }
 
 }  // namespace vmf::cpu

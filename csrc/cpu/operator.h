@@ -20,7 +20,8 @@ enum class Norms { free, fixed, magnitude };  // w_k = v_k, v_k / ||v_k||, g_k v
 struct Execution {
   Isa isa;
   Products products;
-  int threads;
+  int threads;         // at most
+  double least_work;   // products of a thread: for fewer none is woken
   void* workspace;  // 64-byte aligned, at least the bytes that score_workspace or gather_workspace say
 };
 
@@ -67,18 +68,26 @@ struct PullBack {
   float* magnitude_gradient;  // [K], or null
 };
 
+// What a gathering pass adds up besides, over its rows with their pairs' weights; entropies in nats.
+struct Sums {
+  double student_entropy = 0, teacher_entropy = 0, weight = 0;
+};
+
 // From stored logits of both networks to the gradients: G = n p - A^T q, then dz = G W and dW = G^T z.
 struct Gather {
   Weight weight;      // the student's
   const float* gain;  // [K] w_k = gain_k v_k, or null
   Logits logits;      // the student's rows, from teacher_column on the teacher's; each padded
   std::ptrdiff_t teacher_column;
-  int student_rows, teacher_rows, images, teacher_views;
-  const float* student_top;     // [S] from Score
-  const float* student_factor;  // [S] scale n_s / mass_s
+  int student_rows, teacher_rows, images, student_views, teacher_views;
+  const float* student_top;     // [S] from Score, and so on
+  const float* student_mass;    // [S]
+  const float* student_moment;  // [S]
   const float* teacher_top;     // [T]
-  const float* teacher_factor;  // [T] n_t / mass_t
-  const float* coefficient;     // [G, S] scale a_ts / mass_t of the teacher view and the student row
+  const float* teacher_mass;    // [T]
+  const float* teacher_moment;  // [T]
+  const float* view_weights;    // [G, V] a: the pair of row g B + b and row v B + b weighs a_gv r_b
+  const float* image_weights;   // [B] r, or null for 1
   const float* features;        // [S, D] contiguous student rows, or null: no dW
   float scale;                  // inverse student temperature
   float* feature_gradient;      // [S, D] overwritten
@@ -97,6 +106,9 @@ Isa isa_named(const std::string&);
 std::size_t score_workspace(const Score&, const Execution&);
 void score(const Score&, const Execution&);
 std::size_t gather_workspace(const Gather&, const Execution&);
-void gather(const Gather&, const Execution&);
+Sums gather(const Gather&, const Execution&);
+
+// sum_i a_i b_i in fp64, in one order.
+double dot(const float* a, const float* b, std::size_t count);
 
 }  // namespace vmf::cpu

@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmf_kernels.tensors import has_memory
+
 MODULE = "vmf_kernels._native"
+CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+LEAST_WORK = 1 << 20  # products of a thread: one that was woken for fewer came back too late to help (bench/LOG.md)
+MISFIT = "the native module was about to get {got}; expected {expected} (a fault of vmf_kernels: please report it)"
 STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -58,6 +63,7 @@ def execution(products: torch.dtype) -> Any:
         isa=instruction_sets()[-1],
         products=getattr(module.Products, name),
         threads=torch.get_num_threads(),
+        least_work=LEAST_WORK,
     )
 
 
@@ -66,24 +72,43 @@ def has_bf16_products() -> bool:
     return instruction_sets()[-1] == "avx512bf16"
 
 
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for the module: on the CPU and of this dtype, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device=CPU)
+
+
 def weight_of(weight_KD: Tensor) -> Any:
     """Prototypes as stored; the tensor must outlive the result and have the elements of a row side by side."""
     module = built()
-    assert weight_KD.stride(1) == 1, "rows of prototypes are contiguous"
+    if weight_KD.device.type != "cpu" or weight_KD.ndim != 2 or weight_KD.dtype not in STORED:
+        raise RuntimeError(MISFIT.format(got=_described(weight_KD), expected="a matrix of fp32, bf16 or fp16"))
+    prototypes, dim = weight_KD.shape
+    stride, step = weight_KD.stride()
+    if step != 1 or (prototypes > 1 and stride < dim):
+        raise RuntimeError(MISFIT.format(got=_described(weight_KD), expected="rows of adjacent elements that do not overlap"))
     return module.Weight(
         data=weight_KD.data_ptr(),
         stored=getattr(module.Stored, STORED[weight_KD.dtype]),
-        stride=weight_KD.stride(0),
-        prototypes=weight_KD.shape[0],
-        dim=weight_KD.shape[1],
+        stride=stride,
+        prototypes=prototypes,
+        dim=dim,
     )
 
 
-def address(tensor: Tensor | None) -> int:
-    """Of the first element; 0 for None."""
+def address(tensor: Tensor | None, count: int) -> int:
+    """Of the first of ``count`` fp32 numbers side by side; 0 for None.
+
+    Every pointer that the module gets comes from here or from ``weight_of``: what does not fit is an error, not a read or
+    write beyond the memory.
+
+    Raises:
+        RuntimeError: it holds anything else.
+    """
     if tensor is None:
         return 0
-    assert tensor.is_contiguous(), "the module takes contiguous memory"
+    fits = tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.numel() == count
+    if not fits or tensor.device.type != "cpu" or not has_memory(tensor):
+        raise RuntimeError(MISFIT.format(got=_described(tensor), expected=f"{count} contiguous fp32 numbers on the CPU"))
     return tensor.data_ptr()
 
 
@@ -94,6 +119,10 @@ def fp32(values: Tensor) -> Tensor:
 
 def run_with_workspace(run: Any, bytes_needed: int) -> Tensor:
     """Give ``run`` a workspace; the tensor that is returned must be kept until the call is over."""
-    memory = torch.empty(bytes_needed + ALIGNMENT, dtype=torch.uint8)
+    memory = new(bytes_needed + ALIGNMENT, dtype=torch.uint8)
     run.workspace = -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
     return memory
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())} on {tensor.device}"

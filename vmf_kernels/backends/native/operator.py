@@ -8,6 +8,7 @@ Legend: R rows, S / T student / teacher rows, G / V their views, B images, K pro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +32,6 @@ from vmf_kernels.bessel import vmf_mean_resultant_length
 from vmf_kernels.pairing import check_pairing
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
-from vmf_kernels.statistics import or_one, weighted_summary
 
 
 def products_of(*rows: Tensor) -> torch.dtype:
@@ -61,13 +61,13 @@ def usage(
     """[K] mean probability of each prototype."""
     products = products_of(features)
     keys = native_keys(prototypes, temperature, bias, products)
-    x_RD, result = module.fp32(features), torch.zeros(prototypes.count, dtype=torch.float32)
+    x_RD, result = module.fp32(features), module.new(prototypes.count).zero_()
+    one_by_one = module.new(1, 1).fill_(1 / max(len(x_RD), 1))
     for rows in row_ranges(len(x_RD), _most_prototypes(prototypes.count, group)):
         count = rows.stop - rows.start
         logits = Logits.empty(keys.prototypes, padded(count))
         softmax = score(x_RD[rows], keys, products, logits).merged_over_ranks(group)
-        mass = torch.full((count,), 1 / len(x_RD), dtype=torch.float32)
-        _gather(keys, logits, products, _Teachers(softmax, mass, 0, result))
+        _gather(keys, logits, products, _Pairs(one_by_one, None, count), _Teachers(softmax, 0, result))
     return result
 
 
@@ -94,9 +94,9 @@ def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Te
     products = products_of(features)
     own = native_keys(prototypes, temperature, None, products)
     if not len(features):
-        return torch.full((prototypes.count,), -torch.inf, dtype=torch.float32)
+        return module.new(prototypes.count).fill_(-torch.inf)
     x_RD, bias_R = module.fp32(features), (offset.to(torch.float32) * -LOG2_E).contiguous()
-    factor = own.multiplier.new_full((len(x_RD),), own.scale * LOG2_E / float(own.row_factor))
+    factor = module.new(len(x_RD)).fill_(own.scale * LOG2_E / own.row_factor)
     keys = NativeKeys(x_RD, None, own.row_factor, factor, bias_R, bias_R, own.scale)
     parts = []
     for block in row_ranges(prototypes.count, len(x_RD)):
@@ -119,23 +119,24 @@ class _Step:
     teacher: NativeKeys
     student_rows: Tensor  # [V, B, D] fp32
     teacher_rows: Tensor  # [G, B, D] fp32
-    student_mass: Tensor  # [V, B] n_s
-    teacher_mass: Tensor  # [G, B] n_t
-    student_entropy: Tensor  # [V, B]
-    teacher_entropy: Tensor  # [G, B]
+    view_weights: Tensor  # [G, V] fp32
+    image_weights: Tensor | None  # [B] fp32
     feature_gradient: Tensor  # [V, B, D]
     weight_gradient: Tensor | None  # [K, D]
     magnitude_gradient: Tensor | None  # [K]
     bias_gradient: Tensor  # [K] beta
     usage: Tensor  # [K] sum_t n_t q_t
+    sums: list[tuple[float, float, float]]  # of every chunk: sum_s n_s H(p_s), sum_t n_t H(q_t), sum_t n_t
 
     @classmethod
     def of(cls, inputs: LossInputs, images: int) -> _Step:
         pairing, (teacher_views, student_views) = inputs.pairing, inputs.pairing.view_weights.shape
         x_SD, x_TD = module.fp32(inputs.student_features), module.fp32(inputs.teacher_features)
-        new, (count, dim) = x_SD.new_zeros, inputs.student.weight.shape
+        count, dim = inputs.student.weight.shape
         wanted = inputs.prototype_gradient
         products = products_of(inputs.student_features, inputs.teacher_features)
+        by_image = pairing.image_weights
+        sums = module.new(2, count).zero_()
         return cls(
             inputs,
             (teacher_views, student_views),
@@ -143,17 +144,16 @@ class _Step:
             products,
             native_keys(inputs.student, inputs.student_temperature, None, products),
             native_keys(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, products),
-            x_SD.reshape(student_views, images, dim),
-            x_TD.reshape(teacher_views, images, dim),
-            pairing.student_mass(images).to(torch.float32).reshape(student_views, images),
-            pairing.teacher_mass(images).to(torch.float32).reshape(teacher_views, images),
-            new(student_views, images),
-            new(teacher_views, images),
-            new(student_views, images, dim),
-            x_SD.new_empty(count, dim) if wanted else None,
-            torch.empty(count, dtype=torch.float32) if wanted and inputs.student.magnitude is not None else None,
-            new(count),
-            new(count),
+            x_SD.view(student_views, images, dim),
+            x_TD.view(teacher_views, images, x_TD.shape[1]),
+            module.fp32(pairing.view_weights),
+            None if by_image is None else module.fp32(by_image),
+            module.new(student_views, images, dim),
+            module.new(count, dim) if wanted else None,
+            module.new(count) if wanted and inputs.student.magnitude is not None else None,
+            sums[0],
+            sums[1],
+            [],
         )
 
     @property
@@ -176,27 +176,24 @@ class _Step:
 
     def run(self, chunk: Chunk, logits: Logits, *, first: bool, last: bool) -> None:
         """Add a chunk's share to every sum; the last one makes the prototypes' gradient that of what is stored."""
-        students, teachers = chunk.students_of(self.student_rows), chunk.teachers_of(self.teacher_rows)
-        x_SD, x_TD = students.flatten(0, 1), teachers.flatten(0, 1)
+        whole = first and last
+        students = self.student_rows if whole else chunk.students_of(self.student_rows)
+        teachers = self.teacher_rows if whole else chunk.teachers_of(self.teacher_rows)
+        x_SD, x_TD = students.flatten(0, 1).contiguous(), teachers.flatten(0, 1).contiguous()
         column = _columns_of(chunk)[0]
         group = self.inputs.prototype_group
         by_student = score(x_SD, self.student, self.products, logits).merged_over_ranks(group)
         by_teacher = score(x_TD, self.teacher, self.products, logits.from_column(column)).merged_over_ranks(group)
-        chunk.students_of(self.student_entropy).copy_(by_student.entropy.view(students.shape[:2]))
-        chunk.teachers_of(self.teacher_entropy).copy_(by_teacher.entropy.view(teachers.shape[:2]))
-        # of the pairs in this chunk alone, so that p and q meet before G is rounded for the products
-        pairs_GVB, scale = self._pairs(chunk), self.student.scale
-        x_gradient = torch.empty_like(x_SD)
-        _gather(
+        x_gradient = self.feature_gradient.flatten(0, 1) if whole else module.new(*x_SD.shape)
+        sums = _gather(
             self.student,
             logits,
             self.products,
-            _Teachers(by_teacher, pairs_GVB.sum(dim=1).flatten(), column, self.usage),
+            self._pairs(chunk),
+            _Teachers(by_teacher, column, self.usage),
             _Students(
-                features=x_SD.contiguous(),
+                features=x_SD,
                 softmax=by_student,
-                weight=pairs_GVB.sum(dim=0).flatten() * scale,
-                coefficient=_over_mass(pairs_GVB, by_teacher.mass / scale),
                 feature_gradient=x_gradient,
                 weight_gradient=self.weight_gradient,
                 bias_gradient=self.bias_gradient,
@@ -204,15 +201,25 @@ class _Step:
                 pull_back=self._pull_back() if last and self.weight_gradient is not None else None,
             ),
         )
-        chunk.students_of(self.feature_gradient).add_(x_gradient.view_as(students))
+        self.sums.append((sums.student_entropy, sums.teacher_entropy, sums.weight))
+        if not whole:
+            part, mine = x_gradient.view_as(students), chunk.students_of(self.feature_gradient)
+            # a student row's pairs may lie in several chunks, where its image has too many views for one
+            (mine.copy_ if self._is_new(chunk) else mine.add_)(part)
 
-    def _pairs(self, chunk: Chunk) -> Tensor:
-        """[G, V, B] weights of a chunk's pairs of views, each of one image with itself."""
-        pairs, by_image = self.inputs.pairing.view_weights.to(torch.float32), self.inputs.pairing.image_weights
-        pairs = pairs[chunk.teacher_views, chunk.student_views]
-        images = chunk.images.stop - chunk.images.start
-        r_B = pairs.new_ones(images) if by_image is None else by_image[chunk.images].to(torch.float32)
-        return pairs[:, :, None] * r_B
+    def _is_new(self, chunk: Chunk) -> bool:
+        """Whether no chunk before this one had its student rows: it has the first of the teacher's views."""
+        return chunk.teacher_views.start == 0
+
+    def _pairs(self, chunk: Chunk) -> _Pairs:
+        """Of this chunk alone, so that p and q meet before G is rounded for the products."""
+        by_view = self.view_weights
+        if chunk.teacher_views.stop - chunk.teacher_views.start < len(by_view) or (
+            chunk.student_views.stop - chunk.student_views.start < by_view.shape[1]
+        ):
+            by_view = by_view[chunk.teacher_views, chunk.student_views].contiguous()
+        by_image = None if self.image_weights is None else self.image_weights[chunk.images]
+        return _Pairs(by_view, by_image, chunk.images.stop - chunk.images.start)
 
     def _pull_back(self) -> _PullBack | None:
         """None where what is stored is the effective prototypes and nothing else depends on their norms."""
@@ -222,7 +229,7 @@ class _Step:
         norm = torch.linalg.vector_norm(self.student.weight, dim=1, dtype=torch.float32)
         slope = None
         if prototypes.has_normalizer:
-            scale = self.inputs.student_temperature.to(torch.float32).reciprocal()
+            scale = self.student.scale
             slope = -vmf_mean_resultant_length(prototypes.detach().norms() * scale, prototypes.dim) * scale
         magnitude = None if prototypes.magnitude is None else module.fp32(prototypes.magnitude.detach().reshape(-1))
         return _PullBack(prototypes.without_vmf().kind, norm, magnitude, slope, self.magnitude_gradient)
@@ -230,29 +237,34 @@ class _Step:
     def outputs(self) -> LossOutputs:
         """Equation (12), and what comes with it."""
         inputs, group = self.inputs, self.inputs.prototype_group
-        if group is not None and count_ranks(group) > 1:
+        shared = group is not None and count_ranks(group) > 1
+        if shared:
             self.feature_gradient = sum_over_ranks(self.feature_gradient, group)
-        aligned = (self.feature_gradient.double() * self.student_rows.double()).sum()
-        bias = self.student.bias
-        biased = aligned.new_zeros(()) if bias is None else (bias.double() * self.bias_gradient.double()).sum()
-        if group is not None and count_ranks(group) > 1:
-            biased = sum_over_ranks(biased, group)
-        student_entropy = (self.student_mass.double() * self.student_entropy.double()).sum()
-        teacher_entropy = (self.teacher_mass.double() * self.teacher_entropy.double()).sum()
-        loss = (student_entropy + aligned + biased).to(torch.float32)
-        total = self.teacher_mass.sum()
-        entropies = teacher_entropy.to(torch.float32), student_entropy.to(torch.float32)
+        dot, count = module.built().dot, self.feature_gradient.numel()
+        aligned = dot(module.address(self.feature_gradient, count), module.address(self.student_rows, count), count)
+        biased, bias = 0.0, self.student.bias
+        if bias is not None:
+            count = bias.numel()
+            biased = dot(module.address(bias, count), module.address(self.bias_gradient, count), count)
+        if shared:
+            biased = float(sum_over_ranks(torch.tensor(biased, dtype=torch.float64, device=module.CPU), group))
+        sums = zip(*self.sums, strict=True) if self.sums else ((), (), ())
+        student_entropy, teacher_entropy, total = (math.fsum(part) for part in sums)
+        loss = student_entropy + aligned + biased
         if self.weight_gradient is not None and not self.images:
             self.weight_gradient.zero_()
             if self.magnitude_gradient is not None:
                 self.magnitude_gradient.zero_()
+        total = total or 1.0  # no pair has weight, and every weighted sum is 0 as well
+        means = teacher_entropy / total, student_entropy / total, (loss - teacher_entropy) / total
+        scalars = torch.tensor((loss, *means), dtype=torch.float32, device=module.CPU)
         return LossOutputs(
-            loss,
-            weighted_summary(loss, *entropies, total),
-            self.usage / or_one(total),
-            self.feature_gradient.flatten(0, 1) if inputs.feature_gradient else loss.new_empty(0),
-            loss.new_empty(0) if self.weight_gradient is None else self.weight_gradient,
-            loss.new_empty(0) if self.magnitude_gradient is None else self.magnitude_gradient,
+            scalars[0].clone(),
+            scalars[1:].clone(),
+            self.usage / total,
+            self.feature_gradient.flatten(0, 1) if inputs.feature_gradient else module.new(0),
+            module.new(0) if self.weight_gradient is None else self.weight_gradient,
+            module.new(0) if self.magnitude_gradient is None else self.magnitude_gradient,
         )
 
 
@@ -267,15 +279,23 @@ class _PullBack:
     magnitude_gradient: Tensor | None  # [K]
 
     def for_module(self) -> Any:
-        norms = module.built().Norms
+        norms, count = module.built().Norms, len(self.norm)
         kinds = {"linear": norms.free, "normalized": norms.fixed, "weight_norm": norms.magnitude}
         return module.built().PullBack(
             norms=kinds[self.kind],
-            norm=module.address(self.norm),
-            magnitude=module.address(self.magnitude),
-            slope=module.address(self.slope),
-            magnitude_gradient=module.address(self.magnitude_gradient),
+            norm=module.address(self.norm, count),
+            magnitude=module.address(self.magnitude, count),
+            slope=module.address(self.slope, count),
+            magnitude_gradient=module.address(self.magnitude_gradient, count),
         )
+
+
+class _Pairs(NamedTuple):
+    """Weights of the pairs of a gathering pass."""
+
+    by_view: Tensor  # [G, V]
+    by_image: Tensor | None  # [B]
+    images: int
 
 
 @dataclass(frozen=True)
@@ -284,8 +304,6 @@ class _Students:
 
     features: Tensor  # [S, D]
     softmax: Softmax
-    weight: Tensor  # [S] n_s / tau_s
-    coefficient: Tensor  # [G, S]
     feature_gradient: Tensor  # [S, D]
     weight_gradient: Tensor | None  # [K, D]
     bias_gradient: Tensor  # [K]
@@ -297,52 +315,57 @@ class _Teachers(NamedTuple):
     """The teacher's side of a gathering pass."""
 
     softmax: Softmax
-    weight: Tensor  # [T] n_t
     column: int  # of the logits, that its rows start at
     usage: Tensor  # [K] added to
 
 
-def _over_mass(pairs_GVB: Tensor, mass_T: Tensor) -> Tensor:
-    """[G, S] the pairs' weights over the mass of their teacher row, which turns 2^(l - top) into a probability."""
-    return (pairs_GVB * mass_T.view(len(pairs_GVB), 1, -1).reciprocal()).flatten(1).contiguous()
-
-
 def _gather(
-    keys: NativeKeys, logits: Logits, products: torch.dtype, teachers: _Teachers, students: _Students | None = None
-) -> None:
+    keys: NativeKeys,
+    logits: Logits,
+    products: torch.dtype,
+    pairs: _Pairs,
+    teachers: _Teachers,
+    students: _Students | None = None,
+) -> Any:
     """From stored logits to the sums over rows; without students the usage alone."""
-    native, run = module.built(), module.execution(products)
-    teacher_factor = teachers.weight / teachers.softmax.mass
-    student_factor = None if students is None else students.weight / students.softmax.mass
-    views = 1 if students is None else len(students.coefficient)
+    native, run, address = module.built(), module.execution(products), module.address
+    count, dim = keys.weight.shape
+    teacher_views, student_views = pairs.by_view.shape
+    student_rows = 0 if students is None else student_views * pairs.images
+    teacher_rows = teacher_views * pairs.images
+    columns = teachers.column + padded(teacher_rows)
     mine = students
-    pull_back = None if mine is None or mine.pull_back is None else mine.pull_back.for_module()
     task = native.Gather(
         weight=module.weight_of(keys.weight),
-        gain=module.address(keys.gain),
-        logits=logits.for_module(),
+        gain=address(keys.gain, count),
+        logits=logits.for_module(count, columns),
         teacher_column=teachers.column,
-        student_rows=0 if mine is None else len(mine.features),
-        teacher_rows=len(teachers.weight),
-        images=len(teachers.weight) // views,
-        teacher_views=views,
-        student_top=module.address(None if mine is None else mine.softmax.top),
-        student_factor=module.address(student_factor),
-        teacher_top=module.address(teachers.softmax.top),
-        teacher_factor=module.address(teacher_factor),
-        coefficient=module.address(None if mine is None else mine.coefficient),
-        features=module.address(None if mine is None else mine.features),
+        student_rows=student_rows,
+        teacher_rows=teacher_rows,
+        images=pairs.images,
+        student_views=student_views,
+        teacher_views=teacher_views,
+        student_top=address(None if mine is None else mine.softmax.top, student_rows),
+        student_mass=address(None if mine is None else mine.softmax.mass, student_rows),
+        student_moment=address(None if mine is None else mine.softmax.moment, student_rows),
+        teacher_top=address(teachers.softmax.top, teacher_rows),
+        teacher_mass=address(teachers.softmax.mass, teacher_rows),
+        teacher_moment=address(teachers.softmax.moment, teacher_rows),
+        view_weights=address(pairs.by_view, teacher_views * student_views),
+        image_weights=address(pairs.by_image, pairs.images),
+        features=address(None if mine is None else mine.features, student_rows * dim),
         scale=keys.scale,
-        feature_gradient=module.address(None if mine is None else mine.feature_gradient),
-        weight_gradient=module.address(None if mine is None else mine.weight_gradient),
-        bias_gradient=module.address(None if mine is None else mine.bias_gradient),
-        usage=module.address(teachers.usage),
+        feature_gradient=address(None if mine is None else mine.feature_gradient, student_rows * dim),
+        weight_gradient=address(None if mine is None else mine.weight_gradient, count * dim),
+        bias_gradient=address(None if mine is None else mine.bias_gradient, count),
+        usage=address(teachers.usage, count),
         first=mine is not None and mine.first,
-        pull_back=pull_back,
+        pull_back=None if mine is None or mine.pull_back is None else mine.pull_back.for_module(),
     )
     memory = module.run_with_workspace(run, native.gather_workspace(task, run))
-    native.gather(task, run)
+    sums = native.gather(task, run)
     del memory
+    return sums
 
 
 def _columns_of(chunk: Chunk) -> tuple[int, int]:
@@ -356,4 +379,4 @@ def _most_prototypes(count: int, group: ProcessGroup | None) -> int:
     """K of the rank that has most: chunks of rows must be the same everywhere."""
     if group is None or count_ranks(group) == 1:
         return count
-    return int(max_over_ranks(torch.tensor(float(count)), group))
+    return int(max_over_ranks(torch.tensor(count, dtype=torch.float64, device=module.CPU), group))

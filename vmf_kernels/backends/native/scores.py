@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.native import module
-from vmf_kernels.prototypes import Prototypes, prepare_keys
+from vmf_kernels.backends.native.chunks import padded
+from vmf_kernels.prototypes import Prototypes, prepare_keys, refuse_freed
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LOG2_E = 1.4426950408889634
@@ -27,7 +28,7 @@ class NativeKeys(NamedTuple):
 
     weight: Tensor  # [K, D] fp32, bf16 or fp16, elements of a row side by side
     gain: Tensor | None  # [K] w_k = gain_k weight_k
-    row_factor: Tensor  # []
+    row_factor: float
     multiplier: Tensor  # [K]
     bias: Tensor | None  # [K] nats, as ``Keys.bias``
     bias_base_2: Tensor | None  # [K]
@@ -51,11 +52,6 @@ class Softmax(NamedTuple):
         """[R] base 2."""
         return self.top + self.mass.log2()
 
-    @property
-    def entropy(self) -> Tensor:
-        """[R] nats."""
-        return (self.mass.log2() - self.moment / self.mass) * LN_2
-
     def merged_over_ranks(self, group: ProcessGroup | None) -> Softmax:
         """The same over the prototypes of all ranks: one maximum and two sums a row are exchanged."""
         if group is None or count_ranks(group) == 1:
@@ -72,14 +68,19 @@ def native_keys(
     prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, products: torch.dtype
 ) -> NativeKeys:
     """As ``vmf_kernels.prototypes.prepare_keys``, for products of this dtype."""
-    keys = prepare_keys(prototypes, temperature, extra_bias, torch.float32)
-    weight = keys.weight if keys.weight.stride(1) == 1 else keys.weight.contiguous()
-    factor, one = keys.scale * LOG2_E, torch.ones_like(keys.scale)
+    refuse_freed(prototypes.weight, prototypes.magnitude)
+    weight = prototypes.weight.detach()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    scale = 1 / temperature.item()
+    gain = bias = base_2 = None
+    if prototypes.kind != "linear" or extra_bias is not None:
+        keys = prepare_keys(prototypes, temperature, extra_bias, torch.float32)
+        gain, bias = keys.gain, keys.bias
+        base_2 = None if bias is None else bias * LOG2_E
     # in the rows the roundings of the factor average out over the dims; but bf16 rows are exact as they are
-    row_factor, factor = (one, factor) if products == torch.bfloat16 else (factor, one)
-    multiplier = factor.expand(len(weight)).contiguous() if keys.gain is None else keys.gain * factor
-    base_2 = None if keys.bias is None else (keys.bias * LOG2_E).contiguous()
-    return NativeKeys(weight, keys.gain, row_factor, multiplier, keys.bias, base_2, float(keys.scale))
+    row_factor, factor = (1.0, scale * LOG2_E) if products == torch.bfloat16 else (scale * LOG2_E, 1.0)
+    multiplier = module.new(len(weight)).fill_(factor) if gain is None else gain * factor
+    return NativeKeys(weight, gain, row_factor, multiplier, bias, base_2, scale)
 
 
 class Logits(NamedTuple):
@@ -96,7 +97,7 @@ class Logits(NamedTuple):
         """Room for ``columns``, a multiple of the padding."""
         size = min(prototypes, max(PIECE_BYTES // (4 * max(columns, 1)), -(-prototypes // MOST_PIECES)))
         return cls(
-            [torch.empty(min(size, prototypes - k), columns) for k in range(0, prototypes, size)],
+            [module.new(min(size, prototypes - k), columns) for k in range(0, prototypes, size)],
             0,
         )
 
@@ -104,13 +105,19 @@ class Logits(NamedTuple):
         """The same memory, further to the right."""
         return self._replace(first=first)
 
-    def for_module(self) -> Any:
-        """As the module takes them; this must outlive the result."""
-        return module.built().Logits(
-            pieces=[piece.data_ptr() + self.first * piece.itemsize for piece in self.pieces],
-            prototypes=len(self.pieces[0]) if self.pieces else 1,
-            stride=self.pieces[0].stride(0) if self.pieces else 0,
-        )
+    def for_module(self, prototypes: int, columns: int) -> Any:
+        """As the module takes them, for so many prototypes and columns from the first on; this must outlive the result."""
+        if not self.pieces:
+            return module.built().Logits(pieces=[], prototypes=1, stride=0)
+        size, stride = self.pieces[0].shape
+        assert prototypes <= size * len(self.pieces), "there is room for every prototype"
+        assert self.first + columns <= stride, "there is room for every column"
+        lengths = [min(size, prototypes - k) for k in range(0, prototypes, size)]
+        starts = [
+            module.address(piece, length * stride) + self.first * piece.itemsize
+            for piece, length in zip(self.pieces, lengths, strict=True)
+        ]
+        return module.built().Logits(pieces=starts, prototypes=size, stride=stride)
 
 
 NOT_STORED = Logits([], 0)
@@ -126,18 +133,19 @@ def score(rows_RD: Tensor, keys: NativeKeys, products: torch.dtype, logits: Logi
         logits: where the base-2 logits go, ``padded(R)`` columns of them.
     """
     native, run = module.built(), module.execution(products)
-    scaled_RD = rows_RD * keys.row_factor
-    result = Softmax(*torch.empty(3, len(rows_RD), dtype=torch.float32).unbind())
+    scaled_RD = rows_RD if keys.row_factor == 1 else rows_RD * keys.row_factor
+    rows, prototypes = len(rows_RD), keys.prototypes
+    result = Softmax(*module.new(3, rows).unbind())
     task = native.Score(
         weight=module.weight_of(keys.weight),
-        multiplier=module.address(keys.multiplier),
-        bias=module.address(keys.bias_base_2),
-        features=module.address(scaled_RD),
-        rows=len(rows_RD),
-        logits=logits.for_module(),
-        top=result.top.data_ptr(),
-        mass=result.mass.data_ptr(),
-        moment=result.moment.data_ptr(),
+        multiplier=module.address(keys.multiplier, prototypes),
+        bias=module.address(keys.bias_base_2, prototypes),
+        features=module.address(scaled_RD, rows * keys.weight.shape[1]),
+        rows=rows,
+        logits=logits.for_module(prototypes, padded(rows)),
+        top=module.address(result.top, rows),
+        mass=module.address(result.mass, rows),
+        moment=module.address(result.moment, rows),
     )
     memory = module.run_with_workspace(run, native.score_workspace(task, run))
     native.score(task, run)
