@@ -65,6 +65,7 @@ ORDER = [
     "sinkhorn",
     "diagnostics",
     "koleo",
+    "layer_keys",
     "heads",
     "fuse",
     "streams",
