@@ -74,6 +74,7 @@ ORDER = [
     "ibot",
     "",  # vmf_kernels itself, which names what is public
     "compat",
+    "compat.tensor_file",
     "compat.checkpoints",
     "compat._shared",
     "compat.dino",
