@@ -69,6 +69,7 @@ ORDER = [
     "sinkhorn",
     "diagnostics",
     "koleo",
+    "layer_keys",
     "heads",
     "fuse",
     "streams",
@@ -77,6 +78,7 @@ ORDER = [
     "ibot",
     "",  # vmf_kernels itself, which names what is public
     "compat",
+    "compat.tensor_file",
     "compat.checkpoints",
     "compat._shared",
     "compat.dino",

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import _WeightNorm  # private: nothing publ
 from torch.nn.utils.weight_norm import WeightNorm
 
 from vmf_kernels.heads import PrototypeLayer, handed_out, outlive
+from vmf_kernels.layer_keys import PARAMETRIZED, PLAIN, WEIGHT_NORM, convert_keys
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.prototypes import Prototypes, linear_prototypes, weight_norm_prototypes
 
@@ -23,7 +24,10 @@ EXPECTED = (
 
 
 class FusedLinear(nn.Linear):
-    """What ``fuse_head`` turns a linear layer into: the same parameters under the same names, logits not stored."""
+    """What ``fuse_head`` turns a linear layer into: the same parameters under the same names, logits not stored.
+
+    It loads what any of the three ways of storing a last layer saved, ``weight`` alone or either kind of weight norm.
+    """
 
     def prototypes(self) -> Prototypes:
         """The layer's K prototypes, sharing its parameters."""
@@ -34,6 +38,13 @@ class FusedLinear(nn.Linear):
     def forward(self, features: Tensor) -> PrototypeLogits:  # type: ignore[override]
         """[..., D] features to [..., K] logits that are not stored."""
         return outlive(self, PrototypeLogits(features, self.prototypes()))
+
+    def _stored_names(self) -> tuple[str, ...]:
+        return PARAMETRIZED if parametrize.is_parametrized(self, "weight") else PLAIN
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        convert_keys(state_dict, prefix, self._stored_names(), rest[-1])  # the last is the list of errors
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class FusedWeightNormLinear(FusedLinear):
@@ -50,6 +61,9 @@ class FusedWeightNormLinear(FusedLinear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """[K, D] effective weight, computed at each access; the layer itself never asks for it."""
         return self.prototypes().effective_weight()
+
+    def _stored_names(self) -> tuple[str, ...]:
+        return WEIGHT_NORM
 
 
 def fuse_head(module: nn.Module, layer: str | None = None) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from vmf_kernels.layer_keys import WEIGHT_NORM, convert_keys
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.prototypes import Prototypes, weight_norm_prototypes
 
@@ -28,6 +29,9 @@ INIT_STD = 0.02  # of the MLP's weights, truncated at +-2 (absolute): the ViT in
 
 class PrototypeLayer(nn.Module):
     """Weight-normed linear layer without bias, ``w_k = g_k v_k / ||v_k||``, that never computes its logits.
+
+    It also loads weight norm stored as a parametrization, and a plain ``weight``, whose norms become ``weight_g``, of a layer
+    with frozen norms as well: they are frozen at what was loaded, as those of a published checkpoint are.
 
     Args:
         dim: D.
@@ -54,6 +58,10 @@ class PrototypeLayer(nn.Module):
     def forward(self, features: Tensor) -> PrototypeLogits:
         """[..., D] features to [..., K] logits that are not stored."""
         return outlive(self, PrototypeLogits(features, self.prototypes()))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        convert_keys(state_dict, prefix, WEIGHT_NORM, rest[-1])  # the last is the list of errors
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class DINOHead(nn.Module):

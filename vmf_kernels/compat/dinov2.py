@@ -12,8 +12,9 @@ Legend: R rows of an entry, G / V teacher / student entries, K prototypes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Unpack
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,13 @@ from vmf_kernels.compat._shared import (
     new_center,
     unit_rows,
 )
+from vmf_kernels.compat.checkpoints import load_networks
 from vmf_kernels.heads import PrototypeLayer, check_head_dims, outlive, projection_mlp
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.targets import TeacherTargets
 
-__all__ = ["DINOHead", "DINOLoss", "DINOvMFHead", "KoLeoLoss", "iBOTPatchLoss"]
+__all__ = ["DINOHead", "DINOLoss", "DINOvMFHead", "KoLeoLoss", "iBOTPatchLoss", "load_checkpoint"]
 
 
 class DINOHead(nn.Module):
@@ -226,6 +228,37 @@ class KoLeoLoss(nn.Module):
         """
         loss: Tensor = koleo.KoLeoLoss(eps)(student_output)
         return loss
+
+
+def load_checkpoint(
+    checkpoint: str | PathLike[str] | Mapping[str, Any],
+    *,
+    network: str = "teacher",
+    backbone: nn.Module | None = None,
+    dino_head: nn.Module | None = None,
+    ibot_head: nn.Module | None = None,
+    dino_loss: nn.Module | None = None,
+    ibot_patch_loss: nn.Module | None = None,
+) -> None:
+    """Load a checkpoint of a run into our modules, strictly.
+
+    Args:
+        checkpoint: its path or, already loaded, its mapping: ``teacher_checkpoint.pth`` of an evaluation, with the entry
+            ``teacher``; a checkpointer's file, with the state of the whole run in the entry ``model``; or that state. A file
+            is read without running pickled code. A file of one rank (``model_*.rank_0.pth``) holds whole tensors only where
+            FSDP did not shard them; where it did, the error names what to save instead.
+        network: "teacher" or "student": which one ``backbone`` and the heads take.
+        backbone, dino_head, ibot_head: take the keys under their names, or None.
+        dino_loss, ibot_patch_loss: take their centres, or None; they are in the whole run's state only.
+
+    Raises:
+        ValueError: ``network`` is unknown, the file is not one of ``torch.save``, a tensor is one rank's part, or the
+            checkpoint lacks an entry or prefix; says which it has.
+        OSError: the file cannot be opened; FileNotFoundError where there is none.
+        RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
+    """
+    modules = {"backbone.": backbone, "dino_head.": dino_head, "ibot_head.": ibot_head}
+    load_networks(checkpoint, network, modules, {"dino_loss": dino_loss, "ibot_patch_loss": ibot_patch_loss})
 
 
 def _joined(entries: list[Targets]) -> list[tuple[Targets, int]]:

@@ -116,14 +116,17 @@ def load_checkpoint(
 
     Args:
         checkpoint: its path or, already loaded, its mapping with the entries ``teacher``, ``student`` and ``ibot_loss``.
-            Keys may carry the prefix ``module.`` (DDP). A file is read without running pickled code.
+            Keys may carry the names of wrappers, ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). A file is read without
+            running pickled code: what is not a tensor in it (command line, configuration, numpy scalars) is passed over.
         network: "teacher" or "student": which one ``backbone`` and ``head`` take.
         backbone: takes the keys under ``backbone.``, or None.
-        head: takes the keys under ``head.``, or None.
+        head: takes the keys under ``head.``, or None. Its last layer may be stored plain or in either form of weight norm.
         loss: takes the entry ``ibot_loss``, both centres, or None.
 
     Raises:
-        ValueError: ``network`` is unknown, or the checkpoint lacks an entry or prefix; says which it has.
+        ValueError: ``network`` is unknown, the file is not one of ``torch.save``, or the checkpoint lacks an entry or prefix;
+            says which it has.
+        OSError: the file cannot be opened; FileNotFoundError where there is none.
         RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
     """
     load_networks(checkpoint, network, {"backbone.": backbone, "head.": head}, {"ibot_loss": loss})

@@ -18,6 +18,7 @@ from torch.nn import functional
 from vmf_kernels import koleo
 from vmf_kernels.centering import LogitCenter
 from vmf_kernels.compat._shared import unit_rows
+from vmf_kernels.compat.checkpoints import load_modules as load_checkpoint
 from vmf_kernels.heads import PrototypeLayer, init_linears, outlive
 from vmf_kernels.logits import PrototypeLogits, project
 from vmf_kernels.losses import publish_center
@@ -27,6 +28,7 @@ from vmf_kernels.statistics import AssignmentStatistics
 from vmf_kernels.streams import Stream, StreamOptions
 
 __all__ = ["DINOLoss", "DINOProjectionHead", "DINOv2ProjectionHead", "IBOTPatchLoss", "KoLeoLoss", "RankMeanCenter"]
+__all__ += ["load_checkpoint"]
 
 CENTER_MODES = ("mean",)
 

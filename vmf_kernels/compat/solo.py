@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from vmf_kernels import heads, losses
+from vmf_kernels.compat.checkpoints import load_modules as load_checkpoint
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.streams import StreamOptions
 
-__all__ = ["DINOHead", "DINOLoss"]
+__all__ = ["DINOHead", "DINOLoss", "load_checkpoint"]
 
 
 class DINOHead(heads.DINOHead):

@@ -176,7 +176,7 @@ class _Step:
 
     def run(self, chunk: Chunk, logits: Logits, *, first: bool, last: bool) -> None:
         """Add a chunk's share to every sum; the last one makes the prototypes' gradient that of what is stored."""
-        whole = first and last
+        whole = _sizes(chunk) == (*self.views, self.images)
         students = self.student_rows if whole else chunk.students_of(self.student_rows)
         teachers = self.teacher_rows if whole else chunk.teachers_of(self.teacher_rows)
         x_SD, x_TD = students.flatten(0, 1).contiguous(), teachers.flatten(0, 1).contiguous()
@@ -213,13 +213,11 @@ class _Step:
 
     def _pairs(self, chunk: Chunk) -> _Pairs:
         """Of this chunk alone, so that p and q meet before G is rounded for the products."""
-        by_view = self.view_weights
-        if chunk.teacher_views.stop - chunk.teacher_views.start < len(by_view) or (
-            chunk.student_views.stop - chunk.student_views.start < by_view.shape[1]
-        ):
+        by_view, sizes = self.view_weights, _sizes(chunk)
+        if sizes[:2] != self.views:
             by_view = by_view[chunk.teacher_views, chunk.student_views].contiguous()
         by_image = None if self.image_weights is None else self.image_weights[chunk.images]
-        return _Pairs(by_view, by_image, chunk.images.stop - chunk.images.start)
+        return _Pairs(by_view, by_image, sizes[2])
 
     def _pull_back(self) -> _PullBack | None:
         """None where what is stored is the effective prototypes and nothing else depends on their norms."""
@@ -370,9 +368,14 @@ def _gather(
 
 def _columns_of(chunk: Chunk) -> tuple[int, int]:
     """Columns of the logits that a chunk's students and teachers take."""
-    images = chunk.images.stop - chunk.images.start
-    student, teacher = (part.stop - part.start for part in (chunk.student_views, chunk.teacher_views))
+    teacher, student, images = _sizes(chunk)
     return padded(student * images), padded(teacher * images)
+
+
+def _sizes(chunk: Chunk) -> tuple[int, int, int]:
+    """Teacher views, student views and images."""
+    teacher, student, images = (part.stop - part.start for part in (chunk.teacher_views, chunk.student_views, chunk.images))
+    return teacher, student, images
 
 
 def _most_prototypes(count: int, group: ProcessGroup | None) -> int:
