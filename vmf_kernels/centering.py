@@ -82,8 +82,9 @@ class Center(RunningMean):
         self.backend = backend
         self._prototype_group = Shared(prototype_group)
         self._row_ranks = RowRanks.of(prototype_group, row_group)
-        made: dict[str, Any] = {"dtype": torch.float32, "device": torch.get_default_device()}
-        self.register_buffer("center", torch.empty(1, num_prototypes, **made))
+        # fp32 whatever torch's default dtype is: at 16 bits, small steps would be rounded away
+        empty = torch.empty(1, num_prototypes, dtype=torch.float32, device=torch.get_default_device())
+        self.register_buffer("center", empty)
         self._start = torch.nan if start == "first_batch" else 0.0
         self.reset_parameters()
 

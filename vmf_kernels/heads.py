@@ -46,9 +46,10 @@ class PrototypeLayer(nn.Module):
     def __init__(self, dim: int, num_prototypes: int, *, frozen_norm: bool = False) -> None:
         super().__init__()
         # parameters follow torch's defaults, as those of nn.Linear do
-        made: dict[str, Any] = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
-        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1, **made), requires_grad=not frozen_norm)
-        self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim, **made))
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        norms = torch.ones(num_prototypes, 1, dtype=dtype, device=device)
+        self.weight_g = nn.Parameter(norms, requires_grad=not frozen_norm)
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
     def prototypes(self) -> Prototypes:

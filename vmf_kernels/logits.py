@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from vmf_kernels.einops_backend import offer_to_einops
 from vmf_kernels.prototypes import Prototypes, refuse_freed, refuse_severed
@@ -132,7 +133,7 @@ def outside_transforms(method: Callable[Concatenate[Owner, P], Result]) -> Calla
             return method(owner, *args, **kwargs)
         plain: Any = [_untransformed(arg) for arg in args]
         named: Any = {name: _untransformed(arg) for name, arg in kwargs.items()}
-        with torch._C._DisableFuncTorch():
+        with temporarily_clear_interpreter_stack():
             return method(owner, *plain, **named)
 
     return run

@@ -265,8 +265,8 @@ class EpochTemperatures(nn.Module):
     def __init__(self, values: list[float]) -> None:
         super().__init__()
         self.values = values
-        made: dict[str, Any] = {"dtype": torch.float64, "device": torch.get_default_device()}
-        self.register_buffer("stored", torch.tensor(values, **made), persistent=False)
+        stored = torch.tensor(values, dtype=torch.float64, device=torch.get_default_device())
+        self.register_buffer("stored", stored, persistent=False)
 
     def forward(self, epoch: int | Tensor) -> float | Tensor:
         """The epoch's temperature; as a tensor [] fp64 on the device of the module.

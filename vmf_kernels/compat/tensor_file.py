@@ -129,7 +129,7 @@ class UnreadTensor(NamedTuple):
         """
         try:
             raw = self.storages.read(self.storage.key)
-            flat = (torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)).view(
+            flat = (torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")).view(
                 self.dtype
             )
             return flat.as_strided(self.size, self.stride, self.storage.start + self.offset)  # checks the bounds
