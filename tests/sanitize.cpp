@@ -132,7 +132,7 @@ class StoredWeight {
   Array<unsigned char> bytes_;
 };
 
-Execution execution(const Case& c) { return {c.isa, c.products, c.threads, 0, nullptr}; }
+Execution execution(const Case& c) { return {c.isa, c.products, c.threads, 0}; }
 
 // One network's rows: scored on construction into columns of the logits.
 struct Network {
@@ -146,21 +146,19 @@ struct Network {
         moment(rows, c.place, NAN_F) {
     random.fill(features);
     Floats multiplier(c.prototypes, c.place, 1.0f / float(c.dim));
-    const Score s{weight, multiplier.get(), bias, features.get(), rows, Logits{{logits}, c.prototypes, stride}, top.get(), mass.get(), moment.get()};
-    Execution run = execution(c);
+    const Score s{weight, bias ? multiplier.get() : nullptr, bias, features.get(), 0.5f, c.threads == 1 ? 1.0f : 2.0f, rows, Logits{{logits}, c.prototypes, stride}, top.get(), mass.get(), moment.get()};
+    const Execution run = execution(c);
     Array<char> workspace(score_workspace(s, run), c.place);
-    run.workspace = workspace.get();
-    score(s, run);
+    score(s, run, workspace.get());
     expect_finite(top, "top"), expect_finite(mass, "mass"), expect_finite(moment, "moment");
     for (int k = 0; logits && k < c.prototypes; ++k) expect_finite(logits + k * stride, rows, "logits");
   }
 };
 
 void gather_in_own_room(const Case& c, const Gather& g) {
-  Execution run = execution(c);
+  const Execution run = execution(c);
   Array<char> workspace(gather_workspace(g, run), c.place);
-  run.workspace = workspace.get();
-  const Sums sums = gather(g, run);
+  const Sums sums = gather(g, run, workspace.get());
   const float all[] = {float(sums.student_entropy), float(sums.teacher_entropy), float(sums.weight)};
   expect_finite(all, 3, "sums");
 }

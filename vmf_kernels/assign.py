@@ -53,8 +53,10 @@ def choose_backend(backend: str, rows: Tensor, *weights: Tensor) -> Backend:
     refuse_freed(*weights)
     if backend == "auto":
         candidates = PREFERENCE.get(rows.device.type, PREFERENCE["cpu"])
-        # the last one takes everything, and would say why not below
-        backend = next((name for name in candidates if _auto_takes(name, rows, weights)), candidates[-1])
+        found = next((name for name in candidates if _auto_takes(name, rows, weights)), None)
+        if found is not None:
+            return BACKENDS[found]
+        backend = candidates[-1]  # which takes everything, and would say why not below
     check_backend_name(backend)
     reason = _unsupported(backend, rows, weights)
     if reason is not None:

@@ -202,8 +202,7 @@ class _Gradient(OperatorFunction):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Sequence[Tensor]:
-        with below_autograd():
-            outputs: Sequence[Tensor] = _cross_entropy_op(*inputs)
+        outputs: Sequence[Tensor] = below_autograd(_cross_entropy_op, *inputs)
         ctx.mark_non_differentiable(*outputs[1:])  # only the loss is
         ctx.set_materialize_grads(False)
         student, ctx.rest = inputs[:3], inputs[3:]

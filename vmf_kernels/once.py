@@ -100,8 +100,7 @@ class _Refusal(OperatorFunction):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *rest: Any) -> Tensor:
         ctx.name = rest[-1]
-        with below_autograd():
-            copy: Tensor = _once_op(gradient, *rest)
+        copy: Tensor = below_autograd(_once_op, gradient, *rest)
         return copy
 
     @staticmethod

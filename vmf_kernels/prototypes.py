@@ -82,7 +82,7 @@ class Prototypes:
     def detach(self) -> Prototypes:
         """The same prototypes cut off from autograd."""
         magnitude = None if self.magnitude is None else self.magnitude.detach()
-        return replace(self, weight=self.weight.detach(), magnitude=magnitude)
+        return Prototypes(self.weight.detach(), magnitude, self.kind, self.severed)
 
     def effective_weight(self) -> Tensor:
         """[K, D] effective prototypes ``w_k``, differentiable; a zero row stays zero."""

@@ -20,7 +20,7 @@ T* pointer(Address address) {
 
 Execution execution_of(const std::string& isa, Products products, int threads, double least_work) {
   if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + "; expected at least 1");
-  return {isa_named(isa), products, threads, least_work, nullptr};
+  return {isa_named(isa), products, threads, least_work};
 }
 
 Logits logits_of(const std::vector<Address>& pieces, int prototypes, std::ptrdiff_t stride) {
@@ -50,10 +50,7 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<Execution>(m, "Execution")
       .def(py::init(&execution_of), py::kw_only(), py::arg("isa"), py::arg("products"), py::arg("threads"),
-           py::arg("least_work"))
-      .def_property(
-          "workspace", [](const Execution& run) { return reinterpret_cast<Address>(run.workspace); },
-          [](Execution& run, Address address) { run.workspace = pointer<void>(address); });
+           py::arg("least_work"));
   py::class_<Weight>(m, "Weight")
       .def(py::init([](Address data, Stored stored, std::ptrdiff_t stride, int prototypes, int dim) {
              return Weight{pointer<const void>(data), stored, stride, prototypes, dim};
@@ -62,14 +59,14 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Logits>(m, "Logits")
       .def(py::init(&logits_of), py::kw_only(), py::arg("pieces"), py::arg("prototypes"), py::arg("stride"));
   py::class_<Score>(m, "Score")
-      .def(py::init([](const Weight& weight, Address multiplier, Address bias, Address features, int rows,
-                       const Logits& logits, Address top, Address mass, Address moment) {
+      .def(py::init([](const Weight& weight, Address multiplier, Address bias, Address features, float uniform,
+                       float row_factor, int rows, const Logits& logits, Address top, Address mass, Address moment) {
              return Score{weight, pointer<const float>(multiplier), pointer<const float>(bias),
-                          pointer<const float>(features), rows, logits, pointer<float>(top),
+                          pointer<const float>(features), uniform, row_factor, rows, logits, pointer<float>(top),
                           pointer<float>(mass), pointer<float>(moment)};
            }),
            py::kw_only(), py::arg("weight"), py::arg("multiplier"), py::arg("bias"), py::arg("features"),
-           py::arg("rows"), py::arg("logits"), py::arg("top"), py::arg("mass"), py::arg("moment"));
+           py::arg("uniform"), py::arg("row_factor"), py::arg("rows"), py::arg("logits"), py::arg("top"), py::arg("mass"), py::arg("moment"));
   py::class_<PullBack>(m, "PullBack")
       .def(py::init([](Norms norms, Address norm, Address magnitude, Address slope, Address magnitude_gradient) {
              return PullBack{norms, pointer<const float>(norm), pointer<const float>(magnitude),
@@ -128,9 +125,14 @@ PYBIND11_MODULE(_native, m) {
     return names;
   });
   m.def("score_workspace", &score_workspace);
-  m.def("score", &score, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "score", [](const Score& s, const Execution& run, Address workspace) { score(s, run, pointer<void>(workspace)); },
+      py::call_guard<py::gil_scoped_release>());
   m.def("gather_workspace", &gather_workspace);
-  m.def("gather", &gather, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "gather",
+      [](const Gather& g, const Execution& run, Address workspace) { return gather(g, run, pointer<void>(workspace)); },
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "dot",
       [](Address a, Address b, std::size_t count) { return dot(pointer<const float>(a), pointer<const float>(b), count); },

@@ -93,7 +93,7 @@ void for_each_part(int parts, int prototypes, int threads, Body&& body) {
 
 struct ScoreRoom {
   char* panels;
-  float* statistics;
+  float *statistics, *scaled, *multiplier;
   char* scratch;
   std::size_t scratch_bytes, bytes;
   ScoreRoom(const Score& s, const Execution& run, const Kernels& kernels, void* start)
@@ -101,6 +101,8 @@ struct ScoreRoom {
     Arena arena{static_cast<char*>(start)};
     panels = arena.take<char>(kernels.features_bytes(s.rows, s.weight.dim));
     statistics = arena.take<float>(std::size_t(part_count(s.weight.prototypes)) * 3 * padded_to(s.rows, kernels.lanes));
+    scaled = arena.take<float>(s.row_factor == 1 ? 0 : std::size_t(s.rows) * s.weight.dim);
+    multiplier = arena.take<float>(s.multiplier ? 0 : s.weight.prototypes);
     scratch = arena.take<char>(scratch_bytes * std::min(run.threads, MOST_PARTS));
     bytes = arena.used;
   }
@@ -208,9 +210,19 @@ std::size_t score_workspace(const Score& s, const Execution& run) {
   return ScoreRoom(s, run, kernels_of(run), nullptr).bytes;
 }
 
-void score(const Score& s, const Execution& run) {
+void score(const Score& given, const Execution& run, void* workspace) {
   const Kernels& kernels = kernels_of(run);
-  const ScoreRoom room(s, run, kernels, run.workspace);
+  const ScoreRoom room(given, run, kernels, workspace);
+  Score s = given;
+  if (s.row_factor != 1) {
+    const std::size_t count = std::size_t(s.rows) * s.weight.dim;
+    for (std::size_t i = 0; i < count; ++i) room.scaled[i] = s.features[i] * s.row_factor;
+    s.features = room.scaled;
+  }
+  if (!s.multiplier) {
+    std::fill(room.multiplier, room.multiplier + s.weight.prototypes, s.uniform);
+    s.multiplier = room.multiplier;
+  }
   const int rows = padded_to(s.rows, kernels.lanes), parts = part_count(s.weight.prototypes);
   kernels.pack_features(s.features, s.rows, s.weight.dim, room.panels);
   for_each_part(parts, s.weight.prototypes, threads_for(products_of(s.rows, s.weight), run), [&](int part, int thread, int first, int last) {
@@ -224,9 +236,9 @@ std::size_t gather_workspace(const Gather& g, const Execution& run) {
   return GatherRoom(g, run, kernels_of(run), nullptr).bytes;
 }
 
-Sums gather(const Gather& g, const Execution& run) {
+Sums gather(const Gather& g, const Execution& run, void* workspace) {
   const Kernels& kernels = kernels_of(run);
-  const GatherRoom room(g, run, kernels, run.workspace);
+  const GatherRoom room(g, run, kernels, workspace);
   const int students = padded_to(g.student_rows, kernels.lanes), teachers = padded_to(g.teacher_rows, kernels.lanes);
   const int width = padded_to(g.weight.dim, kernels.lanes), parts = part_count(g);
   const float infinity = std::numeric_limits<float>::infinity();

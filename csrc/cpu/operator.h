@@ -22,8 +22,9 @@ struct Execution {
   Products products;
   int threads;         // at most
   double least_work;   // products of a thread: for fewer none is woken
-  void* workspace;  // 64-byte aligned, at least the bytes that score_workspace or gather_workspace say
 };
+
+// A workspace is 64-byte aligned and has at least the bytes that score_workspace or gather_workspace say.
 
 // Prototypes as stored.
 struct Weight {
@@ -49,9 +50,11 @@ struct Logits {
 // Rows against one network's prototypes: their logits, and an online softmax over the prototypes.
 struct Score {
   Weight weight;
-  const float* multiplier;  // [K]
+  const float* multiplier;  // [K], or null for `uniform`
   const float* bias;        // [K], or null
   const float* features;    // [R, D] contiguous
+  float uniform;            // a multiplier of all
+  float row_factor;         // of the features, before the products
   int rows;
   Logits logits;          // R rounded up to padded_rows() columns are written; or none
   float* top;     // [R] max_k l
@@ -104,9 +107,9 @@ const char* name_of(Isa);
 Isa isa_named(const std::string&);
 
 std::size_t score_workspace(const Score&, const Execution&);
-void score(const Score&, const Execution&);
+void score(const Score&, const Execution&, void* workspace);
 std::size_t gather_workspace(const Gather&, const Execution&);
-Sums gather(const Gather&, const Execution&);
+Sums gather(const Gather&, const Execution&, void* workspace);
 
 // sum_i a_i b_i in fp64, in one order.
 double dot(const float* a, const float* b, std::size_t count);

@@ -18,4 +18,5 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if name not in present:
         pytest.skip(f"this machine runs {', '.join(present)}")
     monkeypatch.setattr(module, "instruction_sets", lambda: present[: present.index(name) + 1])
+    monkeypatch.setattr(module, "LEAST_WORK", 0)  # small problems go to several threads as well
     return name

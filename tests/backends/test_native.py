@@ -234,13 +234,13 @@ def test_any_number_of_threads_gives_the_same_bits(
     dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = random_problem(images=9, views=(2, 5), prototypes=4099, dim=100, dtype=dtype)
-    room, give = {1: 0, 2: 0, 3: 0}, module.run_with_workspace
+    room, give = {1: 0, 2: 0, 3: 0}, module.workspace
 
-    def measured(run: Any, bytes_needed: int) -> Tensor:
+    def measured(bytes_needed: int) -> tuple[Tensor, int]:
         room[torch.get_num_threads()] += bytes_needed
-        return give(run, bytes_needed)
+        return give(bytes_needed)
 
-    monkeypatch.setattr(module, "run_with_workspace", measured)
+    monkeypatch.setattr(module, "workspace", measured)
     outcomes = []
     for threads in room:
         torch.set_num_threads(threads)

@@ -52,13 +52,15 @@ def chunks_of(views: tuple[int, int], images: int, prototypes: int, first_column
     most = rows_at_once(sum(views) * images, prototypes) // sum(views)
     if most == 0:
         return _chunks_of_views(views, images, rows_at_once(sum(views) * images, prototypes))
+    every = [slice(0, count) for count in views]
+    if 0 < images <= most:
+        return [Chunk(slice(0, images), every[1], every[0])]
     sizes = _even_sizes(images, most)
     fitting = range(min(images, MOST_ROWS // sum(views), first_columns // sum(views)), 0, -1)
     free = next((count for count in fitting if columns_of(views, count) <= first_columns), 0)
     if free and 1 + math.ceil((images - free) / most) <= len(sizes):
         sizes = [free, *_even_sizes(images - free, most)]
     ends = list(itertools.accumulate(sizes))
-    every = [slice(0, count) for count in views]
     return [Chunk(slice(end - size, end), every[1], every[0]) for size, end in zip(sizes, ends, strict=True)]
 
 

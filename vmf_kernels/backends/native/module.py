@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from vmf_kernels.tensors import has_memory
+from torch.nn import Parameter
 
 MODULE = "vmf_kernels._native"
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 LEAST_WORK = 1 << 20  # products of a thread: one that was woken for fewer came back too late to help (bench/LOG.md)
+PLAIN = (Tensor, Parameter)  # the exact types: a subclass may keep its values elsewhere
 MISFIT = "the native module was about to get {got}; expected {expected} (a fault of vmf_kernels: please report it)"
 STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -56,14 +56,16 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def execution(products: torch.dtype) -> Any:
-    """How a call runs: best instruction set, torch's number of threads, its own workspace to be set."""
+    """How a call runs: best instruction set, torch's number of threads."""
+    return _execution(products, torch.get_num_threads(), LEAST_WORK, instruction_sets())
+
+
+@functools.lru_cache(maxsize=64)
+def _execution(products: torch.dtype, threads: int, least_work: int, sets: tuple[str, ...]) -> Any:
     module = built()
     name = "bf16" if products == torch.bfloat16 else "fp32"
     return module.Execution(
-        isa=instruction_sets()[-1],
-        products=getattr(module.Products, name),
-        threads=torch.get_num_threads(),
-        least_work=LEAST_WORK,
+        isa=sets[-1], products=getattr(module.Products, name), threads=threads, least_work=least_work
     )
 
 
@@ -80,7 +82,7 @@ def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def weight_of(weight_KD: Tensor) -> Any:
     """Prototypes as stored; the tensor must outlive the result and have the elements of a row side by side."""
     module = built()
-    if weight_KD.device.type != "cpu" or weight_KD.ndim != 2 or weight_KD.dtype not in STORED:
+    if not weight_KD.is_cpu or weight_KD.ndim != 2 or weight_KD.dtype not in STORED:
         raise RuntimeError(MISFIT.format(got=_described(weight_KD), expected="a matrix of fp32, bf16 or fp16"))
     prototypes, dim = weight_KD.shape
     stride, step = weight_KD.stride()
@@ -106,8 +108,8 @@ def address(tensor: Tensor | None, count: int) -> int:
     """
     if tensor is None:
         return 0
-    fits = tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.numel() == count
-    if not fits or tensor.device.type != "cpu" or not has_memory(tensor):
+    fits = tensor.dtype == torch.float32 and tensor.is_cpu and tensor.numel() == count and tensor.is_contiguous()
+    if not fits or type(tensor) not in PLAIN:
         raise RuntimeError(MISFIT.format(got=_described(tensor), expected=f"{count} contiguous fp32 numbers on the CPU"))
     return tensor.data_ptr()
 
@@ -117,11 +119,10 @@ def fp32(values: Tensor) -> Tensor:
     return values.to(torch.float32).contiguous()
 
 
-def run_with_workspace(run: Any, bytes_needed: int) -> Tensor:
-    """Give ``run`` a workspace; the tensor that is returned must be kept until the call is over."""
+def workspace(bytes_needed: int) -> tuple[Tensor, int]:
+    """Memory for a call, to be kept until it is over, and where its first whole cache line is."""
     memory = new(bytes_needed + ALIGNMENT, dtype=torch.uint8)
-    run.workspace = -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
-    return memory
+    return memory, -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
 
 
 def _described(tensor: Tensor) -> str:

@@ -96,8 +96,8 @@ def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Te
     if not len(features):
         return module.new(prototypes.count).fill_(-torch.inf)
     x_RD, bias_R = module.fp32(features), (offset.to(torch.float32) * -LOG2_E).contiguous()
-    factor = module.new(len(x_RD)).fill_(own.scale * LOG2_E / own.row_factor)
-    keys = NativeKeys(x_RD, None, own.row_factor, factor, bias_R, bias_R, own.scale)
+    factor = own.scale * LOG2_E / own.row_factor
+    keys = NativeKeys(x_RD, None, own.row_factor, None, bias_R, bias_R, own.scale, factor)
     parts = []
     for block in row_ranges(prototypes.count, len(x_RD)):
         w_BD = own.weight[block].to(torch.float32)
@@ -255,10 +255,9 @@ class _Step:
                 self.magnitude_gradient.zero_()
         total = total or 1.0  # no pair has weight, and every weighted sum is 0 as well
         means = teacher_entropy / total, student_entropy / total, (loss - teacher_entropy) / total
-        scalars = torch.tensor((loss, *means), dtype=torch.float32, device=module.CPU)
         return LossOutputs(
-            scalars[0].clone(),
-            scalars[1:].clone(),
+            torch.tensor(loss, dtype=torch.float32, device=module.CPU),
+            torch.tensor(means, dtype=torch.float32, device=module.CPU),
             self.usage / total,
             self.feature_gradient.flatten(0, 1) if inputs.feature_gradient else module.new(0),
             module.new(0) if self.weight_gradient is None else self.weight_gradient,
@@ -333,6 +332,8 @@ def _gather(
     teacher_rows = teacher_views * pairs.images
     columns = teachers.column + padded(teacher_rows)
     mine = students
+    student_top, student_mass, student_moment = (0, 0, 0) if mine is None else mine.softmax.for_module(student_rows)
+    teacher_top, teacher_mass, teacher_moment = teachers.softmax.for_module(teacher_rows)
     task = native.Gather(
         weight=module.weight_of(keys.weight),
         gain=address(keys.gain, count),
@@ -343,12 +344,12 @@ def _gather(
         images=pairs.images,
         student_views=student_views,
         teacher_views=teacher_views,
-        student_top=address(None if mine is None else mine.softmax.top, student_rows),
-        student_mass=address(None if mine is None else mine.softmax.mass, student_rows),
-        student_moment=address(None if mine is None else mine.softmax.moment, student_rows),
-        teacher_top=address(teachers.softmax.top, teacher_rows),
-        teacher_mass=address(teachers.softmax.mass, teacher_rows),
-        teacher_moment=address(teachers.softmax.moment, teacher_rows),
+        student_top=student_top,
+        student_mass=student_mass,
+        student_moment=student_moment,
+        teacher_top=teacher_top,
+        teacher_mass=teacher_mass,
+        teacher_moment=teacher_moment,
         view_weights=address(pairs.by_view, teacher_views * student_views),
         image_weights=address(pairs.by_image, pairs.images),
         features=address(None if mine is None else mine.features, student_rows * dim),
@@ -360,8 +361,8 @@ def _gather(
         first=mine is not None and mine.first,
         pull_back=None if mine is None or mine.pull_back is None else mine.pull_back.for_module(),
     )
-    memory = module.run_with_workspace(run, native.gather_workspace(task, run))
-    sums = native.gather(task, run)
+    memory, start = module.workspace(native.gather_workspace(task, run))
+    sums = native.gather(task, run, start)
     del memory
     return sums
 

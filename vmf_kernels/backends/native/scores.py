@@ -29,10 +29,11 @@ class NativeKeys(NamedTuple):
     weight: Tensor  # [K, D] fp32, bf16 or fp16, elements of a row side by side
     gain: Tensor | None  # [K] w_k = gain_k weight_k
     row_factor: float
-    multiplier: Tensor  # [K]
+    multiplier: Tensor | None  # [K]; None for ``uniform`` of all
     bias: Tensor | None  # [K] nats, as ``Keys.bias``
     bias_base_2: Tensor | None  # [K]
     scale: float  # inverse temperature
+    uniform: float = 1.0
 
     @property
     def prototypes(self) -> int:
@@ -43,25 +44,29 @@ class NativeKeys(NamedTuple):
 class Softmax(NamedTuple):
     """Sums over the prototypes, base 2."""
 
-    top: Tensor  # [R] max l
-    mass: Tensor  # [R] sum 2^(l - top)
-    moment: Tensor  # [R] sum 2^(l - top) (l - top)
+    sums: Tensor  # [3, R] top = max l, mass = sum 2^(l - top), moment = sum 2^(l - top) (l - top)
 
     @property
     def log_sum_exp(self) -> Tensor:
         """[R] base 2."""
-        return self.top + self.mass.log2()
+        return self.sums[0] + self.sums[1].log2()
 
     def merged_over_ranks(self, group: ProcessGroup | None) -> Softmax:
         """The same over the prototypes of all ranks: one maximum and two sums a row are exchanged."""
         if group is None or count_ranks(group) == 1:
             return self
-        top = max_over_ranks(self.top.clone(), group)
-        shift = self.top - top
+        own_top, mass, moment = self.sums
+        top = max_over_ranks(own_top.clone(), group)
+        shift = own_top - top
         decay = shift.exp2()
         # a rank far below the others weighs 0, and its shift is too large to multiply with
-        moment = decay * (self.moment + torch.where(decay > 0, shift, 0.0) * self.mass)
-        return Softmax(top, *sum_over_ranks(torch.stack([decay * self.mass, moment]), group))
+        moment = decay * (moment + torch.where(decay > 0, shift, 0.0) * mass)
+        return Softmax(torch.cat([top[None], sum_over_ranks(torch.stack([decay * mass, moment]), group)]))
+
+    def for_module(self, rows: int) -> tuple[int, int, int]:
+        """Addresses of top, mass and moment of so many rows; this must outlive them."""
+        first = module.address(self.sums, 3 * rows)
+        return first, first + 4 * rows, first + 8 * rows
 
 
 def native_keys(
@@ -79,8 +84,7 @@ def native_keys(
         base_2 = None if bias is None else bias * LOG2_E
     # in the rows the roundings of the factor average out over the dims; but bf16 rows are exact as they are
     row_factor, factor = (1.0, scale * LOG2_E) if products == torch.bfloat16 else (scale * LOG2_E, 1.0)
-    multiplier = module.new(len(weight)).fill_(factor) if gain is None else gain * factor
-    return NativeKeys(weight, gain, row_factor, multiplier, bias, base_2, scale)
+    return NativeKeys(weight, gain, row_factor, None if gain is None else gain * factor, bias, base_2, scale, factor)
 
 
 class Logits(NamedTuple):
@@ -133,21 +137,23 @@ def score(rows_RD: Tensor, keys: NativeKeys, products: torch.dtype, logits: Logi
         logits: where the base-2 logits go, ``padded(R)`` columns of them.
     """
     native, run = module.built(), module.execution(products)
-    scaled_RD = rows_RD if keys.row_factor == 1 else rows_RD * keys.row_factor
     rows, prototypes = len(rows_RD), keys.prototypes
-    result = Softmax(*module.new(3, rows).unbind())
+    result = Softmax(module.new(3, rows))
+    top, mass, moment = result.for_module(rows)
     task = native.Score(
         weight=module.weight_of(keys.weight),
         multiplier=module.address(keys.multiplier, prototypes),
         bias=module.address(keys.bias_base_2, prototypes),
-        features=module.address(scaled_RD, rows * keys.weight.shape[1]),
+        features=module.address(rows_RD, rows * keys.weight.shape[1]),
+        uniform=keys.uniform,
+        row_factor=keys.row_factor,
         rows=rows,
         logits=logits.for_module(prototypes, padded(rows)),
-        top=module.address(result.top, rows),
-        mass=module.address(result.mass, rows),
-        moment=module.address(result.moment, rows),
+        top=top,
+        mass=mass,
+        moment=moment,
     )
-    memory = module.run_with_workspace(run, native.score_workspace(task, run))
-    native.score(task, run)
+    memory, start = module.workspace(native.score_workspace(task, run))
+    native.score(task, run, start)
     del memory
     return result
