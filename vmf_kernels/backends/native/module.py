@@ -18,7 +18,7 @@ from torch.nn import Parameter
 MODULE = "vmf_kernels._native"
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-LEAST_WORK = 1 << 20  # products of a thread: one that was woken for fewer came back too late to help (bench/LOG.md)
+LEAST_WORK = 1 << 18  # products of a thread; fewer are done before another one is awake (python -m bench.least_work)
 PLAIN = (Tensor, Parameter)  # the exact types: a subclass may keep its values elsewhere
 MISFIT = "the native module was about to get {got}; expected {expected} (a fault of vmf_kernels: please report it)"
 STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

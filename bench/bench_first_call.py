@@ -1,0 +1,42 @@
+"""What Python costs: the first call of a process, and a small call later, host time of forward and backward.
+
+    pytest bench/bench_first_call.py --benchmark-enable --benchmark-json=bench/results/cpu/first_call.json
+
+Each round is a process of its own (``bench.fresh_process``). Of the benchmark's own times, which are those of whole processes,
+nothing is read; ``extra_info`` has the first call, later calls and what was loaded. Limits: a first call of 0.1 s and 20 MiB
+over later ones, no compiler of torch, 400 us a later call with "native" on one thread, and no thread woken for it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = 5
+MOST_MIB = 20.0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("backend", ["native", "streaming"])
+def test_first_call(benchmark: Any, backend: str, threads: int) -> None:
+    results: list[dict[str, Any]] = []
+
+    def fresh() -> None:
+        command = [sys.executable, "-m", "bench.fresh_process", backend, str(threads)]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        results.append(json.loads(done.stdout))
+
+    benchmark.pedantic(fresh, rounds=ROUNDS, iterations=1)
+    for key in ("first_seconds", "first_mib", "later_seconds", "least_seconds", "modules_loaded", "wake_ups_per_call"):
+        benchmark.extra_info[key] = statistics.median(result[key] for result in results)
+    for result in results:
+        assert result["compiler_loaded"] == [], "the first call loads torch's compiler"
+        assert result["first_mib"] <= MOST_MIB, f"the first call takes {result['first_mib']} MiB"
+        assert result["wake_ups_per_call"] < 0.5, "threads are woken for a small call"
