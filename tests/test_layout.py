@@ -58,6 +58,7 @@ ORDER = [
     "cross_entropy",
     "dense_cross_entropy",
     "unstored",
+    "reductions",
     "logits",
     "targets",
     "log_sums",
