@@ -10,7 +10,7 @@ import pytest
 COMPAT = Path(__file__).parents[2] / "vmf_kernels" / "compat"
 README = (COMPAT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-MODULES = sorted(path.stem for path in COMPAT.glob("*.py") if path.stem not in ("__init__", "_shared", "checkpoints"))
+MODULES = sorted(path.stem for path in COMPAT.glob("[!_]*.py") if path.stem != "checkpoints")
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
