@@ -54,12 +54,13 @@ class StoredNorm(WeightNorm):
         """Make ``weight_g`` and ``weight_v`` one parameter ``weight``.
 
         Raises:
-            RuntimeError: the layer has got another class, from ``fully_shard`` for example.
+            RuntimeError: the layer has another class by now, or sharded parameters, from ``fully_shard`` for example.
         """
-        if type(module) is not self.of:
+        kinds = type(module), type(module._parameters["weight_v"])
+        if kinds != (self.of, nn.Parameter):
             raise RuntimeError(
-                f"weight norm is to be removed from a {type(module).__name__}; expected a {self.of.__name__} itself, which it "
-                "is before fully_shard"
+                f"weight norm is to be removed from a {kinds[0].__name__} whose weight_v is a {kinds[1].__name__}; expected a "
+                f"{self.of.__name__} itself with a Parameter, which it is before fully_shard"
             )
         weight, trained = self.compute_weight(module).detach(), module.get_parameter("weight_v").requires_grad
         del module._parameters["weight_g"], module._parameters["weight_v"]
