@@ -1,6 +1,6 @@
 """One process: the first loss it forms, and those after it. Prints a JSON; ``bench_first_call`` starts it.
 
-    python -m bench.fresh_process native 1
+python -m bench.fresh_process native 1
 
 """
 

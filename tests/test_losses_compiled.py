@@ -16,7 +16,7 @@ from tests import ibot_steps
 from tests.steps import CROPS, IMAGES, IN_DIM, OUTPUTS, networks, our_step
 from vmf_kernels import DINOLoss, DINOvMFLoss
 from vmf_kernels.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
-from vmf_kernels.streams import EpochTemperatures
+from vmf_kernels.temperatures import EpochTemperatures
 
 EPOCHS = 12  # beyond torch's limit of 8 compilations
 WARM_UP = (0.04, 0.07, EPOCHS - 2, EPOCHS)

@@ -44,7 +44,9 @@ def on_matched(row_weights: Tensor) -> Any:
 
 
 def on_logits(**given: Tensor) -> Any:
-    return logit_cross_entropy(torch.randn(4, K), torch.randn(4, K), given.pop("pair_weights", torch.ones(2, 2)), **given)
+    return logit_cross_entropy(
+        torch.randn(4, K), torch.randn(4, K), given.pop("pair_weights", torch.ones(2, 2)), **given
+    )
 
 
 def on_targets(**given: Tensor) -> Any:
@@ -77,7 +79,9 @@ def test_an_argument_that_wants_a_gradient_none_is_formed_for_is_refused(
     call: Callable[..., Any], name: str, shape: tuple[int, ...]
 ) -> None:
     wanting = torch.ones(shape, requires_grad=True)
-    with pytest.raises(ValueError, match=rf"\w+ requires a gradient, which is formed for the student.*expected \w+.detach"):
+    with pytest.raises(
+        ValueError, match=r"\w+ requires a gradient, which is formed for the student.*expected \w+.detach"
+    ):
         call(**{name: wanting})
     with torch.no_grad():
         call(**{name: wanting})
@@ -146,7 +150,9 @@ def test_a_head_without_autograd_gives_a_loss_without_a_gradient(head: nn.Module
 def test_a_reentrant_checkpoint_around_the_head_says_that_its_gradient_would_be_lost(head: nn.Module) -> None:
     output = checkpoint(head, rows(), use_reentrant=True)
     for use in (loss_of, PrototypeLogits.materialize):
-        with pytest.raises(RuntimeError, match=r"gradient would be lost; expected checkpoint\(\.\.\., use_reentrant=False\)"):
+        with pytest.raises(
+            RuntimeError, match=r"gradient would be lost; expected checkpoint\(\.\.\., use_reentrant=False\)"
+        ):
             use(output[:4] if use is not loss_of else output)
     with torch.no_grad():
         loss_of(output)  # evaluated without a gradient, nothing is lost

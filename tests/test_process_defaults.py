@@ -92,7 +92,9 @@ def head(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     return student, copy.deepcopy(student).requires_grad_(False)
 
 
-def dino_step(loss: type[DINOLoss], *, stored: bool = False, **options: Any) -> Callable[[], Callable[[], list[Tensor]]]:
+def dino_step(
+    loss: type[DINOLoss], *, stored: bool = False, **options: Any
+) -> Callable[[], Callable[[], list[Tensor]]]:
     def prepare() -> Callable[[], list[Tensor]]:
         student, teacher = head(lambda: DINOHead(IN, K, norm_last_layer=False, hidden_dim=12, bottleneck_dim=D))
         x = torch.randn(VIEWS * IMAGES, IN)
@@ -120,12 +122,19 @@ def ibot_step() -> Callable[[], list[Tensor]]:
     def run() -> list[Tensor]:
         losses = criterion(student(tokens), teacher(tokens), student(local), masks, 0)
         losses["loss"].backward()
-        return [*losses.values(), *(p.grad for p in student.parameters() if p.requires_grad), criterion.center, criterion.center2]
+        return [
+            *losses.values(),
+            *(p.grad for p in student.parameters() if p.requires_grad),
+            criterion.center,
+            criterion.center2,
+        ]
 
     return run
 
 
-def list_step(library: Any, head_class: type[nn.Module], *head_arguments: int) -> Callable[[], Callable[[], list[Tensor]]]:
+def list_step(
+    library: Any, head_class: type[nn.Module], *head_arguments: int
+) -> Callable[[], Callable[[], list[Tensor]]]:
     def prepare() -> Callable[[], list[Tensor]]:
         student, teacher = head(lambda: head_class(*head_arguments))
         x, mask = torch.randn(2 * IMAGES, IN), torch.rand(2 * IMAGES, 4) < 0.5
@@ -260,7 +269,9 @@ def test_modules_and_steps_on_the_meta_device_have_shapes() -> None:
     ids=["fp64", "bf16", "too short", "strided", "meta"],
 )
 def test_what_does_not_fit_never_reaches_the_native_module(tensor: Tensor) -> None:
-    with pytest.raises(RuntimeError, match=r"native module was about to get .* expected 6 contiguous fp32 numbers on the CPU"):
+    with pytest.raises(
+        RuntimeError, match=r"native module was about to get .* expected 6 contiguous fp32 numbers on the CPU"
+    ):
         module.address(tensor, 6)
 
 

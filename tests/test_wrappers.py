@@ -36,7 +36,9 @@ def rows(images: int = 2) -> Tensor:
 def step(student: Callable[[Tensor], Any], teacher: Callable[[Tensor], Any], x: Tensor, calls: int = 1) -> Tensor:
     """The loss, each network called so often."""
     global_rows = 2 * len(x) // VIEWS
-    outputs = [torch.cat([net(part) for part in of.chunk(calls)]) for net, of in ((student, x), (teacher, x[:global_rows]))]
+    outputs = [
+        torch.cat([net(part) for part in of.chunk(calls)]) for net, of in ((student, x), (teacher, x[:global_rows]))
+    ]
     loss: Tensor = DINOLoss(K, VIEWS, 0.04, 0.04, 0, 10)(*outputs, 0)
     return loss
 

@@ -87,9 +87,7 @@ def every_wrapper(rank: int | None) -> dict[str, dict[str, Tensor]]:
     warnings.simplefilter("ignore")  # of views that FSDP2 sees returned
     if rank is None:
         return {str(calls): trained(lambda head: head, None, calls) for calls in (1, VIEWS)}
-    return {
-        f"{name} {calls}": trained(wrap, rank, calls) for name, wrap in WRAPPERS.items() for calls in (1, VIEWS)
-    }
+    return {f"{name} {calls}": trained(wrap, rank, calls) for name, wrap in WRAPPERS.items() for calls in (1, VIEWS)}
 
 
 def what_fsdp1_says(rank: int | None) -> dict[str, str]:
@@ -143,4 +141,6 @@ def test_what_fsdp1_has_freed_is_an_error_that_says_what_to_do(runs: Any) -> Non
     for rank in runs.ranks:
         said = rank["what_fsdp1_says"]
         assert said["SHARD_GRAD_OP"] == "trained"
-        assert re.search("memory of prototypes .* has been freed.*SHARD_GRAD_OP", said["FULL_SHARD"]), said["FULL_SHARD"]
+        assert re.search("memory of prototypes .* has been freed.*SHARD_GRAD_OP", said["FULL_SHARD"]), said[
+            "FULL_SHARD"
+        ]

@@ -28,15 +28,47 @@ AVERAGES = ("log_probability", "probability")
 
 
 class RunningMean(nn.Module):
-    """Keeps its buffer ``center`` in fp32 (fp64 after ``double()``) under ``half()``, ``bfloat16()`` and ``to()``."""
+    """Keeps its buffer ``center`` in fp32 (fp64 after ``double()``) under ``half()``, ``bfloat16()`` and ``to()``.
+
+    ``module.center = tensor`` takes the tensor's K values and its device; shape and dtype stay.
+
+    Raises:
+        ValueError: what is assigned is no tensor of K floating-point values.
+    """
 
     center: Tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "center":
+            self._set_center(value)
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _set_center(self, value: Any) -> None:
+        before: Tensor = self.center
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        # [1, K], [1, 1, K] and [K] are one centre, as K centres of one value would not be
+        fits = isinstance(value, Tensor) and value.numel() == before.numel() and shape[-1:] == before.shape[-1:]
+        if not fits or not value.is_floating_point():
+            got = f"{value.dtype} of shape {shape}" if isinstance(value, Tensor) else shape
+            raise ValueError(f"center is assigned {got}; expected a floating-point tensor {list(before.shape)}, or [K]")
+        new = value.detach().to(before.dtype).reshape(before.shape)
+        if new.device == before.device and not new.is_meta:
+            before.copy_(new)  # in place: a compiled step goes on with it
+        else:
+            self._buffers["center"] = new.clone()
+        self._center_was_set()
+
+    def _center_was_set(self) -> None:
+        """What is known of the centre has to be found out anew."""
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         before = self.center
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.center.dtype not in (torch.float32, torch.float64):
-            self.center = before.to(self.center.device)  # at 16 bits, small steps would be rounded away
+            # at 16 bits, small steps would be rounded away
+            self._buffers["center"] = before.to(self.center.device)
         return self
 
 
@@ -99,6 +131,9 @@ class Center(RunningMean):
         self.center.fill_(self._start)
         self._started = not math.isnan(self._start)
         self._pending: tuple[Tensor, Tensor] | None = None
+
+    def _center_was_set(self) -> None:
+        self._started = self.center.is_meta or not bool(self.center.isnan().any())
 
     def target_bias(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
@@ -197,7 +232,7 @@ class Center(RunningMean):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         # the loaded centre may or may not have started; looked at here, since a branch on it would break a compiled step
-        self._started = self.center.is_meta or not bool(self.center.isnan().any())
+        self._center_was_set()
         self._pending = None
 
 

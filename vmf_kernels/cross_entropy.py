@@ -32,7 +32,6 @@ from vmf_kernels.ranks import gather_objects, group_named, name_of, sum_over_ran
 from vmf_kernels.statistics import AssignmentStatistics, SharedStatistics, entropy
 from vmf_kernels.tensors import may_require_grad, refuse_gradients
 
-
 NAME = "prototype_cross_entropy"
 
 

@@ -60,5 +60,7 @@ def _make_backend(kind: type) -> type:
         def reduce(self, x: Any, operation: str, axes: Any) -> Any:
             raise TypeError(f"einops.reduce of {kind.__name__}: {advice(operation)}")
 
-    sys.modules.setdefault(Backend.framework_name, sys.modules[__name__])  # einops asks whether the framework is imported
+    sys.modules.setdefault(
+        Backend.framework_name, sys.modules[__name__]
+    )  # einops asks whether the framework is imported
     return Backend

@@ -12,10 +12,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm  # private: nothing public tells weight norm from others
 from torch.nn.utils.weight_norm import WeightNorm
 
-from vmf_kernels.heads import PrototypeLayer, handed_out, outlive
+from vmf_kernels.heads import LinearPrototypes, PrototypeLayer, StoredNorm, WeightNormed, handed_out, reset_weight_norm
 from vmf_kernels.layer_keys import PARAMETRIZED, PLAIN, WEIGHT_NORM, convert_keys
-from vmf_kernels.logits import PrototypeLogits
-from vmf_kernels.prototypes import Prototypes, linear_prototypes, weight_norm_prototypes
+from vmf_kernels.prototypes import Prototypes, weight_norm_prototypes
 
 LAST_LAYERS = ("last_layer", "last_layer2")  # as the published heads name them; the second is iBOT's, of the patches
 EXPECTED = (
@@ -23,7 +22,7 @@ EXPECTED = (
 )
 
 
-class FusedLinear(nn.Linear):
+class FusedLinear(LinearPrototypes):
     """What ``fuse_head`` turns a linear layer into: the same parameters under the same names, logits not stored.
 
     It loads what any of the three ways of storing a last layer saved, ``weight`` alone or either kind of weight norm.
@@ -33,11 +32,14 @@ class FusedLinear(nn.Linear):
         """The layer's K prototypes, sharing its parameters."""
         if parametrize.is_parametrized(self, "weight"):
             return handed_out(weight_norm_prototypes(*_originals(self)))
-        return handed_out(linear_prototypes(self.weight))
+        return super().prototypes()
 
-    def forward(self, features: Tensor) -> PrototypeLogits:  # type: ignore[override]
-        """[..., D] features to [..., K] logits that are not stored."""
-        return outlive(self, PrototypeLogits(features, self.prototypes()))
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear``; under weight norm its directions, with norms of 1 as published heads start them."""
+        if parametrize.is_parametrized(self, "weight"):
+            reset_weight_norm(*_originals(self))  # the weight is computed: nn.Linear's would start a copy
+        else:
+            super().reset_parameters()
 
     def _stored_names(self) -> tuple[str, ...]:
         return PARAMETRIZED if parametrize.is_parametrized(self, "weight") else PLAIN
@@ -47,20 +49,8 @@ class FusedLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class FusedWeightNormLinear(FusedLinear):
+class FusedWeightNormLinear(WeightNormed, FusedLinear):
     """A ``FusedLinear`` with the parameters of ``torch.nn.utils.weight_norm``: ``weight_g`` [K, 1], ``weight_v`` [K, D]."""
-
-    weight_g: Tensor
-    weight_v: Tensor
-
-    def prototypes(self) -> Prototypes:
-        """The layer's K prototypes, sharing its parameters."""
-        return handed_out(weight_norm_prototypes(self.weight_g, self.weight_v))
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """[K, D] effective weight, computed at each access; the layer itself never asks for it."""
-        return self.prototypes().effective_weight()
 
     def _stored_names(self) -> tuple[str, ...]:
         return WEIGHT_NORM
@@ -69,10 +59,10 @@ class FusedWeightNormLinear(FusedLinear):
 def fuse_head(module: nn.Module, layer: str | None = None) -> nn.Module:
     """Turn a head whose last layer is linear into one that returns ``PrototypeLogits``, in place.
 
-    The class of the last layer changes, and the hook of ``torch.nn.utils.weight_norm`` goes, with the [K, D] weight it would
-    compute. Modules and parameters stay the objects they are, with their names, state dict keys and all other hooks, so
-    optimizers, copies and wrappers made before keep working. A layer that is fused already, or a ``PrototypeLayer``, stays
-    as it is. Fuse before ``fully_shard``.
+    The class of the last layer changes, and the hook of ``torch.nn.utils.weight_norm`` computes no [K, D] weight any more;
+    ``remove_weight_norm`` and ``remove_parametrizations`` work as before. Modules and parameters stay the objects they are,
+    with their names, state dict keys and all other hooks, so optimizers, copies and wrappers made before keep working. A layer
+    that is fused already, or a ``PrototypeLayer``, stays as it is. Fuse before ``fully_shard``.
 
     Args:
         module: the head; what it does after its last layer must be something ``PrototypeLogits`` can do.
@@ -202,7 +192,7 @@ def _fuse(layer: nn.Module) -> None:
         layer.__class__ = FusedLinear
         return
     for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is norm]:
-        del layer._forward_pre_hooks[key]
+        layer._forward_pre_hooks[key] = StoredNorm(FusedWeightNormLinear, FusedLinear)
     layer.__dict__.pop("weight", None)  # what the hook computed
     layer.__class__ = FusedWeightNormLinear
 

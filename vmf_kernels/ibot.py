@@ -7,31 +7,25 @@ Rows are view-major.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
 from vmf_kernels.logits import PrototypeLogits, same_prototypes
 from vmf_kernels.losses import publish_center
 from vmf_kernels.masked_patches import IBOTPatchLoss, IBOTvMFPatchLoss, vmf_stream
 from vmf_kernels.pairing import multi_crop_weights
-from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.streams import (
-    EpochTemperatures,
-    Outputs,
-    Stream,
-    StreamOptions,
-    VMFStream,
-    check_logits,
-    temperature_schedule,
-)
+from vmf_kernels.streams import Outputs, Stream, StreamLoss, StreamOptions, VMFStream, check_logits
+from vmf_kernels.temperatures import EpochTemperatures, temperature_schedule
 
 __all__ = ["IBOTLoss", "IBOTPatchLoss", "IBOTvMFLoss", "IBOTvMFPatchLoss"]
 
 
-class IBOTLoss(nn.Module):
+class IBOTLoss(StreamLoss):
     """iBOT's loss: that of the class tokens over all pairs of different views, plus that of the masked patches.
 
     Both heads may share their prototypes or not: that shows in the logits alone. Patches of local crops are not asked for.
@@ -54,6 +48,8 @@ class IBOTLoss(nn.Module):
 
     Attributes:
         center, center2: fp32 of class tokens, [1, K], and of patches, [1, 1, K]; the state dict's entries, as published.
+        student_temp, center_momentum, center_momentum2, ngcrops, ncrops, lambda1, lambda2, teacher_temp_schedule,
+            teacher_temp2_schedule: as published; what is assigned counts from the next call.
         statistics, patch_statistics: ``AssignmentStatistics`` of the last call, None before.
 
     Raises:
@@ -88,7 +84,7 @@ class IBOTLoss(nn.Module):
         super().__init__()
         if ngcrops < 1 or nlcrops < 0 or ngcrops + nlcrops < 2:
             raise ValueError(f"ngcrops is {ngcrops} and nlcrops {nlcrops}; expected a global crop and another one")
-        self.ngcrops, self.nlcrops, self.ncrops = ngcrops, nlcrops, ngcrops + nlcrops
+        self.ngcrops, self.ncrops = ngcrops, ngcrops + nlcrops
         self.lambda1, self.lambda2 = lambda1, lambda2
         warm_up = (warmup_teacher_temp_epochs, nepochs)
         schedule = temperature_schedule(warmup_teacher_temp, teacher_temp, *warm_up)
@@ -104,25 +100,59 @@ class IBOTLoss(nn.Module):
         publish_center(self, "center2", "patch_loss.center", dims=3)
 
     @property
-    def teacher_temp_schedule(self) -> list[float]:
-        """Teacher temperature of class tokens of each epoch."""
-        return self._temperatures.values
+    def teacher_temp_schedule(self) -> NDArray[np.float64]:
+        """[nepochs] teacher temperature of class tokens of each epoch, read-only; another array or list may be assigned."""
+        return self._temperatures.array
+
+    @teacher_temp_schedule.setter
+    def teacher_temp_schedule(self, values: NDArray[Any]) -> None:
+        self._temperatures.assign(values, "teacher_temp_schedule")
 
     @property
-    def teacher_temp2_schedule(self) -> list[float]:
-        """Teacher temperature of patches of each epoch."""
-        return self._temperatures2.values
+    def teacher_temp2_schedule(self) -> NDArray[np.float64]:
+        """[nepochs] the same of patches."""
+        return self._temperatures2.array
+
+    @teacher_temp2_schedule.setter
+    def teacher_temp2_schedule(self, values: NDArray[Any]) -> None:
+        self._temperatures2.assign(values, "teacher_temp2_schedule")
 
     @property
-    def center(self) -> Tensor:
-        """[1, K] the running centre of the class tokens."""
-        center: Tensor = self.stream.centering.center  # type: ignore[assignment]
-        return center
+    def nlcrops(self) -> int:
+        """Local crops: ``ncrops`` without the global ones."""
+        return self.ncrops - self.ngcrops
+
+    @nlcrops.setter
+    def nlcrops(self, count: int) -> None:
+        self.ncrops = self.ngcrops + count
+
+    @property
+    def student_temp(self) -> float:
+        """Student temperature of both streams; may be assigned."""
+        return self.stream.student_temp
+
+    @student_temp.setter
+    def student_temp(self, value: float) -> None:
+        self.patch_loss.student_temp = value
+        self.stream.student_temp = value
+
+    @property
+    def center_momentum2(self) -> float:
+        """Momentum of the patches' running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
+        return self.patch_loss.center_momentum
+
+    @center_momentum2.setter
+    def center_momentum2(self, value: float) -> None:
+        self.patch_loss.center_momentum = value
 
     @property
     def center2(self) -> Tensor:
-        """[1, 1, K] the running centre of the patches."""
+        """[1, 1, K] the running centre of the patches; may be assigned, and is absent under Sinkhorn-Knopp."""
         return self.patch_loss.center[None]
+
+    @center2.setter
+    def center2(self, value: Tensor) -> None:
+        self.patch_loss.center = value
 
     @property
     def patch_statistics(self) -> AssignmentStatistics | None:
@@ -170,10 +200,25 @@ class IBOTLoss(nn.Module):
         self.stream.observe(outputs.teacher, tau, outputs.teacher_bias)
         return {"cls": cls, "patch": patch, "loss": cls + patch}
 
-    def update_center(self) -> None:
-        """Move both centres by the batches since the last call; only for ``center_update="manual"``."""
-        self.stream.centering.apply_pending()
-        self.patch_loss.update_center()
+    def update_center(
+        self,
+        teacher_cls: PrototypeLogits | Tensor | None = None,
+        teacher_patch: PrototypeLogits | Tensor | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """Move both centres by raw logits, if given, and by the batches that ``center_update="manual"`` kept.
+
+        Args:
+            teacher_cls: [R, K] of class tokens.
+            teacher_patch: [R, N, K] of patches, all of which count.
+            epoch: selects the temperatures, which only centres of probabilities need.
+
+        Raises:
+            ValueError: K is another one, or the epoch is missing or beyond ``nepochs``.
+        """
+        at = (None, None) if epoch is None else (self._temperatures(epoch), self._temperatures2(epoch))
+        self.stream.update_center(teacher_cls, at[0])
+        self.patch_loss.update_center(teacher_patch, at[1])
 
     def _prepare_cls(
         self, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -13,8 +14,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from vmf_kernels.einops_backend import offer_to_einops
 from vmf_kernels.prototypes import Prototypes, refuse_freed, refuse_severed
-from vmf_kernels.tensors import has_memory, is_transforming, untransformed
+from vmf_kernels.reductions import Dims, Extreme, extreme, extreme_over_rows, split_dims, top, total
 from vmf_kernels.row_index import advice
+from vmf_kernels.tensors import has_memory, is_transforming, untransformed
 from vmf_kernels.unstored import UnstoredRows
 
 Owner = TypeVar("Owner")
@@ -24,6 +26,8 @@ Result = TypeVar("Result")
 SINKS = ("_DDPSinkBackward",)
 COPIES = (*SINKS, "ViewBackward0", "AliasBackward0", "CloneBackward0", "ToCopyBackward0")
 
+REDUCTIONS = ("max", "min", "amax", "amin", "argmax", "argmin", "topk", "sum", "mean")
+
 
 @dataclass(eq=False, repr=False)
 class PrototypeLogits(UnstoredRows):
@@ -31,8 +35,10 @@ class PrototypeLogits(UnstoredRows):
 
     It behaves as that tensor in what training loops do between a head and its loss: ``shape``, ``dtype``, ``device``,
     every operation that moves, picks or joins rows (``UnstoredRows``; ``einops`` too), ``float``, ``half``, ``to``, ``detach``.
-    Anything that would need the values raises and names ``materialize()``. A change of dtype is one of the features, so a
-    cast to 16 bits rounds them and not the logits.
+    ``max``, ``min``, ``amax``, ``amin``, ``argmax``, ``argmin``, ``topk``, ``sum`` and ``mean``, over the prototypes, over rows
+    or over all, come a tile of logits at a time, differentiable; only extremes over rows alone have no gradient, and say so.
+    Anything else that would need the values raises and names ``materialize()``. A change of dtype is one of the features, so
+    a cast to 16 bits rounds them and not the logits.
 
     Args:
         features: [..., D] L2-normalised bottleneck features.
@@ -85,6 +91,96 @@ class PrototypeLogits(UnstoredRows):
         """Cut off from autograd."""
         return PrototypeLogits(self.features.detach(), self.prototypes.detach())
 
+    def max(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Any:
+        """As ``Tensor.max``: of all logits, or (values, indices) along a dim; values get the gradient of the logit named."""
+        return self._ranked("max", dim if axis is None else axis, keepdim)
+
+    def min(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Any:
+        """As ``Tensor.min``; gradients as ``max``."""
+        return self._ranked("min", dim if axis is None else axis, keepdim)
+
+    def amax(self, dim: Dims = (), keepdim: bool = False, *, axis: Dims = None) -> Tensor:
+        """As ``Tensor.amax``; of equal prototypes one gets the gradient, where torch shares it out."""
+        return self._extreme("amax", dim if axis is None else axis, keepdim)[0]
+
+    def amin(self, dim: Dims = (), keepdim: bool = False, *, axis: Dims = None) -> Tensor:
+        """As ``Tensor.amin``; gradients as ``amax``."""
+        return self._extreme("amin", dim if axis is None else axis, keepdim)[0]
+
+    def argmax(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Tensor:
+        """As ``Tensor.argmax``, the first of equal ones."""
+        return self.detach()._extreme("argmax", dim if axis is None else axis, keepdim)[1]
+
+    def argmin(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Tensor:
+        """As ``Tensor.argmin``, the first of equal ones."""
+        return self.detach()._extreme("argmin", dim if axis is None else axis, keepdim)[1]
+
+    def topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+        """As ``Tensor.topk`` over the prototypes."""
+        if split_dims(dim, self.ndim)[0]:
+            raise IndexError(
+                f"topk over dim {dim} of PrototypeLogits of shape {tuple(self.shape)}; expected the last one, of the "
+                f"prototypes: {advice('topk')}"
+            )
+        return torch.return_types.topk(top(self.features, self.prototypes, k, largest=largest, in_order=sorted))
+
+    def sum(
+        self, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Dims = None
+    ) -> Tensor:
+        """As ``Tensor.sum``, added up in fp32 (fp64)."""
+        dims = dim if axis is None else axis
+        _refuse_another(dims, "sum")
+        rows, over_prototypes = split_dims(dims, self.ndim)
+        result = total(self.features, self.prototypes, rows, over_prototypes=over_prototypes)
+        if not keepdim:
+            result = result.squeeze((*rows, *([self.ndim - 1] if over_prototypes else [])))
+        return result.to(self.dtype if dtype is None else dtype)
+
+    def mean(
+        self, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Dims = None
+    ) -> Tensor:
+        """As ``Tensor.mean``, added up in fp32 (fp64)."""
+        dims = dim if axis is None else axis
+        wide = self.sum(dims, keepdim, dtype=torch.promote_types(self.dtype, torch.float32))
+        mean = wide / (self.numel() / wide.numel() if wide.numel() else math.nan)
+        return mean.to(self.dtype if dtype is None else dtype)
+
+    def _ranked(self, name: str, dim: int | None, keepdim: bool) -> Any:
+        found = self._extreme(name, dim, keepdim)
+        return found[0] if dim is None else getattr(torch.return_types, name)(found)
+
+    def _extreme(self, name: str, dims: Dims, keepdim: bool) -> Extreme:
+        """(values, indices) of the extreme that ``name`` asks for; indices over several dims are of them all, flattened."""
+        _refuse_another(dims, name)
+        rows, over_prototypes = split_dims(dims, self.ndim)
+        if not over_prototypes:
+            values, indices = extreme_over_rows(self.features, rows, self.prototypes, name)
+        else:
+            values, indices = extreme(self.features, self.prototypes, largest="max" in name)
+            if dims is None or len(rows) == self.ndim - 1 > 0:
+                flat = values.flatten()
+                at = flat.detach().argmax() if "max" in name else flat.detach().argmin()
+                values, indices = flat[at], at * self.prototypes.count + indices.flatten()[at]
+            elif rows:
+                values = values.amax(rows) if "max" in name else values.amin(rows)
+        if keepdim:
+            for dim in [*rows, *([self.ndim - 1] if over_prototypes else [])]:
+                values, indices = values.unsqueeze(dim), indices.unsqueeze(dim)
+        return values, indices
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[Any], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Function forms of the reductions as well."""
+        name, options = getattr(func, "__name__", str(func)), dict(kwargs or {})
+        if name in REDUCTIONS and options.get("out") is None:
+            options.pop("out", None)
+            first, *rest = args if args else (options.pop("input", None),)
+            if isinstance(first, cls):
+                return getattr(first, name)(*rest, **options)
+        return super().__torch_function__(func, types, args, kwargs)
+
     @property
     def _rows(self) -> Tensor:
         return self.features
@@ -104,6 +200,12 @@ class PrototypeLogits(UnstoredRows):
             raise ValueError(
                 f"torch.{name} of PrototypeLogits, some detached and some not; expected all or none detached"
             )
+
+
+def _refuse_another(dims: object, name: str) -> None:
+    """Raise TypeError for ``torch.max(logits, other)`` and the like."""
+    if isinstance(dims, (Tensor, UnstoredRows, float)):
+        raise TypeError(f"{name} of PrototypeLogits and {type(dims).__name__}: {advice(name)}")
 
 
 # so that the tensors inside are found wherever torch walks a module's outputs (DistributedDataParallel, export)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vmf_kernels.centering import LogitCenter, ProbabilityCenter
@@ -18,12 +20,13 @@ from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.streams import EpochTemperatures, Stream, StreamOptions, VMFStream, check_logits, temperature_schedule
+from vmf_kernels.streams import Stream, StreamLoss, StreamOptions, VMFStream, check_logits
+from vmf_kernels.temperatures import EpochTemperatures, temperature_schedule
 
 TEACHER_CROPS = 2  # the teacher sees the global crops only
 
 
-class DINOLoss(nn.Module):
+class DINOLoss(StreamLoss):
     """DINO's loss: every student crop learns from every other global crop of its image, as the teacher assigns it.
 
     Takes what the head returns: ``PrototypeLogits`` (nothing of size rows x K is stored) or plain logits (one fused pass).
@@ -41,6 +44,7 @@ class DINOLoss(nn.Module):
 
     Attributes:
         center: [1, K] fp32, the state dict's only entry, as published; absent under Sinkhorn-Knopp, which keeps none.
+        student_temp, center_momentum, ncrops, teacher_temp_schedule: as published; what is assigned counts from the next call.
         statistics: ``AssignmentStatistics`` of the last call, None before.
 
     Raises:
@@ -71,15 +75,13 @@ class DINOLoss(nn.Module):
         publish_center(self, "center", "stream.centering.center")
 
     @property
-    def teacher_temp_schedule(self) -> list[float]:
-        """Teacher temperature of each epoch."""
-        return self._temperatures.values
+    def teacher_temp_schedule(self) -> NDArray[np.float64]:
+        """[nepochs] teacher temperature of each epoch, read-only; another array or list may be assigned."""
+        return self._temperatures.array
 
-    @property
-    def center(self) -> Tensor:
-        """[1, K] the running centre."""
-        center: Tensor = self.stream.centering.center  # type: ignore[assignment]
-        return center
+    @teacher_temp_schedule.setter
+    def teacher_temp_schedule(self, values: NDArray[Any]) -> None:
+        self._temperatures.assign(values, "teacher_temp_schedule")
 
     @property
     def centering(self) -> LogitCenter | ProbabilityCenter | SinkhornKnopp:
@@ -108,9 +110,16 @@ class DINOLoss(nn.Module):
         """
         return self._evaluate(student_output, teacher_output, epoch, (None, None))
 
-    def update_center(self) -> None:
-        """Move the centre by the batches since the last call; only for ``center_update="manual"``."""
-        self.stream.centering.apply_pending()
+    def update_center(self, teacher_output: PrototypeLogits | Tensor | None = None, epoch: int | None = None) -> None:
+        """Move the centre by [R, K] raw teacher logits, if given, and by the batches that ``center_update="manual"`` kept.
+
+        A call without logits is for ``center_update="manual"``. A centre of probabilities takes them at the temperature of
+        ``epoch``, which one of logits does not need.
+
+        Raises:
+            ValueError: K is not ``out_dim``, or the epoch is missing or beyond ``nepochs``.
+        """
+        self.stream.update_center(teacher_output, None if epoch is None else self._temperatures(epoch))
 
     def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
         return Stream(out_dim, student_temp, momentum, **options)

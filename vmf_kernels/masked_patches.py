@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vmf_kernels.centering import Center
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.losses import publish_center
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.streams import Outputs, Stream, StreamOptions, VMFStream
+from vmf_kernels.streams import Outputs, Stream, StreamLoss, StreamOptions, VMFStream
 
 CENTER_TOKENS = ("all", "masked")
 
@@ -29,7 +29,7 @@ class PatchBatch(NamedTuple):
     teacher_temp: float | Tensor
 
 
-class IBOTPatchLoss(nn.Module):
+class IBOTPatchLoss(StreamLoss):
     """iBOT's loss of masked patches: the student, who sees the mask, learns what the teacher assigns to the patch itself.
 
     Mean over the masked patches of an image, then over all images, those without a masked patch included. Only rows of
@@ -67,12 +67,6 @@ class IBOTPatchLoss(nn.Module):
         self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
         self.statistics: AssignmentStatistics | None = None
         publish_center(self, "center", "stream.centering.center")
-
-    @property
-    def center(self) -> Tensor:
-        """[1, K] the running centre."""
-        center: Tensor = self.stream.centering.center  # type: ignore[assignment]
-        return center
 
     def forward(
         self,
@@ -130,9 +124,15 @@ class IBOTPatchLoss(nn.Module):
         loss: Tensor = result.loss
         return loss
 
-    def update_center(self) -> None:
-        """Move the centre by the batches since the last call; only for ``center_update="manual"``."""
-        self.stream.centering.apply_pending()
+    def update_center(
+        self, teacher_patches: PrototypeLogits | Tensor | None = None, teacher_temp: float | Tensor | None = None
+    ) -> None:
+        """Move the centre by [..., K] raw logits, all of which count, and by the batches that ``center_update="manual"`` kept.
+
+        Raises:
+            ValueError: K is not ``out_dim``, or a centre of probabilities has no temperature.
+        """
+        self.stream.update_center(teacher_patches, teacher_temp)
 
     def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
         return Stream(out_dim, student_temp, momentum, **options)

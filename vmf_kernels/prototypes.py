@@ -17,10 +17,12 @@ from vmf_kernels.tensors import has_memory
 KINDS = ("linear", "normalized", "weight_norm", "linear_vmf", "weight_norm_vmf")
 PULL_BACK_BLOCK = 4096  # prototypes per step of the in-place pull-back: 4 MiB of fp32 at D = 256, stays in L2/L3
 FREED = (
-    "the memory of prototypes of shape {shape} has been freed: fully_shard, or FSDP's resharding, took it when the head's "
-    "forward had returned, before the loss; expected fully_shard(head.last_layer) before fully_shard(head), or "
-    "fully_shard(head, reshard_after_forward=False), or head.unshard() between the head and the loss, or a teacher that is "
-    "resharded after the loss"
+    "the memory of prototypes of shape {shape} has been freed: FSDP, or a loop that reshards by itself, took it after the "
+    "head's forward and before the loss, which reads it; expected a teacher that is resharded after the loss; or with "
+    "fully_shard (FSDP2) fully_shard(head.last_layer) before fully_shard(head), or reshard_after_forward=False, or "
+    "head.unshard() between the head and the loss; or with FullyShardedDataParallel (FSDP1) a head wrapped by itself, not "
+    "inside another one, or ShardingStrategy.SHARD_GRAD_OP, or FSDP.summon_full_params(teacher_head) around the loss, where "
+    "parameters are not cast"
 )
 SEVERED = (
     "the student's head ran inside the forward pass of an autograd.Function, such as torch.utils.checkpoint with "

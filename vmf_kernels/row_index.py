@@ -11,13 +11,24 @@ import torch
 
 PROTOTYPE_DIM = "the last dim holds the prototypes, which are never split"
 STORED = f"{PROTOTYPE_DIM}; materialize() gives the stored values"
+_PROBABILITIES = "TeacherTargets(logits, temperature) stands for a detached softmax of logits"
+_ALL_FINITE = "max() and min() of logits are NaN where one of them is, and infinite where one is and none is NaN"
+_MOMENTS = "mean, max, min, topk and sum of logits need no stored values"
+# operations that loops are written with, and what does the same; by name
+INSTEAD = {
+    **dict.fromkeys(("softmax", "log_softmax"), _PROBABILITIES),
+    **dict.fromkeys(("isnan", "isinf", "isfinite"), _ALL_FINITE),
+    **dict.fromkeys(("std", "var", "norm", "linalg_norm", "linalg_vector_norm", "median", "quantile"), _MOMENTS),
+    **dict.fromkeys(("item", "tolist", "numpy"), _MOMENTS),
+}
 
 
 def advice(name: str) -> str:
     """What to do about an operation that needs values."""
+    instead = INSTEAD.get(name)
     return (
         f"the [rows, K] values are not stored; losses take them as they are (temperature, centre and softmax are applied "
-        f"there); call .materialize() first if {name} really needs them"
+        f"there); {'' if instead is None else instead + '; '}call .materialize() first if {name} really needs them"
     )
 
 

@@ -8,10 +8,8 @@ Legend: R rows, S / T student / teacher rows, G / V teacher / student views, B i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -25,6 +23,7 @@ from vmf_kernels.pairing import Pairing, check_pairing
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.targets import TeacherTargets, target_cross_entropy
+from vmf_kernels.temperatures import check_positive
 
 UPDATES = ("forward", "manual")
 RULES = ("logit", "probability", "sinkhorn_knopp")
@@ -96,8 +95,7 @@ class Stream(nn.Module):
         if unknown:
             known = ", ".join(StreamOptions.__annotations__)
             raise TypeError(f"unknown option {', '.join(unknown)}; expected one of {known}")
-        if not student_temp > 0:
-            raise ValueError(f"student_temp is {student_temp}; expected a number > 0")
+        check_positive(student_temp, "student_temp")
         if center_update not in UPDATES:
             raise ValueError(f"center_update is {center_update!r}; expected one of {', '.join(UPDATES)}")
         if centering not in RULES:
@@ -173,6 +171,51 @@ class Stream(nn.Module):
         if self.center_update == "forward":
             self.centering.apply_pending()
 
+    def update_center(
+        self, teacher: PrototypeLogits | Tensor | None = None, teacher_temp: float | Tensor | None = None
+    ) -> None:
+        """Move the centre by [..., K] raw logits, if given, and by the batches that wait.
+
+        Raises:
+            ValueError: K is another one, or a centre of probabilities needs a temperature that is not given.
+        """
+        if teacher is not None:
+            check_logits(teacher, "teacher")
+            if teacher_temp is None and isinstance(self.centering, ProbabilityCenter):
+                raise ValueError(
+                    "update_center moves a centre of probabilities, which depend on the teacher's temperature; expected the "
+                    "epoch (or the temperature) beside the logits"
+                )
+            self.centering.accumulate(self._uncentered(teacher), 1.0 if teacher_temp is None else teacher_temp)
+        self.centering.apply_pending()
+
+    def set_center(self, value: Tensor) -> None:
+        """Put the centre to the K values of a tensor.
+
+        Raises:
+            ValueError: there is no centre, or the tensor does not fit it.
+        """
+        self._running().center = value
+
+    def set_center_momentum(self, momentum: float) -> None:
+        """Of the steps from now on.
+
+        Raises:
+            ValueError: there is no centre, or the momentum is not in [0, 1).
+        """
+        if not 0 <= momentum < 1:
+            raise ValueError(f"center_momentum is {momentum}; expected a number in [0, 1)")
+        self._running().momentum = momentum
+
+    def _running(self) -> LogitCenter | ProbabilityCenter:
+        if isinstance(self.centering, SinkhornKnopp):
+            raise ValueError("centering='sinkhorn_knopp' keeps no centre; expected centering='logit' or 'probability'")
+        return self.centering
+
+    def _uncentered(self, teacher: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
+        """Logits as ``prepare`` hands them on."""
+        return teacher
+
 
 class VMFStream(Stream):
     """The same with prototypes of free norm as von Mises-Fisher components of precision ``||w_k|| / tau``.
@@ -221,6 +264,16 @@ class VMFStream(Stream):
         student_bias = _log_normalizer(of_student, self.student_temp)
         return Outputs(student, teacher, student_bias, _log_normalizer(of_teacher.detach(), teacher_temp))
 
+    def _uncentered(self, teacher: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
+        if isinstance(teacher, PrototypeLogits):
+            return _with_vmf(teacher)
+        if isinstance(self.centering, ProbabilityCenter):
+            raise ValueError(
+                f"update_center got plain logits of shape {tuple(teacher.shape)} without the prototypes' norms, which the vMF "
+                "normaliser needs; expected PrototypeLogits, or a call of the loss"
+            )
+        return teacher
+
     def _warn_if_frozen(self, prototypes: Prototypes) -> None:
         magnitude = prototypes.magnitude
         frozen = magnitude is not None and not magnitude.requires_grad
@@ -231,65 +284,40 @@ class VMFStream(Stream):
             self.warned = True
 
 
-def temperature_schedule(
-    warmup: float, final: float, warmup_epochs: int, epochs: int, first: int = 0, name: str = "teacher_temp"
-) -> list[float]:
-    """Teacher temperature of each epoch: linear from epoch ``first``; the last of the warm-up already has the final value.
+class StreamLoss(nn.Module):
+    """A loss of one stream, of which it shows what the published classes have as attributes of their own."""
 
-    ``name`` is that of the argument ``final``, for messages.
+    stream: Stream
 
-    Raises:
-        ValueError: a temperature is not positive, or the run is shorter than the warm-up or than one epoch.
-    """
-    for argument, value in ((f"warmup_{name}", warmup), (name, final)):
-        if not value > 0:
-            raise ValueError(f"{argument} is {value}; expected a number > 0")
-    if epochs < max(first + warmup_epochs, 1):
-        raise ValueError(
-            f"nepochs is {epochs} and warmup_teacher_temp_epochs {warmup_epochs}"
-            f"{f', from epoch {first} on' if first else ''}; expected nepochs of at least 1 and at least the warm-up"
-        )
-    warm_up: list[float] = np.linspace(warmup, final, warmup_epochs).tolist()
-    return [warmup] * first + warm_up + [final] * (epochs - first - warmup_epochs)
+    @property
+    def student_temp(self) -> float:
+        """Student temperature; may be assigned."""
+        return self.stream.student_temp
 
+    @student_temp.setter
+    def student_temp(self, value: float) -> None:
+        check_positive(value, "student_temp")
+        self.stream.student_temp = value
 
-class EpochTemperatures(nn.Module):
-    """The temperature of each epoch: a number, or an element of a tensor in a compiled step, which would burn a number in.
+    @property
+    def center_momentum(self) -> float:
+        """Momentum of the running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
+        momentum: float = self.stream.centering.momentum  # type: ignore[assignment]
+        return momentum
 
-    Args:
-        values: one for each epoch, as ``temperature_schedule`` makes them.
-    """
+    @center_momentum.setter
+    def center_momentum(self, value: float) -> None:
+        self.stream.set_center_momentum(value)
 
-    stored: Tensor
+    @property
+    def center(self) -> Tensor:
+        """[1, K] the running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
+        center: Tensor = self.stream.centering.center  # type: ignore[assignment]
+        return center
 
-    def __init__(self, values: list[float]) -> None:
-        super().__init__()
-        self.values = values
-        stored = torch.tensor(values, dtype=torch.float64, device=torch.get_default_device())
-        self.register_buffer("stored", stored, persistent=False)
-
-    def forward(self, epoch: int | Tensor) -> float | Tensor:
-        """The epoch's temperature; as a tensor [] fp64 on the device of the module.
-
-        Args:
-            epoch: from 0; as a tensor ([] int64 on that device) it is not checked, which would wait for the device.
-
-        Raises:
-            ValueError: the epoch is beyond the run.
-        """
-        if isinstance(epoch, Tensor):
-            return self.stored.take(epoch)
-        if isinstance(epoch, float):
-            raise ValueError(f"epoch is {epoch}; expected an int")
-        if not 0 <= epoch < len(self.values):
-            raise ValueError(f"epoch is {epoch}; expected 0 to {len(self.values) - 1}, the run's nepochs")
-        return self.stored[epoch] if torch.compiler.is_compiling() else self.values[epoch]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # only the device is followed: loss.half() must not round temperatures, and to_empty() leave none
-        self.stored = torch.tensor(self.values, dtype=torch.float64, device=self.stored.device)
-        return self
+    @center.setter
+    def center(self, value: Tensor) -> None:
+        self.stream.set_center(value)
 
 
 def check_logits(output: object, side: str) -> None:

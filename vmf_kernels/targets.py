@@ -67,9 +67,9 @@ class TeacherTargets(UnstoredRows):
             check_bias(self.bias, self.logits.shape[-1], "bias")
             self.bias = self.bias.detach() if self.bias.requires_grad else self.bias
         tau = self.temperature
-        if not isinstance(tau, Tensor) or (is_readable(tau) and tau.numel() == 1):
-            if not float(tau) > 0:
-                raise ValueError(f"temperature is {float(tau)}; expected a number > 0")
+        visible = not isinstance(tau, Tensor) or (is_readable(tau) and tau.numel() == 1)
+        if visible and not float(tau) > 0:
+            raise ValueError(f"temperature is {float(tau)}; expected a number > 0")
 
     @property
     def shape(self) -> torch.Size:

@@ -68,7 +68,7 @@ def untransformed(tensor: Tensor) -> Tensor:
         tensor = functorch.get_unwrapped(tensor)
     if functorch.is_functorch_wrapped_tensor(tensor):
         raise RuntimeError(
-            "a centre cannot take in the teacher's rows inside torch.vmap, where each call has a batch of its own; expected the "
-            "loss outside of vmap, a vmap over what follows the centre, or prototype_cross_entropy with the centre as a bias"
+            "a centre cannot take in the teacher's rows inside torch.vmap, where each call has a batch of its own; expected "
+            "the loss outside of vmap, or prototype_cross_entropy with the centre as a bias"
         )
     return tensor

@@ -19,7 +19,19 @@ from vmf_kernels.row_index import PROTOTYPE_DIM, advice, row_dim, row_index, row
 JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
 ROW_FUNCTIONS = (
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsqueeze", "squeeze", "flatten", "unflatten"),
-    *("reshape", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "flip", "roll", "narrow", "select"),
+    *(
+        "reshape",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "permute",
+        "movedim",
+        "moveaxis",
+        "flip",
+        "roll",
+        "narrow",
+        "select",
+    ),
     *("index_select", "repeat_interleave", "broadcast_to", "detach", "clone", "numel", "is_floating_point"),
 )
 # attributes and methods of a tensor that do not depend on its values
@@ -177,7 +189,10 @@ class UnstoredRows:
 
     def movedim(self, source: int | Sequence[int], destination: int | Sequence[int]) -> Self:
         """As ``Tensor.movedim`` of dims of rows."""
-        ends = [[self._row_dim(d) for d in (side if isinstance(side, Sequence) else (side,))] for side in (source, destination)]
+        ends = [
+            [self._row_dim(d) for d in (side if isinstance(side, Sequence) else (side,))]
+            for side in (source, destination)
+        ]
         return self._with(self._rows.movedim(*ends))
 
     def moveaxis(self, source: int | Sequence[int], destination: int | Sequence[int]) -> Self:

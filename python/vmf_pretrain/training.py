@@ -54,7 +54,7 @@ class Training:
     def teacher_temperature(self, epoch: int) -> float:
         """Of the last epoch where ``epoch`` is past the end."""
         schedule = self.loss.teacher_temp_schedule
-        return schedule[min(epoch, len(schedule) - 1)]
+        return float(schedule[min(epoch, len(schedule) - 1)])
 
     def step(self, step: int, views: list[Tensor]) -> dict[str, Tensor]:
         """One optimizer step; the numbers to log, as [] tensors still on the device.

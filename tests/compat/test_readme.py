@@ -10,8 +10,8 @@ import pytest
 COMPAT = Path(__file__).parents[2] / "vmf_kernels" / "compat"
 README = (COMPAT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-SHARED = ("__init__", "_shared", "checkpoints", "tensor_file")
-MODULES = sorted(path.stem for path in COMPAT.glob("*.py") if path.stem not in SHARED)
+SHARED = ("checkpoints", "tensor_file")
+MODULES = sorted(path.stem for path in COMPAT.glob("[!_]*.py") if path.stem not in SHARED)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -47,7 +47,10 @@ class LazilyCentered(RunningMean):
         backend, prototype_group, row_group: as ``Stream``.
 
     Attributes:
-        center: the buffer, the state dict's only entry; fp32, or fp64 after ``double()``.
+        center: the buffer, the state dict's only entry; fp32, or fp64 after ``double()``. Takes the values of what is assigned.
+        student_temp, center_momentum: may be assigned.
+        updated: whether no batch waits. Then ``async_batch_center`` is None, else the sum of what waits over all ranks, in the
+            shape of the centre, and the length published with it what divides it; there is nothing to wait for.
         statistics: ``AssignmentStatistics`` of the last cross-entropy (the last entry of a list that takes several), or None.
 
     Raises:
@@ -87,6 +90,28 @@ class LazilyCentered(RunningMean):
     def options(self) -> RankOptions:
         """Keywords of ``Stream``."""
         return self._options.value
+
+    @property
+    def updated(self) -> bool:
+        """Whether no batch waits for the next targets."""
+        return self._pending is None
+
+    @property
+    def reduce_handle(self) -> None:
+        """None: ranks have been summed over when ``update_center`` returns."""
+        return
+
+    @property
+    def async_batch_center(self) -> Tensor | None:
+        """What waits, summed over all ranks, in the shape of the centre; None for nothing."""
+        return None if self._pending is None else self._pending[0].reshape(self.center.shape)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Put the centre at 0; what waits is dropped."""
+        self.center.zero_()
+        self._pending = None
+        self._known_to_be_set = False
 
     def update_center(self, teacher_output: Logits) -> None:
         """Take in the teacher's raw logits; the centre moves later. Collective: every rank calls it, with whatever rows.
@@ -177,6 +202,12 @@ class LazilyCentered(RunningMean):
             )
         return teacher
 
+    def _center_was_set(self) -> None:
+        self._known_to_be_set = False
+
+    def _waiting_weight(self) -> Tensor | None:
+        return None if self._pending is None else self._pending[1]
+
     def _check_set(self) -> None:
         if self._known_to_be_set:  # looking waits for a GPU, so once
             return
@@ -197,6 +228,11 @@ class LazilyCentered(RunningMean):
 class ClassTokenLoss(LazilyCentered):
     """The part that the class tokens' losses share: a [1, K] centre over the rows of all ranks."""
 
+    @property
+    def len_teacher_output(self) -> Tensor | None:
+        """[] rows of all ranks that ``async_batch_center`` is the sum of; None for nothing."""
+        return self._waiting_weight()
+
     def _weight_of(self, rows: int) -> int:
         return rows
 
@@ -208,6 +244,11 @@ class PatchLoss(LazilyCentered):
 
     Source: Zhou et al., "iBOT", ICLR 2022, equation 2; facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
     """
+
+    @property
+    def len_teacher_patch_tokens(self) -> Tensor | None:
+        """[] ranks that ``async_batch_center`` is the sum of the means of; None for nothing."""
+        return self._waiting_weight()
 
     def forward(
         self, student_patch_tokens: Logits, teacher_patch_tokens: Targets, student_masks_flat: Tensor

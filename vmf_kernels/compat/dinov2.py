@@ -31,7 +31,7 @@ from vmf_kernels.compat._shared import (
     unit_rows,
 )
 from vmf_kernels.compat.checkpoints import load_networks
-from vmf_kernels.heads import PrototypeLayer, check_head_dims, outlive, projection_mlp
+from vmf_kernels.heads import PrototypeLayer, check_head_dims, outlive, projection_mlp, reset_children
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.targets import TeacherTargets
@@ -70,6 +70,10 @@ class DINOHead(nn.Module):
         check_head_dims(in_dim, out_dim, hidden_dim, bottleneck_dim)
         self.mlp = projection_mlp(in_dim, hidden_dim, bottleneck_dim, nlayers, use_bn=use_bn, bias=mlp_bias)
         self.last_layer = self._make_layer(bottleneck_dim, out_dim)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter and buffer as the constructor does."""
+        reset_children(self)
 
     def forward(self, x: Tensor) -> PrototypeLogits:
         """[..., in_dim] features to [..., K] logits, in the dtype autocast gives the MLP."""
@@ -217,8 +221,19 @@ class KoLeoLoss(nn.Module):
     The library's ``KoLeoLoss`` under the published signature; formed in fp32, so that fp16 features give no infinity. A single
     row, for which the published code returns the constant 17.08, is refused.
 
+    Attributes:
+        pdist: the distance, as published.
+
     Source: facebookresearch/dinov2 dinov2/loss/koleo_loss.py.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pdist = nn.PairwiseDistance(2, eps=1e-8)
+
+    def pairwise_NNs_inner(self, x: Tensor) -> Tensor:  # noqa: N802 - the published name
+        """[B] the nearest other row of each row of [B, D], by dot product."""
+        return (x @ x.T).fill_diagonal_(-1).argmax(dim=1)
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
         """[B, D] features to a [] loss, nats.

@@ -30,12 +30,20 @@ from vmf_kernels.compat._shared import (
 )
 from vmf_kernels.compat.dinov2 import KoLeoLoss
 from vmf_kernels.fuse import FusedLinear
-from vmf_kernels.heads import init_linears, outlive
+from vmf_kernels.heads import init_linear, init_linears, outlive
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.ranks import Shared
 
 __all__ = ["DINOHead", "DINOLoss", "KoLeoLoss", "KoLeoLossDistributed", "SinkhornKnoppTeacher", "iBOTPatchLoss"]
+
+
+class PlainPrototypes(FusedLinear):
+    """The last layer: linear, without weight norm; ``reset_parameters`` starts it as the head's ``init_weights`` does."""
+
+    def reset_parameters(self) -> None:
+        """Truncated normal weights of deviation 0.02."""
+        init_linear(self)
 
 
 class DINOHead(dinov2.DINOHead):
@@ -62,7 +70,9 @@ class DINOHead(dinov2.DINOHead):
         return outlive(self, logits)
 
     def _make_layer(self, dim: int, num_prototypes: int) -> nn.Module:
-        return FusedLinear(dim, num_prototypes, bias=False)
+        layer = FusedLinear(dim, num_prototypes, bias=False)  # nn.Linear's own weights until then, as published
+        layer.__class__ = PlainPrototypes
+        return layer
 
 
 class DINOLoss(ClassTokenLoss):
@@ -87,10 +97,9 @@ class DINOLoss(ClassTokenLoss):
     ) -> None:
         super().__init__(new_center(1, out_dim, fill=math.nan), student_temp, center_momentum, **options)
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Set the centre to 0."""
-        self.center.zero_()
+        self.reset_parameters()
 
     @torch.no_grad()
     def softmax_center_teacher(
@@ -193,10 +202,9 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
         super().__init__(new_center(1, 1, patch_out_dim, fill=math.nan), student_temp, center_momentum, **options)
         self.sinkhorn_knopp_teacher = SinkhornKnoppTeacher(**options)
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Set the centre to 0."""
-        self.center.zero_()
+        self.reset_parameters()
 
     @torch.no_grad()
     def softmax_center_teacher(
@@ -225,8 +233,15 @@ class KoLeoLossDistributed(nn.Module):
         koleo.KoLeoLoss(topk=topk)  # refuses what it cannot take now, not in the first step
         if loss_group_size is not None and loss_group_size < 1:
             raise ValueError(f"loss_group_size is {loss_group_size}; expected an int >= 1, or None for all rows")
+        self.pdist = nn.PairwiseDistance(2, eps=1e-8)
         self.topk = topk
         self.loss_group_size = loss_group_size
+
+    def pairwise_NNs_inner(self, x: Tensor, all_x: Tensor, rank: int) -> Tensor:  # noqa: N802 - the published name
+        """[B, topk] the nearest rows of all ranks' [N, D] to those of this rank's [B, D], which are block ``rank`` of them."""
+        similarity = x @ all_x.T
+        similarity.diagonal(rank * x.shape[0]).fill_(-1)
+        return similarity.topk(self.topk, dim=1).indices
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
         """[B, D] features of this rank to the [] mean over its own rows, nats. Collective, its backward pass as well.

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vmf_kernels.compat.checkpoints import load_networks
-from vmf_kernels.heads import PrototypeLayer, bottleneck_rows, init_linears, outlive
+from vmf_kernels.heads import PrototypeLayer, bottleneck_rows, init_linears, outlive, reset_children
 from vmf_kernels.ibot import IBOTLoss, IBOTvMFLoss
 from vmf_kernels.logits import PrototypeLogits
 
@@ -85,6 +85,12 @@ class iBOTHead(nn.Module):  # noqa: N801 (the published name)
         self.last_layer2 = self.last_layer
         if not shared_head:
             self.last_layer2 = PrototypeLayer(bottleneck_dim, patch_out_dim, frozen_norm=norm_last_layer)
+        self.register_module("last_norm", None)
+        self.register_module("last_norm2", None)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter and buffer as the constructor does."""
+        reset_children(self)
 
     def forward(self, x: Tensor) -> PrototypeLogits | tuple[PrototypeLogits, PrototypeLogits]:
         """Logits in the dtype autocast gives the MLP.
@@ -96,6 +102,10 @@ class iBOTHead(nn.Module):  # noqa: N801 (the published name)
         Returns:
             [R, K] of class tokens and [R, N, K] of patches, or [R, K] for class tokens alone.
         """
+        if self.last_norm is not None or self.last_norm2 is not None:
+            raise ValueError(
+                "last_norm is set, a normalisation over logits, which are never stored here; expected None"
+            )
         # batch norm counts every token as a row, whichever image it is of
         hidden = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         features = bottleneck_rows(hidden)

@@ -17,15 +17,15 @@ from torch.nn import functional
 
 from vmf_kernels import koleo
 from vmf_kernels.centering import LogitCenter
-from vmf_kernels.compat._shared import unit_rows
+from vmf_kernels.compat._lightly_heads import DINOProjectionHead, DINOv2ProjectionHead
 from vmf_kernels.compat.checkpoints import load_modules as load_checkpoint
-from vmf_kernels.heads import PrototypeLayer, init_linears, outlive
 from vmf_kernels.logits import PrototypeLogits, project
 from vmf_kernels.losses import publish_center
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.streams import Stream, StreamOptions
+from vmf_kernels.streams import Stream, StreamLoss, StreamOptions
+from vmf_kernels.temperatures import check_positive
 
 __all__ = ["DINOLoss", "DINOProjectionHead", "DINOv2ProjectionHead", "IBOTPatchLoss", "KoLeoLoss", "RankMeanCenter"]
 __all__ += ["load_checkpoint"]
@@ -38,13 +38,31 @@ class RankMeanCenter(LogitCenter):
 
     Arguments as ``LogitCenter``, which weighs by rows: the two agree where all ranks have equally many.
 
+    Attributes:
+        center, value: [1, K] the centre, the first of which may be assigned.
+        momentum: may be assigned.
+        size, dim: shape of the centre, and its dims that are averaged over.
+
     Source: lightly-ai/lightly lightly/models/modules/center.py.
     """
+
+    dim = (0,)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(1, K)."""
+        return tuple(self.center.shape)
 
     @property
     def value(self) -> Tensor:
         """[1, K] the centre, under the name it has there."""
         return self.center
+
+    def update(
+        self, x: PrototypeLogits | Tensor, temperature: float | Tensor = 1.0, bias: Tensor | None = None
+    ) -> None:
+        """Move the centre by [..., K] raw teacher logits; the temperature does not matter to them."""
+        super().update(x, temperature, bias)
 
     @torch.no_grad()
     def _statistic(
@@ -60,7 +78,21 @@ class RankMeanCenter(LogitCenter):
         return means, summed[-1]
 
 
-class DINOLoss(nn.Module):
+class _Loss(StreamLoss):
+    """What both losses share: a teacher temperature, rounded to fp32 where it is used, as lightly rounds it."""
+
+    @property
+    def teacher_temp(self) -> float:
+        """Teacher temperature of calls without one; may be assigned."""
+        return self._teacher_temp
+
+    @teacher_temp.setter
+    def teacher_temp(self, value: float) -> None:
+        self._rounded_teacher_temp = _checked_temperature(value, "teacher_temp")
+        self._teacher_temp = value
+
+
+class DINOLoss(_Loss):
     """lightly's ``DINOLoss``: mean cross-entropy over pairs of different views, lists of views, the teacher's first.
 
     Args:
@@ -75,6 +107,8 @@ class DINOLoss(nn.Module):
 
     Attributes:
         center: [1, 1, K], the state dict's only entry; absent under Sinkhorn-Knopp, which keeps none.
+        teacher_temp, student_temp, center_momentum, warmup_teacher_temp_epochs, teacher_temp_schedule: as there; what is
+            assigned counts from the next call.
         statistics: ``AssignmentStatistics`` of the last call, None before.
 
     Raises:
@@ -94,20 +128,35 @@ class DINOLoss(nn.Module):
         **options: Unpack[StreamOptions],
     ) -> None:
         super().__init__()
-        first = _checked_temperature(warmup_teacher_temp, "warmup_teacher_temp")
-        self.teacher_temp = _checked_temperature(teacher_temp, "teacher_temp")
-        self.teacher_temp_schedule: list[float] = torch.linspace(
-            first, self.teacher_temp, warmup_teacher_temp_epochs, dtype=torch.float32, device="cpu"
-        ).tolist()
+        check_positive(warmup_teacher_temp, "warmup_teacher_temp")
+        self.teacher_temp = teacher_temp
+        self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
+        self.teacher_temp_schedule = torch.linspace(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, dtype=torch.float32, device="cpu"
+        )
         self.stream = _stream(output_dim, student_temp, center_momentum, center_mode, options)
         self.statistics: AssignmentStatistics | None = None
         publish_center(self, "center", "stream.centering.center", dims=3)
 
     @property
     def center(self) -> Tensor:
-        """[1, 1, K] the running centre."""
+        """[1, 1, K] the running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
         center: Tensor = self.stream.centering.center  # type: ignore[assignment]
         return center[None]
+
+    @center.setter
+    def center(self, value: Tensor) -> None:
+        self.stream.set_center(value)
+
+    @property
+    def teacher_temp_schedule(self) -> Tensor:
+        """[warmup_teacher_temp_epochs] teacher temperature of each epoch of the warm-up; may be assigned or written to."""
+        return self._schedule
+
+    @teacher_temp_schedule.setter
+    def teacher_temp_schedule(self, values: Tensor) -> None:
+        self._schedule = values
+        self._schedule_values: list[float] = values.tolist()
 
     def forward(
         self,
@@ -159,14 +208,16 @@ class DINOLoss(nn.Module):
     def _temperature(self, given: float | None, epoch: int | None) -> float:
         if given is not None:
             return _checked_temperature(given, "teacher_temp")
-        if epoch is None:
-            return self.teacher_temp
-        if epoch < 0:
+        if epoch is not None and epoch < 0:
             raise ValueError(f"epoch is {epoch}; expected an int >= 0, or None")
-        return self.teacher_temp_schedule[epoch] if epoch < len(self.teacher_temp_schedule) else self.teacher_temp
+        if epoch is None or epoch >= self.warmup_teacher_temp_epochs:
+            return self._rounded_teacher_temp
+        if not torch.compiler.is_compiling():
+            self._schedule_values = self._schedule.tolist()  # what was written to it, which cannot be traced
+        return self._schedule_values[epoch]
 
 
-class IBOTPatchLoss(nn.Module):
+class IBOTPatchLoss(_Loss):
     """lightly's ``IBOTPatchLoss``: masked patches one to one; mean over those of an image, then over all images.
 
     Args:
@@ -179,7 +230,8 @@ class IBOTPatchLoss(nn.Module):
 
     Attributes:
         center: the centring rule, whose own ``center`` [1, K] is the state dict's only entry, ``center.center``: the mean over
-            ranks of each one's mean over its masked patches.
+            ranks of each one's mean over its masked patches. It has the ``momentum`` too.
+        teacher_temp, student_temp: what is assigned counts from the next call.
         statistics: ``AssignmentStatistics`` of the last call, None before.
 
     Raises:
@@ -197,15 +249,19 @@ class IBOTPatchLoss(nn.Module):
         **options: Unpack[StreamOptions],
     ) -> None:
         super().__init__()
-        self.teacher_temp = _checked_temperature(teacher_temp, "teacher_temp")
+        self.teacher_temp = teacher_temp
         self.stream = _stream(output_dim, student_temp, center_momentum, center_mode, options)
         self.statistics: AssignmentStatistics | None = None
         publish_center(self, "center.center", "stream.centering.center")
 
-    @property
+    @property  # type: ignore[override]
     def center(self) -> nn.Module:
         """The centring rule; ``center.value`` is the [1, K] centre."""
         return self.stream.centering
+
+    @center.setter
+    def center(self, value: Tensor) -> None:
+        self.stream.set_center(value)
 
     def forward(
         self,
@@ -229,7 +285,7 @@ class IBOTPatchLoss(nn.Module):
             ValueError: the mask is not bool or does not fit the rows, K is not ``output_dim``, or the temperature not positive.
             TypeError: one side is stored and the other is not.
         """
-        tau = self.teacher_temp if teacher_temp is None else _checked_temperature(teacher_temp, "teacher_temp")
+        tau = self._rounded_teacher_temp if teacher_temp is None else _checked_temperature(teacher_temp, "teacher_temp")
         weights = _patch_weights(mask, teacher_out, student_out)
         outputs = self.stream.prepare(student_out, teacher_out, tau)
         # the mean over images apart from the weights, which are fp32 there too: fp64 logits then lose nothing
@@ -262,6 +318,7 @@ class KoLeoLoss(koleo.KoLeoLoss):
         if not p > 0:
             raise ValueError(f"p is {p}; expected a number > 0")
         self.p = p
+        self.pairwise_distance = nn.PairwiseDistance(p=p, eps=eps)
 
     def _of_crop(self, rows_BD: Tensor, among_ND: Tensor, start: int) -> Tensor:
         if self.p == 2:
@@ -270,80 +327,6 @@ class KoLeoLoss(koleo.KoLeoLoss):
             nearest_B = (rows_BD @ among_ND.T).fill_diagonal_(-torch.inf).argmax(dim=1)
         distance_B = functional.pairwise_distance(rows_BD, among_ND[nearest_B], p=self.p, eps=self.eps)
         return -(distance_B + self.eps).log().mean()
-
-
-class DINOv2ProjectionHead(nn.Module):
-    """lightly's ``DINOv2ProjectionHead``, with logits that are never stored; unlike it, it can be deep-copied.
-
-    Args:
-        input_dim: dim of the backbone's features.
-        hidden_dim: width of the two hidden layers.
-        bottleneck_dim: D.
-        output_dim: K.
-        batch_norm: BatchNorm after each hidden layer, which then has no bias.
-
-    Raises:
-        ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
-    Source: lightly-ai/lightly lightly/models/modules/heads.py.
-    """
-
-    def __init__(
-        self,
-        input_dim: int = 2048,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        output_dim: int = 65536,
-        batch_norm: bool = False,
-    ) -> None:
-        super().__init__()
-        if min(input_dim, hidden_dim, output_dim) < 1 or bottleneck_dim < 2:
-            raise ValueError(
-                f"input_dim, hidden_dim, bottleneck_dim, output_dim are {input_dim}, {hidden_dim}, {bottleneck_dim}, "
-                f"{output_dim}; expected at least 1, 1, 2 and 1"
-            )
-        layers: list[nn.Module] = []
-        for width in (input_dim, hidden_dim):
-            layers.append(nn.Linear(width, hidden_dim, bias=not batch_norm))
-            layers += [nn.BatchNorm1d(hidden_dim), nn.GELU()] if batch_norm else [nn.GELU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
-        init_linears(self.layers)
-        self.last_layer = PrototypeLayer(bottleneck_dim, output_dim)
-
-    def forward(self, x: Tensor) -> PrototypeLogits:
-        """[R, input_dim] features to [R, K] logits, in the dtype autocast gives the MLP."""
-        return outlive(self, self.last_layer(unit_rows(self.layers(x))))
-
-
-class DINOProjectionHead(DINOv2ProjectionHead):
-    """lightly's ``DINOProjectionHead``: the same, with norms that may be frozen and a last layer that may rest at first.
-
-    Args:
-        input_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm: as ``DINOv2ProjectionHead``, which lists the errors.
-        freeze_last_layer: epochs during which ``cancel_last_layer_gradients`` acts.
-        norm_last_layer: freeze the prototypes' norms at 1.
-
-    Source: lightly-ai/lightly lightly/models/modules/heads.py.
-    """
-
-    def __init__(
-        self,
-        input_dim: int = 2048,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        output_dim: int = 65536,
-        batch_norm: bool = False,
-        freeze_last_layer: int = -1,
-        norm_last_layer: bool = True,
-    ) -> None:
-        super().__init__(input_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm)
-        self.freeze_last_layer = freeze_last_layer
-        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
-
-    def cancel_last_layer_gradients(self, current_epoch: int) -> None:
-        """Drop the prototypes' gradients before epoch ``freeze_last_layer``; call between backward and optimiser step."""
-        if current_epoch < self.freeze_last_layer:
-            for parameter in self.last_layer.parameters():
-                parameter.grad = None  # not 0: a step with zeros would still decay weights and moments
 
 
 def _stream(output_dim: int, student_temp: float, momentum: float, center_mode: str, options: StreamOptions) -> Stream:
@@ -364,8 +347,7 @@ def _stream(output_dim: int, student_temp: float, momentum: float, center_mode: 
 
 def _checked_temperature(value: float, name: str) -> float:
     """The value in fp32, in which lightly keeps teacher temperatures; only fp64 logits tell the difference."""
-    if not value > 0:
-        raise ValueError(f"{name} is {value}; expected a number > 0")
+    check_positive(value, name)
     return torch.tensor(value, dtype=torch.float32, device="cpu").item()
 
 

@@ -7,7 +7,8 @@ Legend: V crops, B images, K prototypes.
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Callable
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -91,8 +92,18 @@ class DINOLoss(losses.DINOLoss):
         warm_up = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, num_epochs)
         super().__init__(num_prototypes, num_large_crops, *warm_up, student_temp, center_momentum, **options)
         # a compiled step would take an int of a module for a constant
-        self.register_buffer("epoch_now", torch.zeros((), dtype=torch.int64, device=torch.get_default_device()), persistent=False)
+        at = self._temperatures.stored.device
+        self.register_buffer("epoch_now", torch.zeros((), dtype=torch.int64, device=at), persistent=False)
         self.epoch = 0
+
+    @property
+    def num_large_crops(self) -> int:
+        """Student crops V; may be assigned."""
+        return self.ncrops
+
+    @num_large_crops.setter
+    def num_large_crops(self, count: int) -> None:
+        self.ncrops = count
 
     @property
     def epoch(self) -> int:
@@ -103,6 +114,11 @@ class DINOLoss(losses.DINOLoss):
     def epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self.epoch_now.fill_(epoch)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.epoch_now.fill_(self._epoch)  # to_empty() leaves none
+        return self
 
     def forward(  # type: ignore[override]
         self, student_output: PrototypeLogits | Tensor, teacher_output: PrototypeLogits | Tensor
@@ -123,12 +139,10 @@ class DINOLoss(losses.DINOLoss):
         epoch = self.epoch_now if torch.compiler.is_compiling() else self.epoch
         return self._evaluate(student_output, teacher_output, epoch, (None, None))
 
-    def update_center(self, teacher_output: PrototypeLogits | Tensor | None = None) -> None:
+    def update_center(self, teacher_output: PrototypeLogits | Tensor | None = None, epoch: int | None = None) -> None:
         """Move the centre by [R, K] teacher logits, if given, and by the batches that ``center_update="manual"`` kept.
 
         Raises:
-            ValueError: K is not ``num_prototypes``, or logits are given and ``epoch`` is beyond ``num_epochs``.
+            ValueError: K is not ``num_prototypes``, or the epoch, by default the attribute, is beyond ``num_epochs``.
         """
-        if teacher_output is not None:
-            self.centering.accumulate(teacher_output, self._temperatures(self.epoch))
-        super().update_center()
+        super().update_center(teacher_output, self.epoch if epoch is None else epoch)

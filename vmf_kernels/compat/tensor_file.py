@@ -129,9 +129,9 @@ class UnreadTensor(NamedTuple):
         """
         try:
             raw = self.storages.read(self.storage.key)
-            flat = (torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")).view(
-                self.dtype
-            )
+            flat = (
+                torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
+            ).view(self.dtype)
             return flat.as_strided(self.size, self.stride, self.storage.start + self.offset)  # checks the bounds
         except FAULTS as error:
             raise ValueError(

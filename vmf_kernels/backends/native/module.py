@@ -87,7 +87,9 @@ def weight_of(weight_KD: Tensor) -> Any:
     prototypes, dim = weight_KD.shape
     stride, step = weight_KD.stride()
     if step != 1 or (prototypes > 1 and stride < dim):
-        raise RuntimeError(MISFIT.format(got=_described(weight_KD), expected="rows of adjacent elements that do not overlap"))
+        raise RuntimeError(
+            MISFIT.format(got=_described(weight_KD), expected="rows of adjacent elements that do not overlap")
+        )
     return module.Weight(
         data=weight_KD.data_ptr(),
         stored=getattr(module.Stored, STORED[weight_KD.dtype]),
@@ -110,7 +112,9 @@ def address(tensor: Tensor | None, count: int) -> int:
         return 0
     fits = tensor.dtype == torch.float32 and tensor.is_cpu and tensor.numel() == count and tensor.is_contiguous()
     if not fits or type(tensor) not in PLAIN:
-        raise RuntimeError(MISFIT.format(got=_described(tensor), expected=f"{count} contiguous fp32 numbers on the CPU"))
+        raise RuntimeError(
+            MISFIT.format(got=_described(tensor), expected=f"{count} contiguous fp32 numbers on the CPU")
+        )
     return tensor.data_ptr()
 
 

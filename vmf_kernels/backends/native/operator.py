@@ -375,7 +375,9 @@ def _columns_of(chunk: Chunk) -> tuple[int, int]:
 
 def _sizes(chunk: Chunk) -> tuple[int, int, int]:
     """Teacher views, student views and images."""
-    teacher, student, images = (part.stop - part.start for part in (chunk.teacher_views, chunk.student_views, chunk.images))
+    teacher, student, images = (
+        part.stop - part.start for part in (chunk.teacher_views, chunk.student_views, chunk.images)
+    )
     return teacher, student, images
 
 
