@@ -61,6 +61,7 @@ ORDER = [
     "dense_cross_entropy",
     "row_index",
     "einops_backend",
+    "casts",
     "unstored",
     "reductions",
     "logits",

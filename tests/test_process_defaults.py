@@ -1,4 +1,4 @@
-"""Defaults of the process, torch's dtype and device, reach no memory of the library's: results have the same bits under each."""
+"""Defaults of the process, torch's dtype and device, reach no memory of the library: results have the same bits."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def offer_to_einops(kind: type) -> None:
 def _make_backend(kind: type) -> type:
     from einops._backends import AbstractBackend  # the place that einops names for backends of others
 
-    class Backend(AbstractBackend):  # type: ignore[misc]
+    class Backend(AbstractBackend):
         framework_name = f"{__name__}:{kind.__name__}"
 
         def is_appropriate_type(self, tensor: object) -> bool:

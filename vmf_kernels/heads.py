@@ -232,9 +232,9 @@ def _inside_function() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
-            if isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
-                return True
+        first = code.co_varnames[0] if code.co_name == "forward" and code.co_argcount else "self"
+        if first != "self" and isinstance(frame.f_locals.get(first), FunctionCtx):
+            return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

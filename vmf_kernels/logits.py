@@ -230,7 +230,7 @@ def outside_transforms(method: Callable[Concatenate[Owner, P], Result]) -> Calla
     """A method that changes a module's state: ``torch.func`` around the loss, which may not see that, leaves it alone."""
 
     @functools.wraps(method)
-    def run(owner: Owner, *args: P.args, **kwargs: P.kwargs) -> Result:
+    def run(owner: Owner, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         if not is_transforming():
             return method(owner, *args, **kwargs)
         plain: Any = [_untransformed(arg) for arg in args]
@@ -253,8 +253,8 @@ def _untransformed(value: object) -> object:
 def same_prototypes(one: Prototypes, other: Prototypes) -> bool:
     """Whether both stand for one layer, detached or not.
 
-    Memory tells, where both are a layer's own; wrappers of modules (DistributedDataParallel, FSDP2, Lightning's Fabric) hand out
-    a copy a call, and then the parameters tell that autograd finds behind them. Copies without a graph are compared by value,
+    Memory tells, where both are a layer's own; wrappers of modules (DistributedDataParallel, FSDP2, Lightning's Fabric) hand
+    out a copy a call, and then the parameters tell that autograd finds behind them. Copies without a graph are compared by value,
     which waits for a GPU.
     """
     if one.kind != other.kind or one.weight.shape != other.weight.shape:
@@ -286,7 +286,8 @@ def _copied_from(tensor: Tensor) -> Tensor | None:
     """The parameter that a tensor is a view or copy of, as autograd recorded it; None where something was computed."""
     if tensor.grad_fn is None:
         return tensor
-    node, place = tensor.grad_fn, tensor.output_nr
+    node: Any = tensor.grad_fn
+    place = tensor.output_nr
     while node is not None and node.name() in COPIES:
         edges = node.next_functions
         node, place = edges[place if node.name() in SINKS else 0]

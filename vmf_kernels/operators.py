@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from vmf_kernels.tensors import has_memory, is_transforming
 
 NAMESPACE = "vmf_kernels"
 # of this process, for as long as it lives: torch drops what a library holds with the library
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 KERNELS: dict[Any, Callable[..., Any]] = {}  # by operator
 FLOPS: dict[Any, Callable[..., int]] = {}  # by operator, as ``torch.utils.flop_counter`` keeps them
 
@@ -29,7 +29,7 @@ class OperatorFunction(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """As ``torch.autograd.Function.apply`` without its detour for ``torch.func``, whose wrapping is undone by then."""
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def operator(
@@ -96,7 +96,7 @@ def _autograd_kernel(op: Any, gradient: type[OperatorFunction] | None) -> Callab
         args += defaults[len(args) :]  # the dispatcher takes off what equals them
         if not torch._C._are_functorch_transforms_active():
             return gradient.apply(*args)
-        with enable_single_level_autograd_function():  # type: ignore[no-untyped-call]
+        with enable_single_level_autograd_function():
             return gradient.apply(*args)  # torch.func's dispatch has come down to one of its levels
 
     return run

@@ -67,7 +67,8 @@ def row_sizes(sizes: tuple[int, ...], shape: torch.Size, kind: str, done: str) -
     """
     if len(sizes) == 0 or sizes[-1] not in (-1, shape[-1]):
         raise ValueError(
-            f"{kind} of shape {tuple(shape)} cannot be {done} {tuple(sizes)}; expected sizes of rows, then {shape[-1]} ({STORED})"
+            f"{kind} of shape {tuple(shape)} cannot be {done} {tuple(sizes)}; expected sizes of rows, then {shape[-1]} "
+            f"({STORED})"
         )
     return tuple(sizes[:-1])
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from vmf_kernels.casts import Casts
 from vmf_kernels.row_index import PROTOTYPE_DIM, advice, row_dim, row_index, row_order, row_sizes
 
 JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
@@ -45,7 +46,7 @@ OPERATORS = (
 )
 
 
-class UnstoredRows:
+class UnstoredRows(Casts):
     """Behaves as a [..., K] tensor in operations on its rows; anything that needs the values raises.
 
     A class of this kind has ``shape``, ``dtype``, ``requires_grad``, ``detach``, ``materialize`` and the hooks below.
@@ -59,10 +60,6 @@ class UnstoredRows:
 
     def _with(self, rows: Tensor) -> Self:
         """The same kind over other rows."""
-        raise NotImplementedError
-
-    def _moved(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """The same rows on a device, their values in a floating dtype."""
         raise NotImplementedError
 
     def _check_joins(self, other: Self, name: str) -> None:
@@ -286,51 +283,9 @@ class UnstoredRows:
         """As ``Tensor.get_device``."""
         return self._rows.get_device()
 
-    def type_as(self, other: Any) -> Self:
-        """Values in the dtype, and on the device, of another tensor."""
-        return self._moved(other.device, other.dtype)
-
     def clone(self) -> Self:
         """A copy of the rows; prototypes are shared."""
         return self._with(self._rows.clone())
-
-    def to(self, *args: Any, **options: Any) -> Self:
-        """As ``Tensor.to``; values of another dtype are those that a head with such features would give."""
-        probe = self._probe().to(*args, **options)  # torch's own reading of the many forms
-        return self._moved(probe.device, probe.dtype)
-
-    def type(self, dtype: Any = None) -> Any:
-        """As ``Tensor.type``."""
-        if dtype is None:
-            return self._probe().type()
-        probe = self._probe().type(dtype)
-        return self._moved(probe.device, probe.dtype)
-
-    def cpu(self) -> Self:
-        """On the CPU."""
-        return self._moved(torch.device("cpu"), self.dtype)
-
-    def cuda(self, device: Any = None) -> Self:
-        """On a GPU."""
-        return self.to(
-            "cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device
-        )
-
-    def float(self) -> Self:
-        """Values in fp32."""
-        return self._moved(self.device, torch.float32)
-
-    def double(self) -> Self:
-        """Values in fp64."""
-        return self._moved(self.device, torch.float64)
-
-    def half(self) -> Self:
-        """Values in fp16."""
-        return self._moved(self.device, torch.float16)
-
-    def bfloat16(self) -> Self:
-        """Values in bf16."""
-        return self._moved(self.device, torch.bfloat16)
 
     def __array__(self, *args: Any, **options: Any) -> Any:
         raise TypeError(f"{self._kind} as an array: {advice('numpy')}")
@@ -377,9 +332,6 @@ class UnstoredRows:
     @property
     def _kind(self) -> str:
         return type(self).__name__
-
-    def _probe(self) -> Tensor:
-        return torch.empty(0, dtype=self.dtype, device=self.device)
 
     def _many(self, parts: Sequence[Tensor]) -> tuple[Self, ...]:
         return tuple(self._with(part) for part in parts)

@@ -162,7 +162,7 @@ class _Step:
 
         A block's logits are read before its gradient is written.
         """
-        dim = self.student.weight.shape[1]
+        dim = int(self.student.weight.shape[1])
         return 0 if self.weight_gradient is None or dim != padded(dim) else dim
 
     def rooms_for(self, chunks: list[Chunk]) -> list[Logits]:
