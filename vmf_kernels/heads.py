@@ -243,7 +243,7 @@ def outlive(unit: nn.Module, logits: PrototypeLogits) -> PrototypeLogits:
     """The logits; with tensors of their own where ``fully_shard`` may free the prototypes as soon as ``unit`` returns.
 
     The loss reads them later than that. The copy is as large as what is freed, and gradients pass through it. Each call makes
-    one of its own, so ``torch.cat`` takes the logits of two calls for those of two heads.
+    one of its own.
 
     Args:
         unit: the module whose ``forward`` is about to return the logits.

@@ -254,8 +254,8 @@ def same_prototypes(one: Prototypes, other: Prototypes) -> bool:
     """Whether both stand for one layer, detached or not.
 
     Memory tells, where both are a layer's own; wrappers of modules (DistributedDataParallel, FSDP2, Lightning's Fabric) hand
-    out a copy a call, and then the parameters tell that autograd finds behind them. Copies without a graph are compared by value,
-    which waits for a GPU.
+    out a copy a call, and then the parameters tell that autograd finds behind them. Copies without a graph are compared by
+    value, which waits for a GPU.
     """
     if one.kind != other.kind or one.weight.shape != other.weight.shape:
         return False

@@ -209,7 +209,7 @@ class _Step:
 
     def _is_new(self, chunk: Chunk) -> bool:
         """Whether no chunk before this one had its student rows: it has the first of the teacher's views."""
-        return chunk.teacher_views.start == 0
+        return bool(chunk.teacher_views.start == 0)
 
     def _pairs(self, chunk: Chunk) -> _Pairs:
         """Of this chunk alone, so that p and q meet before G is rounded for the products."""
