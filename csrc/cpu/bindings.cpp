@@ -133,6 +133,13 @@ PYBIND11_MODULE(_native, m) {
       "gather",
       [](const Gather& g, const Execution& run, Address workspace) { return gather(g, run, pointer<void>(workspace)); },
       py::call_guard<py::gil_scoped_release>());
+  m.def("step_workspace", &step_workspace);
+  m.def(
+      "step",
+      [](const Score& student, const Score& teacher, const Gather& g, const Execution& run, Address workspace) {
+        return step(student, teacher, g, run, pointer<void>(workspace));
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "dot",
       [](Address a, Address b, std::size_t count) { return dot(pointer<const float>(a), pointer<const float>(b), count); },

@@ -256,6 +256,41 @@ Sums gather(const Gather& g, const Execution& run, void* workspace) {
   return sums;
 }
 
+namespace {
+
+constexpr std::size_t aligned_floats(int count) { return (std::size_t(count) * sizeof(float) + 63) / 64 * 64; }
+
+// Logits further to the right.
+Logits from_column(Logits logits, std::ptrdiff_t column) {
+  for (float*& piece : logits.pieces)
+    if (piece) piece += column;
+  return logits;
+}
+
+}  // namespace
+
+std::size_t step_workspace(const Score& student, const Score& teacher, const Gather& g, const Execution& run) {
+  const std::size_t scores = std::max(score_workspace(student, run), score_workspace(teacher, run));
+  return 3 * (aligned_floats(student.rows) + aligned_floats(teacher.rows)) + std::max(scores, gather_workspace(g, run));
+}
+
+Sums step(Score student, Score teacher, Gather g, const Execution& run, void* workspace) {
+  char* room = static_cast<char*>(workspace);
+  const auto take = [&](int rows) {
+    float* piece = reinterpret_cast<float*>(room);
+    room += aligned_floats(rows);
+    return piece;
+  };
+  g.student_top = student.top = take(student.rows), g.student_mass = student.mass = take(student.rows);
+  g.student_moment = student.moment = take(student.rows);
+  g.teacher_top = teacher.top = take(teacher.rows), g.teacher_mass = teacher.mass = take(teacher.rows);
+  g.teacher_moment = teacher.moment = take(teacher.rows);
+  student.logits = g.logits, teacher.logits = from_column(g.logits, g.teacher_column);
+  score(student, run, room);
+  score(teacher, run, room);
+  return gather(g, run, room);
+}
+
 double dot(const float* a, const float* b, std::size_t count) {
   constexpr int LANES = 8;  // sums side by side, which the compiler keeps in vectors
   double sums[LANES] = {};

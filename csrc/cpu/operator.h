@@ -111,6 +111,11 @@ void score(const Score&, const Execution&, void* workspace);
 std::size_t gather_workspace(const Gather&, const Execution&);
 Sums gather(const Gather&, const Execution&, void* workspace);
 
+// Both networks' scores and what is gathered of them in one call: logits go where `gather` has them, and the sums over the
+// prototypes stay in the workspace. For prototypes that are all here; ranks that share them out merge the sums in between.
+std::size_t step_workspace(const Score& student, const Score& teacher, const Gather&, const Execution&);
+Sums step(Score student, Score teacher, Gather gather, const Execution&, void* workspace);
+
 // sum_i a_i b_i in fp64, in one order.
 double dot(const float* a, const float* b, std::size_t count);
 

@@ -27,6 +27,7 @@ from vmf_kernels.backends.native.scores import (
     Softmax,
     native_keys,
     score,
+    score_task,
 )
 from vmf_kernels.bessel import vmf_mean_resultant_length
 from vmf_kernels.pairing import check_pairing
@@ -67,7 +68,7 @@ def usage(
         count = rows.stop - rows.start
         logits = Logits.empty(keys.prototypes, padded(count))
         softmax = score(x_RD[rows], keys, products, logits).merged_over_ranks(group)
-        _gather(keys, logits, products, _Pairs(one_by_one, None, count), _Teachers(softmax, 0, result))
+        _Gathering(keys, logits, _Pairs(one_by_one, None, count), _Teachers(0, result)).run(products, softmax)
     return result
 
 
@@ -181,19 +182,14 @@ class _Step:
         teachers = self.teacher_rows if whole else chunk.teachers_of(self.teacher_rows)
         x_SD, x_TD = students.flatten(0, 1).contiguous(), teachers.flatten(0, 1).contiguous()
         column = _columns_of(chunk)[0]
-        group = self.inputs.prototype_group
-        by_student = score(x_SD, self.student, self.products, logits).merged_over_ranks(group)
-        by_teacher = score(x_TD, self.teacher, self.products, logits.from_column(column)).merged_over_ranks(group)
         x_gradient = self.feature_gradient.flatten(0, 1) if whole else module.new(*x_SD.shape)
-        sums = _gather(
+        gathering = _Gathering(
             self.student,
             logits,
-            self.products,
             self._pairs(chunk),
-            _Teachers(by_teacher, column, self.usage),
+            _Teachers(column, self.usage),
             _Students(
                 features=x_SD,
-                softmax=by_student,
                 feature_gradient=x_gradient,
                 weight_gradient=self.weight_gradient,
                 bias_gradient=self.bias_gradient,
@@ -201,6 +197,18 @@ class _Step:
                 pull_back=self._pull_back() if last and self.weight_gradient is not None else None,
             ),
         )
+        group = self.inputs.prototype_group
+        if group is None or count_ranks(group) == 1:
+            native, run = module.built(), module.execution(self.products)
+            tasks = score_task(x_SD, self.student, None), score_task(x_TD, self.teacher, None), gathering.task()
+            memory, start = module.workspace(native.step_workspace(*tasks, run))
+            sums = native.step(*tasks, run, start)
+            del memory
+        else:
+            by_student = score(x_SD, self.student, self.products, logits).merged_over_ranks(group)
+            at_teachers = logits.from_column(column)
+            by_teacher = score(x_TD, self.teacher, self.products, at_teachers).merged_over_ranks(group)
+            sums = gathering.run(self.products, by_teacher, by_student)
         self.sums.append((sums.student_entropy, sums.teacher_entropy, sums.weight))
         if not whole:
             part, mine = x_gradient.view_as(students), chunk.students_of(self.feature_gradient)
@@ -300,7 +308,6 @@ class _Students:
     """The student's side of a gathering pass."""
 
     features: Tensor  # [S, D]
-    softmax: Softmax
     feature_gradient: Tensor  # [S, D]
     weight_gradient: Tensor | None  # [K, D]
     bias_gradient: Tensor  # [K]
@@ -311,60 +318,62 @@ class _Students:
 class _Teachers(NamedTuple):
     """The teacher's side of a gathering pass."""
 
-    softmax: Softmax
     column: int  # of the logits, that its rows start at
     usage: Tensor  # [K] added to
 
 
-def _gather(
-    keys: NativeKeys,
-    logits: Logits,
-    products: torch.dtype,
-    pairs: _Pairs,
-    teachers: _Teachers,
-    students: _Students | None = None,
-) -> Any:
+class _Gathering(NamedTuple):
     """From stored logits to the sums over rows; without students the usage alone."""
-    native, run, address = module.built(), module.execution(products), module.address
-    count, dim = keys.weight.shape
-    teacher_views, student_views = pairs.by_view.shape
-    student_rows = 0 if students is None else student_views * pairs.images
-    teacher_rows = teacher_views * pairs.images
-    columns = teachers.column + padded(teacher_rows)
-    mine = students
-    student_top, student_mass, student_moment = (0, 0, 0) if mine is None else mine.softmax.for_module(student_rows)
-    teacher_top, teacher_mass, teacher_moment = teachers.softmax.for_module(teacher_rows)
-    task = native.Gather(
-        weight=module.weight_of(keys.weight),
-        gain=address(keys.gain, count),
-        logits=logits.for_module(count, columns),
-        teacher_column=teachers.column,
-        student_rows=student_rows,
-        teacher_rows=teacher_rows,
-        images=pairs.images,
-        student_views=student_views,
-        teacher_views=teacher_views,
-        student_top=student_top,
-        student_mass=student_mass,
-        student_moment=student_moment,
-        teacher_top=teacher_top,
-        teacher_mass=teacher_mass,
-        teacher_moment=teacher_moment,
-        view_weights=address(pairs.by_view, teacher_views * student_views),
-        image_weights=address(pairs.by_image, pairs.images),
-        features=address(None if mine is None else mine.features, student_rows * dim),
-        scale=keys.scale,
-        feature_gradient=address(None if mine is None else mine.feature_gradient, student_rows * dim),
-        weight_gradient=address(None if mine is None else mine.weight_gradient, count * dim),
-        bias_gradient=address(None if mine is None else mine.bias_gradient, count),
-        usage=address(teachers.usage, count),
-        first=mine is not None and mine.first,
-        pull_back=None if mine is None or mine.pull_back is None else mine.pull_back.for_module(),
-    )
-    memory, start = module.workspace(native.gather_workspace(task, run))
-    sums = native.gather(task, run, start)
-    del memory
-    return sums
+
+    keys: NativeKeys
+    logits: Logits
+    pairs: _Pairs
+    teachers: _Teachers
+    students: _Students | None = None
+
+    def run(self, products: torch.dtype, by_teacher: Softmax, by_student: Softmax | None = None) -> Any:
+        """The module's ``Sums``, from both networks' sums over the prototypes."""
+        native, run, task = module.built(), module.execution(products), self.task(by_teacher, by_student)
+        memory, start = module.workspace(native.gather_workspace(task, run))
+        sums = native.gather(task, run, start)
+        del memory
+        return sums
+
+    def task(self, by_teacher: Softmax | None = None, by_student: Softmax | None = None) -> Any:
+        """As the module takes it; what it points to must outlive it."""
+        address, mine, (by_view, by_image, images) = module.address, self.students, self.pairs
+        count, dim = self.keys.weight.shape
+        teacher_views, student_views = by_view.shape
+        rows = (0 if mine is None else student_views * images), teacher_views * images
+        top, mass, moment = (0, 0, 0) if by_student is None else by_student.for_module(rows[0])
+        teacher_top, teacher_mass, teacher_moment = (0, 0, 0) if by_teacher is None else by_teacher.for_module(rows[1])
+        return module.built().Gather(
+            weight=module.weight_of(self.keys.weight),
+            gain=address(self.keys.gain, count),
+            logits=self.logits.for_module(count, self.teachers.column + padded(rows[1])),
+            teacher_column=self.teachers.column,
+            student_rows=rows[0],
+            teacher_rows=rows[1],
+            images=images,
+            student_views=student_views,
+            teacher_views=teacher_views,
+            student_top=top,
+            student_mass=mass,
+            student_moment=moment,
+            teacher_top=teacher_top,
+            teacher_mass=teacher_mass,
+            teacher_moment=teacher_moment,
+            view_weights=address(by_view, teacher_views * student_views),
+            image_weights=address(by_image, images),
+            features=0 if mine is None else address(mine.features, rows[0] * dim),
+            scale=self.keys.scale,
+            feature_gradient=0 if mine is None else address(mine.feature_gradient, rows[0] * dim),
+            weight_gradient=0 if mine is None else address(mine.weight_gradient, count * dim),
+            bias_gradient=0 if mine is None else address(mine.bias_gradient, count),
+            usage=address(self.teachers.usage, count),
+            first=mine is not None and mine.first,
+            pull_back=None if mine is None or mine.pull_back is None else mine.pull_back.for_module(),
+        )
 
 
 def _columns_of(chunk: Chunk) -> tuple[int, int]:

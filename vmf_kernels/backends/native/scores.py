@@ -5,6 +5,7 @@ Legend: R rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -112,7 +113,7 @@ class Logits(NamedTuple):
     def for_module(self, prototypes: int, columns: int) -> Any:
         """As the module takes them, for so many prototypes and columns from the first on; this must outlive the result."""
         if not self.pieces:
-            return module.built().Logits(pieces=[], prototypes=1, stride=0)
+            return _no_logits()
         size, stride = self.pieces[0].shape
         assert prototypes <= size * len(self.pieces), "there is room for every prototype"
         assert self.first + columns <= stride, "there is room for every column"
@@ -127,20 +128,16 @@ class Logits(NamedTuple):
 NOT_STORED = Logits([], 0)
 
 
-def score(rows_RD: Tensor, keys: NativeKeys, products: torch.dtype, logits: Logits = NOT_STORED) -> Softmax:
-    """Softmax of rows over this rank's prototypes.
+@functools.cache
+def _no_logits() -> Any:
+    return module.built().Logits(pieces=[], prototypes=1, stride=0)
 
-    Args:
-        rows_RD: [R, D] fp32 contiguous.
-        keys: K prototypes.
-        products: torch.float32 or torch.bfloat16.
-        logits: where the base-2 logits go, ``padded(R)`` columns of them.
-    """
-    native, run = module.built(), module.execution(products)
+
+def score_task(rows_RD: Tensor, keys: NativeKeys, softmax: Softmax | None, logits: Logits = NOT_STORED) -> Any:
+    """A score as the module takes it; what it points to must outlive it. Without a softmax, for the module's ``step``."""
     rows, prototypes = len(rows_RD), keys.prototypes
-    result = Softmax(module.new(3, rows))
-    top, mass, moment = result.for_module(rows)
-    task = native.Score(
+    top, mass, moment = (0, 0, 0) if softmax is None else softmax.for_module(rows)
+    return module.built().Score(
         weight=module.weight_of(keys.weight),
         multiplier=module.address(keys.multiplier, prototypes),
         bias=module.address(keys.bias_base_2, prototypes),
@@ -153,6 +150,20 @@ def score(rows_RD: Tensor, keys: NativeKeys, products: torch.dtype, logits: Logi
         mass=mass,
         moment=moment,
     )
+
+
+def score(rows_RD: Tensor, keys: NativeKeys, products: torch.dtype, logits: Logits = NOT_STORED) -> Softmax:
+    """Softmax of rows over this rank's prototypes.
+
+    Args:
+        rows_RD: [R, D] fp32 contiguous.
+        keys: K prototypes.
+        products: torch.float32 or torch.bfloat16.
+        logits: where the base-2 logits go, ``padded(R)`` columns of them.
+    """
+    native, run = module.built(), module.execution(products)
+    result = Softmax(module.new(3, len(rows_RD)))
+    task = score_task(rows_RD, keys, result, logits)
     memory, start = module.workspace(native.score_workspace(task, run))
     native.score(task, run, start)
     del memory
