@@ -73,8 +73,8 @@ def prototype_cross_entropy(
         backend: "auto", "native", "cuda", "triton", "streaming" or "reference"; see ``choose_backend``.
         prototype_group: ranks that share out the prototypes: each has a block of them (K may differ) and the same rows,
             bitwise, and gets the loss and the features' gradient whole, its own prototypes' gradient and usage. They
-            exchange D + 4 numbers a row, never logits. The student's prototypes, and its features, require a gradient on all
-            of these ranks or on none. None where this rank has all prototypes.
+            exchange D + 3 or 4 numbers a row, never logits. The student's prototypes, and its features, require a gradient
+            on all of these ranks or on none. None where this rank has all prototypes.
 
     Returns:
         The loss, nats, and its statistics.

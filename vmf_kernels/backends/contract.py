@@ -94,4 +94,3 @@ class Assignment(NamedTuple):
     log_sum_exp: Tensor  # [R] lse_r = log sum_k exp(l_rk)
     entropy: Tensor  # [R] H(p_r)
     barycentre: Tensor | None  # [R, D] sum_k p_rk values_k; None without values
-    expected_bias: Tensor | None  # [R] sum_k p_rk value_bias_k; None if the values have no bias

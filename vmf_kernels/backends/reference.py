@@ -36,7 +36,6 @@ def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None, group:
         log_sum_exp=lse_R,
         entropy=_total(-(p_RK * log_p_RK).sum(dim=1), group),
         barycentre=None if values is None else _total(p_RK @ effective_weight(values, p_RK.dtype), group),
-        expected_bias=None if values is None or values.bias is None else _total(p_RK @ values.bias, group),
     )
 
 
