@@ -21,7 +21,7 @@ from vmf_kernels.backends.triton.logits import Side, Sums
 from vmf_kernels.cross_entropy import CrossEntropy
 from vmf_kernels.once import TWICE, cast_like, mark_by_products, no_gradients
 from vmf_kernels.pairing import Pairing, check_pairing
-from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype
+from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.statistics import AssignmentStatistics, or_one, weighted_summary
 
 LOG2_E = 1.4426950408889634
@@ -112,7 +112,9 @@ class _Logits(NamedTuple):
 
     @classmethod
     def of(cls, side: Side, views: int, dtype: torch.dtype) -> _Logits:
-        scaled = None if side.bias is None else side.bias.reshape(-1).to(dtype).clamp(min=LOWEST_BIAS) * LOG2_E
+        # the lowest finite number, not -inf: its product with a zero probability would be NaN
+        lowest = torch.finfo(dtype).min
+        scaled = None if side.bias is None else (side.bias.reshape(-1).to(dtype) * LOG2_E).clamp(min=lowest)
         return cls(_by_view(side.logits, views), (LOG2_E / side.temperature).to(dtype), scaled)
 
     def chunk(self, images: slice) -> Tensor:

@@ -182,7 +182,8 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
             prototypes.weight.detach(),
             None if gain is None else gain.to(dtype),
             scale,
-            None if bias is None else bias.clamp(min=LOWEST_BIAS),
+            # the lowest finite number, not -inf: its product with a zero probability would be NaN
+            None if bias is None else bias.clamp(min=torch.finfo(dtype).min),
         )
 
 

@@ -90,7 +90,7 @@ class TeacherTargets(UnstoredRows):
                 return reference.logits(self.logits.features, keys).softmax(dim=-1)
             scaled = self.logits.to(self.dtype) / tau.to(self.dtype)
             if self.bias is not None:
-                scaled += self.bias.to(self.dtype).reshape(-1).clamp(min=LOWEST_BIAS)
+                scaled += self.bias.to(self.dtype).reshape(-1).clamp(min=torch.finfo(self.dtype).min)
             return scaled.softmax(dim=-1)
 
     def detach(self) -> TeacherTargets:

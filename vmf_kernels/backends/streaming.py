@@ -26,6 +26,7 @@ from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
+LEAST_SHIFT = -1e30  # of a maximum: 2^it is 0, and its product with a mass finite
 # Measured with bench/bench_head.py on 2 cores of an EPYC 9004 at K = 65,536, D = 256, fp32:
 BLOCK_PROTOTYPES = 2048  # with 160 rows 1.3 MiB: fits L2
 # 96 rows of probabilities: 32 MiB or more the allocator would map anew each time, fewer rows make the products slower
@@ -104,11 +105,14 @@ class _OnlineSoftmax:
     def absorb(self, logits_BR: Tensor, out_BR: Tensor) -> Tensor:
         """Take in a block of logits (overwritten); write 2^(l - max) to ``out_BR`` and return it."""
         new_max = torch.maximum(self.max_R, logits_BR.amax(dim=0))
-        shift = self.max_R - new_max
+        shift = (self.max_R - new_max).clamp(min=LEAST_SHIFT)
         decay = shift.exp2()
         deviation_BR = logits_BR.sub_(new_max)
         p_BR = torch.exp2(deviation_BR, out=out_BR)
-        self.deviation_R = decay * (self.deviation_R + shift * self.mass_R) + deviation_BR.mul_(p_BR).sum(dim=0)
+        # nansum: a logit that is -inf beside the maximum adds nothing, where -inf times its probability of 0 is NaN; a logit
+        # that is NaN itself makes the mass NaN
+        moment_R = deviation_BR.mul_(p_BR).nansum(dim=0)
+        self.deviation_R = decay * (self.deviation_R + shift * self.mass_R) + moment_R
         self.mass_R = decay * self.mass_R + p_BR.sum(dim=0)
         self.max_R = new_max
         if self.barycentre_DR is not None:

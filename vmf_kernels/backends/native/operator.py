@@ -96,8 +96,8 @@ def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Te
     if not len(features):
         return torch.full((prototypes.count,), -torch.inf, dtype=torch.float32)
     x_RD, bias_R = module.fp32(features), (offset.to(torch.float32) * -LOG2_E).contiguous()
-    factor = own.multiplier.new_full((len(x_RD),), own.scale * LOG2_E / float(own.row_factor))
-    keys = NativeKeys(x_RD, None, own.row_factor, factor, bias_R, bias_R, own.scale)
+    multiplier = own.multiplier.new_full((len(x_RD),), own.factor)
+    keys = NativeKeys(x_RD, None, own.row_factor, own.factor, multiplier, bias_R, bias_R, own.scale)
     parts = []
     for block in row_ranges(prototypes.count, len(x_RD)):
         w_BD = own.weight[block].to(torch.float32)
@@ -185,7 +185,7 @@ class _Step:
         chunk.students_of(self.student_entropy).copy_(by_student.entropy.view(students.shape[:2]))
         chunk.teachers_of(self.teacher_entropy).copy_(by_teacher.entropy.view(teachers.shape[:2]))
         # of the pairs in this chunk alone, so that p and q meet before G is rounded for the products
-        pairs_GVB, scale = self._pairs(chunk), self.student.scale
+        pairs_GVB, (scale, rest) = self._pairs(chunk), self.student.scale
         x_gradient = torch.empty_like(x_SD)
         _gather(
             self.student,
@@ -193,7 +193,7 @@ class _Step:
             self.products,
             _Teachers(by_teacher, pairs_GVB.sum(dim=1).flatten(), column, self.usage),
             _Students(
-                features=x_SD.contiguous(),
+                features=(x_SD if rest == 1 else x_SD * rest).contiguous(),
                 softmax=by_student,
                 weight=pairs_GVB.sum(dim=0).flatten() * scale,
                 coefficient=_over_mass(pairs_GVB, by_teacher.mass / scale),
@@ -204,7 +204,7 @@ class _Step:
                 pull_back=self._pull_back() if last and self.weight_gradient is not None else None,
             ),
         )
-        chunk.students_of(self.feature_gradient).add_(x_gradient.view_as(students))
+        chunk.students_of(self.feature_gradient).add_(x_gradient.view_as(students), alpha=rest)
 
     def _pairs(self, chunk: Chunk) -> Tensor:
         """[G, V, B] weights of a chunk's pairs of views, each of one image with itself."""
@@ -282,9 +282,9 @@ class _PullBack:
 class _Students:
     """The student's side of a gathering pass."""
 
-    features: Tensor  # [S, D]
+    features: Tensor  # [S, D] times the other factor
     softmax: Softmax
-    weight: Tensor  # [S] n_s / tau_s
+    weight: Tensor  # [S] n_s times the first factor of 1 / tau_s, as are the coefficients
     coefficient: Tensor  # [G, S]
     feature_gradient: Tensor  # [S, D]
     weight_gradient: Tensor | None  # [K, D]
@@ -332,7 +332,7 @@ def _gather(
         teacher_factor=module.address(teacher_factor),
         coefficient=module.address(None if mine is None else mine.coefficient),
         features=module.address(None if mine is None else mine.features),
-        scale=keys.scale,
+        scale=keys.scale[0],
         feature_gradient=module.address(None if mine is None else mine.feature_gradient),
         weight_gradient=module.address(None if mine is None else mine.weight_gradient),
         bias_gradient=module.address(None if mine is None else mine.bias_gradient),

@@ -18,6 +18,7 @@ from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
+LEAST_FACTOR, LARGEST_FACTOR = 2.0**-40, 2.0**40  # of temperatures that are used, with much to spare
 PIECE_BYTES = 24 * 2**20  # glibc keeps what is below 32 MiB; 96 MiB in one piece cost 27 ms of page faults a step
 MOST_PIECES = 64  # that the module takes
 
@@ -28,10 +29,11 @@ class NativeKeys(NamedTuple):
     weight: Tensor  # [K, D] fp32, bf16 or fp16, elements of a row side by side
     gain: Tensor | None  # [K] w_k = gain_k weight_k
     row_factor: Tensor  # []
-    multiplier: Tensor  # [K]
+    factor: float  # of the multiplier
+    multiplier: Tensor  # [K] gain_k factor
     bias: Tensor | None  # [K] nats, as ``Keys.bias``
     bias_base_2: Tensor | None  # [K]
-    scale: float  # inverse temperature
+    scale: tuple[float, float]  # two factors of the inverse temperature, as ``split_scale``
 
     @property
     def prototypes(self) -> int:
@@ -74,12 +76,30 @@ def native_keys(
     """As ``vmf_kernels.prototypes.prepare_keys``, for products of this dtype."""
     keys = prepare_keys(prototypes, temperature, extra_bias, torch.float32)
     weight = keys.weight if keys.weight.stride(1) == 1 else keys.weight.contiguous()
-    factor, one = keys.scale * LOG2_E, torch.ones_like(keys.scale)
-    # in the rows the roundings of the factor average out over the dims; but bf16 rows are exact as they are
-    row_factor, factor = (one, factor) if products == torch.bfloat16 else (factor, one)
-    multiplier = factor.expand(len(weight)).contiguous() if keys.gain is None else keys.gain * factor
+    # in the rows the roundings of the scale average out over the dims; but bf16 rows are exact as they are
+    of_rows, factor = split_scale(keys.scale * LOG2_E)
+    if products == torch.bfloat16:
+        of_rows, factor = 1.0, of_rows * factor
+    row_factor = keys.scale.new_tensor(of_rows)
+    # NaN for an infinite gain: the effective prototype has infinities of both signs, and its products are NaN
+    gain = keys.scale.new_ones(len(weight)) if keys.gain is None else keys.gain + 0 * keys.gain
+    multiplier = gain * factor
     base_2 = None if keys.bias is None else (keys.bias * LOG2_E).contiguous()
-    return NativeKeys(weight, keys.gain, row_factor, multiplier, keys.bias, base_2, float(keys.scale))
+    return NativeKeys(weight, keys.gain, row_factor, factor, multiplier, keys.bias, base_2, split_scale(keys.scale))
+
+
+def split_scale(scale: Tensor) -> tuple[float, float]:
+    """(factor, power of two) whose product the scale [] is: itself and 1, or of order one and the rest where it is extreme.
+
+    What is multiplied by an extreme number on the way to a moderate result overflows, and divided by it comes out as 0 or NaN.
+    """
+    number = float(scale)
+    if LEAST_FACTOR <= number <= LARGEST_FACTOR or not math.isfinite(number):
+        return number, 1.0
+    if number == 0:  # of an infinite temperature
+        return 1.0, 0.0
+    mantissa, exponent = math.frexp(number)
+    return 2 * mantissa, 2.0 ** (exponent - 1)
 
 
 class Logits(NamedTuple):
