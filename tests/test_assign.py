@@ -253,13 +253,6 @@ def test_more_than_2_to_the_31_logits_have_their_shapes() -> None:
     assert shapes == [(count,), (rows,), (count,)]
 
 
-def test_usage_refuses_nan_prototypes() -> None:
-    weight = torch.randn(7, 4)
-    weight[3] = torch.nan
-    with pytest.raises(ValueError, match="prototypes contain 4 NaN"):
-        prototype_usage(torch.randn(3, 4), linear_prototypes(weight), 0.1)
-
-
 def test_bare_weight_instead_of_prototypes_is_named() -> None:
     with pytest.raises(ValueError, match=r"prototypes are a Tensor; expected Prototypes, .*linear_prototypes"):
         prototype_usage(torch.randn(3, 4), torch.randn(7, 4), 0.1)  # type: ignore[arg-type]

@@ -20,7 +20,6 @@ from vmf_kernels.assign import (
     check_features,
     choose_backend,
     in_autocast_dtype,
-    refuse_nan_prototypes,
     temperature_tensor,
     without_autocast,
 )
@@ -81,8 +80,8 @@ def prototype_cross_entropy(
 
     Raises:
         ValueError: shapes, weights, temperatures or the backend's name do not fit, or (CPU only, as it would wait for
-            the device elsewhere) the prototypes contain NaN or ranks of the group hold different rows. Says what was got and
-            what was expected.
+            the device elsewhere) ranks of the group hold different rows. Says what was got and what was expected. Features
+            and prototypes that are NaN are no error: as of stored logits, the loss is NaN.
         RuntimeError: differentiated twice, or the backend asked for cannot run.
     Source: Caron et al., ICCV 2021 (DINO), section 3.1; Govindarajan et al., ICLR 2023 (DINO-vMF), section 4.
     """
@@ -212,7 +211,7 @@ def _cross_entropy_op(
     teacher = Prototypes(teacher_weight, teacher_magnitude, teacher_kind)
     ranks = group_named(group)
     _refuse_other_rows(student_features, teacher_features, ranks)
-    outputs = choose_backend(
+    return choose_backend(
         backend, _rows_of_products(student_features, teacher_features), student_weight, teacher_weight
     ).cross_entropy(
         LossInputs(
@@ -229,9 +228,6 @@ def _cross_entropy_op(
             ranks,
         )
     )
-    stored = (student_weight, student_magnitude, teacher_weight, teacher_magnitude)
-    refuse_nan_prototypes(outputs.loss, *stored, group=ranks)
-    return outputs
 
 
 def _refuse_other_rows(student: Tensor, teacher: Tensor, group: ProcessGroup | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.assign import refuse_nan_prototypes, temperature_tensor
+from vmf_kernels.assign import temperature_tensor
 from vmf_kernels.bessel import log_vmf_constant
 from vmf_kernels.centering import LogitCenter, ProbabilityCenter
 from vmf_kernels.cross_entropy import CrossEntropy
@@ -313,7 +313,5 @@ def _with_vmf(output: PrototypeLogits) -> PrototypeLogits:
 def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor) -> Tensor:
     """[K] log C_D(||w_k|| / tau) relative to 0, differentiable in the stored tensors."""
     norms = prototypes.with_vmf().norms()
-    if not torch.compiler.is_compiling():
-        refuse_nan_prototypes(norms, prototypes.weight, prototypes.magnitude)
     tau = temperature_tensor(temperature, "temperature", norms.device).to(norms.dtype)
     return log_vmf_constant(norms / tau, prototypes.dim)
