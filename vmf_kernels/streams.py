@@ -22,7 +22,7 @@ from vmf_kernels.centering import LogitCenter, ProbabilityCenter
 from vmf_kernels.cross_entropy import CrossEntropy
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.pairing import Pairing, check_pairing
-from vmf_kernels.prototypes import Prototypes
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype
 from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.targets import TeacherTargets, target_cross_entropy
 
@@ -218,8 +218,10 @@ class VMFStream(Stream):
         assert of_student is not None
         assert of_teacher is not None
         self._warn_if_frozen(of_student)
-        student_bias = _log_normalizer(of_student, self.student_temp)
-        return Outputs(student, teacher, student_bias, _log_normalizer(of_teacher.detach(), teacher_temp))
+        student_bias = _log_normalizer(of_student, self.student_temp, student.dtype)
+        return Outputs(
+            student, teacher, student_bias, _log_normalizer(of_teacher.detach(), teacher_temp, teacher.dtype)
+        )
 
     def _warn_if_frozen(self, prototypes: Prototypes) -> None:
         magnitude = prototypes.magnitude
@@ -310,8 +312,8 @@ def _with_vmf(output: PrototypeLogits) -> PrototypeLogits:
     return PrototypeLogits(output.features, output.prototypes.with_vmf())
 
 
-def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor) -> Tensor:
-    """[K] log C_D(||w_k|| / tau) relative to 0, differentiable in the stored tensors."""
-    norms = prototypes.with_vmf().norms()
+def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """[K] log C_D(||w_k|| / tau) relative to 0 for logits of ``dtype``, differentiable in the stored tensors."""
+    norms = prototypes.with_vmf().norms(accumulation_dtype(dtype))
     tau = temperature_tensor(temperature, "temperature", norms.device).to(norms.dtype)
     return log_vmf_constant(norms / tau, prototypes.dim)
