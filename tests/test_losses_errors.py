@@ -162,14 +162,14 @@ def test_an_error_leaves_the_center_alone() -> None:
 
 def unlike(what: str) -> tuple[PrototypeLogits, PrototypeLogits]:
     """A student's and a teacher's output that differ in K or D or the number of images, or in nothing."""
-    prototypes, dim, images = {"K": (49, DIM, 3), "D": (50, DIM + 1, 3), "images": (50, DIM, 2)}.get(what, (50, DIM, 3))
+    prototypes, dim, images = {"K": (49, DIM, 3), "images": (50, DIM, 2)}.get(what, (50, DIM, 3))
     student = PrototypeLogits(torch.randn(images * CROPS, dim), linear_prototypes(torch.randn(prototypes, dim)))
     return student, PrototypeLogits(torch.randn(6, DIM), linear_prototypes(torch.randn(50, DIM)))
 
 
 @pytest.mark.parametrize(
     ("what", "output"),
-    [("K", "unstored"), ("K", "stored"), ("D", "unstored"), ("images", "unstored"), ("images", "stored")],
+    [("K", "unstored"), ("K", "stored"), ("images", "unstored"), ("images", "stored")],
 )
 @pytest.mark.parametrize("centering", ["logit", "probability"])
 def test_an_error_starts_no_center(centering: str, what: str, output: str) -> None:

@@ -217,8 +217,7 @@ def without_autocast(op: Callable[Concatenate[Tensor, P], Result]) -> Callable[C
 
 
 def _unsupported(name: str, rows: Tensor, weights: Sequence[Tensor]) -> str | None:
-    reasons = (BACKENDS[name].unsupported(rows, weight) for weight in weights)
-    return next((reason for reason in reasons if reason is not None), None)
+    return BACKENDS[name].unsupported(rows, *weights)
 
 
 def _auto_takes(name: str, rows: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -61,7 +61,7 @@ def prototype_cross_entropy(
     Args:
         student_features: [V * B, D] rows, view-major; float64, float32, bfloat16 or float16, summed in fp32 (fp64).
         student_prototypes: K prototypes of dim D.
-        teacher_features: [G * B, D] rows, view-major; same dtypes.
+        teacher_features: [G * B, D] rows, view-major; same dtypes. The teacher's D may be another than the student's.
         teacher_prototypes: K prototypes of dim D, its own copy.
         pair_weights: [G, V] weight of teacher view g against student view v of the same image, not negative; with B = 1
             an arbitrary matrix [T, S] between single rows.
@@ -169,12 +169,10 @@ def _check_sides(
 ) -> None:
     check_features(student, student_prototypes, "student")
     check_features(teacher, teacher_prototypes, "teacher")
-    ours = (student_prototypes.count, student_prototypes.dim)
-    theirs = (teacher_prototypes.count, teacher_prototypes.dim)
-    if ours != theirs:
+    if student_prototypes.count != teacher_prototypes.count:
+        ours, theirs = (list(prototypes.weight.shape) for prototypes in (student_prototypes, teacher_prototypes))
         raise ValueError(
-            f"student prototypes are [K, D] = {list(ours)} but teacher prototypes {list(theirs)}; "
-            "both networks must have the same K and D"
+            f"student prototypes are [K, D] = {ours} but teacher prototypes {theirs}; both networks must have the same K"
         )
     if student.device != teacher.device:
         raise ValueError(

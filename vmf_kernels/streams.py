@@ -127,7 +127,7 @@ class Stream(nn.Module):
 
         Raises:
             TypeError: one side is stored and the other is not.
-            ValueError: the teacher has another number of prototypes, or the student another K or D than the teacher.
+            ValueError: the teacher has another number of prototypes, or the student another than the teacher.
         """
         if isinstance(student, PrototypeLogits) != isinstance(teacher, PrototypeLogits):
             raise TypeError(
@@ -138,10 +138,10 @@ class Stream(nn.Module):
             raise ValueError(
                 f"teacher output has {teacher.shape[-1]} prototypes; expected out_dim = {self.num_prototypes}"
             )
-        ours, theirs = _sizes(student), _sizes(teacher)
-        if ours != theirs:
+        if student.shape[-1] != teacher.shape[-1]:
             raise ValueError(
-                f"student has {' and '.join(ours)} but the teacher {' and '.join(theirs)}; both networks must have the same"
+                f"student has {student.shape[-1]} prototypes but the teacher {teacher.shape[-1]}; both networks must have the "
+                "same K"
             )
         return Outputs(student, teacher)
 
@@ -300,12 +300,6 @@ def check_logits(output: object, side: str) -> None:
             f"{side} output is {type(output).__name__}; expected PrototypeLogits or a tensor of raw logits, a list of views "
             "joined by torch.cat"
         )
-
-
-def _sizes(output: PrototypeLogits | Tensor) -> list[str]:
-    """K, and D where that is known, for a message and to be compared."""
-    sizes = [f"{output.shape[-1]} prototypes"]
-    return [*sizes, f"dim {output.prototypes.dim}"] if isinstance(output, PrototypeLogits) else sizes
 
 
 def _with_vmf(output: PrototypeLogits) -> PrototypeLogits:

@@ -118,7 +118,7 @@ class _Step:
     student: NativeKeys
     teacher: NativeKeys
     student_rows: Tensor  # [V, B, D] fp32
-    teacher_rows: Tensor  # [G, B, D] fp32
+    teacher_rows: Tensor  # [G, B, D of the teacher] fp32
     student_mass: Tensor  # [V, B] n_s
     teacher_mass: Tensor  # [G, B] n_t
     student_entropy: Tensor  # [V, B]
@@ -144,7 +144,7 @@ class _Step:
             native_keys(inputs.student, inputs.student_temperature, None, products),
             native_keys(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, products),
             x_SD.reshape(student_views, images, dim),
-            x_TD.reshape(teacher_views, images, dim),
+            x_TD.reshape(teacher_views, images, inputs.teacher.dim),
             pairing.student_mass(images).to(torch.float32).reshape(student_views, images),
             pairing.teacher_mass(images).to(torch.float32).reshape(teacher_views, images),
             new(student_views, images),
