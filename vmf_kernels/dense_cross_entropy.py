@@ -87,10 +87,10 @@ def logit_cross_entropy(
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     for logits, side in ((student, "student"), (teacher, "teacher")):
-        if logits.ndim != 2 or not logits.is_floating_point():
+        if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] < 1:
             raise ValueError(
                 f"{side} logits are {logits.dtype} of shape {tuple(logits.shape)}; "
-                "expected a floating-point matrix [rows, K]"
+                "expected a floating-point matrix [rows, K] with K >= 1 prototypes"
             )
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(

@@ -96,6 +96,8 @@ class Stream(nn.Module):
         if unknown:
             known = ", ".join(StreamOptions.__annotations__)
             raise TypeError(f"unknown option {', '.join(unknown)}; expected one of {known}")
+        if num_prototypes < 1:
+            raise ValueError(f"out_dim is {num_prototypes}; expected at least 1 prototype")
         if not student_temp > 0:
             raise ValueError(f"student_temp is {student_temp}; expected a number > 0")
         if center_update not in UPDATES:
@@ -294,12 +296,14 @@ class EpochTemperatures(nn.Module):
 
 
 def check_logits(output: object, side: str) -> None:
-    """Raise TypeError unless a head's output is logits, stored or not."""
+    """Raise TypeError unless a head's output is logits, stored or not; ValueError for a single row or number."""
     if not isinstance(output, (PrototypeLogits, Tensor)):
         raise TypeError(
             f"{side} output is {type(output).__name__}; expected PrototypeLogits or a tensor of raw logits, a list of views "
             "joined by torch.cat"
         )
+    if output.ndim < 2:
+        raise ValueError(f"{side} output has shape {tuple(output.shape)}; expected raw logits [rows, K]")
 
 
 def _with_vmf(output: PrototypeLogits) -> PrototypeLogits:

@@ -51,10 +51,10 @@ class TeacherTargets(UnstoredRows):
         rows = self.logits.features if isinstance(self.logits, PrototypeLogits) else self.logits
         if not isinstance(rows, Tensor):
             return  # a tree of something else in the shape of this one, see PrototypeLogits
-        if self.logits.ndim < 1 or not self.logits.is_floating_point():
+        if self.logits.ndim < 1 or not self.logits.is_floating_point() or self.logits.shape[-1] < 1:
             raise ValueError(
                 f"teacher logits are {self.logits.dtype} of shape {tuple(self.logits.shape)}; "
-                "expected floating point [..., K]"
+                "expected floating point [..., K] with K >= 1 prototypes"
             )
         # only where needed: the same tensors in all parts of one batch are how cat knows that they belong together
         if self.logits.requires_grad:
