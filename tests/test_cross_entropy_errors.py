@@ -12,8 +12,6 @@ from vmf_kernels import (
     linear_prototypes,
     matched_prototype_cross_entropy,
     prototype_cross_entropy,
-    vmf_prototypes,
-    weight_norm_prototypes,
 )
 
 S, T, K, D = 6, 4, 17, 5
@@ -79,18 +77,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "temperature of nan": ({"teacher_temperature": float("nan")}, "teacher_temperature is nan; expected a number > 0"),
     "two temperatures": ({"student_temperature": torch.ones(2)}, "student_temperature has 2 elements; expected 1"),
     "backend": ({"backend": "fast"}, "unknown backend 'fast'; expected one of auto, reference, streaming"),
-    "nan in the student": (
-        {"student_prototypes": linear_prototypes(torch.full((K, D), torch.nan))},
-        "prototypes contain 85 NaN; expected finite weights",
-    ),
-    "nan in the teacher": (
-        {"teacher_prototypes": vmf_prototypes(torch.eye(K, D) + torch.nan * torch.eye(K, D))},
-        "prototypes contain 85 NaN; expected finite weights",
-    ),
-    "nan in a magnitude": (
-        {"student_prototypes": weight_norm_prototypes(torch.tensor([torch.nan] + [1.0] * (K - 1)), torch.randn(K, D))},
-        "prototypes contain 1 NaN; expected finite weights",
-    ),
 }
 
 
@@ -99,11 +85,6 @@ def test_a_wrong_argument_is_named_with_what_was_expected(fault: str) -> None:
     changed, said = WRONG[fault]
     with pytest.raises(ValueError, match=said):
         prototype_cross_entropy(**(arguments() | changed))
-
-
-def test_nan_features_are_not_blamed_on_the_prototypes() -> None:
-    loss = prototype_cross_entropy(**(arguments() | {"student_features": torch.full((S, D), torch.nan)})).loss
-    assert loss.isnan()
 
 
 def test_matched_rows_must_be_as_many_as_their_weights() -> None:
@@ -119,5 +100,5 @@ def test_matched_rows_must_be_as_many_as_their_weights() -> None:
 
 def test_a_compiled_step_refuses_wrong_shapes_too() -> None:
     bad = arguments() | {"teacher_prototypes": replace(arguments()["teacher_prototypes"], weight=torch.randn(K + 1, D))}
-    with pytest.raises(Exception, match="both networks must have the same K and D"):
+    with pytest.raises(Exception, match="both networks must have the same K"):
         torch.compile(lambda: prototype_cross_entropy(**bad), backend="aot_eager")()

@@ -19,7 +19,7 @@ from vmf_kernels.backends.native import NativeBackend
 from vmf_kernels.backends.triton import TritonBackend
 from vmf_kernels.operators import operator
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_freed
-from vmf_kernels.ranks import group_named, name_of, sum_number_over_ranks
+from vmf_kernels.ranks import group_named, name_of
 from vmf_kernels.tensors import is_readable
 
 _CUDA, _NATIVE = CudaBackend(), NativeBackend()
@@ -161,22 +161,6 @@ def check_backend_name(backend: str) -> None:
         raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(('auto', *BACKENDS))}")
 
 
-def refuse_nan_prototypes(result: Tensor, *stored: Tensor | None, group: ProcessGroup | None = None) -> None:
-    """Raise ValueError if ``result`` is NaN because a stored tensor is; looks only where that does not wait for a device.
-
-    Ranks of a group share the result, and all of them raise where one of them has such a tensor.
-    """
-    if not is_readable(result) or not result.isnan().any():
-        return
-    bad = sum(int(tensor.isnan().sum()) for tensor in stored if tensor is not None)
-    if group is not None:
-        bad = sum_number_over_ranks(bad, group)
-    if bad:
-        raise ValueError(
-            f"prototypes contain {bad} NaN; expected finite weights (an earlier update has destroyed them)"
-        )
-
-
 def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:
     """Raise ValueError unless ``features`` is a floating-point [R, D] matrix that fits the prototypes, which still exist."""
     if not isinstance(prototypes, Prototypes):
@@ -220,8 +204,7 @@ def in_autocast_dtype(features: Tensor) -> Tensor:
 
 
 def _unsupported(name: str, rows: Tensor, weights: Sequence[Tensor]) -> str | None:
-    reasons = (BACKENDS[name].unsupported(rows, weight) for weight in weights)
-    return next((reason for reason in reasons if reason is not None), None)
+    return BACKENDS[name].unsupported(rows, *weights)
 
 
 def _auto_takes(name: str, rows: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -275,10 +258,7 @@ def _usage_op(
     group: str = "",
 ) -> Tensor:
     run = choose_backend(backend, features, weight)
-    ranks = group_named(group)
-    usage = run.usage(features, Prototypes(weight, magnitude, kind), temperature, bias, ranks)
-    refuse_nan_prototypes(usage, weight, magnitude, group=ranks)
-    return usage
+    return run.usage(features, Prototypes(weight, magnitude, kind), temperature, bias, group_named(group))
 
 
 def _fake_row(

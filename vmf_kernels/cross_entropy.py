@@ -20,7 +20,6 @@ from vmf_kernels.assign import (
     check_features,
     choose_backend,
     in_autocast_dtype,
-    refuse_nan_prototypes,
     temperature_tensor,
 )
 from vmf_kernels.backends.contract import LossInputs
@@ -65,7 +64,7 @@ def prototype_cross_entropy(
     Args:
         student_features: [V * B, D] rows, view-major; float64, float32, bfloat16 or float16, summed in fp32 (fp64).
         student_prototypes: K prototypes of dim D.
-        teacher_features: [G * B, D] rows, view-major; same dtypes.
+        teacher_features: [G * B, D] rows, view-major; same dtypes. The teacher's D may be another than the student's.
         teacher_prototypes: K prototypes of dim D, its own copy.
         pair_weights: [G, V] weight of teacher view g against student view v of the same image, not negative; with B = 1
             an arbitrary matrix [T, S] between single rows.
@@ -76,16 +75,16 @@ def prototype_cross_entropy(
         backend: "auto", "native", "cuda", "triton", "streaming" or "reference"; see ``choose_backend``.
         prototype_group: ranks that share out the prototypes: each has a block of them (K may differ) and the same rows,
             bitwise, and gets the loss and the features' gradient whole, its own prototypes' gradient and usage. They
-            exchange D + 4 numbers a row, never logits. The student's prototypes, and its features, require a gradient on all
-            of these ranks or on none. None where this rank has all prototypes.
+            exchange D + 3 or 4 numbers a row, never logits. The student's prototypes, and its features, require a gradient
+            on all of these ranks or on none. None where this rank has all prototypes.
 
     Returns:
         The loss, nats, and its statistics.
 
     Raises:
         ValueError: shapes, weights, temperatures or the backend's name do not fit, or (CPU only, as it would wait for
-            the device elsewhere) the prototypes contain NaN or ranks of the group hold different rows. Says what was got and
-            what was expected.
+            the device elsewhere) ranks of the group hold different rows. Says what was got and what was expected. Features
+            and prototypes that are NaN are no error: as of stored logits, the loss is NaN.
         RuntimeError: differentiated twice, or the backend asked for cannot run, or the student's head ran where its gradient
             is lost.
     Source: Caron et al., ICCV 2021 (DINO), section 3.1; Govindarajan et al., ICLR 2023 (DINO-vMF), section 4.
@@ -183,12 +182,10 @@ def _check_sides(
 ) -> None:
     check_features(student, student_prototypes, "student")
     check_features(teacher, teacher_prototypes, "teacher")
-    ours = (student_prototypes.count, student_prototypes.dim)
-    theirs = (teacher_prototypes.count, teacher_prototypes.dim)
-    if ours != theirs:
+    if student_prototypes.count != teacher_prototypes.count:
+        ours, theirs = (list(prototypes.weight.shape) for prototypes in (student_prototypes, teacher_prototypes))
         raise ValueError(
-            f"student prototypes are [K, D] = {list(ours)} but teacher prototypes {list(theirs)}; "
-            "both networks must have the same K and D"
+            f"student prototypes are [K, D] = {ours} but teacher prototypes {theirs}; both networks must have the same K"
         )
     if student.device != teacher.device:
         raise ValueError(
@@ -327,7 +324,7 @@ def _cross_entropy_op(
     teacher = Prototypes(teacher_weight, teacher_magnitude, teacher_kind)
     ranks = group_named(group)
     _refuse_other_rows(student_features, teacher_features, ranks)
-    outputs = choose_backend(
+    return choose_backend(
         backend, _rows_of_products(student_features, teacher_features), student_weight, teacher_weight
     ).cross_entropy(
         LossInputs(
@@ -344,9 +341,6 @@ def _cross_entropy_op(
             ranks,
         )
     )
-    stored = (student_weight, student_magnitude, teacher_weight, teacher_magnitude)
-    refuse_nan_prototypes(outputs.loss, *stored, group=ranks)
-    return outputs
 
 
 def _refuse_other_rows(student: Tensor, teacher: Tensor, group: ProcessGroup | None) -> None:

@@ -22,7 +22,7 @@ from vmf_kernels.cross_entropy import CrossEntropy
 from vmf_kernels.once import Form, no_gradients, once_differentiable, saveable
 from vmf_kernels.operators import OperatorFunction, below_autograd, operator
 from vmf_kernels.pairing import Pairing, check_pairing, check_weights
-from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype
+from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.statistics import AssignmentStatistics, or_one, weighted_summary
 from vmf_kernels.tensors import refuse_gradients
 
@@ -99,10 +99,10 @@ def logit_cross_entropy(
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     for logits, side in ((student, "student"), (teacher, "teacher")):
-        if logits.ndim != 2 or not logits.is_floating_point():
+        if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] < 1:
             raise ValueError(
                 f"{side} logits are {logits.dtype} of shape {tuple(logits.shape)}; "
-                "expected a floating-point matrix [rows, K]"
+                "expected a floating-point matrix [rows, K] with K >= 1 prototypes"
             )
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
@@ -124,7 +124,9 @@ class _Logits(NamedTuple):
 
     @classmethod
     def of(cls, side: Side, views: int, dtype: torch.dtype) -> _Logits:
-        scaled = None if side.bias is None else side.bias.reshape(-1).to(dtype).clamp(min=LOWEST_BIAS) * LOG2_E
+        # the lowest finite number, not -inf: its product with a zero probability would be NaN
+        lowest = torch.finfo(dtype).min
+        scaled = None if side.bias is None else (side.bias.reshape(-1).to(dtype) * LOG2_E).clamp(min=lowest)
         return cls(_by_view(side.logits, views), (LOG2_E / side.temperature).to(dtype), scaled)
 
     def chunk(self, images: slice) -> Tensor:

@@ -85,7 +85,9 @@ class PrototypeLogits(UnstoredRows):
         """[..., K] the stored logits, differentiable: the memory this class exists to save."""
         refuse_severed(self.prototypes)
         dtype = torch.promote_types(self.features.dtype, self.prototypes.weight.dtype)
-        return (self.features.to(dtype) @ self.prototypes.effective_weight().to(dtype).T).to(self.dtype)
+        # widened first: norms and effective prototypes are as exact as the features are
+        prototypes = replace(self.prototypes, weight=self.prototypes.weight.to(dtype))
+        return (self.features.to(dtype) @ prototypes.effective_weight().T).to(self.dtype)
 
     def detach(self) -> PrototypeLogits:
         """Cut off from autograd."""
@@ -222,7 +224,7 @@ def project(prototypes: Prototypes, vector_D: Tensor) -> Tensor:
     with torch.autocast(vector_D.device.type, enabled=False):  # a region of the caller's would round to half precision
         parts = [rows.to(vector_D.dtype) @ columns_DC for rows in torch.split(prototypes.weight.detach(), block)]
     projected = torch.cat(parts)[:, 0]
-    gain = prototypes.detach().gain()
+    gain = prototypes.detach().gain(vector_D.dtype)
     return projected if gain is None else projected * gain.to(projected.dtype)
 
 

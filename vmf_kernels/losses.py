@@ -105,7 +105,7 @@ class DINOLoss(StreamLoss):
             [] nats.
 
         Raises:
-            ValueError: rows are not divisible by the crops, K or D differ, or the epoch is beyond ``nepochs``.
+            ValueError: rows are not divisible by the crops, K differs, or the epoch is beyond ``nepochs``.
             TypeError: one side is stored and the other is not.
         """
         return self._evaluate(student_output, teacher_output, epoch, (None, None))

@@ -92,20 +92,20 @@ class Prototypes:
         gain = self.gain()
         return self.weight if gain is None else gain[:, None].to(self.weight.dtype) * self.weight
 
-    def norms(self) -> Tensor:
-        """[K] norms ``||w_k||`` in fp32 (fp64 for fp64 weights), differentiable, with zero gradient at zero rows."""
+    def norms(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[K] norms ``||w_k||`` in ``dtype`` (fp64 for fp64 weights), differentiable, with zero gradient at zero rows."""
         refuse_freed(self.weight, self.magnitude)
         if self.magnitude is not None:
-            return self.magnitude.reshape(-1).to(accumulation_dtype(self.weight.dtype)).abs()
-        norm = _safe_norm(self.weight)
+            return self.magnitude.reshape(-1).to(torch.promote_types(self.weight.dtype, dtype)).abs()
+        norm = _safe_norm(self.weight, dtype)
         return torch.ones_like(norm) if self.kind == "normalized" else norm
 
-    def gain(self) -> Tensor | None:
-        """[K] factors with ``w_k = gain_k weight_k``, fp32 (fp64), differentiable; None for free norms, which need none."""
+    def gain(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """[K] factors with ``w_k = gain_k weight_k``, dtype as ``norms``, differentiable; None for free norms: none needed."""
         if self.kind.startswith("linear"):
             return None
         refuse_freed(self.weight, self.magnitude)
-        inverse = _safe_reciprocal(_safe_norm(self.weight))
+        inverse = _safe_reciprocal(_safe_norm(self.weight, dtype))
         return inverse if self.magnitude is None else self.magnitude.reshape(-1).to(inverse.dtype) * inverse
 
 
@@ -185,14 +185,15 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
         scale = temperature.to(dtype).reciprocal()
         bias = None if extra_bias is None else extra_bias.to(dtype).reshape(-1)
         if prototypes.has_normalizer:
-            normalizer = log_vmf_constant(prototypes.norms().to(dtype) * scale, prototypes.dim)
+            normalizer = log_vmf_constant(prototypes.norms(dtype).to(dtype) * scale, prototypes.dim)
             bias = normalizer if bias is None else bias + normalizer
-        gain = prototypes.gain()
+        gain = prototypes.gain(dtype)
         return Keys(
             prototypes.weight.detach(),
             None if gain is None else gain.to(dtype),
             scale,
-            None if bias is None else bias.clamp(min=LOWEST_BIAS),
+            # the lowest finite number, not -inf: its product with a zero probability would be NaN
+            None if bias is None else bias.clamp(min=torch.finfo(dtype).min),
         )
 
 
@@ -261,12 +262,12 @@ def _norm_gradient(prototypes: Prototypes, temperature: Tensor, bias_gradient_K:
     if not prototypes.has_normalizer or bias_gradient_K is None:
         return None
     scale = temperature.to(bias_gradient_K.dtype).reciprocal()
-    kappa = prototypes.norms().detach().to(bias_gradient_K.dtype) * scale
+    kappa = prototypes.norms(scale.dtype).detach().to(scale.dtype) * scale
     return -bias_gradient_K * vmf_mean_resultant_length(kappa, prototypes.dim) * scale
 
 
-def _safe_norm(weight: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=accumulation_dtype(weight.dtype))
+def _safe_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, dtype))
     return norm
 
 

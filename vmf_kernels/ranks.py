@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, distributed_c10d
 
-from vmf_kernels.prototypes import LOWEST_BIAS
-
 GATHERED_TWICE = (
     "rows gathered over ranks cannot be differentiated twice: their gradient is summed over ranks in place, which autograd "
     "does not record; expected backward() or autograd.grad() without create_graph=True, or a loss of this rank's rows alone"
@@ -61,7 +59,7 @@ def log_sum_exp_over_ranks(values: Tensor, group: ProcessGroup | None = None) ->
     if count_ranks(group) == 1:
         return values
     # a number, not -inf, where every rank has -inf: (-inf) - (-inf) would be NaN
-    top = max_over_ranks(values.clone(), group).clamp(min=LOWEST_BIAS)
+    top = max_over_ranks(values.clone(), group).clamp(min=torch.finfo(values.dtype).min)
     return sum_over_ranks((values - top).exp(), group).log() + top
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.assign import refuse_nan_prototypes, temperature_tensor
+from vmf_kernels.assign import temperature_tensor
 from vmf_kernels.bessel import log_vmf_constant
 from vmf_kernels.centering import LogitCenter, ProbabilityCenter
 from vmf_kernels.cross_entropy import CrossEntropy
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.pairing import Pairing, check_pairing
-from vmf_kernels.prototypes import Prototypes
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype
 from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.targets import TeacherTargets, target_cross_entropy
 from vmf_kernels.temperatures import check_positive
@@ -95,6 +95,8 @@ class Stream(nn.Module):
         if unknown:
             known = ", ".join(StreamOptions.__annotations__)
             raise TypeError(f"unknown option {', '.join(unknown)}; expected one of {known}")
+        if num_prototypes < 1:
+            raise ValueError(f"out_dim is {num_prototypes}; expected at least 1 prototype")
         check_positive(student_temp, "student_temp")
         if center_update not in UPDATES:
             raise ValueError(f"center_update is {center_update!r}; expected one of {', '.join(UPDATES)}")
@@ -125,7 +127,7 @@ class Stream(nn.Module):
 
         Raises:
             TypeError: one side is stored and the other is not.
-            ValueError: the teacher has another number of prototypes, or the student another K or D than the teacher.
+            ValueError: the teacher has another number of prototypes, or the student another than the teacher.
         """
         if isinstance(student, PrototypeLogits) != isinstance(teacher, PrototypeLogits):
             raise TypeError(
@@ -136,10 +138,10 @@ class Stream(nn.Module):
             raise ValueError(
                 f"teacher output has {teacher.shape[-1]} prototypes; expected out_dim = {self.num_prototypes}"
             )
-        ours, theirs = _sizes(student), _sizes(teacher)
-        if ours != theirs:
+        if student.shape[-1] != teacher.shape[-1]:
             raise ValueError(
-                f"student has {' and '.join(ours)} but the teacher {' and '.join(theirs)}; both networks must have the same"
+                f"student has {student.shape[-1]} prototypes but the teacher {teacher.shape[-1]}; both networks must have the "
+                "same K"
             )
         return Outputs(student, teacher)
 
@@ -261,8 +263,10 @@ class VMFStream(Stream):
         assert of_student is not None
         assert of_teacher is not None
         self._warn_if_frozen(of_student)
-        student_bias = _log_normalizer(of_student, self.student_temp)
-        return Outputs(student, teacher, student_bias, _log_normalizer(of_teacher.detach(), teacher_temp))
+        student_bias = _log_normalizer(of_student, self.student_temp, student.dtype)
+        return Outputs(
+            student, teacher, student_bias, _log_normalizer(of_teacher.detach(), teacher_temp, teacher.dtype)
+        )
 
     def _uncentered(self, teacher: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
         if isinstance(teacher, PrototypeLogits):
@@ -321,28 +325,22 @@ class StreamLoss(nn.Module):
 
 
 def check_logits(output: object, side: str) -> None:
-    """Raise TypeError unless a head's output is logits, stored or not."""
+    """Raise TypeError unless a head's output is logits, stored or not; ValueError for a single row or number."""
     if not isinstance(output, (PrototypeLogits, Tensor)):
         raise TypeError(
             f"{side} output is {type(output).__name__}; expected PrototypeLogits or a tensor of raw logits, a list of views "
             "joined by torch.cat"
         )
-
-
-def _sizes(output: PrototypeLogits | Tensor) -> list[str]:
-    """K, and D where that is known, for a message and to be compared."""
-    sizes = [f"{output.shape[-1]} prototypes"]
-    return [*sizes, f"dim {output.prototypes.dim}"] if isinstance(output, PrototypeLogits) else sizes
+    if output.ndim < 2:
+        raise ValueError(f"{side} output has shape {tuple(output.shape)}; expected raw logits [rows, K]")
 
 
 def _with_vmf(output: PrototypeLogits) -> PrototypeLogits:
     return PrototypeLogits(output.features, output.prototypes.with_vmf())
 
 
-def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor) -> Tensor:
-    """[K] log C_D(||w_k|| / tau) relative to 0, differentiable in the stored tensors."""
-    norms = prototypes.with_vmf().norms()
-    if not torch.compiler.is_compiling():
-        refuse_nan_prototypes(norms, prototypes.weight, prototypes.magnitude)
+def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """[K] log C_D(||w_k|| / tau) relative to 0 for logits of ``dtype``, differentiable in the stored tensors."""
+    norms = prototypes.with_vmf().norms(accumulation_dtype(dtype))
     tau = temperature_tensor(temperature, "temperature", norms.device).to(norms.dtype)
     return log_vmf_constant(norms / tau, prototypes.dim)

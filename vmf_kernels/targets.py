@@ -54,10 +54,10 @@ class TeacherTargets(UnstoredRows):
         if not isinstance(rows, Tensor):
             return  # a tree of something else in the shape of this one, see PrototypeLogits
         offer_to_einops(TeacherTargets)
-        if self.logits.ndim < 1 or not self.logits.is_floating_point():
+        if self.logits.ndim < 1 or not self.logits.is_floating_point() or self.logits.shape[-1] < 1:
             raise ValueError(
                 f"teacher logits are {self.logits.dtype} of shape {tuple(self.logits.shape)}; "
-                "expected floating point [..., K]"
+                "expected floating point [..., K] with K >= 1 prototypes"
             )
         # only where needed: the same tensors in all parts of one batch are how cat knows that they belong together
         if self.logits.requires_grad:
@@ -96,7 +96,7 @@ class TeacherTargets(UnstoredRows):
                 return reference.logits(self.logits.features, keys).softmax(dim=-1)
             scaled = self.logits.to(self.dtype) / tau.to(self.dtype)
             if self.bias is not None:
-                scaled += self.bias.to(self.dtype).reshape(-1).clamp(min=LOWEST_BIAS)
+                scaled += self.bias.to(self.dtype).reshape(-1).clamp(min=torch.finfo(self.dtype).min)
             return scaled.softmax(dim=-1)
 
     def detach(self) -> TeacherTargets:

@@ -5,6 +5,10 @@
 
 namespace vmf::cpu::VMF_ISA {
 
+// Below this 2^x is 0 and x may be anything but -inf, whose product with that 0 would be NaN: logits of 1e38 are that far apart.
+constexpr float LEAST_DEVIATION = -200.0f;
+inline Floats deviation_from(Floats top, Floats x) { return larger(all(LEAST_DEVIATION), sub(x, top)); }  // a NaN stays
+
 // Mass and first moment over the prototypes of one block, of the rows of one tile. A sum in two steps, first of a block and
 // then of the blocks, rounds far less than a long one.
 struct BlockSums {
@@ -33,7 +37,7 @@ struct Softmax {
     if (any_larger(now, old)) rescale(old, now);
     Floats tile_mass = zero(), tile_moment = zero();
     for (int m = 0; m < M; ++m) {
-      const Floats deviation = sub(logits[m], now), p = exp2(deviation);
+      const Floats deviation = deviation_from(now, logits[m]), p = exp2(deviation);
       tile_mass = add(tile_mass, p);
       tile_moment = multiply_add(p, deviation, tile_moment);
     }
@@ -44,7 +48,7 @@ struct Softmax {
  private:
   // Sums relative to one maximum -> to a larger one.
   __attribute__((noinline)) void rescale(Floats old, Floats now) const {
-    const Floats shift = sub(old, now), decay = exp2(shift);
+    const Floats shift = deviation_from(now, old), decay = exp2(shift);
     rescale(mass, moment, shift, decay);
     rescale(block_mass, block_moment, shift, decay);
     store(top, now);

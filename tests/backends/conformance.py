@@ -26,7 +26,6 @@ def dense_assignment(rows_RD: Tensor, keys: Keys, values: Keys | None = None) ->
         log_sum_exp=l_RK.logsumexp(dim=1),
         entropy=-torch.xlogy(p_RK, p_RK).sum(dim=1),
         barycentre=None if values is None else p_RK @ _weight_of(values),
-        expected_bias=None if values is None or values.bias is None else p_RK @ values.bias.double(),
     ), p_RK
 
 

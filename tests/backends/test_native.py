@@ -344,8 +344,13 @@ def test_a_damaged_call_fails_the_budget(damage: Damage, dtype: torch.dtype, isa
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_permuted_teacher_rows_fail_the_budget(dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the student's rows are scored first, then the teacher's."""
-    calls, score = itertools.count(), operator.score
-    monkeypatch.setattr(operator, "score", lambda rows, *rest: score(rows.roll(next(calls) % 2, 0).contiguous(), *rest))
+    calls, kept, score_task = itertools.count(), [], operator.score_task
+
+    def permuted(rows: Tensor, *rest: Any) -> Any:
+        kept.append(rows.roll(next(calls) % 2, 0).contiguous())  # the task points to them
+        return score_task(kept[-1], *rest)
+
+    monkeypatch.setattr(operator, "score_task", permuted)
     with pytest.raises(AssertionError, match=r"error .*, budget"):
         check(random_problem(images=6, views=(2, 4), prototypes=127, dim=24, dtype=dtype), isa)
     assert next(calls) == 2

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from vmf_kernels.backends.contract import Assignment, LossInputs, LossOutputs, Query
 from vmf_kernels.pairing import check_pairing
 from vmf_kernels.prototypes import Keys, Prototypes, accumulation_dtype, prepare_keys, pull_back_to_stored
+from vmf_kernels.ranks import sum_over_ranks
 from vmf_kernels.statistics import or_one, weighted_summary
 
 
@@ -49,7 +50,7 @@ class ComposedBackend:
     assign: Assign
     columns: ColumnLogSumExp
 
-    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
+    def unsupported(self, rows: Tensor, *weights: Tensor) -> str | None:
         """None: every floating dtype on every device is supported."""
         return None
 
@@ -73,7 +74,9 @@ class ComposedBackend:
             (by_teacher,) = self.assign([answered], student_keys, group=group)
 
         barycentre_SD = inputs.pairing.to_students(_present(by_teacher.barycentre))
-        loss = _loss(by_student, by_teacher, (n_S, n_T), (barycentre_SD * x_SD).sum(dim=1), student_keys.scale)
+        loss = _loss(by_student, n_S, (barycentre_SD * x_SD).sum(dim=1), student_keys.scale)
+        if student_keys.bias is not None:
+            loss = loss - n_T.double().sum() * sums.mean_bias(student_keys.bias, group)
         feature_grad = x_SD.new_empty(0)
         if inputs.feature_gradient:
             feature_grad = student_keys.scale * (n_S[:, None] * _present(by_student.barycentre) - barycentre_SD)  # (4)
@@ -147,6 +150,16 @@ class _ColumnBuffers(NamedTuple):
         """[K] mean teacher probability; zeros where no pair has weight."""
         return self.mass_2K[1] / or_one(n_T.sum())
 
+    def mean_bias(self, bias_K: Tensor, group: ProcessGroup | None) -> Tensor:
+        """[] fp64 ``sum_t n_t e_t / sum_t n_t`` of equation (3), over the prototypes of all ranks.
+
+        The masses' own sum is divided by, not that of the weights: what rounds all of them alike falls out.
+        """
+        mass_K = self.mass_2K[1].double()
+        sums = torch.stack([mass_K @ bias_K.double(), mass_K.sum()])
+        weighted, total = (sums if group is None else sum_over_ranks(sums, group)).unbind()
+        return weighted / or_one(total)
+
     def student_query(self, x_SD: Tensor, keys: Keys, n_S: Tensor) -> Query:
         cotangents = None if self.vectors is None else n_S[:, None] * x_SD * keys.scale
         if not self.student_mass_wanted:
@@ -157,15 +170,9 @@ class _ColumnBuffers(NamedTuple):
         return Query(x_TD, keys, None if self.vectors is None else cotangents_TD, n_T[None], self.mass_2K[1:])
 
 
-def _loss(
-    student: Assignment, teacher: Assignment, mass: tuple[Tensor, Tensor], alignment_S: Tensor, scale: Tensor
-) -> Tensor:
-    """[] equation (3), summed in fp64: the three terms nearly cancel when the logits share a large offset."""
-    n_S, n_T = mass
-    loss = (n_S.double() * student.log_sum_exp.double() - alignment_S.double() * scale.double()).sum()
-    if teacher.expected_bias is not None:
-        loss = loss - (n_T.double() * teacher.expected_bias.double()).sum()
-    return loss
+def _loss(student: Assignment, n_S: Tensor, alignment_S: Tensor, scale: Tensor) -> Tensor:
+    """[] equation (3) but for its biases, in fp64: the three terms nearly cancel when the logits share a large offset."""
+    return (n_S.double() * student.log_sum_exp.double() - alignment_S.double() * scale.double()).sum()
 
 
 def _present(barycentre: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ class LossInputs(NamedTuple):
 
     student_features: Tensor  # [S, D]
     student: Prototypes
-    teacher_features: Tensor  # [T, D]
+    teacher_features: Tensor  # [T, D of the teacher], which may differ
     teacher: Prototypes
     teacher_bias: Tensor | None  # [K]
     pairing: Pairing
@@ -46,8 +46,8 @@ class LossOutputs(NamedTuple):
 class Backend(Protocol):
     """One way to compute the operator. None but ``reference``, the definition of correct, stores all rows' [R, K] values."""
 
-    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
-        """Why it cannot run on these tensors, or None."""
+    def unsupported(self, rows: Tensor, *weights: Tensor) -> str | None:
+        """Why it cannot run on these rows and the prototypes of each network that has a part in it, or None."""
 
     def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
         """Equations (3)-(7) of the README."""
@@ -94,4 +94,3 @@ class Assignment(NamedTuple):
     log_sum_exp: Tensor  # [R] lse_r = log sum_k exp(l_rk)
     entropy: Tensor  # [R] H(p_r)
     barycentre: Tensor | None  # [R, D] sum_k p_rk values_k; None without values
-    expected_bias: Tensor | None  # [R] sum_k p_rk value_bias_k; None if the values have no bias

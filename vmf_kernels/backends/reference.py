@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import Assignment, Query
-from vmf_kernels.prototypes import Keys, accumulation_dtype
+from vmf_kernels.prototypes import LOWEST_BIAS, Keys, accumulation_dtype
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 
@@ -34,16 +34,18 @@ def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None, group:
         vectors_KD.add_(p_RK.T @ query.cotangents)
     return Assignment(
         log_sum_exp=lse_R,
-        entropy=_total(-(p_RK * log_p_RK).sum(dim=1), group),
+        # -inf, of logits near the largest finite number, times a probability of 0 would be NaN
+        entropy=_total(-(p_RK * log_p_RK.clamp(min=LOWEST_BIAS)).sum(dim=1), group),
         barycentre=None if values is None else _total(p_RK @ effective_weight(values, p_RK.dtype), group),
-        expected_bias=None if values is None or values.bias is None else _total(p_RK @ values.bias, group),
     )
 
 
 def _log_softmax(logits_RK: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """([R, K] log-probabilities, [R] log-sum-exp) over the prototypes of all ranks."""
     if group is None or count_ranks(group) == 1:
-        return logits_RK.log_softmax(dim=1), logits_RK.logsumexp(dim=1)
+        # NaN, not inf, where a logit is inf: log-probabilities and every other result are NaN there
+        lse_R = logits_RK.logsumexp(dim=1)
+        return logits_RK.log_softmax(dim=1), lse_R.masked_fill(lse_R.isposinf(), torch.nan)
     # from the mass, not from the ranks' log-sum-exps: those are rounded where they are large
     top_R = max_over_ranks(logits_RK.amax(dim=1), group)
     logits_RK = logits_RK - top_R[:, None]

@@ -26,6 +26,7 @@ from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
+LEAST_SHIFT = -1e30  # of a maximum: 2^it is 0, and its product with a mass finite
 # Measured with bench/bench_head.py on 2 cores of an EPYC 9004 at K = 65,536, D = 256, fp32:
 BLOCK_PROTOTYPES = 2048  # with 160 rows 1.3 MiB: fits L2
 # 96 rows of probabilities: 32 MiB or more the allocator would map anew each time, fewer rows make the products slower
@@ -43,7 +44,7 @@ def assign(
 ) -> list[Assignment]:
     """Soft assignments as in ``composed.Assign``, chunk by chunk of the queries' rows laid end to end."""
     parts: list[list[Assignment]] = [[] for _ in queries]
-    shared = _Shared.of(queries[0].keys, values, group)
+    shared = _Shared.of(queries[0].keys, group)
     overwrite = True
     for chunk in _chunks(queries, shared.prototypes):
         out = None if vectors_KD is None else _Vectors(vectors_KD, overwrite)
@@ -72,17 +73,13 @@ class _Shared(NamedTuple):
 
     group: ProcessGroup | None  # None for one rank
     prototypes: int  # the most that a rank has: chunks of rows must be the same everywhere
-    common_bias: Tensor | float  # of the values
 
     @classmethod
-    def of(cls, keys: Keys, values: Keys | None, group: ProcessGroup | None) -> _Shared:
+    def of(cls, keys: Keys, group: ProcessGroup | None) -> _Shared:
         count = keys.weight.shape[0]
-        common_bias = 0.0 if values is None or values.bias is None else values.bias.median()
         if group is None or count_ranks(group) == 1:
-            return cls(None, count, common_bias)
-        # any bias near the middle will do
-        agreed = max_over_ranks(torch.stack([keys.scale.new_tensor(count), keys.scale * 0 + common_bias]), group)
-        return cls(group, int(agreed[0]), agreed[1])
+            return cls(None, count)
+        return cls(group, int(max_over_ranks(keys.scale.new_tensor(count), group)))
 
 
 @dataclass
@@ -93,12 +90,9 @@ class _OnlineSoftmax:
     mass_R: Tensor  # sum of 2^(l - max)
     deviation_R: Tensor  # sum of 2^(l - max) (l - max), for the entropy
     barycentre_DR: Tensor | None
-    bias_R: Tensor | None  # sum of 2^(l - max) (bias - common_bias)
-    # a long sum of like numbers rounds the same way in every row: only differences from this are summed
-    common_bias: Tensor | float
 
     @classmethod
-    def empty(cls, like: Tensor, rows: int, values: Keys | None, common_bias: Tensor | float) -> _OnlineSoftmax:
+    def empty(cls, like: Tensor, rows: int, values: Keys | None) -> _OnlineSoftmax:
         zero = like.new_zeros(rows)
         return cls(
             # the lowest finite number, not -inf: (-inf) - (-inf) would be NaN
@@ -106,50 +100,45 @@ class _OnlineSoftmax:
             mass_R=zero,
             deviation_R=zero,
             barycentre_DR=None if values is None else like.new_zeros(values.weight.shape[1], rows),
-            bias_R=None if values is None or values.bias is None else zero,
-            common_bias=common_bias,
         )
 
     def absorb(self, logits_BR: Tensor, out_BR: Tensor) -> Tensor:
         """Take in a block of logits (overwritten); write 2^(l - max) to ``out_BR`` and return it."""
         new_max = torch.maximum(self.max_R, logits_BR.amax(dim=0))
-        shift = self.max_R - new_max
+        shift = (self.max_R - new_max).clamp(min=LEAST_SHIFT)
         decay = shift.exp2()
         deviation_BR = logits_BR.sub_(new_max)
         p_BR = torch.exp2(deviation_BR, out=out_BR)
-        self.deviation_R = decay * (self.deviation_R + shift * self.mass_R) + deviation_BR.mul_(p_BR).sum(dim=0)
+        # nansum: a logit that is -inf beside the maximum adds nothing, where -inf times its probability of 0 is NaN; a logit
+        # that is NaN itself makes the mass NaN
+        moment_R = deviation_BR.mul_(p_BR).nansum(dim=0)
+        self.deviation_R = decay * (self.deviation_R + shift * self.mass_R) + moment_R
         self.mass_R = decay * self.mass_R + p_BR.sum(dim=0)
         self.max_R = new_max
         if self.barycentre_DR is not None:
             self.barycentre_DR *= decay
-        if self.bias_R is not None:
-            self.bias_R = self.bias_R * decay
         return p_BR
 
-    def gather(self, p_BR: Tensor, values_BD: Tensor, bias_B: Tensor | None) -> None:
-        """Add a block's share to the barycentre and the expected bias."""
+    def gather(self, p_BR: Tensor, values_BD: Tensor) -> None:
+        """Add a block's share to the barycentre."""
         if self.barycentre_DR is not None:
             self.barycentre_DR.addmm_(values_BD.T, p_BR)
-        if self.bias_R is not None and bias_B is not None:
-            self.bias_R = self.bias_R + (bias_B - self.common_bias) @ p_BR
 
     def merge_over_ranks(self, group: ProcessGroup) -> None:
-        """Make the sums those over the prototypes of all ranks: one maximum and D + 3 sums a row are exchanged."""
+        """Make the sums those over the prototypes of all ranks: one maximum and D + 2 sums a row are exchanged."""
         top_R = max_over_ranks(self.max_R.clone(), group)
         shift = self.max_R - top_R
         decay = shift.exp2()
         # a rank far below the others weighs 0, and its shift is too large to multiply with
         deviation_R = decay * (self.deviation_R + torch.where(decay > 0, shift, 0.0) * self.mass_R)
-        parts = [decay * self.mass_R, deviation_R, *([] if self.bias_R is None else [decay * self.bias_R])]
+        parts = [decay * self.mass_R, deviation_R]
         if self.barycentre_DR is not None:
             parts.extend(decay * self.barycentre_DR)
         sums = sum_over_ranks(torch.stack(parts), group)
         self.max_R = top_R  # itself, not max - shift: every rank has to have the same bits
-        self.mass_R, self.deviation_R, rest = sums[0], sums[1], sums[2:]
-        if self.bias_R is not None:
-            self.bias_R, rest = rest[0], rest[1:]
+        self.mass_R, self.deviation_R = sums[0], sums[1]
         if self.barycentre_DR is not None:
-            self.barycentre_DR = rest
+            self.barycentre_DR = sums[2:]
 
     def results(self, segments: list[slice]) -> list[Assignment]:
         """One assignment for each segment of the chunk's rows, nats."""
@@ -157,14 +146,8 @@ class _OnlineSoftmax:
         lse_R = (self.max_R + log_mass) * LN_2
         entropy_R = (log_mass - self.deviation_R / self.mass_R) * LN_2
         barycentre_RD = None if self.barycentre_DR is None else (self.barycentre_DR / self.mass_R).T.contiguous()
-        bias_R = None if self.bias_R is None else self.bias_R / self.mass_R + self.common_bias
         return [
-            Assignment(
-                lse_R[mine],
-                entropy_R[mine],
-                None if barycentre_RD is None else barycentre_RD[mine],
-                None if bias_R is None else bias_R[mine],
-            )
+            Assignment(lse_R[mine], entropy_R[mine], None if barycentre_RD is None else barycentre_RD[mine])
             for mine in segments
         ]
 
@@ -186,7 +169,7 @@ def _assign_chunk(
     keys, like = segments[0].keys, segments[0].keys.scale
     count, blocks, columns = keys.weight.shape[0], list(_blocks(keys)), _columns(segments)
     rows = columns[-1].stop
-    state = _OnlineSoftmax.empty(like, rows, values, shared.common_bias)
+    state = _OnlineSoftmax.empty(like, rows, values)
     x_DR = [(query.rows.to(like.dtype) * (query.keys.scale * LOG2_E)).T.contiguous() for query in segments]
     has_sums = out is not None or any(query.sums is not None for query in segments)
     workspace_KR = like.new_empty(count, rows) if has_sums else None
@@ -202,8 +185,8 @@ def _assign_chunk(
             )
         b_p = state.absorb(b_logits, scratch_BR[1, : len(b_logits)] if workspace_KR is None else workspace_KR[block])
         maxima.append(state.max_R)
-        if b_values is not None and values is not None:
-            state.gather(b_p, b_values, None if values.bias is None else values.bias[block])
+        if b_values is not None:
+            state.gather(b_p, b_values)
     if shared.group is not None:
         state.merge_over_ranks(shared.group)
     if workspace_KR is not None:
@@ -294,7 +277,6 @@ def _joined(parts: list[Assignment]) -> Assignment:
         log_sum_exp=torch.cat([part.log_sum_exp for part in parts]),
         entropy=torch.cat([part.entropy for part in parts]),
         barycentre=_cat([part.barycentre for part in parts]),
-        expected_bias=_cat([part.expected_bias for part in parts]),
     )
 
 

@@ -133,7 +133,7 @@ class DINOLoss(losses.DINOLoss):
             [] nats.
 
         Raises:
-            ValueError: rows are not divisible by the crops, K or D differ, or ``epoch`` is beyond ``num_epochs``.
+            ValueError: rows are not divisible by the crops, K differs, or ``epoch`` is beyond ``num_epochs``.
             TypeError: one side is stored and the other is not.
         """
         epoch = self.epoch_now if torch.compiler.is_compiling() else self.epoch

@@ -97,8 +97,7 @@ def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Te
     if not len(features):
         return module.new(prototypes.count).fill_(-torch.inf)
     x_RD, bias_R = module.fp32(features), (offset.to(torch.float32) * -LOG2_E).contiguous()
-    factor = own.scale * LOG2_E / own.row_factor
-    keys = NativeKeys(x_RD, None, own.row_factor, None, bias_R, bias_R, own.scale, factor)
+    keys = NativeKeys(x_RD, None, own.row_factor, own.factor, None, bias_R, bias_R, own.scale)
     parts = []
     for block in row_ranges(prototypes.count, len(x_RD)):
         w_BD = own.weight[block].to(torch.float32)
@@ -119,7 +118,7 @@ class _Step:
     student: NativeKeys
     teacher: NativeKeys
     student_rows: Tensor  # [V, B, D] fp32
-    teacher_rows: Tensor  # [G, B, D] fp32
+    teacher_rows: Tensor  # [G, B, D of the teacher] fp32
     view_weights: Tensor  # [G, V] fp32
     image_weights: Tensor | None  # [B] fp32
     feature_gradient: Tensor  # [V, B, D]
@@ -146,7 +145,7 @@ class _Step:
             native_keys(inputs.student, inputs.student_temperature, None, products),
             native_keys(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, products),
             x_SD.view(student_views, images, dim),
-            x_TD.view(teacher_views, images, x_TD.shape[1]),
+            x_TD.view(teacher_views, images, inputs.teacher.dim),
             module.fp32(pairing.view_weights),
             None if by_image is None else module.fp32(by_image),
             module.new(student_views, images, dim),
@@ -182,6 +181,7 @@ class _Step:
         teachers = self.teacher_rows if whole else chunk.teachers_of(self.teacher_rows)
         x_SD, x_TD = students.flatten(0, 1).contiguous(), teachers.flatten(0, 1).contiguous()
         column = _columns_of(chunk)[0]
+        rest = self.student.scale[1]
         x_gradient = self.feature_gradient.flatten(0, 1) if whole else module.new(*x_SD.shape)
         gathering = _Gathering(
             self.student,
@@ -189,7 +189,7 @@ class _Step:
             self._pairs(chunk),
             _Teachers(column, self.usage),
             _Students(
-                features=x_SD,
+                features=x_SD if rest == 1 else x_SD * rest,
                 feature_gradient=x_gradient,
                 weight_gradient=self.weight_gradient,
                 bias_gradient=self.bias_gradient,
@@ -210,6 +210,8 @@ class _Step:
             by_teacher = score(x_TD, self.teacher, self.products, at_teachers).merged_over_ranks(group)
             sums = gathering.run(self.products, by_teacher, by_student)
         self.sums.append((sums.student_entropy, sums.teacher_entropy, sums.weight))
+        if rest != 1:
+            x_gradient.mul_(rest)
         if not whole:
             part, mine = x_gradient.view_as(students), chunk.students_of(self.feature_gradient)
             # a student row's pairs may lie in several chunks, where its image has too many views for one
@@ -235,7 +237,7 @@ class _Step:
         norm = torch.linalg.vector_norm(self.student.weight, dim=1, dtype=torch.float32)
         slope = None
         if prototypes.has_normalizer:
-            scale = self.student.scale
+            scale = self.inputs.student_temperature.to(torch.float32).reciprocal()
             slope = -vmf_mean_resultant_length(prototypes.detach().norms() * scale, prototypes.dim) * scale
         magnitude = None if prototypes.magnitude is None else module.fp32(prototypes.magnitude.detach().reshape(-1))
         return _PullBack(prototypes.without_vmf().kind, norm, magnitude, slope, self.magnitude_gradient)
@@ -307,7 +309,7 @@ class _Pairs(NamedTuple):
 class _Students:
     """The student's side of a gathering pass."""
 
-    features: Tensor  # [S, D]
+    features: Tensor  # [S, D] times the second factor of 1 / tau_s
     feature_gradient: Tensor  # [S, D]
     weight_gradient: Tensor | None  # [K, D]
     bias_gradient: Tensor  # [K]
@@ -366,7 +368,7 @@ class _Gathering(NamedTuple):
             view_weights=address(by_view, teacher_views * student_views),
             image_weights=address(by_image, images),
             features=0 if mine is None else address(mine.features, rows[0] * dim),
-            scale=self.keys.scale,
+            scale=self.keys.scale[0],
             feature_gradient=0 if mine is None else address(mine.feature_gradient, rows[0] * dim),
             weight_gradient=0 if mine is None else address(mine.weight_gradient, count * dim),
             bias_gradient=0 if mine is None else address(mine.bias_gradient, count),

@@ -20,6 +20,7 @@ from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
+LEAST_FACTOR, LARGEST_FACTOR = 2.0**-40, 2.0**40  # of temperatures that are used, with much to spare
 PIECE_BYTES = 24 * 2**20  # glibc keeps what is below 32 MiB; 96 MiB in one piece cost 27 ms of page faults a step
 MOST_PIECES = 64  # that the module takes
 
@@ -30,11 +31,11 @@ class NativeKeys(NamedTuple):
     weight: Tensor  # [K, D] fp32, bf16 or fp16, elements of a row side by side
     gain: Tensor | None  # [K] w_k = gain_k weight_k
     row_factor: float
-    multiplier: Tensor | None  # [K]; None for ``uniform`` of all
+    factor: float  # of the multiplier
+    multiplier: Tensor | None  # [K] gain_k factor; None for the factor alone
     bias: Tensor | None  # [K] nats, as ``Keys.bias``
     bias_base_2: Tensor | None  # [K]
-    scale: float  # inverse temperature
-    uniform: float = 1.0
+    scale: tuple[float, float]  # two factors of the inverse temperature, as ``split_scale``
 
     @property
     def prototypes(self) -> int:
@@ -78,14 +79,32 @@ def native_keys(
     weight = prototypes.weight.detach()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     scale = 1 / temperature.item()
-    gain = bias = base_2 = None
+    gain = bias = base_2 = multiplier = None
     if prototypes.kind != "linear" or extra_bias is not None:
         keys = prepare_keys(prototypes, temperature, extra_bias, torch.float32)
         gain, bias = keys.gain, keys.bias
         base_2 = None if bias is None else bias * LOG2_E
-    # in the rows the roundings of the factor average out over the dims; but bf16 rows are exact as they are
-    row_factor, factor = (1.0, scale * LOG2_E) if products == torch.bfloat16 else (scale * LOG2_E, 1.0)
-    return NativeKeys(weight, gain, row_factor, None if gain is None else gain * factor, bias, base_2, scale, factor)
+    # in the rows the roundings of the scale average out over the dims; but bf16 rows are exact as they are
+    row_factor, factor = split_scale(scale * LOG2_E)
+    if products == torch.bfloat16:
+        row_factor, factor = 1.0, row_factor * factor
+    if gain is not None:
+        # NaN for an infinite gain: the effective prototype has infinities of both signs, and its products are NaN
+        multiplier = (gain + 0 * gain) * factor
+    return NativeKeys(weight, gain, row_factor, factor, multiplier, bias, base_2, split_scale(scale))
+
+
+def split_scale(number: float) -> tuple[float, float]:
+    """(factor, power of two) whose product a scale is: itself and 1, or of order one and the rest where it is extreme.
+
+    What is multiplied by an extreme number on the way to a moderate result overflows, and divided by it comes out as 0 or NaN.
+    """
+    if LEAST_FACTOR <= number <= LARGEST_FACTOR or not math.isfinite(number):
+        return number, 1.0
+    if number == 0:  # of an infinite temperature
+        return 1.0, 0.0
+    mantissa, exponent = math.frexp(number)
+    return 2 * mantissa, 2.0 ** (exponent - 1)
 
 
 class Logits(NamedTuple):
@@ -142,7 +161,7 @@ def score_task(rows_RD: Tensor, keys: NativeKeys, softmax: Softmax | None, logit
         multiplier=module.address(keys.multiplier, prototypes),
         bias=module.address(keys.bias_base_2, prototypes),
         features=module.address(rows_RD, rows * keys.weight.shape[1]),
-        uniform=keys.uniform,
+        uniform=keys.factor,
         row_factor=keys.row_factor,
         rows=rows,
         logits=logits.for_module(prototypes, padded(rows)),
