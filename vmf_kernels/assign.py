@@ -35,6 +35,7 @@ PREFERENCE = {
     "cpu": ("native", "streaming"),
 }  # of "auto", best first; other devices go as "cpu"
 MEASURED = {"cuda": _CUDA.wins, "native": _NATIVE.wins}  # these "auto" takes only where that says so of the tensors
+ONE_DIM = ("cuda", "triton")  # their kernels give both networks' rows one width
 
 
 def choose_backend(backend: str, rows: Tensor, *weights: Tensor) -> Backend:
@@ -204,7 +205,11 @@ def in_autocast_dtype(features: Tensor) -> Tensor:
 
 
 def _unsupported(name: str, rows: Tensor, weights: Sequence[Tensor]) -> str | None:
-    return BACKENDS[name].unsupported(rows, *weights)
+    dims = sorted({weight.shape[1] for weight in weights})
+    if name in ONE_DIM and len(dims) > 1:
+        return f"it needs one embedding dim, but the networks have {' and '.join(map(str, dims))}"
+    reasons = (BACKENDS[name].unsupported(rows, weight) for weight in weights)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _auto_takes(name: str, rows: Tensor, weights: Sequence[Tensor]) -> bool:

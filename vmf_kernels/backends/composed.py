@@ -50,7 +50,7 @@ class ComposedBackend:
     assign: Assign
     columns: ColumnLogSumExp
 
-    def unsupported(self, rows: Tensor, *weights: Tensor) -> str | None:
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
         """None: every floating dtype on every device is supported."""
         return None
 

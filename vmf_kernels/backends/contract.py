@@ -46,8 +46,8 @@ class LossOutputs(NamedTuple):
 class Backend(Protocol):
     """One way to compute the operator. None but ``reference``, the definition of correct, stores all rows' [R, K] values."""
 
-    def unsupported(self, rows: Tensor, *weights: Tensor) -> str | None:
-        """Why it cannot run on these rows and the prototypes of each network that has a part in it, or None."""
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
+        """Why it cannot run on these tensors, or None."""
 
     def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
         """Equations (3)-(7) of the README."""

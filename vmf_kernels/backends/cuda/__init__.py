@@ -24,12 +24,8 @@ class CudaBackend:
     of a CUDA graph: code is loaded and given its shared memory then, and Triton compiles what lies between.
     """
 
-    def unsupported(self, rows: Tensor, *weights: Tensor) -> str | None:
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
         """Dtypes and embedding dims there are no kernels for, other devices, and what is not built or installed."""
-        weight = weights[0]
-        reason = launch.two_dims(weights)
-        if reason is not None:
-            return reason
         if rows.dtype not in binding.ELEMENTS:
             return f"it computes in bfloat16 or float16, but the features are {rows.dtype}"
         if weight.shape[1] > MAX_DIM:

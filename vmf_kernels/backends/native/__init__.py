@@ -14,9 +14,9 @@ from vmf_kernels.prototypes import Prototypes
 class NativeBackend:
     """``contract.Backend`` on packed micro-kernels for AVX-512, AVX2 or any other CPU; workspace of bounded size."""
 
-    def unsupported(self, rows: Tensor, *weights: Tensor) -> str | None:
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
         """Where the module is absent; devices and dtypes it does not know."""
-        for name, tensor in (("features", rows), *(("prototypes", weight) for weight in weights)):
+        for name, tensor in (("features", rows), ("prototypes", weight)):
             if tensor.device.type != "cpu":
                 return f"it runs on CPUs, but the {name} are on {tensor.device}"
             if tensor.dtype not in STORED:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import LossInputs, LossOutputs
-from vmf_kernels.backends.triton.launch import target_of, two_dims, unsupported_device
+from vmf_kernels.backends.triton.launch import target_of, unsupported_device
 from vmf_kernels.backends.triton.tiles import MAX_DIM, NEEDED, has_tile, precision_of
 from vmf_kernels.prototypes import Prototypes
 
@@ -20,12 +20,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class TritonBackend:
     """``contract.Backend`` on fused kernels: no logits in memory, no atomics, no host synchronisation."""
 
-    def unsupported(self, rows: Tensor, *weights: Tensor) -> str | None:
+    def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
         """Devices, dtypes and embedding dims there are no kernels for."""
-        weight = weights[0]
-        reason = two_dims(weights)
-        if reason is not None:
-            return reason
         if rows.dtype not in DTYPES:
             return f"it computes in bfloat16, float16 or float32, but the features are {rows.dtype}"
         if weight.shape[1] > MAX_DIM:

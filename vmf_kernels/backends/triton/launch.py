@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -44,16 +43,6 @@ def unsupported_device(device: torch.device) -> str | None:
         return "the package triton is not installed"
     arch = target_of(device).arch
     return None if arch >= MIN_ARCH else f"it needs compute capability 8.0 or later, but {device} has {arch / 10:.1f}"
-
-
-def two_dims(weights: Sequence[Tensor]) -> str | None:
-    """Why kernels that give both networks' rows one width cannot run on prototypes [K, D] of each, or None."""
-    dims = [weight.shape[1] for weight in weights]
-    return (
-        None
-        if len(set(dims)) == 1
-        else f"it needs one embedding dim, but the networks have {' and '.join(map(str, dims))}"
-    )
 
 
 def target_of(device: torch.device) -> Target:
