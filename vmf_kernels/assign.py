@@ -169,7 +169,6 @@ def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:
             f"{name} prototypes are a {type(prototypes).__name__}; expected Prototypes, for example "
             "linear_prototypes(weight)"
         )
-    refuse_freed(prototypes.weight, prototypes.magnitude)
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(
             f"{name} features are {features.dtype} of shape {tuple(features.shape)}; "

@@ -76,6 +76,8 @@ class Form(NamedTuple):
 
     def cast(self, gradient: Tensor) -> Tensor:
         """``gradient`` in this shape and dtype."""
+        if gradient.dtype == self.dtype and gradient.shape == self.shape:
+            return gradient
         return gradient.to(self.dtype).reshape(self.shape)
 
 

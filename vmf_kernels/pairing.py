@@ -18,6 +18,9 @@ from torch import Tensor
 from vmf_kernels.tensors import is_readable
 
 
+FEW = 64  # weights
+
+
 class Pairing(NamedTuple):
     """Pair weights ``a_gv r_b``."""
 
@@ -106,6 +109,11 @@ def check_weights(pairing: Pairing) -> None:
     for weights, name in ((pairing.view_weights, "pair weights"), (pairing.image_weights, "image or row weights")):
         if weights is None or weights.numel() == 0 or not is_readable(weights):
             continue
-        least, most = (bound.item() for bound in weights.aminmax())
+        if weights.numel() <= FEW:
+            # as Python's numbers, which are there sooner than torch's reduction; NaN fails the comparisons below
+            flat: list[float] = weights.flatten().tolist()
+            least, most = (math.nan, math.nan) if any(map(math.isnan, flat)) else (min(flat), max(flat))
+        else:
+            least, most = (bound.item() for bound in weights.aminmax())
         if not (least >= 0 and most < math.inf):  # false for NaN as well
             raise ValueError(f"{name} go from {least:.3g} to {most:.3g}; expected finite numbers >= 0")

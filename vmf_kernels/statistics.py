@@ -24,8 +24,7 @@ class AssignmentStatistics:
     @classmethod
     def of_op(cls, summary: Tensor, usage: Tensor) -> AssignmentStatistics:
         """From an op's [3] summary (teacher entropy, student entropy, KL) and [K] usage."""
-        teacher_entropy, student_entropy, kl = summary.detach().unbind()
-        return cls(teacher_entropy, student_entropy, kl, usage.detach())
+        return cls(*summary.unbind(), usage)  # an op's by-products have no gradient
 
     @property
     def mutual_information(self) -> Tensor:

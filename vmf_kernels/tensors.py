@@ -30,7 +30,7 @@ def is_moved(tensor: Tensor, version: int | None) -> bool:
 
 def version_of(tensor: Tensor) -> int | None:
     """What an in-place change raises; None for tensors that do not count, such as those of ``torch.inference_mode``."""
-    return None if not has_memory(tensor) or tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() or not has_memory(tensor) else tensor._version
 
 
 def may_require_grad(tensor: Tensor) -> bool:

@@ -120,6 +120,8 @@ def address(tensor: Tensor | None, count: int) -> int:
 
 def fp32(values: Tensor) -> Tensor:
     """The same numbers, fp32 and contiguous."""
+    if values.dtype == torch.float32 and values.is_contiguous():
+        return values
     return values.to(torch.float32).contiguous()
 
 

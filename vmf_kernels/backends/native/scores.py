@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.native import module
 from vmf_kernels.backends.native.chunks import padded
-from vmf_kernels.prototypes import Prototypes, prepare_keys, refuse_freed
+from vmf_kernels.prototypes import Prototypes, prepare_keys
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LOG2_E = 1.4426950408889634
@@ -75,7 +75,6 @@ def native_keys(
     prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, products: torch.dtype
 ) -> NativeKeys:
     """As ``vmf_kernels.prototypes.prepare_keys``, for products of this dtype."""
-    refuse_freed(prototypes.weight, prototypes.magnitude)
     weight = prototypes.weight.detach()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     scale = 1 / temperature.item()
