@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vmf_kernels import (
+    AssignmentStatistics,
     DINOHead,
     PrototypeLogits,
     Prototypes,
@@ -170,22 +171,8 @@ def report_head(
     Raises:
         ValueError: shapes or the temperature do not fit.
     """
-    device = device_of(head)
-    with evaluating(head):
-        logits: PrototypeLogits = head(features.to(device)).float()
-    prototypes = logits.prototypes.with_vmf() if vmf else logits.prototypes
-    on_device = None if bias is None else bias.to(device)
-    # of the teacher with itself; only the statistics are wanted
-    statistics = prototype_cross_entropy(
-        logits.features,
-        prototypes,
-        logits.features,
-        prototypes,
-        torch.ones(1, 1),
-        student_temperature=temperature,
-        teacher_temperature=temperature,
-        teacher_bias=on_device,
-    ).statistics
+    logits, prototypes, on_device = _assigned(head, features, bias, vmf=vmf)
+    statistics = _statistics(logits.features, prototypes, temperature, on_device)
     duplicates = unique_prototypes(prototypes.effective_weight(), threshold)
     return HeadReport(
         mutual_information=float(statistics.mutual_information),
@@ -197,6 +184,21 @@ def report_head(
         largest_duplicate_share=duplicates.largest_share,
         norms=prototypes.norms().float().cpu(),
     )
+
+
+@torch.no_grad()
+def batch_information(
+    head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, vmf: bool, rows: int
+) -> list[float]:
+    """Mutual information in nats of every whole batch of ``rows`` images in turn: what a log of such batches would say.
+
+    It is at most ``ln rows``, and less than that of all images together. Arguments as ``report_head``; none of the features
+    is in two batches, and those left over are in none.
+    """
+    logits, prototypes, on_device = _assigned(head, features, bias, vmf=vmf)
+    starts = range(0, len(features) - rows + 1, rows)
+    batches = (logits.features[start : start + rows] for start in starts)
+    return [float(_statistics(batch, prototypes, temperature, on_device).mutual_information) for batch in batches]
 
 
 @contextlib.contextmanager
@@ -214,6 +216,33 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def device_of(module: nn.Module) -> torch.device:
     """Where the module's first parameter lives."""
     return next(module.parameters()).device
+
+
+def _assigned(
+    head: DINOHead, features: Tensor, bias: Tensor | None, *, vmf: bool
+) -> tuple[PrototypeLogits, Prototypes, Tensor | None]:
+    """Logits of features in evaluation mode, the prototypes with the method's normaliser, and the bias beside them."""
+    device = device_of(head)
+    with evaluating(head):
+        logits: PrototypeLogits = head(features.to(device)).float()
+    prototypes = logits.prototypes.with_vmf() if vmf else logits.prototypes
+    return logits, prototypes, None if bias is None else bias.to(device)
+
+
+def _statistics(
+    rows_ND: Tensor, prototypes: Prototypes, temperature: float, bias: Tensor | None
+) -> AssignmentStatistics:
+    """What rows and prototypes do with each other: of the teacher with itself, for only the statistics are wanted."""
+    return prototype_cross_entropy(
+        rows_ND,
+        prototypes,
+        rows_ND,
+        prototypes,
+        torch.ones(1, 1),
+        student_temperature=temperature,
+        teacher_temperature=temperature,
+        teacher_bias=bias,
+    ).statistics
 
 
 def _log_prior(prototypes: Prototypes, temperature: float, bias: Tensor | None) -> Tensor:

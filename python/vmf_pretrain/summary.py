@@ -49,9 +49,9 @@ def print_summary(
     table.add_column("frozen features, held-out images")
     table.add_column("k-NN %", justify="right")
     table.add_column("linear %", justify="right")
-    table.add_row("teacher", _percent(figures["knn"]), _percent(figures["linear"]))
-    table.add_row("same network, untrained", _percent(figures["knn_untrained"]), "-")
-    table.add_row("raw pixels", _percent(figures["knn_pixels"]), "-")
+    rows = {"teacher": "", "same network, untrained": "_untrained", "raw pixels": "_pixels"}
+    for name, which in rows.items():
+        table.add_row(name, _percent(figures[f"knn{which}"]), _percent(figures[f"linear{which}"]))
     console.print(table)
     head = Table(title="head", title_justify="left", show_header=False)
     head.add_row("mutual information of images and prototypes", f"{figures['mutual_information']:.2f} nats")

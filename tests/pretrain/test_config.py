@@ -97,11 +97,6 @@ def test_prototype_norms_are_frozen_for_dino_unless_told_otherwise(
     assert config.norm_prototypes is frozen
 
 
-def test_channels_follow_from_the_kind_of_images() -> None:
-    folder = changed(digits_config(), data=DataConfig(folder="photos"))
-    assert (digits_config().image_channels, folder.image_channels) == (1, 3)
-
-
 @pytest.mark.parametrize("kind", list(classes_of_configuration()), ids=lambda kind: kind.__name__)
 def test_every_field_is_described(kind: type) -> None:
     described = re.findall(r"^ +(\w+):", str(kind.__doc__).split("Attributes:")[1], flags=re.MULTILINE)
