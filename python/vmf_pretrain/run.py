@@ -103,6 +103,7 @@ class Run:
         report = self.judge.report(self.training)
         teacher, train = self.training.teacher, self.judge.train
         if self.facts["best_knn"] is None:  # without labels, the last weights are the best known
+            self.facts["best_knn"] = report.figures["knn"]
             self._save_weights("best", report.figures["knn"])
         baselines = {"untrained": self.facts["knn_untrained"], "raw pixels": self.facts["knn_pixels"]}
         known = {name: value for name, value in baselines.items() if value is not None}

@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.pretrain.tiny import (
     differing,
     digits_config,
     one_sentence,
     photos_config,
+    save_photos,
     some_digits,
     training_on,
     views_of,
@@ -22,6 +24,7 @@ from tests.pretrain.tiny import (
 from vmf_pretrain.artefacts import draw_plots, load_weights, save_weights
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.evaluate import HeadReport
+from vmf_pretrain.images import folder_images
 from vmf_pretrain.network_input import network_input
 from vmf_pretrain.networks import build_networks
 from vmf_pretrain.run_folder import MetricsLog, RunFolder
@@ -78,6 +81,19 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.weights.iterdir()) == ["last.json", "last.safetensors"]
     assert json.loads((folder.weights / "last.json").read_text())["step"] == 2
     assert differing(load_file(folder.weights / "last.safetensors"), teacher.state_dict()) == []
+
+
+def test_attention_is_drawn_beside_the_photograph_and_not_what_was_made_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor] = []
+    monkeypatch.setattr("vmf_pretrain.artefacts.plot_attention", lambda images, maps, path: drawn.append(images))
+    save_photos(tmp_path / "photos", 6)
+    images, _ = folder_images(tmp_path / "photos", 32, 0.25)
+    config = photos_config(tmp_path / "photos")
+    draw_plots(RunFolder.create(tmp_path / "run"), config, REPORT, build_networks(config)[1], images, {})
+    error = (drawn[0] - images.evaluation_pixels(list(range(6)))).abs().max().item()
+    assert error < 1e-6, f"off by {error:.1e}"
 
 
 @pytest.mark.parametrize("images", [1, 20])

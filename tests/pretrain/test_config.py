@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.pretrain.tiny import changed, digits_config, one_sentence
-from vmf_pretrain.config import Config, DataConfig
+from vmf_pretrain.config import Config
 from vmf_pretrain.errors import PretrainError
 
 OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [

@@ -30,6 +30,8 @@ SUMMARY_KEYS = {
     "knn_untrained",
     "knn_pixels",
     "linear",
+    "linear_untrained",
+    "linear_pixels",
     "mutual_information",
     "rankme",
     "prototypes_used",
