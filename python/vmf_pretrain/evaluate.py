@@ -202,8 +202,8 @@ def batch_information(
 ) -> list[float]:
     """Mutual information in nats of every whole batch of ``rows`` images in turn: what a log of such batches would say.
 
-    It is at most ``ln rows``, and less than that of all images together. Arguments as ``report_head``; none of the features
-    is in two batches, and those left over are in none.
+    It is at most ``ln rows``, and on average less than that of all images together. Arguments as ``report_head``; no image is
+    in two batches, and those left over are in none.
     """
     logits, prototypes, on_device = _assigned(head, features, bias, vmf=vmf)
     starts = range(0, len(features) - rows + 1, rows)

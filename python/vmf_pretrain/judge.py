@@ -24,6 +24,7 @@ from vmf_pretrain.network_input import network_input
 from vmf_pretrain.randomness import JUDGED_ORDER, generator_for
 from vmf_pretrain.training import Training
 
+BASELINES = ("knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels")
 BATCH = 256  # images a forward pass
 PIXEL_SIDE = 32  # of the pixels that k-NN compares: photographs as they are would fill the memory
 PROBED_SIDE = 16  # of those that the linear probe sees: at 32 it takes a minute for 800 photographs, and is no better
@@ -64,7 +65,7 @@ class Judge:
         Pixels are averaged to at most PIXEL_SIDE a side for k-NN, to at most PROBED_SIDE for the probe.
         """
         if not self._labelled:
-            return dict.fromkeys(("knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels"))
+            return dict.fromkeys(BASELINES)
         features = [self._features(untrained, images) for images in (self.train, self._kept())]
         pixels = [self._small_pixels(images) for images in (self.train, self._kept())]
         probed = [_averaged(batch, PROBED_SIDE) for batch in pixels]

@@ -21,14 +21,12 @@ from vmf_pretrain.config_file import write_config
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.images import Images, digits, folder_images
 from vmf_pretrain.interruption import Interruption
-from vmf_pretrain.judge import Judge
+from vmf_pretrain.judge import BASELINES, Judge
 from vmf_pretrain.network_input import NetworkInput, network_input
 from vmf_pretrain.progress import RunProgress
 from vmf_pretrain.run_folder import MetricsLog, RunFolder, read_metrics
 from vmf_pretrain.summary import print_summary, write_summary
 from vmf_pretrain.training import Training
-
-BASELINES = ("knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels")
 
 
 class Run:

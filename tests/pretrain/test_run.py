@@ -27,7 +27,8 @@ from tests.pretrain.tiny import (
 )
 from vmf_pretrain.config_file import read_config
 from vmf_pretrain.errors import PretrainError
-from vmf_pretrain.run import BASELINES, Run
+from vmf_pretrain.judge import BASELINES
+from vmf_pretrain.run import Run
 from vmf_pretrain.run_folder import read_metrics
 
 STEPS = 10  # of the digits' configuration
