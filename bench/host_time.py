@@ -68,7 +68,16 @@ def main() -> None:
 
     tau = torch.tensor(0.1, dtype=torch.float64)
     inputs = LossInputs(
-        student.detach(), of_student.detach(), teacher, of_teacher, None, Pairing(pairs.float(), None), tau, tau, True, True
+        student.detach(),
+        of_student.detach(),
+        teacher,
+        of_teacher,
+        None,
+        Pairing(pairs.float(), None),
+        tau,
+        tau,
+        True,
+        True,
     )
     with Operators() as operators:
         operator.cross_entropy(inputs)
@@ -79,7 +88,9 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
     print(f"launches: {sum(launches.values())}  {launches}")
     print(f"torch operators inside the operator: {sum(operators.seen.values())}  {dict(operators.seen)}")
-    print(f"host time without the launches: median {1e6 * statistics.median(seconds):.0f} us, least {1e6 * min(seconds):.0f} us")
+    print(
+        f"host time without the launches: median {1e6 * statistics.median(seconds):.0f} us, least {1e6 * min(seconds):.0f} us"
+    )
 
 
 if __name__ == "__main__":

@@ -22,14 +22,16 @@ HEAD_COLUMNS = (
     "|---|---|---|---|---|---|---|---|"
 )
 DEMO_COLUMNS = (
-    "| method | seed | k-NN % | untrained | raw pixels | linear % | MI nats | RankMe | used | unique |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| method | seed | k-NN % | untrained | raw pixels | linear % | untrained | raw pixels "
+    "| MI nats | RankMe | used | unique |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 MANY_COLUMNS = (
     "| ranks | prototypes | dim | rows | seconds | peak MiB of a rank | one copy of the logits GiB | machine's memory GiB |\n"
     "|---|---|---|---|---|---|---|---|"
 )
-MEDIANS = ("knn", "knn_untrained", "knn_pixels", "linear", "mutual_information", "rankme")
+ACCURACIES = ("knn", "knn_untrained", "knn_pixels", "linear", "linear_untrained", "linear_pixels")
+MEDIANS = (*ACCURACIES, "mutual_information", "rankme")
 
 
 def head_table(results: Mapping[str, Any]) -> str:

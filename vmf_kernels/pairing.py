@@ -17,7 +17,6 @@ from torch import Tensor
 
 from vmf_kernels.tensors import is_readable
 
-
 FEW = 64  # weights
 
 

@@ -24,7 +24,8 @@ class AssignmentStatistics:
     @classmethod
     def of_op(cls, summary: Tensor, usage: Tensor) -> AssignmentStatistics:
         """From an op's [3] summary (teacher entropy, student entropy, KL) and [K] usage."""
-        return cls(*summary.unbind(), usage)  # an op's by-products have no gradient
+        teacher_entropy, student_entropy, kl = summary.unbind()  # an op's by-products have no gradient
+        return cls(teacher_entropy, student_entropy, kl, usage)
 
     @property
     def mutual_information(self) -> Tensor:

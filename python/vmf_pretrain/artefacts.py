@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vmf_pretrain.attention import attention_maps
 from vmf_pretrain.config import Config
+from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.evaluate import HeadReport
 from vmf_pretrain.images import Images
+from vmf_pretrain.network_input import NetworkInput, network_input
 from vmf_pretrain.networks import Network
 from vmf_pretrain.plots import plot_attention, plot_kappa, plot_knn, plot_loss, plot_usage
 from vmf_pretrain.run_folder import RunFolder, read_metrics
@@ -20,14 +23,35 @@ from vmf_pretrain.run_folder import RunFolder, read_metrics
 SAMPLE_IMAGES = 6
 
 
-def save_weights(folder: RunFolder, name: str, teacher: Network, facts: Mapping[str, Any]) -> None:
-    """``weights/<name>.safetensors`` with the teacher's ``backbone.`` and ``head.``, and the facts beside it as JSON."""
+def save_weights(folder: RunFolder, name: str, teacher: Network, fed: NetworkInput, facts: Mapping[str, Any]) -> None:
+    """``weights/<name>.safetensors`` with the teacher's ``backbone.`` and ``head.``; beside it, as JSON, what it is fed
+    (``input``) and the facts."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in teacher.state_dict().items()}
     path = folder.weights / f"{name}.safetensors"
     _replace(path, lambda temporary: save_file(tensors, str(temporary)))
-    _replace(
-        path.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(dict(facts), indent=2) + "\n")
-    )
+    described = json.dumps({**facts, "input": fed.facts()}, indent=2) + "\n"
+    _replace(path.with_suffix(".json"), lambda temporary: temporary.write_text(described))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], NetworkInput]:
+    """The tensors of a ``weights/<name>.safetensors`` and what its network is fed.
+
+    Raises:
+        PretrainError: a file cannot be read, or the JSON beside the weights does not say what they were trained on.
+    """
+    beside = path.with_suffix(".json")
+    try:
+        tensors, facts = load_file(path), json.loads(beside.read_text())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise PretrainError(
+            f"weights {path} with {beside.name} cannot be read: {' '.join(str(error).split())}."
+        ) from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("input"), dict):
+        raise PretrainError(
+            f"weights {path} do not say what they were trained on; expected input with size, channels, mean and deviation in "
+            f"{beside.name}, as every version but the first writes it."
+        )
+    return tensors, NetworkInput.from_facts(facts["input"])
 
 
 def draw_plots(
@@ -42,9 +66,10 @@ def draw_plots(
     plot_knn(evaluations, baselines, folder.plots / "knn.png")
     plot_usage(head.usage.cpu(), folder.plots / "usage.png")
     plot_kappa(head.norms.cpu() / config.loss.teacher_temp, folder.plots / "kappa.png")
-    sample = images.evaluation_batch(_spread(len(images)))
+    fed = network_input(config)
+    sample = fed.of(images.evaluation_pixels(_spread(len(images))))
     maps: Tensor = attention_maps(teacher.backbone, sample).cpu()
-    plot_attention(sample, maps, folder.plots / "attention.png")
+    plot_attention(fed.pixels(sample), maps, folder.plots / "attention.png")
 
 
 def _spread(count: int) -> list[int]:

@@ -12,8 +12,6 @@ from torchvision.transforms.v2 import functional
 
 from vmf_pretrain.config import GLOBAL_VIEWS, PhotoViewConfig
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the published networks expect
-DEVIATION = (0.229, 0.224, 0.225)
 ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 BLUR_DEVIATIONS = (0.1, 2.0)  # pixels at a side of 224
@@ -22,7 +20,7 @@ SOLARIZE_ABOVE = 0.5
 
 
 def photo_view(image: Tensor, view: int, side: int, config: PhotoViewConfig, generator: Generator) -> Tensor:
-    """[3, side, side] view number ``view`` (0 and 1 are global) of an image [3, H, W] in [0, 1], normalised."""
+    """[3, side, side] view number ``view`` (0 and 1 are global) of an image [3, H, W]; both in [0, 1]."""
     area = config.global_area if view < GLOBAL_VIEWS else config.local_area
     top, left, height, width = _crop_box(image.shape[-2], image.shape[-1], area, generator)
     out = functional.resized_crop(image, top, left, height, width, [side, side], antialias=True)
@@ -37,8 +35,8 @@ def photo_view(image: Tensor, view: int, side: int, config: PhotoViewConfig, gen
         out = functional.gaussian_blur(out, kernel_size=[_odd(side / 10)] * 2, sigma=[sigma] * 2)
     if view == 1 and _chance(config.solarize, generator):
         out = functional.solarize(out, SOLARIZE_ABOVE)
-    normalized: Tensor = functional.normalize(out.clamp(0, 1), list(MEAN), list(DEVIATION))
-    return normalized
+    pixels: Tensor = out.clamp(0, 1)
+    return pixels
 
 
 def _crop_box(height: int, width: int, area: tuple[float, float], generator: Generator) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ from vmf_pretrain.augment_photos import photo_view
 from vmf_pretrain.config import GLOBAL_VIEWS, Config
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.images import DigitImages, Images
+from vmf_pretrain.network_input import network_input
 from vmf_pretrain.randomness import DATA_ORDER, VIEW, generator_for
 
 
@@ -54,7 +55,12 @@ class ViewBatches(Dataset[list[Tensor] | PretrainError]):
         return torch.randperm(len(self.images), generator=generator_for(self.config.seed, DATA_ORDER, epoch))
 
     def views(self, epoch: int, indices: list[int]) -> list[Tensor]:
-        """Each view [B, C, side, side] of some images; row b of it depends on (seed, epoch, indices[b], view) only."""
+        """Each view [B, C, side, side] of some images, as the network is fed it; row b of it depends on
+        (seed, epoch, indices[b], view) only."""
+        return [network_input(self.config).of(pixels) for pixels in self._pixels(epoch, indices)]
+
+    def _pixels(self, epoch: int, indices: list[int]) -> list[Tensor]:
+        """The views as pixels in [0, 1], but for the noise of digits."""
         chosen, seed = self.config.views, self.config.seed
         sides = [chosen.global_size] * GLOBAL_VIEWS + [chosen.local_size] * chosen.local_count
         if isinstance(self.images, DigitImages):

@@ -384,11 +384,6 @@ class Config:
         )
 
     @property
-    def image_channels(self) -> int:
-        """1 for digits, 3 for photographs."""
-        return 1 if self.data.kind == "digits" else 3
-
-    @property
     def norm_prototypes(self) -> bool:
         """Whether the prototypes stay at norm 1."""
         chosen = self.head.norm_prototypes

@@ -4,10 +4,12 @@ Legend: N training rows (or images), M test rows, F feature dim, C classes, K pr
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vmf_kernels import (
+    AssignmentStatistics,
     DINOHead,
     PrototypeLogits,
     Prototypes,
@@ -26,7 +29,7 @@ from vmf_pretrain.errors import PretrainError
 
 TEST_ROWS_AT_ONCE = 256  # of cosines: 50 MiB of fp32 against 50,000 training rows
 LOGIT_ROWS_AT_ONCE = 64  # of stored logits: 16 MiB of fp32 at K = 65,536
-PROBE_ITERATIONS = 1000  # of L-BFGS; scikit-learn warns if that was too few
+PROBE_ITERATIONS = 1000  # of L-BFGS; a warning says if that was too few
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +107,15 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
             f"The linear probe got {train.shape[0]} training images of 1 class but needs at least 2 classes."
         )
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=PROBE_ITERATIONS))
-    probe.fit(train.double().cpu().numpy(), train_labels.cpu().numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said in our own words below
+        probe.fit(train.double().cpu().numpy(), train_labels.cpu().numpy())
+    if int(probe[-1].n_iter_.max()) >= PROBE_ITERATIONS:
+        warnings.warn(
+            f"The linear probe of {train.shape[1]} features had not settled after {PROBE_ITERATIONS} iterations; "
+            "its accuracy may be a little off.",
+            stacklevel=2,
+        )
     return 100.0 * float(probe.score(test.double().cpu().numpy(), test_labels.cpu().numpy()))
 
 
@@ -170,22 +181,8 @@ def report_head(
     Raises:
         ValueError: shapes or the temperature do not fit.
     """
-    device = device_of(head)
-    with evaluating(head):
-        logits: PrototypeLogits = head(features.to(device)).float()
-    prototypes = logits.prototypes.with_vmf() if vmf else logits.prototypes
-    on_device = None if bias is None else bias.to(device)
-    # of the teacher with itself; only the statistics are wanted
-    statistics = prototype_cross_entropy(
-        logits.features,
-        prototypes,
-        logits.features,
-        prototypes,
-        torch.ones(1, 1),
-        student_temperature=temperature,
-        teacher_temperature=temperature,
-        teacher_bias=on_device,
-    ).statistics
+    logits, prototypes, on_device = _assigned(head, features, bias, vmf=vmf)
+    statistics = _statistics(logits.features, prototypes, temperature, on_device)
     duplicates = unique_prototypes(prototypes.effective_weight(), threshold)
     return HeadReport(
         mutual_information=float(statistics.mutual_information),
@@ -197,6 +194,21 @@ def report_head(
         largest_duplicate_share=duplicates.largest_share,
         norms=prototypes.norms().float().cpu(),
     )
+
+
+@torch.no_grad()
+def batch_information(
+    head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, vmf: bool, rows: int
+) -> list[float]:
+    """Mutual information in nats of every whole batch of ``rows`` images in turn: what a log of such batches would say.
+
+    It is at most ``ln rows``, and on average less than that of all images together. Arguments as ``report_head``; no image is
+    in two batches, and those left over are in none.
+    """
+    logits, prototypes, on_device = _assigned(head, features, bias, vmf=vmf)
+    starts = range(0, len(features) - rows + 1, rows)
+    batches = (logits.features[start : start + rows] for start in starts)
+    return [float(_statistics(batch, prototypes, temperature, on_device).mutual_information) for batch in batches]
 
 
 @contextlib.contextmanager
@@ -214,6 +226,33 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def device_of(module: nn.Module) -> torch.device:
     """Where the module's first parameter lives."""
     return next(module.parameters()).device
+
+
+def _assigned(
+    head: DINOHead, features: Tensor, bias: Tensor | None, *, vmf: bool
+) -> tuple[PrototypeLogits, Prototypes, Tensor | None]:
+    """Logits of features in evaluation mode, the prototypes with the method's normaliser, and the bias beside them."""
+    device = device_of(head)
+    with evaluating(head):
+        logits: PrototypeLogits = head(features.to(device)).float()
+    prototypes = logits.prototypes.with_vmf() if vmf else logits.prototypes
+    return logits, prototypes, None if bias is None else bias.to(device)
+
+
+def _statistics(
+    rows_ND: Tensor, prototypes: Prototypes, temperature: float, bias: Tensor | None
+) -> AssignmentStatistics:
+    """What rows and prototypes do with each other: of the teacher with itself, for only the statistics are wanted."""
+    return prototype_cross_entropy(
+        rows_ND,
+        prototypes,
+        rows_ND,
+        prototypes,
+        torch.ones(1, 1),
+        student_temperature=temperature,
+        teacher_temperature=temperature,
+        teacher_bias=bias,
+    ).statistics
 
 
 def _log_prior(prototypes: Prototypes, temperature: float, bias: Tensor | None) -> Tensor:

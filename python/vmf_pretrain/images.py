@@ -40,8 +40,8 @@ class DigitImages:
     def __len__(self) -> int:
         return len(self.canvases)
 
-    def evaluation_batch(self, indices: list[int]) -> Tensor:
-        """[B, 1, S, S] images as they are."""
+    def evaluation_pixels(self, indices: list[int]) -> Tensor:
+        """[B, 1, S, S] in [0, 1]: the canvases."""
         return self.canvases[indices].unsqueeze(1)
 
     def subset(self, indices: Tensor) -> "DigitImages":
@@ -76,8 +76,8 @@ class FolderImages:
         pixels: Tensor = functional.to_dtype(functional.pil_to_tensor(rgb), torch.float32, scale=True)
         return pixels
 
-    def evaluation_batch(self, indices: list[int]) -> Tensor:
-        """[B, 3, size, size] images: resized by the shorter side to 8/7 of ``size``, centre-cropped."""
+    def evaluation_pixels(self, indices: list[int]) -> Tensor:
+        """[B, 3, size, size] in [0, 1]: resized by the shorter side to 8/7 of ``size``, centre-cropped."""
         resized = (functional.resize(self.decode(index), [self.size * 8 // 7], antialias=True) for index in indices)
         return torch.stack([functional.center_crop(image, [self.size, self.size]) for image in resized])
 

@@ -8,14 +8,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vmf_kernels import LogitCenter, ProbabilityCenter
+from vmf_kernels import DINOHead, LogitCenter, ProbabilityCenter
 from vmf_pretrain.config import Config
-from vmf_pretrain.evaluate import HeadReport, extract_features, knn_accuracy, linear_accuracy, rankme, report_head
-from vmf_pretrain.images import Images
+from vmf_pretrain.evaluate import (
+    HeadReport,
+    batch_information,
+    extract_features,
+    knn_accuracy,
+    linear_accuracy,
+    rankme,
+    report_head,
+)
+from vmf_pretrain.images import SPLIT_SEED, Images
+from vmf_pretrain.network_input import network_input
+from vmf_pretrain.randomness import JUDGED_ORDER, generator_for
 from vmf_pretrain.training import Training
 
+BASELINES = ("knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels")
 BATCH = 256  # images a forward pass
-PIXEL_SIDE = 32
+PIXEL_SIDE = 32  # of the pixels that k-NN compares: photographs as they are would fill the memory
+PROBED_SIDE = 16  # of those that the linear probe sees: at 32 it takes a minute for 800 photographs, and is no better
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What the end of a run is judged to be.
+
+    Attributes:
+        figures: the summary's, as far as the teacher decides them.
+        head: what the head does with the training images.
+        information: mutual information, nats, of judged images in batches as large as in training, and twice as large.
+    """
+
+    figures: dict[str, Any]
+    head: HeadReport
+    information: tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
@@ -32,25 +59,37 @@ class Judge:
             return None
         return self._compare(self._features(backbone, self.train), self._features(backbone, self._kept()))
 
-    def knn_pixels(self) -> float | None:
-        """The same of raw pixels, averaged to at most PIXEL_SIDE a side: photographs would fill the memory."""
-        return self._compare(self._pixels(self.train), self._pixels(self._kept())) if self._labelled else None
+    def baselines(self, untrained: nn.Module) -> dict[str, float | None]:
+        """k-NN and linear accuracy, percent, of an untrained backbone's features and of raw pixels; None without labels.
 
-    def report(self, training: Training) -> tuple[dict[str, Any], HeadReport]:
-        """Every figure of the summary that the teacher decides, and what its head does with the training images."""
+        Pixels are averaged to at most PIXEL_SIDE a side for k-NN, to at most PROBED_SIDE for the probe.
+        """
+        if not self._labelled:
+            return dict.fromkeys(BASELINES)
+        features = [self._features(untrained, images) for images in (self.train, self._kept())]
+        pixels = [self._small_pixels(images) for images in (self.train, self._kept())]
+        probed = [_averaged(batch, PROBED_SIDE) for batch in pixels]
+        return {
+            "knn_untrained": self._compare(*features),
+            "linear_untrained": self._linear(*features),
+            "knn_pixels": self._compare(*(batch.flatten(1) for batch in pixels)),
+            "linear_pixels": self._linear(*(batch.flatten(1) for batch in probed)),
+        }
+
+    def inputs(self, images: Images) -> Iterator[Tensor]:
+        """What a network that is judged is fed: batches [B, C, size, size] of the images looked at."""
+        return map(network_input(self.config).of, self._pixels(images))
+
+    def report(self, training: Training) -> Report:
+        """Judge the teacher with its head."""
         teacher = training.teacher
         features = self._features(teacher.backbone, self.train)
         tau = training.teacher_temperature(self.config.train.epochs)
         center = training.loss.centering
         assert isinstance(center, LogitCenter | ProbabilityCenter), "the trainer's losses have a running centre"
-        head = report_head(
-            teacher.head,
-            features,
-            tau,
-            center.bias(tau),
-            vmf=training.uses_vmf,
-            threshold=self.config.evaluate.duplicate_threshold,
-        )
+        assigned: dict[str, Any] = {"temperature": tau, "bias": center.bias(tau), "vmf": training.uses_vmf}
+        threshold = self.config.evaluate.duplicate_threshold
+        head = report_head(teacher.head, features, **assigned, threshold=threshold)
         kept = self._features(teacher.backbone, self._kept()) if self._labelled else None
         figures = {
             "knn": None if kept is None else self._compare(features, kept),
@@ -63,7 +102,16 @@ class Judge:
             "unique_prototypes": head.unique_prototypes,
             "largest_duplicate_share": head.largest_duplicate_share,
         }
-        return figures, head
+        return Report(figures, head, self._information(teacher.head, features, assigned))
+
+    def _information(
+        self, head: DINOHead, features: Tensor, assigned: dict[str, Any]
+    ) -> tuple[list[float], list[float]]:
+        """Of batches of the training's size and of twice that, or of all images where they are fewer; in a fixed order."""
+        shuffled = features[torch.randperm(len(features), generator=generator_for(SPLIT_SEED, JUDGED_ORDER))]
+        size = self.config.data.batch_size
+        once = batch_information(head, shuffled, **assigned, rows=size)
+        return once, batch_information(head, shuffled, **assigned, rows=min(2 * size, len(shuffled)))
 
     def _kept(self) -> Images:
         assert self.held_out is not None
@@ -85,16 +133,15 @@ class Judge:
         return float(linear_accuracy(train, labels, kept, self._labels(self._kept())))
 
     def _features(self, backbone: nn.Module, images: Images) -> Tensor:
-        return extract_features(backbone, self._batches(images))
+        return extract_features(backbone, self.inputs(images))
 
-    def _pixels(self, images: Images) -> Tensor:
-        small = (adaptive_avg_pool2d(batch, min(batch.shape[-1], PIXEL_SIDE)) for batch in self._batches(images))
-        return torch.cat([batch.flatten(1) for batch in small])
+    def _small_pixels(self, images: Images) -> Tensor:
+        return torch.cat([_averaged(batch, PIXEL_SIDE) for batch in self._pixels(images)])
 
-    def _batches(self, images: Images) -> Iterator[Tensor]:
+    def _pixels(self, images: Images) -> Iterator[Tensor]:
         chosen = self._chosen(images)
         for start in range(0, len(chosen), BATCH):
-            yield images.evaluation_batch(chosen[start : start + BATCH])
+            yield images.evaluation_pixels(chosen[start : start + BATCH])
 
     def _chosen(self, images: Images) -> list[int]:
         """Indices of the images looked at, evenly over all: files are sorted by class."""
@@ -104,3 +151,8 @@ class Judge:
     def _labels(self, images: Images) -> Tensor:
         assert images.labels is not None
         return images.labels[self._chosen(images)]
+
+
+def _averaged(pixels: Tensor, side: int) -> Tensor:
+    """[N, C, s, s] averaged to at most ``side`` a side."""
+    return adaptive_avg_pool2d(pixels, min(pixels.shape[-1], side))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vmf_kernels import DINOHead, PrototypeLogits
 from vmf_pretrain.config import BackboneConfig, Config
 from vmf_pretrain.errors import PretrainError
+from vmf_pretrain.network_input import network_input
 from vmf_pretrain.optim import update_average
 
 
@@ -71,7 +72,7 @@ def _backbone(config: Config, drop_path: float) -> timm.models.VisionTransformer
             chosen.name,
             img_size=config.views.global_size,
             patch_size=chosen.patch_size,
-            in_chans=config.image_channels,
+            in_chans=network_input(config).channels,
             num_classes=0,
             drop_path_rate=drop_path,
             dynamic_img_size=True,

@@ -14,6 +14,7 @@ VIEW = 2
 TRAINING_STEP = 3
 PLACEMENT = 4
 INITIALISATION = 5
+JUDGED_ORDER = 6
 
 
 def stream_seed(seed: int, use: int, *place: int) -> int:

@@ -1,5 +1,6 @@
 """A pretraining run from its configuration to its summary."""
 
+import math
 import shlex
 import time
 from dataclasses import asdict
@@ -11,17 +12,19 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from vmf_pretrain.agreement import BATCHES_LOGGED, agreement
 from vmf_pretrain.artefacts import draw_plots, save_weights
 from vmf_pretrain.batches import ViewBatches, load_from
-from vmf_pretrain.checkpoint import load_checkpoint, save_checkpoint
+from vmf_pretrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vmf_pretrain.config import Config
 from vmf_pretrain.config_file import write_config
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.images import Images, digits, folder_images
 from vmf_pretrain.interruption import Interruption
-from vmf_pretrain.judge import Judge
+from vmf_pretrain.judge import BASELINES, Judge
+from vmf_pretrain.network_input import NetworkInput, network_input
 from vmf_pretrain.progress import RunProgress
-from vmf_pretrain.run_folder import MetricsLog, RunFolder
+from vmf_pretrain.run_folder import MetricsLog, RunFolder, read_metrics
 from vmf_pretrain.summary import print_summary, write_summary
 from vmf_pretrain.training import Training
 
@@ -42,6 +45,7 @@ class Run:
     def __init__(self, config: Config, out: Path, *, resume: bool, console: Console) -> None:
         self.started = time.perf_counter()
         self.config = config
+        self.fed = network_input(config)
         self.console = console
         if not resume:
             RunFolder.refuse_existing(out)
@@ -53,12 +57,10 @@ class Run:
         self.facts: dict[str, Any] = {"seconds_before": 0.0, "best_knn": None}
         if resume:
             self.folder = RunFolder.reopen(out)
-            checkpoint = load_checkpoint(self.folder.checkpoints)
-            self.training.restore(checkpoint)
-            self.step, self.facts = checkpoint.step, checkpoint.state
+            self._restore(load_checkpoint(self.folder.checkpoints))
             console.print(f"Going on from step {self.step} of {len(self.batches)}.")
         else:
-            self.facts |= {"knn_pixels": self.judge.knn_pixels(), "knn_untrained": self._knn()}
+            self.facts |= self._judged_before_training()
             self.folder = RunFolder.create(out)
             write_config(config, self.folder.config)
             self.save()  # step 0: whatever stops the first epoch, --resume has something to go on from
@@ -96,18 +98,18 @@ class Run:
 
     def finish(self) -> None:
         """Judge the teacher, draw, and say how it went."""
-        found, head = self.judge.report(self.training)
+        report = self.judge.report(self.training)
         teacher, train = self.training.teacher, self.judge.train
         if self.facts["best_knn"] is None:  # without labels, the last weights are the best known
-            save_weights(self.folder, "best", teacher, self._weight_facts(found["knn"]))
+            self.facts["best_knn"] = report.figures["knn"]
+            self._save_weights("best", report.figures["knn"])
         baselines = {"untrained": self.facts["knn_untrained"], "raw pixels": self.facts["knn_pixels"]}
         known = {name: value for name, value in baselines.items() if value is not None}
-        draw_plots(self.folder, self.config, head, teacher, self.judge.held_out or train, known)
+        draw_plots(self.folder, self.config, report.head, teacher, self.judge.held_out or train, known)
         figures = {
-            **found,
-            "knn_untrained": self.facts["knn_untrained"],
-            "knn_pixels": self.facts["knn_pixels"],
-            "best_knn": self.facts["best_knn"],
+            **report.figures,
+            **self._compared(report.information),
+            **{name: self.facts[name] for name in (*BASELINES, "best_knn")},
             "seconds": round(self.seconds, 1),
             "method": self.config.method,
             "seed": self.config.seed,
@@ -140,7 +142,7 @@ class Run:
     def _keep(self) -> None:
         """A checkpoint, and the teacher's weights of the same step."""
         self.save()
-        save_weights(self.folder, "last", self.training.teacher, self._weight_facts(None))
+        self._save_weights("last", None)
 
     def _evaluate(self, log: MetricsLog, progress: RunProgress) -> None:
         accuracy = self._knn()
@@ -150,7 +152,7 @@ class Run:
         progress.tell(self.step, {"k-NN %": accuracy})
         if self.facts["best_knn"] is None or accuracy > self.facts["best_knn"]:
             self.facts["best_knn"] = accuracy
-            save_weights(self.folder, "best", self.training.teacher, self._weight_facts(accuracy))
+            self._save_weights("best", accuracy)
 
     def _knn(self) -> float | None:
         return self.judge.knn(self.training.teacher.backbone)
@@ -160,8 +162,42 @@ class Run:
         """Epochs done, the running one counted."""
         return -(-self.step // self.batches.steps_per_epoch)
 
-    def _weight_facts(self, knn: float | None) -> dict[str, Any]:
-        return {"network": "teacher", "step": self.step, "knn": knn, "config": asdict(self.config)}
+    def _save_weights(self, name: str, knn: float | None) -> None:
+        facts = {"network": "teacher", "step": self.step, "knn": knn, "config": asdict(self.config)}
+        save_weights(self.folder, name, self.training.teacher, self.fed, facts)
+
+    def _judged_before_training(self) -> dict[str, Any]:
+        """What a checkpoint holds of the input, and of accuracies that need no training; the networks are still untrained."""
+        return {"input": self.fed.facts(), **self.judge.baselines(self.training.teacher.backbone)}
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.step, self.facts = checkpoint.step, checkpoint.state
+        if "input" not in self.facts:
+            # the first version: trained on the same scale, but judged photographs on another
+            self.facts |= {**self._judged_before_training(), "best_knn": None}
+            self.console.print(
+                f"Checkpoint {checkpoint.path.name} does not say what its network is fed, so it was judged by an earlier "
+                "version; baselines are judged anew, and the best accuracy from here on.",
+                soft_wrap=True,
+            )
+        trained = NetworkInput.from_facts(self.facts["input"])
+        if trained != self.fed:
+            raise PretrainError(
+                f"checkpoint {checkpoint.path} is of a network fed with {trained} but the configuration asks for {self.fed}."
+            )
+        self.training.restore(checkpoint)
+
+    def _compared(self, judged: tuple[list[float], list[float]]) -> dict[str, Any]:
+        """What the log says of the mutual information beside what is judged, for the summary; nulls where it cannot be said."""
+        lines = [record["mutual_information"] for record in read_metrics(self.folder) if "mutual_information" in record]
+        logged = [math.nan if value is None else value for value in lines[-BATCHES_LOGGED:]]
+        found = agreement(logged, *judged)
+        return {
+            "mutual_information_logged": None if found is None else found.logged,
+            "mutual_information_judged": None if found is None else list(found.judged),
+            "mutual_information_tolerance": None if found is None else found.tolerance,
+            "mutual_information_agrees": None if found is None else found.holds,
+        }
 
     def _next_command(self) -> str:
         if self.config.data.kind == "digits":

@@ -33,6 +33,22 @@ def verdict(figures: Mapping[str, Any], prototypes: int) -> str:
     )
 
 
+def comparison(figures: Mapping[str, Any]) -> str:
+    """Whether the log and the summary tell the same mutual information, in words."""
+    if figures["mutual_information_agrees"] is None:
+        return "Log and summary were not compared: too few batches were logged, or too few images judged."
+    logged, tolerance = figures["mutual_information_logged"], figures["mutual_information_tolerance"]
+    low, high = sorted(figures["mutual_information_judged"])
+    said = f"{logged:.2f} nats in the last training batches, {low:.2f} to {high:.2f} in batches as large of the images judged"
+    if figures["mutual_information_agrees"]:
+        return f"Log and summary agree on the mutual information: {said}."
+    return (
+        f"LOG AND SUMMARY DISAGREE on the mutual information: {said}, and batches differ by {tolerance:.2f} at most. What is "
+        "judged is not to the network what it was trained on, so distrust the figures above: train longer if batch "
+        "normalisation has not settled, use milder views if they are unlike the images, and report it as a fault otherwise."
+    )
+
+
 def write_summary(path: Path, figures: Mapping[str, Any]) -> None:
     """Write summary.json; numbers that are not finite become null."""
     plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in figures.items()}
@@ -49,9 +65,9 @@ def print_summary(
     table.add_column("frozen features, held-out images")
     table.add_column("k-NN %", justify="right")
     table.add_column("linear %", justify="right")
-    table.add_row("teacher", _percent(figures["knn"]), _percent(figures["linear"]))
-    table.add_row("same network, untrained", _percent(figures["knn_untrained"]), "-")
-    table.add_row("raw pixels", _percent(figures["knn_pixels"]), "-")
+    rows = {"teacher": "", "same network, untrained": "_untrained", "raw pixels": "_pixels"}
+    for name, which in rows.items():
+        table.add_row(name, _percent(figures[f"knn{which}"]), _percent(figures[f"linear{which}"]))
     console.print(table)
     head = Table(title="head", title_justify="left", show_header=False)
     head.add_row("mutual information of images and prototypes", f"{figures['mutual_information']:.2f} nats")
@@ -62,6 +78,7 @@ def print_summary(
     head.add_row("largest set of duplicates", f"{100 * figures['largest_duplicate_share']:.1f} % of the prototypes")
     console.print(head)
     console.print(verdict(figures, prototypes))
+    console.print(comparison(figures), soft_wrap=True, highlight=False)
     console.print(f"Run folder: {folder} (summary.json, metrics.jsonl, plots/, weights/, tensorboard/)", soft_wrap=True)
     console.print(f"Next: {next_command}", soft_wrap=True, highlight=False)
 

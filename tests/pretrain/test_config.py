@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.pretrain.tiny import changed, digits_config, one_sentence
-from vmf_pretrain.config import Config, DataConfig
+from vmf_pretrain.config import Config
 from vmf_pretrain.errors import PretrainError
 
 OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
@@ -95,11 +95,6 @@ def test_prototype_norms_are_frozen_for_dino_unless_told_otherwise(
 ) -> None:
     config = digits_config(method=method, head={"norm_prototypes": chosen})
     assert config.norm_prototypes is frozen
-
-
-def test_channels_follow_from_the_kind_of_images() -> None:
-    folder = changed(digits_config(), data=DataConfig(folder="photos"))
-    assert (digits_config().image_channels, folder.image_channels) == (1, 3)
 
 
 @pytest.mark.parametrize("kind", list(classes_of_configuration()), ids=lambda kind: kind.__name__)

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from vmf_kernels import DINOHead, log_vmf_constant
 from vmf_pretrain import evaluate
 from vmf_pretrain.errors import PretrainError
-from vmf_pretrain.evaluate import HeadReport, extract_features, knn_accuracy, linear_accuracy, rankme, report_head
+from vmf_pretrain.evaluate import (
+    HeadReport,
+    batch_information,
+    extract_features,
+    knn_accuracy,
+    linear_accuracy,
+    rankme,
+    report_head,
+)
 
 IN_DIM = 6
 PROTOTYPES = 12
@@ -141,6 +149,13 @@ def test_the_linear_probe_is_deterministic() -> None:
     torch.manual_seed(5)
     second = linear_accuracy(*train, *test)
     assert first == second, f"{first} % and then {second} %"
+
+
+def test_a_probe_that_has_not_settled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "PROBE_ITERATIONS", 2)
+    with pytest.warns(UserWarning, match="probe of 6 features had not settled after 2 iterations") as caught:
+        linear_accuracy(*blobs(120, 4, 1.5, seed=1), *blobs(80, 4, 1.5, seed=2))
+    assert len(caught) == 1, [str(warning.message) for warning in caught]
 
 
 def test_a_single_class_cannot_be_probed() -> None:
@@ -343,3 +358,19 @@ def test_a_report_leaves_the_head_alone() -> None:
     assert not report.usage.requires_grad, "usage carries a graph"
     assert not report.norms.requires_grad, "norms carry a graph"
     assert all(parameter.grad is None for parameter in head.parameters()), "a parameter has a gradient"
+
+
+@pytest.mark.parametrize("vmf", [False, True], ids=["dino", "dino-vmf"])
+def test_information_of_batches_equals_the_probabilities_written_out(vmf: bool) -> None:
+    head, features, bias = some_head(use_bn=True), torch.randn(50, IN_DIM), 2 * torch.randn(PROTOTYPES)
+    got = batch_information(head, features, TEMPERATURE, bias, vmf=vmf, rows=20)
+    parts = [written_out(head, features[start : start + 20], TEMPERATURE, bias, vmf=vmf) for start in (0, 20)]
+    expected = [(entropy(q.mean(0)) - entropy(q).mean()).item() for q in parts]
+    assert got == pytest.approx(expected, abs=2e-5), f"got {got}; expected {expected}"
+
+
+@pytest.mark.parametrize(("rows", "batches"), [(50, 1), (51, 0), (7, 7), (1, 50)])
+def test_information_is_of_whole_batches_only(rows: int, batches: int) -> None:
+    got = batch_information(some_head(), torch.randn(50, IN_DIM), TEMPERATURE, None, vmf=False, rows=rows)
+    assert len(got) == batches
+    assert all(abs(value) < 1e-5 for value in got) == (rows == 1 or not got), f"{got} of batches of {rows}"

@@ -65,7 +65,7 @@ def test_digits_labels_follow_their_images() -> None:
     assert counts == np.bincount(load_digits().target).tolist()
     some = train.subset(torch.tensor([5, 2]))
     assert torch.equal(some.labels, train.labels[[5, 2]])
-    assert torch.equal(some.evaluation_batch([1]), train.canvases[2][None, None])
+    assert torch.equal(some.evaluation_pixels([1]), train.canvases[2][None, None])
 
 
 def test_digits_lie_all_over_the_canvas() -> None:
@@ -213,7 +213,7 @@ def test_image_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (48, 64), (5, 3), (200, 4), (1, 1)])
 def test_image_of_any_shape_becomes_a_square_for_evaluation(width: int, height: int, tmp_path: Path) -> None:
     colours().resize((width, height)).save(tmp_path / "image.png")
-    batch = FolderImages([tmp_path / "image.png"], None, SIZE).evaluation_batch([0, 0])
+    batch = FolderImages([tmp_path / "image.png"], None, SIZE).evaluation_pixels([0, 0])
     assert batch.shape == (2, 3, SIZE, SIZE)
     assert batch.isfinite().all()
 
@@ -222,7 +222,7 @@ def test_evaluation_shows_the_middle_of_an_image(tmp_path: Path) -> None:
     pixels = np.zeros((70, 140, 3), np.uint8)
     pixels[15:55, 50:90] = 255
     Image.fromarray(pixels).save(tmp_path / "image.png")
-    batch = FolderImages([tmp_path / "image.png"], None, 35).evaluation_batch([0])[0, 0]
+    batch = FolderImages([tmp_path / "image.png"], None, 35).evaluation_pixels([0])[0, 0]
     assert batch[17, 17] > 0.99, "the middle is dark"
     side = 40 * 40 / 70  # a bright square of 40 pixels, shrunk with the image from 70 to 40
     assert abs(batch.mean().item() - (side / 35) ** 2) < 0.02, f"{batch.mean():.3f} of the crop is bright"

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.pretrain.tiny import digits_config, photos_config, save_photos, training_on, views_of
+from tests.pretrain.tiny import digits_config, photos_config, save_photos, training_on, two_classes, views_of
 from vmf_pretrain.config import Config
+from vmf_pretrain.evaluate import knn_accuracy, linear_accuracy
 from vmf_pretrain.images import DigitImages, digits, folder_images
 from vmf_pretrain.judge import Judge
+from vmf_pretrain.networks import build_networks
 
 
 class Pixels(nn.Module):
@@ -34,14 +36,37 @@ def judged(config: Config) -> Judge:
 
 
 def test_accuracy_of_a_backbone_that_does_nothing_is_that_of_pixels() -> None:
-    judge = judged(digits_config(evaluate={"max_images": 10_000}))
-    assert judge.knn(Pixels()) == judge.knn_pixels()
+    judge = judged(digits_config(evaluate={"max_images": 500}))
+    found = judge.baselines(Pixels())
+    assert found["knn_untrained"] == found["knn_pixels"] == judge.knn(Pixels())
+    assert found["linear_untrained"] == found["linear_pixels"]
 
 
-def test_accuracy_of_pixels_at_random_places_is_far_from_chance_and_from_perfect() -> None:
-    accuracy = judged(digits_config(evaluate={"max_images": 10_000})).knn_pixels()
-    assert accuracy is not None
-    assert 40 < accuracy < 85, f"{accuracy:.1f} %"
+def test_baselines_are_those_of_all_images_and_the_same_every_time() -> None:
+    config = digits_config(evaluate={"max_images": 10_000})
+    train, held_out = digits()
+    _, untrained = build_networks(config)
+    torch.manual_seed(1)
+    found = judged(config).baselines(untrained.backbone)
+    torch.manual_seed(2)
+    again = judged(config).baselines(untrained.backbone)
+    pixels = [part for images in (train, held_out) for part in (images.canvases.flatten(1), images.labels)]
+    assert found == again
+    assert found["linear_pixels"] == linear_accuracy(*pixels)
+    assert found["knn_pixels"] == knn_accuracy(*pixels, neighbours=10, temperature=0.07)
+    assert 40 < float(str(found["knn_pixels"])) < 85, found
+
+
+def test_pixels_are_those_of_the_image_and_not_those_that_a_network_is_fed(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    train, held_out = folder_images(tmp_path, 32, 0.25)
+    assert held_out is not None
+    pixels = []
+    for images in (train, held_out):
+        assert images.labels is not None
+        pixels += [images.evaluation_pixels(list(range(len(images)))).flatten(1), images.labels]
+    judge = Judge(train, held_out, photos_config(tmp_path))
+    assert judge.baselines(Pixels())["knn_pixels"] == knn_accuracy(*pixels, neighbours=3, temperature=0.07)
 
 
 def test_no_more_images_are_looked_at_than_asked_for() -> None:
@@ -56,7 +81,8 @@ def test_images_looked_at_lie_evenly_over_all_classes() -> None:
     canvases = torch.zeros(400, 16, 16)
     canvases[:, 0, 0], canvases[:, 0, 1] = torch.cos(labels / 3), torch.sin(labels / 3)
     images = DigitImages(canvases, torch.zeros(400, 2), labels)
-    accuracy = Judge(images, images, digits_config(evaluate={"max_images": 50, "neighbours": 3})).knn_pixels()
+    judge = Judge(images, images, digits_config(evaluate={"max_images": 50, "neighbours": 3}))
+    accuracy = judge.baselines(Pixels())["knn_pixels"]
     assert accuracy == 100.0, f"{accuracy} %: some class was not among the images looked at"
 
 
@@ -66,7 +92,8 @@ def test_report_has_every_figure_and_accuracies_only_with_labels(labelled: bool)
     training, batches = training_on(config, 300)
     training.step(0, views_of(batches, 0))  # the centre starts with it
     train, held_out = digits()
-    figures, head = Judge(train, held_out if labelled else None, config).report(training)
+    report = Judge(train, held_out if labelled else None, config).report(training)
+    figures, head = report.figures, report.head
     accuracies = [figures["knn"], figures["linear"]]
     assert all((accuracy is not None) == labelled for accuracy in accuracies), accuracies
     assert abs(figures["mutual_information"] - (figures["usage_entropy"] - figures["teacher_entropy"])) < 1e-4
@@ -81,6 +108,6 @@ def test_folder_without_classes_has_no_accuracy_and_no_image_is_read_for_it(tmp_
     images, held_out = folder_images(tmp_path, 32, 0.25)
     judge = Judge(images, held_out, photos_config(tmp_path))
     backbone = Pixels()
-    accuracies: list[Any] = [judge.knn(backbone), judge.knn_pixels()]
-    assert accuracies == [None, None]
+    accuracies: list[Any] = [judge.knn(backbone), *judge.baselines(backbone).values()]
+    assert accuracies == [None] * 5
     assert backbone.batches == [], f"{sum(backbone.batches)} images went through the network for nothing"

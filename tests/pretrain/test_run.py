@@ -27,6 +27,7 @@ from tests.pretrain.tiny import (
 )
 from vmf_pretrain.config_file import read_config
 from vmf_pretrain.errors import PretrainError
+from vmf_pretrain.judge import BASELINES
 from vmf_pretrain.run import Run
 from vmf_pretrain.run_folder import read_metrics
 
@@ -302,7 +303,7 @@ def test_run_without_labels_has_no_accuracy_and_still_everything_else(tmp_path: 
     run, printed = a_run(photos_config(tmp_path / "photos"), tmp_path / "run")
     assert run.train() == 0
     figures = summary_of(run)
-    assert [figures[name] for name in ("knn", "linear", "knn_untrained", "knn_pixels")] == [None] * 4
+    assert [figures[name] for name in ("knn", "linear", *BASELINES)] == [None] * 6
     assert isinstance(figures["mutual_information"], float)
     assert "no labels" in printed.getvalue()
     missing = [name for name in PROMISED if not (tmp_path / "run" / name).exists()]
@@ -335,6 +336,36 @@ def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_checkpoint_that_does_not_say_what_its_network_is_fed_is_judged_anew(tmp_path: Path) -> None:
+    whole, _ = a_run(digits_config(), tmp_path / "whole")
+    whole.train()
+    run, _ = a_run(digits_config(), tmp_path / "run")
+    run.facts = {
+        "seconds_before": 0.0,
+        "best_knn": 99.0,
+        "knn_pixels": 1.0,
+        "knn_untrained": 2.0,
+    }  # the first version's
+    stopped_at(run, 6)
+    again, printed = a_run(digits_config(), tmp_path / "run", resume=True)
+    said = printed.getvalue()
+    assert "does not say what its network is fed" in said, said
+    assert again.facts["best_knn"] is None
+    assert {name: again.facts[name] for name in BASELINES} == {name: whole.facts[name] for name in BASELINES}
+    again.train()
+    assert differing(state_of(again), state_of(whole)) == []
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_network_that_was_fed_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
+    run, _ = a_run(digits_config(), tmp_path / "run")
+    run.facts["input"] = {**run.facts["input"], "mean": [0.5]}
+    stopped_at(run, 2)
+    with pytest.raises(PretrainError, match=r"fed with .*mean=\(0\.5,\).* asks for .*mean=\(0\.0,\)"):
+        resumed(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path: Path) -> None:
     run, _ = a_run(digits_config(train={"epochs": 4, "keep_checkpoints": 2}), tmp_path / "run")
     run.train()
@@ -356,11 +387,11 @@ def failing_step(step: int, views: list[Tensor]) -> dict[str, Tensor]:
 
 
 def test_refused_run_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmf_pretrain.judge.Judge.knn_pixels", interrupted)
+    monkeypatch.setattr("vmf_pretrain.judge.Judge.baselines", interrupted)
     with pytest.raises(KeyboardInterrupt):
         a_run(digits_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists(), "a run stopped before it began left its folder"
 
 
-def interrupted(judge: object) -> float:
+def interrupted(judge: object, untrained: object) -> NoReturn:
     raise KeyboardInterrupt

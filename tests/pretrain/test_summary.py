@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vmf_pretrain.summary import print_summary, verdict, write_summary
+from vmf_pretrain.summary import comparison, print_summary, verdict, write_summary
 
 PROTOTYPES = 256
 FIGURES: dict[str, Any] = {
@@ -19,7 +19,13 @@ FIGURES: dict[str, Any] = {
     "knn_untrained": 52.6,
     "knn_pixels": 63.4,
     "linear": 77.7,
+    "linear_untrained": 44.4,
+    "linear_pixels": 15.6,
     "mutual_information": 1.234,
+    "mutual_information_logged": 1.111,
+    "mutual_information_judged": [1.052, 1.151],
+    "mutual_information_tolerance": 0.123,
+    "mutual_information_agrees": True,
     "teacher_entropy": 1.5,
     "rankme": 23.45,
     "usage_entropy": 4.321,
@@ -63,7 +69,19 @@ def test_verdict_on_a_dead_head_says_what_to_change(entropy: float) -> None:
 
 def test_table_holds_every_figure() -> None:
     text = printed(FIGURES)
-    expected = ["81.2", "77.7", "52.6", "63.4", "1.23 nats", "23.4", "201 of 256", "4.32 nats", "ln K = 5.55"]
+    expected = [
+        "81.2",
+        "77.7",
+        "52.6",
+        "44.4",
+        "63.4",
+        "15.6",
+        "1.23 nats",
+        "23.4",
+        "201 of 256",
+        "4.32 nats",
+        "ln K = 5.55",
+    ]
     expected += [
         "254 of 256",
         "1.2 %",
@@ -75,14 +93,29 @@ def test_table_holds_every_figure() -> None:
     assert not missing, f"{missing} not in:\n{text}"
 
 
+@pytest.mark.parametrize(
+    ("agrees", "said"),
+    [
+        (True, ["Log and summary agree", "1.11 nats in the last training batches", "1.05 to 1.15 in batches as large"]),
+        (False, ["LOG AND SUMMARY DISAGREE", "1.11 nats", "1.05 to 1.15", "differ by 0.12 at most", "distrust"]),
+        (None, ["were not compared"]),
+    ],
+)
+def test_comparison_says_whether_log_and_summary_agree(agrees: bool | None, said: list[str]) -> None:
+    figures = {**FIGURES, "mutual_information_agrees": agrees}
+    missing = [part for part in said if part not in comparison(figures)]
+    assert not missing, f"{missing} not in: {comparison(figures)}"
+    assert comparison(figures) in printed(figures)
+
+
 @pytest.mark.parametrize("width", [40, 80])
 def test_next_command_is_never_broken_over_lines(width: int) -> None:
     assert "Next: vmf-pretrain demo --method dino\n" in printed(FIGURES, width)
 
 
 def test_run_without_labels_says_so_instead_of_a_number() -> None:
-    text = printed({**FIGURES, "knn": None, "linear": None, "knn_untrained": None, "knn_pixels": None})
-    assert text.count("no labels") == 4, text
+    text = printed({**FIGURES, **{name: None for name in FIGURES if name.startswith(("knn", "linear"))}})
+    assert text.count("no labels") == 6, text
     assert "None" not in text
 
 

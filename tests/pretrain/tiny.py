@@ -30,6 +30,8 @@ SUMMARY_KEYS = {
     "knn_untrained",
     "knn_pixels",
     "linear",
+    "linear_untrained",
+    "linear_pixels",
     "mutual_information",
     "rankme",
     "prototypes_used",
@@ -89,6 +91,18 @@ def save_photos(folder: Path, count: int, side: int = PHOTO_SIDE) -> list[Path]:
     paths = [folder / f"photo_{place:02d}.png" for place in range(count)]
     for path in paths:
         noise = numbers.integers(-40, 40, (side, side, 3)) + numbers.integers(40, 215, 3)
+        Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(path)
+    return paths
+
+
+def save_ramps(folder: Path, count: int, side: int = PHOTO_SIDE) -> list[Path]:
+    """``count`` PNGs that run from one colour to another: as wide a spread within each as over all of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = np.random.default_rng(count)
+    paths = [folder / f"ramp_{place:02d}.png" for place in range(count)]
+    for path in paths:
+        ends = numbers.integers(0, 255, (2, 3))
+        noise = numbers.integers(-20, 20, (side, side, 3)) + np.linspace(ends[0], ends[1], side)[:, None]
         Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(path)
     return paths
 
