@@ -275,6 +275,24 @@ def test_what_does_not_fit_never_reaches_the_native_module(tensor: Tensor) -> No
         module.address(tensor, 6)
 
 
+def test_freed_memory_and_unlike_networks_never_reach_the_native_module() -> None:
+    freed = torch.ones(3, D)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="native module was about to get"):
+        module.address(freed, 3 * D)
+
+    def op(student: int, teacher: int) -> Any:
+        tau, x = torch.tensor(0.1, dtype=torch.float64), torch.randn(3, D)
+        sides = [(x, torch.randn(count, D), None, "linear") for count in (student, teacher)]
+        weights = (None, torch.ones(1, 1), None, tau, tau, True, True, "native", "")
+        return torch.ops.vmf_kernels.prototype_cross_entropy(*sides[0], *sides[1], *weights)
+
+    op(40, 40)
+    for student, teacher in ((40, 4), (4, 4000)):
+        with pytest.raises(ValueError, match=f"networks have {student} and {teacher} prototypes"):
+            op(student, teacher)
+
+
 @pytest.mark.parametrize(
     "weight",
     [torch.zeros(4, 6).T, torch.zeros(4, 6, dtype=torch.float64), torch.zeros(1, 6).expand(4, 6), torch.zeros(6)],

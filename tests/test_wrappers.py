@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmf_kernels import DINOHead, DINOLoss, DINOvMFLoss, PrototypeKoLeoLoss, PrototypeLogits, prototype_cross_entropy
+from vmf_kernels import (
+    DINOHead,
+    DINOLoss,
+    DINOvMFLoss,
+    PrototypeKoLeoLoss,
+    PrototypeLogits,
+    logit_cross_entropy,
+    prototype_cross_entropy,
+)
 from vmf_kernels.compat import dinov2
 from vmf_kernels.prototypes import linear_prototypes
 from vmf_pretrain.torchvision_import import import_torchvision
@@ -211,3 +219,72 @@ def test_einops_repeats_and_joins_rows_and_refuses_what_needs_values() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=r"materialize\(\)"):
             refused()
+
+
+def function_of_rows() -> Callable[[Tensor, Tensor], Tensor]:
+    torch.manual_seed(0)
+    teacher, other = torch.randn(3, D), linear_prototypes(torch.randn(K, D))
+    return lambda x, w: prototype_cross_entropy(x, linear_prototypes(w), teacher, other, torch.ones(3, 3)).loss
+
+
+def stored_rows() -> Callable[[Tensor, Tensor], Tensor]:
+    torch.manual_seed(0)
+    teacher = torch.randn(3, K)
+    return lambda x, w: logit_cross_entropy(x @ w.T, teacher, torch.ones(3, 3)).loss
+
+
+@pytest.mark.parametrize("make", [function_of_rows, stored_rows])
+def test_levels_of_func_inside_each_other_keep_their_gradients(make: Callable[..., Any]) -> None:
+    loss = make()
+    x, w = torch.randn(3, D), torch.randn(K, D)
+    plain = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(plain, w), plain)
+
+    def value_inside(x: Tensor) -> Tensor:
+        return torch.func.grad_and_value(lambda w: loss(x, w))(w)[1]
+
+    assert torch.allclose(grad(value_inside)(x), expected, rtol=1e-5)
+    assert torch.allclose(torch.autograd.grad(value_inside(plain), plain)[0], expected, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad(lambda x: grad(lambda x: loss(x, w))(x).sum())(x)
+
+
+@pytest.mark.parametrize("make", [function_of_rows, stored_rows])
+def test_forward_mode_says_that_there_is_none(make: Callable[..., Any]) -> None:
+    loss = make()
+    x, w = torch.randn(3, D), torch.randn(K, D)
+    for ask in (
+        lambda: torch.func.jvp(lambda x: loss(x, w), (x,), (x,)),
+        lambda: torch.func.jacfwd(lambda w: loss(x, w))(w),
+        lambda: torch.func.hessian(lambda x: loss(x, w))(x),
+    ):
+        with pytest.raises(RuntimeError, match=r"no forward-mode gradient|cannot be differentiated twice"):
+            ask()
+    assert torch.func.jacrev(lambda x: loss(x, w))(x).shape == x.shape
+
+
+def test_forward_mode_of_what_is_logged_equals_reverse_mode() -> None:
+    x, w = torch.randn(3, D), torch.randn(K, D)
+
+    def largest(x: Tensor) -> Tensor:
+        return PrototypeLogits(x, linear_prototypes(w)).amax(-1)
+
+    assert torch.allclose(torch.func.jacfwd(largest)(x), torch.func.jacrev(largest)(x))
+
+
+def test_batched_gradients_and_empty_batches() -> None:
+    loss, x, w = function_of_rows(), torch.randn(3, D, requires_grad=True), torch.randn(K, D)
+    value = loss(x, w)
+    (expected,) = torch.autograd.grad(value, x, retain_graph=True)
+    (got,) = torch.autograd.grad(value, x, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    assert torch.allclose(got, torch.stack([expected, 2 * expected]))
+    with pytest.raises(ValueError, match="over a batch of 0"):
+        vmap(lambda x: loss(x, w))(torch.randn(0, 3, D))
+
+
+def test_comparing_logits_is_refused_not_false() -> None:
+    logits = head_of()(rows())
+    for compare in (lambda: logits == 0, lambda: logits != logits):
+        with pytest.raises(TypeError, match=r"materialize\(\)"):
+            compare()
+    assert logits in {logits}, "still an object that can be a key"

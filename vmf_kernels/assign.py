@@ -163,11 +163,16 @@ def check_backend_name(backend: str) -> None:
 
 
 def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:
-    """Raise ValueError unless ``features`` is a floating-point [R, D] matrix that fits the prototypes, which still exist."""
+    """Raise ValueError unless ``features`` is a floating-point [R, D] matrix that fits the prototypes."""
     if not isinstance(prototypes, Prototypes):
         raise ValueError(
             f"{name} prototypes are a {type(prototypes).__name__}; expected Prototypes, for example "
             "linear_prototypes(weight)"
+        )
+    if hasattr(prototypes.weight, "placements"):
+        raise ValueError(
+            f"{name} prototypes are sharded (a DTensor): they are read outside the head's forward pass; expected "
+            "head.unshard() before, or prototypes of weight.full_tensor()"
         )
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(

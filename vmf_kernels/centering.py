@@ -2,7 +2,7 @@
 
 A centre takes in the teacher's batch with ``accumulate`` (once per micro-batch) and moves with ``apply`` (once per optimiser
 step); ``update`` is both. Statistics are weighted by rows, over all ranks when a process group exists; a batch with a
-non-finite value anywhere counts as none, beside others that wait with it as alone, without waiting for the device.
+non-finite value anywhere is ignored, beside others that wait with it as alone, without waiting for the device.
 
 Legend: R rows, K prototypes.
 """

@@ -253,7 +253,8 @@ class _Gradient(OperatorFunction):
         if loss_grad is None:
             return no_gradients(9)
         saved = ctx.saved_tensors
-        gradients: Sequence[Tensor] = _logit_backward_op(loss_grad, *saved, ctx.backend)
+        with torch.no_grad():
+            gradients: Sequence[Tensor] = _logit_backward_op(loss_grad, *saved, ctx.backend)
         gradients = once_differentiable(gradients, saved[:2], NAME)
         formed = zip(ctx.forms, gradients, ctx.needs_input_grad[:2], strict=True)
         return (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from vmf_kernels.tensors import has_memory, is_transforming
@@ -67,7 +68,11 @@ def operator(
 
 def below_autograd(op: Any, *args: Any) -> Any:
     """The operator's results; no gradient of its own is recorded."""
-    if has_memory(args[0]) and not torch._C._len_torch_dispatch_stack() and not is_transforming():
+    if is_transforming():
+        # autograd is off in an autograd.Function, and torch.func's next level outwards would record nothing
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    if not torch._C._len_torch_dispatch_stack() and all(has_memory(arg) for arg in args if isinstance(arg, Tensor)):
         return KERNELS[op](*args)  # where nobody else has a say, past the dispatcher: that saves some ten microseconds
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -91,6 +96,7 @@ def _autograd_kernel(op: Any, gradient: type[OperatorFunction] | None) -> Callab
     def run(*args: Any) -> Any:
         if torch._C._len_torch_dispatch_stack():
             _tell_flop_counters()
+        _refuse_tangents(op, args)
         if gradient is None or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return below_autograd(op, *args)
         args += defaults[len(args) :]  # the dispatcher takes off what equals them
@@ -102,10 +108,24 @@ def _autograd_kernel(op: Any, gradient: type[OperatorFunction] | None) -> Callab
     return run
 
 
+def _refuse_tangents(op: Any, args: Sequence[Any]) -> None:
+    """Raise RuntimeError where forward-mode differentiation would take a gradient of 0 from the operator without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:  # type: ignore[no-untyped-call]
+            raise RuntimeError(
+                f"{op} has no forward-mode gradient (torch.func.jvp, jacfwd, hessian, forward_ad); expected reverse mode: "
+                "backward(), torch.func.grad, vjp or jacrev"
+            )
+
+
 def _one_by_one(op: Any) -> Callable[..., Any]:
     """The rule of ``torch.vmap``: one call for each element of the batch, whose results are stacked."""
 
     def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        if info.batch_size == 0:
+            raise ValueError(f"torch.vmap runs {op} over a batch of 0; expected at least 1")
         results = [
             op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)

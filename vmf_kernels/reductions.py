@@ -13,8 +13,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_freed
+from vmf_kernels.tensors import may_require_grad
 
 TILE_ROWS, TILE_PROTOTYPES = 512, 8192  # 16 MiB of fp32 logits
 NOT_OVER_ROWS = (
@@ -180,6 +182,8 @@ def _logits_at(features: Tensor, prototypes: Prototypes, index: Tensor) -> Tenso
     magnitude = None if prototypes.magnitude is None else prototypes.magnitude.index_select(0, flat)
     chosen = replace(prototypes, weight=prototypes.weight.index_select(0, flat), magnitude=magnitude)
     dtype = torch.promote_types(features.dtype, prototypes.weight.dtype)
+    if torch.is_autocast_enabled(features.device.type):  # as the product of all logits, which it casts
+        dtype = torch.get_autocast_dtype(features.device.type)
     weight = chosen.effective_weight().to(dtype).reshape(*index.shape, prototypes.dim)
     logits: Tensor = (features.to(dtype)[..., None, :] * weight).sum(dim=-1).to(features.dtype)
     return logits
@@ -201,5 +205,7 @@ def _better(best: Extreme | None, found: Extreme, start: int, *, largest: bool) 
 
 
 def _needs_gradient(features: Tensor, prototypes: Prototypes) -> bool:
-    stored = (features, prototypes.weight, prototypes.magnitude)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in stored)
+    stored = [t for t in (features, prototypes.weight, prototypes.magnitude) if t is not None]
+    if forward_ad._current_level >= 0:  # the differentiable way, whichever mode asks
+        return True
+    return torch.is_grad_enabled() and any(may_require_grad(t) for t in stored)

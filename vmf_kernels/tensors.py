@@ -15,7 +15,8 @@ def has_memory(tensor: Tensor) -> bool:
     # the exact types: a subclass may keep its values elsewhere. torch.func wraps without a type of its own
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or tensor.is_meta:
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    functorch = torch._C._functorch
+    return not (functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
 
 
 def is_readable(tensor: Tensor) -> bool:

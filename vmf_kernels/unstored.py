@@ -42,7 +42,7 @@ OF_ANY_VALUES = (
 )
 OPERATORS = (
     *(f"{side}{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul") for side in ("", "r")),
-    *("neg", "abs", "lt", "le", "gt", "ge"),
+    *("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne"),
 )
 
 

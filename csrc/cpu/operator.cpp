@@ -23,6 +23,8 @@ constexpr int LEAST_PART = 480;  // prototypes: a few blocks
 constexpr std::size_t PARTS_BYTES = std::size_t(16) << 20;  // of all their dz, if that leaves
 constexpr int FEWEST_PARTS = 8;                             // so many
 
+constexpr double EXPONENTIAL = 16;  // as dear as so many products
+
 int threads_for(double products, const Execution& run) {
   return int(std::clamp(products / std::max(run.least_work, 1.0), 1.0, double(run.threads)));
 }
@@ -246,7 +248,9 @@ Sums gather(const Gather& g, const Execution& run, void* workspace) {
   pad(g.student_top, g.student_rows, room.student_top, students, infinity);
   pad(g.teacher_top, g.teacher_rows, room.teacher_top, teachers, infinity);
   const Sums sums = weigh(g, room, students, teachers);
-  const int threads = threads_for(2 * products_of(g.student_rows, g.weight), run);
+  // teachers have no products here, but an exponential for each logit
+  const double exponentials = double(g.teacher_rows) * g.weight.prototypes * EXPONENTIAL;
+  const int threads = threads_for(2 * products_of(g.student_rows, g.weight) + exponentials, run);
   for_each_part(parts, g.weight.prototypes, threads, [&](int part, int thread, int first, int last) {
     kernels.gather({&g, room.panels, room.student_top, room.student_factor, room.teacher_top, room.teacher_factor,
                     room.coefficient, room.scratch + thread * room.scratch_bytes,
@@ -270,6 +274,8 @@ Logits from_column(Logits logits, std::ptrdiff_t column) {
 }  // namespace
 
 std::size_t step_workspace(const Score& student, const Score& teacher, const Gather& g, const Execution& run) {
+  if (student.weight.prototypes != teacher.weight.prototypes || student.weight.prototypes != g.weight.prototypes)
+    throw std::invalid_argument("networks with different numbers of prototypes, whose logits lie side by side");
   const std::size_t scores = std::max(score_workspace(student, run), score_workspace(teacher, run));
   return 3 * (aligned_floats(student.rows) + aligned_floats(teacher.rows)) + std::max(scores, gather_workspace(g, run));
 }

@@ -117,7 +117,7 @@ class LazilyCentered(RunningMean):
         """Take in the teacher's raw logits; the centre moves later. Collective: every rank calls it, with whatever rows.
 
         Several batches before the next targets count together, as one, where the published code keeps the last. One with a
-        non-finite value counts as none.
+        non-finite value is ignored.
 
         Raises:
             ValueError: the teacher's K is not the centre's.

@@ -155,8 +155,11 @@ class DINOLoss(_Loss):
 
     @teacher_temp_schedule.setter
     def teacher_temp_schedule(self, values: Tensor) -> None:
-        self._schedule = values
-        self._schedule_values: list[float] = values.tolist()
+        given = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+        if given.ndim != 1 or not bool((given > 0).all()):
+            raise ValueError(f"teacher_temp_schedule is assigned {given.tolist()}; expected a row of numbers > 0")
+        self._schedule = values if isinstance(values, Tensor) else given
+        self._schedule_values: list[float] = given.tolist()
 
     def forward(
         self,
@@ -196,14 +199,14 @@ class DINOLoss(_Loss):
 
     def update_center(
         self,
-        teacher_out: PrototypeLogits | Tensor | None = None,
+        teacher_out: PrototypeLogits | Tensor | Sequence[PrototypeLogits | Tensor] | None = None,
         teacher_temp: float | None = None,
         epoch: int | None = None,
     ) -> None:
-        """Move the centre by [G, B, K] logits, if given, at the temperature as in ``forward``, and by the batches that wait."""
-        if teacher_out is not None:
-            self.stream.centering.accumulate(teacher_out, self._temperature(teacher_temp, epoch))
-        self.stream.centering.apply_pending()
+        """Move the centre by [G, B, K] logits, or views of them, at the temperature as in ``forward``, and by what waits."""
+        if isinstance(teacher_out, Sequence):
+            teacher_out = torch.cat(list(teacher_out))  # type: ignore[arg-type]
+        self.stream.update_center(teacher_out, self._temperature(teacher_temp, epoch))
 
     def _temperature(self, given: float | None, epoch: int | None) -> float:
         if given is not None:

@@ -1,6 +1,6 @@
 """The compiled module ``vmf_kernels._cuda``: whether it is there, where it runs, and what its functions are handed.
 
-Its functions take addresses as integers, 0 for none, and check no shape: that is done here and by who calls them.
+Its functions take addresses as integers, 0 for none, and check no shape: ``address`` does, for whoever calls them.
 """
 
 from __future__ import annotations
@@ -85,6 +85,30 @@ def element(dtype: torch.dtype) -> Any:
     return getattr(module().Element, ELEMENTS[dtype])
 
 
-def address(tensor: Tensor | None) -> int:
-    """Of the tensor's first element; 0 for no tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
+def address(
+    tensor: Tensor | None,
+    device: torch.device,
+    count: int,
+    dtype: torch.dtype = torch.float32,
+    adjacent: int | None = None,
+) -> int:
+    """Of the first of ``count`` elements of a dtype on a device; 0 for no tensor.
+
+    Every pointer that the module gets comes from here: what does not fit is an error, not a read or write beyond the memory.
+
+    Args:
+        tensor: contiguous, or a matrix whose rows have ``adjacent`` elements side by side.
+
+    Raises:
+        RuntimeError: it is anything else.
+    """
+    if tensor is None:
+        return 0
+    lies_right = tensor.is_contiguous() if adjacent is None else tensor.stride(-1) == 1 and tensor.shape[-1] == adjacent
+    if tensor.dtype != dtype or tensor.device != device or tensor.numel() != count or not lies_right:
+        raise RuntimeError(
+            f"the CUDA module was about to get {tensor.dtype} of shape {list(tensor.shape)} and strides "
+            f"{list(tensor.stride())} on {tensor.device}; expected {count} numbers of {dtype} side by side on {device} "
+            "(a fault of vmf_kernels: please report it)"
+        )
+    return tensor.data_ptr()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -49,22 +50,25 @@ class CudaKernels:
         splits, split_size = shared_out(rows, keys, values, block)
         parts = empty_parts(rows, splits, values)
         has_value_bias = name == "teacher" and values is not None and values.has_bias
+        at, element, padded = rows.device, rows.dtype, keys.weight.shape[0]
         binding.module().row_pass(
             binding.queue(rows),
-            element=binding.element(rows.dtype),
+            element=binding.element(element),
             width=width,
             rows=rows.shape[0],
-            prototypes=keys.weight.shape[0],
+            prototypes=padded,
             splits=splits,
             split_size=split_size,
-            features=binding.address(rows),
-            keys=binding.address(keys.weight),
-            values=binding.address(None if values is None else values.weight),
-            bias=binding.address(keys.bias),
-            value_bias=binding.address(values.bias if values is not None and has_value_bias else None),
-            temperature=binding.address(keys.temperature),
-            statistics=binding.address(parts.statistics),
-            barycentre=binding.address(None if values is None else parts.barycentre),
+            features=binding.address(rows, at, rows.shape[0] * width, element),
+            keys=binding.address(keys.weight, at, padded * width, element),
+            values=binding.address(None if values is None else values.weight, at, padded * width, element),
+            bias=binding.address(keys.bias, at, padded),
+            value_bias=binding.address(values.bias if values is not None and has_value_bias else None, at, padded),
+            temperature=binding.address(keys.temperature, at, 1, torch.float64),
+            statistics=binding.address(parts.statistics, at, 4 * splits * rows.shape[0]),
+            barycentre=binding.address(
+                None if values is None else parts.barycentre, at, splits * rows.shape[0] * width
+            ),
         )
         return merged_over_ranks(parts, group, has_values=values is not None)
 
@@ -79,22 +83,23 @@ class CudaKernels:
         tile: Tile,
     ) -> None:
         """As ``backends.triton.passes.column_pass``."""
-        keys = teacher.keys
+        keys, at, element = teacher.keys, teacher.rows.device, teacher.rows.dtype
+        count, dim = keys.prototypes, 0 if out.vectors is None else out.vectors.shape[1]
         binding.module().column_pass(
             binding.queue(teacher.rows),
             _side(student),
             _side(teacher),
-            element=binding.element(teacher.rows.dtype),
+            element=binding.element(element),
             width=keys.layout.width,
             prototypes=keys.weight.shape[0],
-            prototype_count=keys.prototypes,
-            dim=0 if out.vectors is None else out.vectors.shape[1],
-            cotangents=binding.address(None if student is None else cotangents),
-            unit=binding.address(unit),
-            total=binding.address(total),
-            vectors=binding.address(out.vectors),
-            bias_gradient=binding.address(out.bias_gradient),
-            usage=binding.address(out.usage),
+            prototype_count=count,
+            dim=dim,
+            cotangents=binding.address(None if student is None else cotangents, at, teacher.rows.numel(), element),
+            unit=binding.address(unit, at, 1),
+            total=binding.address(total, at, 1),
+            vectors=binding.address(out.vectors, at, count * dim),
+            bias_gradient=binding.address(out.bias_gradient, at, count),
+            usage=binding.address(out.usage, at, count),
         )
 
 
@@ -104,11 +109,13 @@ CUDA = CudaKernels()
 def _side(side: Side | None) -> Any:
     if side is None:
         return binding.module().Side(rows=0, keys=0, features=0, bias=0, offset=0, temperature=0)
+    at, element, width = side.rows.device, side.rows.dtype, side.keys.layout.width
+    rows, padded = side.rows.shape[0], side.keys.weight.shape[0]
     return binding.module().Side(
-        rows=side.rows.shape[0],
-        keys=binding.address(side.keys.weight),
-        features=binding.address(side.rows),
-        bias=binding.address(side.keys.bias),
-        offset=binding.address(side.offset),
-        temperature=binding.address(side.keys.temperature),
+        rows=rows,
+        keys=binding.address(side.keys.weight, at, padded * width, element),
+        features=binding.address(side.rows, at, rows * width, element),
+        bias=binding.address(side.keys.bias, at, padded),
+        offset=binding.address(side.offset, at, rows),
+        temperature=binding.address(side.keys.temperature, at, 1, torch.float64),
     )

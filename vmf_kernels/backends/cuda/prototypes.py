@@ -37,6 +37,7 @@ def pack_prototypes(
     )
     # held by name until the launch: its memory would go to someone else's tensor
     weight, magnitude, extra = _rows(prototypes.weight), _vector(prototypes.magnitude), _vector(extra_bias)
+    at = weight.device
     binding.module().pack_prototypes(
         _stored(prototypes, weight, magnitude, temperature),
         binding.queue(weight),
@@ -44,9 +45,9 @@ def pack_prototypes(
         width=layout.width,
         padded=padded,
         lowest_bias=LOWEST_BIAS,
-        extra_bias=binding.address(extra),
-        packed=binding.address(packed.weight),
-        bias=binding.address(packed.bias),
+        extra_bias=binding.address(extra, at, prototypes.count),
+        packed=binding.address(packed.weight, at, padded * layout.width, dtype),
+        bias=binding.address(packed.bias, at, padded),
     )
     return packed
 
@@ -63,23 +64,24 @@ def pull_back(
     binding.module().pull_back(
         _stored(prototypes, weight, magnitude, temperature),
         binding.queue(weight),
-        bias_gradient=binding.address(bias_gradient_K),
-        gradient=binding.address(gradient_KD),
-        magnitude_gradient=binding.address(magnitude_gradient),
+        bias_gradient=binding.address(bias_gradient_K, weight.device, prototypes.count),
+        gradient=binding.address(gradient_KD, weight.device, prototypes.count * prototypes.dim),
+        magnitude_gradient=binding.address(magnitude_gradient, weight.device, prototypes.count),
     )
     return magnitude_gradient
 
 
 def _stored(prototypes: Prototypes, weight: Tensor, magnitude: Tensor | None, temperature: Tensor) -> Any:
+    at = weight.device
     return binding.module().StoredPrototypes(
         stored=getattr(binding.module().Stored, STORED[weight.dtype]),
         kind=getattr(binding.module().Kind, prototypes.without_vmf().kind),
         count=prototypes.count,
         dim=prototypes.dim,
         stride=weight.stride(0),
-        weight=binding.address(weight),
-        magnitude=binding.address(magnitude),
-        temperature=binding.address(temperature if prototypes.has_normalizer else None),
+        weight=binding.address(weight, at, prototypes.count * prototypes.dim, weight.dtype, prototypes.dim),
+        magnitude=binding.address(magnitude, at, prototypes.count),
+        temperature=binding.address(temperature if prototypes.has_normalizer else None, at, 1, torch.float64),
         expansion=_expansion(prototypes.dim),
     )
 

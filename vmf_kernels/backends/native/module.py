@@ -19,7 +19,7 @@ MODULE = "vmf_kernels._native"
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 LEAST_WORK = 1 << 18  # products of a thread; fewer are done before another one is awake (python -m bench.least_work)
-PLAIN = (Tensor, Parameter)  # the exact types: a subclass may keep its values elsewhere
+PLAIN = (Tensor, Parameter)
 MISFIT = "the native module was about to get {got}; expected {expected} (a fault of vmf_kernels: please report it)"
 STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -82,7 +82,8 @@ def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def weight_of(weight_KD: Tensor) -> Any:
     """Prototypes as stored; the tensor must outlive the result and have the elements of a row side by side."""
     module = built()
-    if not weight_KD.is_cpu or weight_KD.ndim != 2 or weight_KD.dtype not in STORED:
+    plain = weight_KD.is_cpu and _is_plain(weight_KD)
+    if not plain or weight_KD.ndim != 2 or weight_KD.dtype not in STORED or weight_KD.data_ptr() == 0:
         raise RuntimeError(MISFIT.format(got=_described(weight_KD), expected="a matrix of fp32, bf16 or fp16"))
     prototypes, dim = weight_KD.shape
     stride, step = weight_KD.stride()
@@ -111,24 +112,30 @@ def address(tensor: Tensor | None, count: int) -> int:
     if tensor is None:
         return 0
     fits = tensor.dtype == torch.float32 and tensor.is_cpu and tensor.numel() == count and tensor.is_contiguous()
-    if not fits or type(tensor) not in PLAIN:
+    first = tensor.data_ptr() if fits and _is_plain(tensor) else 0
+    if first == 0 and (count or not fits):
         raise RuntimeError(
             MISFIT.format(got=_described(tensor), expected=f"{count} contiguous fp32 numbers on the CPU")
         )
-    return tensor.data_ptr()
+    return first
 
 
 def fp32(values: Tensor) -> Tensor:
     """The same numbers, fp32 and contiguous."""
-    if values.dtype == torch.float32 and values.is_contiguous():
+    if values.dtype == torch.float32 and values.is_contiguous() and not values.is_neg():
         return values
-    return values.to(torch.float32).contiguous()
+    return values.resolve_neg().to(torch.float32).contiguous()
 
 
 def workspace(bytes_needed: int) -> tuple[Tensor, int]:
     """Memory for a call, to be kept until it is over, and where its first whole cache line is."""
     memory = new(bytes_needed + ALIGNMENT, dtype=torch.uint8)
     return memory, -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its memory holds its values: a subclass with a dispatch of its own may keep them elsewhere."""
+    return type(tensor) in PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _described(tensor: Tensor) -> str:

@@ -44,6 +44,10 @@ def products_of(*rows: Tensor) -> torch.dtype:
 def cross_entropy(inputs: LossInputs) -> LossOutputs:
     """Loss, statistics and gradients."""
     images = check_pairing(inputs.pairing, len(inputs.teacher_features), len(inputs.student_features))
+    if inputs.student.count != inputs.teacher.count:  # both networks' logits lie side by side
+        raise ValueError(
+            f"networks have {inputs.student.count} and {inputs.teacher.count} prototypes; expected as many"
+        )
     step = _Step.of(inputs, images)
     group = inputs.prototype_group
     chunks = chunks_of(step.views, images, _most_prototypes(step.student.prototypes, group), step.free_columns)

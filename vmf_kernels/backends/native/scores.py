@@ -133,8 +133,10 @@ class Logits(NamedTuple):
         if not self.pieces:
             return _no_logits()
         size, stride = self.pieces[0].shape
-        assert prototypes <= size * len(self.pieces), "there is room for every prototype"
-        assert self.first + columns <= stride, "there is room for every column"
+        if prototypes > size * len(self.pieces) or self.first + columns > stride:
+            raise RuntimeError(
+                f"logits have room for {stride} columns of {size * len(self.pieces)} prototypes, not for more"
+            )
         lengths = [min(size, prototypes - k) for k in range(0, prototypes, size)]
         starts = [
             module.address(piece, length * stride) + self.first * piece.itemsize
