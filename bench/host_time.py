@@ -15,15 +15,9 @@ import time
 from collections import Counter
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"  # the kernels are never run; this is what lets CPU tensors through to them
-
 import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from vmf_kernels import linear_prototypes, prototype_cross_entropy
-from vmf_kernels.backends.triton import launch
-from vmf_kernels.pairing import multi_crop_weights
 
 CALLS = 300
 IMAGES, CROPS, PROTOTYPES, DIM = 64, 10, 4096, 256  # few prototypes: their number costs no host time
@@ -42,6 +36,12 @@ class Operators(TorchDispatchMode):
 
 
 def main() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels are never run; this is what lets CPU tensors through to them
+    from vmf_kernels import linear_prototypes, prototype_cross_entropy
+    from vmf_kernels.backends.contract import LossInputs
+    from vmf_kernels.backends.triton import launch, operator
+    from vmf_kernels.pairing import Pairing, multi_crop_weights
+
     torch.set_num_threads(1)
     launched: Counter[str] = Counter()
 
@@ -63,10 +63,6 @@ def main() -> None:
     launched.clear()
     step()
     launches = dict(launched)
-    from vmf_kernels.backends.contract import LossInputs
-    from vmf_kernels.backends.triton import operator
-    from vmf_kernels.pairing import Pairing
-
     tau = torch.tensor(0.1, dtype=torch.float64)
     inputs = LossInputs(
         student.detach(),
