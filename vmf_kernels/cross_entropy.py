@@ -201,13 +201,13 @@ class _Gradient(OperatorFunction):
         outputs: Sequence[Tensor] = below_autograd(_cross_entropy_op, *inputs)
         ctx.mark_non_differentiable(*outputs[1:])  # only the loss is
         ctx.set_materialize_grads(False)
-        student, ctx.rest = inputs[:3], inputs[3:]
+        student, rest = inputs[:3], inputs[3:]
         ctx.forms = [Form.of(tensor) for tensor in student]
-        inference = [tensor is not None and tensor.is_inference() for tensor in student]
-        ctx.save_for_backward(*(None if kept else t for kept, t in zip(inference, student, strict=True)))
-        unsaved = [t if kept else None for kept, t in zip(inference, student, strict=True)]
-        ctx.kept = Kept([*unsaved, *(x for x in ctx.rest if isinstance(x, Tensor))], NAME)
-        ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in ctx.rest]
+        # autograd's records take no tensors of torch.inference_mode
+        unsaved = [t if t is not None and t.is_inference() else None for t in student]
+        ctx.save_for_backward(*(t if kept is None else None for t, kept in zip(student, unsaved, strict=True)))
+        ctx.kept = Kept([*unsaved, *(x for x in rest if isinstance(x, Tensor))], NAME)
+        ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in rest]
         ctx.ready = ReadyGradients(outputs[3:])
         return outputs
 

@@ -15,7 +15,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from vmf_kernels.tensors import has_memory, is_transforming
+from vmf_kernels.tensors import PLAIN, has_memory, is_transforming
 
 NAMESPACE = "vmf_kernels"
 # of this process, for as long as it lives: torch drops what a library holds with the library
@@ -72,7 +72,8 @@ def below_autograd(op: Any, *args: Any) -> Any:
         # autograd is off in an autograd.Function, and torch.func's next level outwards would record nothing
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    if not torch._C._len_torch_dispatch_stack() and all(has_memory(arg) for arg in args if isinstance(arg, Tensor)):
+    eager = has_memory(args[0]) and not torch._C._len_torch_dispatch_stack()
+    if eager and all(type(arg) in PLAIN or not isinstance(arg, Tensor) for arg in args):
         return KERNELS[op](*args)  # where nobody else has a say, past the dispatcher: that saves some ten microseconds
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+PLAIN = (Tensor, Parameter)  # the exact types: a subclass may keep its values elsewhere
+
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether it is an eager tensor with memory of its own.
 
     Traced, fake, meta and other wrapped tensors are not: those of ``torch.compile``, ``torch.func`` and ``torch.export``.
     """
-    # the exact types: a subclass may keep its values elsewhere. torch.func wraps without a type of its own
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or tensor.is_meta:
+    # torch.func and torch.vmap wrap without a type of their own
+    if type(tensor) not in PLAIN or tensor.is_meta or torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
     return not (functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
@@ -31,7 +33,7 @@ def is_moved(tensor: Tensor, version: int | None) -> bool:
 
 def version_of(tensor: Tensor) -> int | None:
     """What an in-place change raises; None for tensors that do not count, such as those of ``torch.inference_mode``."""
-    return None if tensor.is_inference() or not has_memory(tensor) else tensor._version
+    return None if type(tensor) not in PLAIN or tensor.is_inference() else tensor._version
 
 
 def may_require_grad(tensor: Tensor) -> bool:
