@@ -316,7 +316,8 @@ def test_state_dict_holds_the_center_and_goes_on_from_it(kind: str, start: str) 
 
 
 def test_a_loaded_center_that_has_not_started_still_starts() -> None:
-    center, logits = make_center("logit"), teacher_logits()
+    center, logits = make_center("logit", "first_batch"), teacher_logits()
+    center.begin(*batch_of(teacher_logits()))
     center.load_state_dict(make_center("logit", "first_batch").state_dict())
     center.begin(*batch_of(logits))
     error = relative_error(center.center, exact_mean(logits, "logit"))

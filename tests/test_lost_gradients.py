@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from vmf_kernels import (
     DINOHead,
     DINOLoss,
+    PrototypeKoLeoLoss,
     PrototypeLogits,
     TeacherTargets,
     fuse_head,
@@ -125,10 +126,10 @@ def head(request: pytest.FixtureRequest) -> nn.Module:
     return HEADS[request.param]()
 
 
-def loss_of(student: PrototypeLogits) -> Tensor:
+def loss_of(student: PrototypeLogits, **options: Any) -> Tensor:
     torch.manual_seed(1)
     teacher = PrototypeLogits(torch.randn(4, D), linear_prototypes(torch.randn(K, D)))
-    loss: Tensor = DINOLoss(K, CROPS, 0.04, 0.04, 0, 10)(student, teacher, 0)
+    loss: Tensor = DINOLoss(K, CROPS, 0.04, 0.04, 0, 10, **options)(student, teacher, 0)
     return loss
 
 
@@ -149,11 +150,12 @@ def test_a_head_without_autograd_gives_a_loss_without_a_gradient(head: nn.Module
 
 def test_a_reentrant_checkpoint_around_the_head_says_that_its_gradient_would_be_lost(head: nn.Module) -> None:
     output = checkpoint(head, rows(), use_reentrant=True)
-    for use in (loss_of, PrototypeLogits.materialize):
+    looks = (lambda o: o.max(-1), lambda o: o.mean(), lambda o: PrototypeKoLeoLoss()(o.prototypes))
+    for use in (loss_of, PrototypeLogits.materialize, *looks):
         with pytest.raises(
             RuntimeError, match=r"gradient would be lost; expected checkpoint\(\.\.\., use_reentrant=False\)"
         ):
-            use(output[:4] if use is not loss_of else output)
+            use(output)
     with torch.no_grad():
         loss_of(output)  # evaluated without a gradient, nothing is lost
 
@@ -166,7 +168,7 @@ def test_a_checkpoint_gives_the_gradients_that_there_are_without(head: nn.Module
         loss = loss_of(checkpoint(head, x, use_reentrant=False))
         got = gradients(head, loss, x)
     else:
-        loss = checkpoint(lambda x: loss_of(head(x)), x, use_reentrant="reentrant" in around)
+        loss = checkpoint(lambda x: loss_of(head(x), center_update="manual"), x, use_reentrant="reentrant" in around)
         loss.backward()
         got = [p.grad for p in (*(p for p in head.parameters() if p.requires_grad), x)]
     assert all(a is not None and torch.equal(a, b) for a, b in zip(got, expected, strict=True) if b is not None)
@@ -178,8 +180,26 @@ def test_own_autograd_functions_around_the_head_are_seen_as_well(head: nn.Module
         def forward(context: Any, x: Tensor) -> Any:
             return head(x)
 
-    with pytest.raises(RuntimeError, match="their gradient would be lost"):
-        loss_of(Around.apply(rows()))
+    class WithSetUp(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Tensor) -> Any:
+            return head(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+    for function in (Around, WithSetUp):
+        with pytest.raises(RuntimeError, match="their gradient would be lost"):
+            loss_of(function.apply(rows()))
+
+
+def test_a_centre_that_a_checkpoint_would_move_twice_says_what_to_do(head: nn.Module) -> None:
+    x = rows()
+    with pytest.raises(RuntimeError, match=r"centre would move twice.*expected center_update='manual'"):
+        checkpoint(lambda x: loss_of(head(x)), x, use_reentrant=True)
+    with torch.no_grad():
+        loss_of(head(x))  # evaluated, it moves once
 
 
 def test_in_place_changes_of_the_teacher_and_inference_mode_do_not_reach_the_backward_pass() -> None:

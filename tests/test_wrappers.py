@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmf_kernels import (
@@ -260,6 +261,10 @@ def test_forward_mode_says_that_there_is_none(make: Callable[..., Any]) -> None:
     ):
         with pytest.raises(RuntimeError, match=r"no forward-mode gradient|cannot be differentiated twice"):
             ask()
+    gradient = torch.func.grad(lambda x: loss(x, w))
+    for over_reverse in (lambda: torch.func.jvp(gradient, (x,), (x,)), lambda: torch.func.jacfwd(gradient)(x)):
+        with pytest.raises(RuntimeError, match=r"no forward-mode gradient"):
+            over_reverse()
     assert torch.func.jacrev(lambda x: loss(x, w))(x).shape == x.shape
 
 
@@ -288,3 +293,59 @@ def test_comparing_logits_is_refused_not_false() -> None:
         with pytest.raises(TypeError, match=r"materialize\(\)"):
             compare()
     assert logits in {logits}, "still an object that can be a key"
+
+
+def pruned(head: DINOHead) -> DINOHead:
+    prune.random_unstructured(head.last_layer, "weight_v", amount=0.3)
+    return head
+
+
+def parametrized(head: DINOHead) -> DINOHead:
+    class Scaled(nn.Module):
+        def forward(self, g: Tensor) -> Tensor:
+            return 2 * g
+
+    nn.utils.parametrize.register_parametrization(head.last_layer, "weight_g", Scaled())
+    return head
+
+
+def normed_again(head: DINOHead) -> DINOHead:
+    nn.utils.remove_weight_norm(head.last_layer)
+    nn.utils.parametrizations.weight_norm(head.last_layer)
+    return head
+
+
+@pytest.mark.parametrize("change", [pruned, parametrized, normed_again])
+def test_two_calls_of_a_head_that_computes_its_prototypes_are_of_one_head(change: Callable[..., Any]) -> None:
+    head, x = change(head_of()), rows()
+    expected = step(head, head, x)
+    expected.backward()
+    gradients = [p.grad.clone() for p in head.parameters()]
+    head.zero_grad()
+    joined = step(head, head, x, calls=2)
+    joined.backward()
+    assert torch.allclose(joined, expected)
+    for got, wanted in zip((p.grad for p in head.parameters()), gradients, strict=True):
+        assert (got - wanted).norm() <= 1e-4 * wanted.norm()
+    with pytest.raises(ValueError, match="different prototypes"):
+        torch.cat([head(x), change(head_of())(x)])
+
+
+def test_shapes_of_a_step_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        student, x = head_of(), torch.randn(VIEWS * 2, IN)
+        step(student, student, x).backward()
+        logits = student(x)
+        assert logits.max(-1)[1].shape == (VIEWS * 2,)
+        assert logits.mean().is_meta
+
+
+def test_a_centre_that_diverged_stays_nan() -> None:
+    student, teacher, x = head_of(), head_of().requires_grad_(False), rows()
+    for bad in (torch.full((1, K), torch.nan), torch.zeros(1, K).index_fill(1, torch.tensor([3]), torch.nan)):
+        criterion = DINOLoss(K, VIEWS, 0.04, 0.04, 0, 10)
+        criterion.load_state_dict({"center": bad})
+        for _ in range(2):
+            assert criterion(student(x), teacher(x[:4]), 0).isnan(), (
+                "a checkpoint of a diverged run healed without a word"
+            )

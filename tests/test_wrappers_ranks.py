@@ -90,6 +90,34 @@ def every_wrapper(rank: int | None) -> dict[str, dict[str, Tensor]]:
     return {f"{name} {calls}": trained(wrap, rank, calls) for name, wrap in WRAPPERS.items() for calls in (1, VIEWS)}
 
 
+class Several(nn.Module):
+    """Two heads of one shape, whose outputs lie among other things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = head_of(), head_of()
+        nn.init.normal_(self.other.last_layer.weight_v)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"step": 3, "one": self.one(x), "rest": ["text", None, self.other(x), self.one(2 * x)]}
+
+
+def several_outputs(rank: int | None) -> dict[str, str]:
+    """Rows of one head can be joined, those of the two cannot, whatever their places in the output are."""
+    said = {}
+    for name in [] if rank is None else ["find_unused_parameters", "static_graph"]:
+        model = nn.parallel.DistributedDataParallel(Several(), **{name: True})
+        first, second = model(torch.ones(2, IN, dtype=torch.float64)), model(torch.ones(2, IN, dtype=torch.float64))
+        same = torch.cat([first["one"], second["one"], first["rest"][3], second["rest"][3]])
+        other = torch.cat([first["rest"][2], second["rest"][2]])
+        try:
+            torch.cat([first["one"], first["rest"][2]])
+            said[name] = "joined rows of two heads"
+        except ValueError as error:
+            said[name] = f"{tuple(same.shape)} {tuple(other.shape)} {error}"
+    return said
+
+
 def what_fsdp1_says(rank: int | None) -> dict[str, str]:
     """Of a head that is a unit of its own below another: FSDP1 frees its parameters as soon as its forward returns."""
     said = {}
@@ -112,7 +140,7 @@ def rank_of(rank: int | None) -> int | None:
     return rank
 
 
-CASES = (every_wrapper, what_fsdp1_says)
+CASES = (every_wrapper, several_outputs, what_fsdp1_says)
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +172,9 @@ def test_what_fsdp1_has_freed_is_an_error_that_says_what_to_do(runs: Any) -> Non
         assert re.search("memory of prototypes .* has been freed.*FSDP1.*SHARD_GRAD_OP", said["FULL_SHARD"]), said[
             "FULL_SHARD"
         ]
+
+
+def test_outputs_among_others_are_told_apart(runs: Any) -> None:
+    for rank in runs.ranks:
+        for said in rank["several_outputs"].values():
+            assert said.startswith(f"(8, {K}) (4, {K}) torch.cat of PrototypeLogits with different prototypes")

@@ -133,7 +133,8 @@ class Center(RunningMean):
         self._pending: tuple[Tensor, Tensor] | None = None
 
     def _center_was_set(self) -> None:
-        self._started = self.center.is_meta or not bool(self.center.isnan().any())
+        # only one that begins at the first batch can be there without having started: NaN elsewhere is a run that diverged
+        self._started = self.center.is_meta or not (math.isnan(self._start) and bool(self.center.isnan().all()))
 
     def target_bias(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
@@ -147,11 +148,11 @@ class Center(RunningMean):
         """Set a centre that has not started to the mean of this batch; call before ``bias``, arguments as ``accumulate``."""
         if self._started:
             return
-        if self.center.isnan().any():
+        if self.center.isnan().all():
             batch = self._mean(*self._reduce(*self._statistic(teacher, temperature, bias)))
             finite = all_finite(batch, group=self.prototype_group)
             self.center.copy_(torch.where(finite, batch, self.center[0])[None])
-        self._started = not bool(self.center.isnan().any())
+        self._started = not bool(self.center.isnan().all())
 
     @outside_transforms
     def accumulate(
@@ -192,7 +193,9 @@ class Center(RunningMean):
             return
         batch = self._mean(*self._pending)
         # a centre that has not started takes the batch's mean here, where ``begin`` has not been called
-        moved = torch.where(self.center[0].isnan(), batch, self._step(self.center[0], batch))
+        moved = self._step(self.center[0], batch)
+        if math.isnan(self._start):
+            moved = torch.where(self.center[0].isnan().all(), batch, moved)
         # not finite only where nothing waits, which is so on all ranks
         self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center[0])[None])
         self._pending = None

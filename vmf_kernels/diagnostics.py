@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_freed
+from vmf_kernels.tensors import no_autocast
 
 METRICS = ("cosine", "euclidean")
 BLOCK = 1024  # prototypes a side of a tile of similarities: 4 MiB of fp32, stays in L2/L3
@@ -69,7 +70,7 @@ def unique_prototypes(weight: Prototypes | Tensor, eps: float = 0.025, metric: s
     has_direction = directions.any(dim=1)
     if not has_direction.all():
         directions = directions[has_direction]
-    with torch.autocast(weight.device.type, enabled=False):  # similarities near 1 need their fp32 digits
+    with no_autocast(weight.device):  # similarities near 1 need their fp32 digits
         groups = _greedy_groups(directions, least)
     group = groups.new_full((weight.shape[0],), int(groups.max()) + 1 if len(groups) else 0)  # of the zero rows
     group[has_direction] = groups

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.nn.utils.weight_norm import WeightNorm
 
 from vmf_kernels.layer_keys import WEIGHT_NORM, convert_keys
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.prototypes import Prototypes, linear_prototypes, weight_norm_prototypes
+from vmf_kernels.tensors import inside_function
 
 REPLICA = (
     "torch.nn.DataParallel joins the stored tensors of its replicas, and these logits are not stored; expected "
@@ -219,24 +219,10 @@ def handed_out(stored: Prototypes) -> Prototypes:
     magnitude = stored.magnitude
     if not torch.is_grad_enabled():
         # a view would still require a gradient, which would then go to the view and not to the parameter
-        return replace(stored.detach(), severed=_inside_function())
+        return replace(stored.detach(), severed=inside_function())
     # views: DistributedDataParallel finds the parameters an output needs by its graph, where a leaf has no node
     weight = stored.weight.view_as(stored.weight)
     return replace(stored, weight=weight, magnitude=None if magnitude is None else magnitude.view_as(magnitude))
-
-
-def _inside_function() -> bool:
-    """Whether an ``autograd.Function`` is in its forward pass, which gives a graph to the tensors that it returns alone."""
-    if torch.compiler.is_compiling():
-        return False
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        first = code.co_varnames[0] if code.co_name == "forward" and code.co_argcount else "self"
-        if first != "self" and isinstance(frame.f_locals.get(first), FunctionCtx):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def outlive(unit: nn.Module, logits: PrototypeLogits) -> PrototypeLogits:

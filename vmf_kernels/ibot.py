@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vmf_kernels.logits import PrototypeLogits, same_prototypes
+from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.losses import publish_center
 from vmf_kernels.masked_patches import IBOTPatchLoss, IBOTvMFPatchLoss, vmf_stream
 from vmf_kernels.pairing import multi_crop_weights
+from vmf_kernels.same_layer import same_prototypes
 from vmf_kernels.statistics import AssignmentStatistics
 from vmf_kernels.streams import Outputs, Stream, StreamLoss, StreamOptions, VMFStream, check_logits
 from vmf_kernels.temperatures import EpochTemperatures, temperature_schedule

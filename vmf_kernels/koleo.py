@@ -21,9 +21,11 @@ from vmf_kernels.prototypes import (
     normalized_prototypes,
     pull_back_to_stored,
     refuse_freed,
+    refuse_severed,
     weight_norm_prototypes,
 )
 from vmf_kernels.ranks import gather_counts, gather_rows, sum_over_ranks
+from vmf_kernels.tensors import no_autocast
 
 TILE = 2048  # prototypes a side of a tile of similarities: 16 MiB of fp32, which the allocator reuses rather than maps anew
 NO_MATRIX = -1  # stands for the number of rows of what has none
@@ -66,7 +68,7 @@ class KoLeoLoss(nn.Module):
         """
         counts = self._counts(features.shape[0] if features.ndim == 2 else NO_MATRIX, features.device)
         self._check(features, counts)
-        with torch.autocast(device_type=features.device.type, enabled=False):
+        with no_autocast(features.device):
             rows_RD = functional.normalize(_widened(features), dim=-1, eps=self.eps)
             rows_BCD = rows_RD.reshape(self.crops, rows_RD.shape[0] // self.crops, rows_RD.shape[1]).transpose(0, 1)
             among_NCD, start = self._candidates(rows_BCD, [count // self.crops for count in counts])
@@ -180,6 +182,7 @@ class PrototypeKoLeoLoss(nn.Module):
             )
         stored = linear_prototypes(prototypes) if isinstance(prototypes, Tensor) else prototypes
         refuse_freed(stored.weight, stored.magnitude)
+        refuse_severed(stored)
         sign = None if stored.magnitude is None else stored.magnitude.detach().sign()
         loss: Tensor = _SpreadPrototypes.apply(stored.weight, sign, self.eps, self.group)[0]  # type: ignore[no-untyped-call]
         return loss
@@ -192,7 +195,7 @@ class _SpreadPrototypes(torch.autograd.Function):
     def forward(
         weight: Tensor, sign: Tensor | None, eps: float, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(weight.device.type, enabled=False):
+        with no_autocast(weight.device):
             among_KD, own = _directions(_signed(weight, sign), group)
             if among_KD.shape[0] < 2:
                 raise ValueError("there is a single prototype, which has no neighbour; expected K >= 2")
@@ -211,7 +214,7 @@ class _SpreadPrototypes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         weight, sign, nearest, distance = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(weight.device):
             stored = _signed(weight, sign)
             among_KD, own = _directions(stored, ctx.group)
             # at distance 0 the norm has no slope, and 0 is the mean of those around

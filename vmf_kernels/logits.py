@@ -16,15 +16,13 @@ from vmf_kernels.einops_backend import offer_to_einops
 from vmf_kernels.prototypes import Prototypes, refuse_freed, refuse_severed
 from vmf_kernels.reductions import Dims, Extreme, extreme, extreme_over_rows, split_dims, top, total
 from vmf_kernels.row_index import advice
-from vmf_kernels.tensors import has_memory, is_transforming, untransformed
+from vmf_kernels.same_layer import same_prototypes
+from vmf_kernels.tensors import is_transforming, no_autocast, untransformed
 from vmf_kernels.unstored import UnstoredRows
 
 Owner = TypeVar("Owner")
 P = ParamSpec("P")
 Result = TypeVar("Result")
-# autograd's records of what wrappers do with a module's outputs: DistributedDataParallel's sink passes many on as they are
-SINKS = ("_DDPSinkBackward",)
-COPIES = (*SINKS, "ViewBackward0", "AliasBackward0", "CloneBackward0", "ToCopyBackward0")
 
 REDUCTIONS = ("max", "min", "amax", "amin", "argmax", "argmin", "topk", "sum", "mean")
 
@@ -221,7 +219,7 @@ def project(prototypes: Prototypes, vector_D: Tensor) -> Tensor:
     block = 8192  # 8 MiB of fp32 at D = 256
     # a CPU multiplies by a vector on one thread, by two columns on all: 1.9 against 9.5 ms at K = 65,536 with two threads
     columns_DC = vector_D[:, None].expand(-1, 2 if vector_D.device.type == "cpu" else 1)
-    with torch.autocast(vector_D.device.type, enabled=False):  # a region of the caller's would round to half precision
+    with no_autocast(vector_D.device):  # a region of the caller's would round to half precision
         parts = [rows.to(vector_D.dtype) @ columns_DC for rows in torch.split(prototypes.weight.detach(), block)]
     projected = torch.cat(parts)[:, 0]
     gain = prototypes.detach().gain(vector_D.dtype)
@@ -250,51 +248,6 @@ def _untransformed(value: object) -> object:
         of = replace(stored, weight=untransformed(stored.weight), magnitude=magnitude)
         return PrototypeLogits(untransformed(value.features), of)
     return untransformed(value) if isinstance(value, Tensor) else value
-
-
-def same_prototypes(one: Prototypes, other: Prototypes) -> bool:
-    """Whether both stand for one layer, detached or not.
-
-    Memory tells, where both are a layer's own; wrappers of modules (DistributedDataParallel, FSDP2, Lightning's Fabric) hand
-    out a copy a call, and then the parameters tell that autograd finds behind them. Copies without a graph are compared by
-    value, which waits for a GPU.
-    """
-    if one.kind != other.kind or one.weight.shape != other.weight.shape:
-        return False
-    if one.weight.requires_grad != other.weight.requires_grad and not _same_memory(one.weight, other.weight):
-        return False
-    pairs = ((one.weight, other.weight), (one.magnitude, other.magnitude))
-    return all(_same_tensor(a, b) for a, b in pairs)
-
-
-def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a is b:
-        return a is b
-    if not has_memory(a) or not has_memory(b):
-        return True  # traced: the shapes are all that is known
-    if _same_memory(a, b):
-        return True
-    if a.requires_grad or b.requires_grad:
-        source = _copied_from(a)
-        return source is not None and source is _copied_from(b)
-    return a.device == b.device and torch.equal(a, b)
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return has_memory(a) and has_memory(b) and a.data_ptr() == b.data_ptr() != 0
-
-
-def _copied_from(tensor: Tensor) -> Tensor | None:
-    """The parameter that a tensor is a view or copy of, as autograd recorded it; None where something was computed."""
-    if tensor.grad_fn is None:
-        return tensor
-    node: Any = tensor.grad_fn
-    place = tensor.output_nr
-    while node is not None and node.name() in COPIES:
-        edges = node.next_functions
-        node, place = edges[place if node.name() in SINKS else 0]
-    variable: Tensor | None = getattr(node, "variable", None)
-    return variable
 
 
 def _on(prototypes: Prototypes, device: torch.device) -> Prototypes:

@@ -15,7 +15,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from vmf_kernels.tensors import PLAIN, has_memory, is_transforming
+from vmf_kernels.tensors import PLAIN, has_memory, is_transforming, no_autocast
 
 NAMESPACE = "vmf_kernels"
 # of this process, for as long as it lives: torch drops what a library holds with the library
@@ -70,7 +70,7 @@ def below_autograd(op: Any, *args: Any) -> Any:
     """The operator's results; no gradient of its own is recorded."""
     if is_transforming():
         # autograd is off in an autograd.Function, and torch.func's next level outwards would record nothing
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             return op(*args)
     eager = has_memory(args[0]) and not torch._C._len_torch_dispatch_stack()
     if eager and all(type(arg) in PLAIN or not isinstance(arg, Tensor) for arg in args):
@@ -85,7 +85,7 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     def run(first: Tensor, *args: Any) -> Any:
         if not torch.is_autocast_enabled(first.device.type):
             return kernel(first, *args)
-        with torch.autocast(first.device.type, enabled=False):
+        with no_autocast(first.device):
             return kernel(first, *args)
 
     return run

@@ -106,7 +106,7 @@ def check_pairing(pairing: Pairing, teacher_rows: int, student_rows: int) -> int
 def check_weights(pairing: Pairing) -> None:
     """Raise ValueError unless all weights are finite and not negative; looks only where that waits for no device."""
     for weights, name in ((pairing.view_weights, "pair weights"), (pairing.image_weights, "image or row weights")):
-        if weights is None or weights.numel() == 0 or not is_readable(weights):
+        if weights is None or not is_readable(weights) or weights.numel() == 0:
             continue
         if weights.numel() <= FEW:
             # as Python's numbers, which are there sooner than torch's reduction; NaN fails the comparisons below

@@ -28,7 +28,7 @@ SEVERED = (
     "the student's head ran inside the forward pass of an autograd.Function, such as torch.utils.checkpoint with "
     "use_reentrant=True, which connects tensors only: these logits are not stored, so their gradient would be lost; expected "
     "checkpoint(..., use_reentrant=False), or a checkpoint around the backbone or the head's MLP alone, or around head and "
-    "loss together"
+    "loss together with center_update='manual'"
 )
 LOWEST_BIAS = -1e30  # nats; stands for -inf, whose product with a zero probability would be NaN
 
@@ -84,11 +84,12 @@ class Prototypes:
     def detach(self) -> Prototypes:
         """The same prototypes cut off from autograd."""
         magnitude = None if self.magnitude is None else self.magnitude.detach()
-        return Prototypes(self.weight.detach(), magnitude, self.kind, self.severed)
+        return Prototypes(self.weight.detach(), magnitude, self.kind)  # on purpose, so nothing is lost unseen
 
     def effective_weight(self) -> Tensor:
         """[K, D] effective prototypes ``w_k``, differentiable; a zero row stays zero."""
         refuse_freed(self.weight, self.magnitude)
+        refuse_severed(self)
         gain = self.gain()
         return self.weight if gain is None else gain[:, None].to(self.weight.dtype) * self.weight
 

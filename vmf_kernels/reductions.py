@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_freed
-from vmf_kernels.tensors import may_require_grad
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_freed, refuse_severed
+from vmf_kernels.tensors import may_require_grad, no_autocast
 
 TILE_ROWS, TILE_PROTOTYPES = 512, 8192  # 16 MiB of fp32 logits
 NOT_OVER_ROWS = (
@@ -123,7 +123,7 @@ def total(features: Tensor, prototypes: Prototypes, row_dims: Sequence[int], *, 
     rows = features.to(dtype)
     if row_dims:
         rows = features.sum(tuple(row_dims), keepdim=True, dtype=dtype)
-    with torch.autocast(rows.device.type, enabled=False):  # a region of the caller's would round to half precision
+    with no_autocast(rows.device):  # a region of the caller's would round to half precision
         blocks = (block.effective_weight().to(dtype) for block in _blocks(prototypes))
         if over_prototypes:
             weight_D = torch.stack([weight_KD.sum(dim=0) for weight_KD in blocks]).sum(dim=0)
@@ -182,8 +182,9 @@ def _logits_at(features: Tensor, prototypes: Prototypes, index: Tensor) -> Tenso
     magnitude = None if prototypes.magnitude is None else prototypes.magnitude.index_select(0, flat)
     chosen = replace(prototypes, weight=prototypes.weight.index_select(0, flat), magnitude=magnitude)
     dtype = torch.promote_types(features.dtype, prototypes.weight.dtype)
-    if torch.is_autocast_enabled(features.device.type):  # as the product of all logits, which it casts
-        dtype = torch.get_autocast_dtype(features.device.type)
+    kind = features.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)  # as in the product of all logits, which autocast casts
     weight = chosen.effective_weight().to(dtype).reshape(*index.shape, prototypes.dim)
     logits: Tensor = (features.to(dtype)[..., None, :] * weight).sum(dim=-1).to(features.dtype)
     return logits
@@ -205,6 +206,7 @@ def _better(best: Extreme | None, found: Extreme, start: int, *, largest: bool) 
 
 
 def _needs_gradient(features: Tensor, prototypes: Prototypes) -> bool:
+    refuse_severed(prototypes)
     stored = [t for t in (features, prototypes.weight, prototypes.magnitude) if t is not None]
     if forward_ad._current_level >= 0:  # the differentiable way, whichever mode asks
         return True

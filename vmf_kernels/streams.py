@@ -24,12 +24,18 @@ from vmf_kernels.prototypes import Prototypes, accumulation_dtype
 from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.targets import TeacherTargets, target_cross_entropy
 from vmf_kernels.temperatures import check_positive
+from vmf_kernels.tensors import inside_function
 
 UPDATES = ("forward", "manual")
 RULES = ("logit", "probability", "sinkhorn_knopp")
 FROZEN_NORMS = (
     "DINO-vMF is on but the prototypes' norms are frozen (norm_last_layer=True): with all norms at 1 every component has "
     "the same precision and the loss equals DINO up to centring; use norm_last_layer=False"
+)
+MOVES_TWICE = (
+    "the loss runs inside the forward pass of an autograd.Function, such as torch.utils.checkpoint with use_reentrant=True, "
+    "which runs it again in the backward pass: its centre would move twice, and the gradient be that of another loss; expected "
+    "center_update='manual' and update_center() once a step, or use_reentrant=False, or the loss outside of the checkpoint"
 )
 
 
@@ -169,6 +175,8 @@ class Stream(nn.Module):
         self, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor, bias: Tensor | None = None
     ) -> None:
         """Take the teacher's batch into the centre, after use; [R, K], a stored one's vMF normaliser as ``bias``."""
+        if self.center_update == "forward" and inside_function():
+            raise RuntimeError(MOVES_TWICE)
         self.centering.accumulate(teacher, teacher_temp, bias)
         if self.center_update == "forward":
             self.centering.apply_pending()

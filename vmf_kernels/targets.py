@@ -16,12 +16,13 @@ from vmf_kernels.backends import reference
 from vmf_kernels.cross_entropy import CrossEntropy, prototype_cross_entropy
 from vmf_kernels.dense_cross_entropy import logit_cross_entropy
 from vmf_kernels.einops_backend import offer_to_einops
-from vmf_kernels.logits import PrototypeLogits, same_prototypes
+from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.pairing import Pairing, check_pairing
 from vmf_kernels.prototypes import LOWEST_BIAS, accumulation_dtype, prepare_keys
 from vmf_kernels.row_index import advice
+from vmf_kernels.same_layer import same_prototypes
 from vmf_kernels.statistics import AssignmentStatistics, or_one
-from vmf_kernels.tensors import is_readable, refuse_gradients
+from vmf_kernels.tensors import is_readable, no_autocast, refuse_gradients
 from vmf_kernels.unstored import UnstoredRows
 
 # one name serves unstored and stored students: what streams over prototypes is plain torch on stored logits
@@ -89,7 +90,7 @@ class TeacherTargets(UnstoredRows):
     @torch.no_grad()
     def materialize(self) -> Tensor:
         """[..., K] the probabilities, fp32 (fp64 for fp64 logits): the memory this class exists to save."""
-        with torch.autocast(self.device.type, enabled=False):
+        with no_autocast(self.device):
             tau = temperature_tensor(self.temperature, "temperature", self.device)
             if isinstance(self.logits, PrototypeLogits):
                 keys = prepare_keys(self.logits.prototypes, tau, self.bias, self.dtype)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -75,3 +79,23 @@ def untransformed(tensor: Tensor) -> Tensor:
             "the loss outside of vmap, or prototype_cross_entropy with the centre as a bias"
         )
     return tensor
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A region without autocast, which would round sums to half precision; nothing on devices that have none, such as meta."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def inside_function() -> bool:
+    """Whether an ``autograd.Function`` is in its forward pass, which gives a graph to the tensors that it returns alone."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    entry = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is entry:
+            return True
+        frame = frame.f_back
+    return False

@@ -17,7 +17,7 @@ from torch import Tensor
 from vmf_kernels.casts import Casts
 from vmf_kernels.row_index import PROTOTYPE_DIM, advice, row_dim, row_index, row_order, row_sizes
 
-JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
+JOINS = dict.fromkeys(("cat", "concat", "concatenate", "vstack", "row_stack"), torch.cat) | {"stack": torch.stack}
 ROW_FUNCTIONS = (
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsqueeze", "squeeze", "flatten", "unflatten"),
     *(
@@ -180,8 +180,9 @@ class UnstoredRows(Casts):
         """As ``transpose``."""
         return self.transpose(dim0, dim1)
 
-    def permute(self, *dims: Any) -> Self:
+    def permute(self, *sizes: Any, dims: Any = None) -> Self:
         """As ``Tensor.permute`` that leaves the prototypes last."""
+        dims = sizes if dims is None else tuple(dims)
         return self._with(self._rows.permute(*row_order(_unpacked(dims), self.shape, self._kind), self.ndim - 1))
 
     def movedim(self, source: int | Sequence[int], destination: int | Sequence[int]) -> Self:
@@ -196,8 +197,9 @@ class UnstoredRows(Casts):
         """As ``movedim``."""
         return self.movedim(source, destination)
 
-    def flip(self, *dims: Any) -> Self:
+    def flip(self, *places: Any, dims: Any = None) -> Self:
         """As ``Tensor.flip`` along dims of rows."""
+        dims = places if dims is None else (dims,)
         return self._with(self._rows.flip([self._row_dim(dim) for dim in _unpacked(dims)]))
 
     def roll(self, shifts: int | Sequence[int], dims: int | Sequence[int]) -> Self:
@@ -216,11 +218,12 @@ class UnstoredRows(Casts):
         """As ``Tensor.repeat_interleave`` along a dim of rows."""
         return self._with(self._rows.repeat_interleave(repeats, self._row_dim(dim), output_size=output_size))
 
-    def expand(self, *sizes: Any) -> Self:
+    def expand(self, *sizes: Any, size: Any = None) -> Self:
         """As ``Tensor.expand`` of dims of rows; the last size is K or -1."""
+        sizes = sizes if size is None else tuple(size)
         return self._with(self._rows.expand(*row_sizes(_unpacked(sizes), self.shape, self._kind, "expanded to"), -1))
 
-    def broadcast_to(self, *size: Any) -> Self:
+    def broadcast_to(self, size: Sequence[int]) -> Self:
         """As ``expand``."""
         return self.expand(*size)
 
@@ -258,9 +261,13 @@ class UnstoredRows(Casts):
     def __iter__(self) -> Iterator[Self]:
         return iter(self.unbind(0))
 
-    def contiguous(self) -> Self:
+    def contiguous(self, **options: Any) -> Self:
         """The rows, contiguous."""
         return self._with(self._rows.contiguous())
+
+    def ndimension(self) -> int:
+        """As ``dim``."""
+        return self.ndim
 
     def is_contiguous(self) -> bool:
         """Whether the rows are."""
@@ -283,7 +290,7 @@ class UnstoredRows(Casts):
         """As ``Tensor.get_device``."""
         return self._rows.get_device()
 
-    def clone(self) -> Self:
+    def clone(self, **options: Any) -> Self:
         """A copy of the rows; prototypes are shared."""
         return self._with(self._rows.clone())
 

@@ -209,7 +209,9 @@ class LazilyCentered(RunningMean):
         return None if self._pending is None else self._pending[1]
 
     def _check_set(self) -> None:
-        if self._known_to_be_set:  # looking waits for a GPU, so once
+        if (
+            self._known_to_be_set or torch.compiler.is_compiling()
+        ):  # looking waits for a GPU, so once, and breaks a trace
             return
         if self.center.isnan().any():
             raise RuntimeError("center is NaN; expected init_weights() or load_state_dict() before its first use")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +18,12 @@ from torch.distributed import ProcessGroup
 from vmf_kernels.backends.contract import LossInputs, LossOutputs
 from vmf_kernels.backends.native import module
 from vmf_kernels.backends.native.chunks import Chunk, chunks_of, padded, row_ranges
+from vmf_kernels.backends.native.gathering import Gathering, Pairs, PullBack, Students, Teachers
 from vmf_kernels.backends.native.scores import (
     LN_2,
     LOG2_E,
     Logits,
     NativeKeys,
-    Softmax,
     native_keys,
     score,
     score_task,
@@ -72,7 +71,7 @@ def usage(
         count = rows.stop - rows.start
         logits = Logits.empty(keys.prototypes, padded(count))
         softmax = score(x_RD[rows], keys, products, logits).merged_over_ranks(group)
-        _Gathering(keys, logits, _Pairs(one_by_one, None, count), _Teachers(0, result)).run(products, softmax)
+        Gathering(keys, logits, Pairs(one_by_one, None, count), Teachers(0, result)).run(products, softmax)
     return result
 
 
@@ -187,12 +186,12 @@ class _Step:
         column = _columns_of(chunk)[0]
         rest = self.student.scale[1]
         x_gradient = self.feature_gradient.flatten(0, 1) if whole else module.new(*x_SD.shape)
-        gathering = _Gathering(
+        gathering = Gathering(
             self.student,
             logits,
             self._pairs(chunk),
-            _Teachers(column, self.usage),
-            _Students(
+            Teachers(column, self.usage),
+            Students(
                 features=x_SD if rest == 1 else x_SD * rest,
                 feature_gradient=x_gradient,
                 weight_gradient=self.weight_gradient,
@@ -225,15 +224,15 @@ class _Step:
         """Whether no chunk before this one had its student rows: it has the first of the teacher's views."""
         return bool(chunk.teacher_views.start == 0)
 
-    def _pairs(self, chunk: Chunk) -> _Pairs:
+    def _pairs(self, chunk: Chunk) -> Pairs:
         """Of this chunk alone, so that p and q meet before G is rounded for the products."""
         by_view, sizes = self.view_weights, _sizes(chunk)
         if sizes[:2] != self.views:
             by_view = by_view[chunk.teacher_views, chunk.student_views].contiguous()
         by_image = None if self.image_weights is None else self.image_weights[chunk.images]
-        return _Pairs(by_view, by_image, sizes[2])
+        return Pairs(by_view, by_image, sizes[2])
 
-    def _pull_back(self) -> _PullBack | None:
+    def _pull_back(self) -> PullBack | None:
         """None where what is stored is the effective prototypes and nothing else depends on their norms."""
         prototypes = self.inputs.student
         if prototypes.kind == "linear":
@@ -244,7 +243,7 @@ class _Step:
             scale = self.inputs.student_temperature.to(torch.float32).reciprocal()
             slope = -vmf_mean_resultant_length(prototypes.detach().norms() * scale, prototypes.dim) * scale
         magnitude = None if prototypes.magnitude is None else module.fp32(prototypes.magnitude.detach().reshape(-1))
-        return _PullBack(prototypes.without_vmf().kind, norm, magnitude, slope, self.magnitude_gradient)
+        return PullBack(prototypes.without_vmf().kind, norm, magnitude, slope, self.magnitude_gradient)
 
     def outputs(self) -> LossOutputs:
         """Equation (12), and what comes with it."""
@@ -276,109 +275,6 @@ class _Step:
             self.feature_gradient.flatten(0, 1) if inputs.feature_gradient else module.new(0),
             module.new(0) if self.weight_gradient is None else self.weight_gradient,
             module.new(0) if self.magnitude_gradient is None else self.magnitude_gradient,
-        )
-
-
-@dataclass(frozen=True)
-class _PullBack:
-    """Equation (7) of a whole call."""
-
-    kind: str
-    norm: Tensor  # [K] of the stored rows
-    magnitude: Tensor | None  # [K]
-    slope: Tensor | None  # [K] slope of the bias in the norm
-    magnitude_gradient: Tensor | None  # [K]
-
-    def for_module(self) -> Any:
-        norms, count = module.built().Norms, len(self.norm)
-        kinds = {"linear": norms.free, "normalized": norms.fixed, "weight_norm": norms.magnitude}
-        return module.built().PullBack(
-            norms=kinds[self.kind],
-            norm=module.address(self.norm, count),
-            magnitude=module.address(self.magnitude, count),
-            slope=module.address(self.slope, count),
-            magnitude_gradient=module.address(self.magnitude_gradient, count),
-        )
-
-
-class _Pairs(NamedTuple):
-    """Weights of the pairs of a gathering pass."""
-
-    by_view: Tensor  # [G, V]
-    by_image: Tensor | None  # [B]
-    images: int
-
-
-@dataclass(frozen=True)
-class _Students:
-    """The student's side of a gathering pass."""
-
-    features: Tensor  # [S, D] times the second factor of 1 / tau_s
-    feature_gradient: Tensor  # [S, D]
-    weight_gradient: Tensor | None  # [K, D]
-    bias_gradient: Tensor  # [K]
-    first: bool
-    pull_back: _PullBack | None
-
-
-class _Teachers(NamedTuple):
-    """The teacher's side of a gathering pass."""
-
-    column: int  # of the logits, that its rows start at
-    usage: Tensor  # [K] added to
-
-
-class _Gathering(NamedTuple):
-    """From stored logits to the sums over rows; without students the usage alone."""
-
-    keys: NativeKeys
-    logits: Logits
-    pairs: _Pairs
-    teachers: _Teachers
-    students: _Students | None = None
-
-    def run(self, products: torch.dtype, by_teacher: Softmax, by_student: Softmax | None = None) -> Any:
-        """The module's ``Sums``, from both networks' sums over the prototypes."""
-        native, run, task = module.built(), module.execution(products), self.task(by_teacher, by_student)
-        memory, start = module.workspace(native.gather_workspace(task, run))
-        sums = native.gather(task, run, start)
-        del memory
-        return sums
-
-    def task(self, by_teacher: Softmax | None = None, by_student: Softmax | None = None) -> Any:
-        """As the module takes it; what it points to must outlive it."""
-        address, mine, (by_view, by_image, images) = module.address, self.students, self.pairs
-        count, dim = self.keys.weight.shape
-        teacher_views, student_views = by_view.shape
-        rows = (0 if mine is None else student_views * images), teacher_views * images
-        top, mass, moment = (0, 0, 0) if by_student is None else by_student.for_module(rows[0])
-        teacher_top, teacher_mass, teacher_moment = (0, 0, 0) if by_teacher is None else by_teacher.for_module(rows[1])
-        return module.built().Gather(
-            weight=module.weight_of(self.keys.weight),
-            gain=address(self.keys.gain, count),
-            logits=self.logits.for_module(count, self.teachers.column + padded(rows[1])),
-            teacher_column=self.teachers.column,
-            student_rows=rows[0],
-            teacher_rows=rows[1],
-            images=images,
-            student_views=student_views,
-            teacher_views=teacher_views,
-            student_top=top,
-            student_mass=mass,
-            student_moment=moment,
-            teacher_top=teacher_top,
-            teacher_mass=teacher_mass,
-            teacher_moment=teacher_moment,
-            view_weights=address(by_view, teacher_views * student_views),
-            image_weights=address(by_image, images),
-            features=0 if mine is None else address(mine.features, rows[0] * dim),
-            scale=self.keys.scale[0],
-            feature_gradient=0 if mine is None else address(mine.feature_gradient, rows[0] * dim),
-            weight_gradient=0 if mine is None else address(mine.weight_gradient, count * dim),
-            bias_gradient=0 if mine is None else address(mine.bias_gradient, count),
-            usage=address(self.teachers.usage, count),
-            first=mine is not None and mine.first,
-            pull_back=None if mine is None or mine.pull_back is None else mine.pull_back.for_module(),
         )
 
 

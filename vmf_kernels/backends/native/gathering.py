@@ -1,0 +1,120 @@
+"""From the stored logits of a chunk to the sums over its rows, as the module takes it.
+
+Legend: S / T student / teacher rows, G / V their views, B images, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.backends.native import module
+from vmf_kernels.backends.native.chunks import padded
+from vmf_kernels.backends.native.scores import Logits, NativeKeys, Softmax
+
+
+@dataclass(frozen=True)
+class PullBack:
+    """Equation (7) of a whole call."""
+
+    kind: str
+    norm: Tensor  # [K] of the stored rows
+    magnitude: Tensor | None  # [K]
+    slope: Tensor | None  # [K] slope of the bias in the norm
+    magnitude_gradient: Tensor | None  # [K]
+
+    def for_module(self) -> Any:
+        """As the module takes it; this must outlive the result."""
+        norms, count = module.built().Norms, len(self.norm)
+        kinds = {"linear": norms.free, "normalized": norms.fixed, "weight_norm": norms.magnitude}
+        return module.built().PullBack(
+            norms=kinds[self.kind],
+            norm=module.address(self.norm, count),
+            magnitude=module.address(self.magnitude, count),
+            slope=module.address(self.slope, count),
+            magnitude_gradient=module.address(self.magnitude_gradient, count),
+        )
+
+
+class Pairs(NamedTuple):
+    """Weights of the pairs of a gathering pass."""
+
+    by_view: Tensor  # [G, V]
+    by_image: Tensor | None  # [B]
+    images: int
+
+
+@dataclass(frozen=True)
+class Students:
+    """The student's side of a gathering pass."""
+
+    features: Tensor  # [S, D] times the second factor of 1 / tau_s
+    feature_gradient: Tensor  # [S, D]
+    weight_gradient: Tensor | None  # [K, D]
+    bias_gradient: Tensor  # [K]
+    first: bool
+    pull_back: PullBack | None
+
+
+class Teachers(NamedTuple):
+    """The teacher's side of a gathering pass."""
+
+    column: int  # of the logits, that its rows start at
+    usage: Tensor  # [K] added to
+
+
+class Gathering(NamedTuple):
+    """From stored logits to the sums over rows; without students the usage alone."""
+
+    keys: NativeKeys
+    logits: Logits
+    pairs: Pairs
+    teachers: Teachers
+    students: Students | None = None
+
+    def run(self, products: torch.dtype, by_teacher: Softmax, by_student: Softmax | None = None) -> Any:
+        """The module's ``Sums``, from both networks' sums over the prototypes."""
+        native, run, task = module.built(), module.execution(products), self.task(by_teacher, by_student)
+        memory, start = module.workspace(native.gather_workspace(task, run))
+        sums = native.gather(task, run, start)
+        del memory
+        return sums
+
+    def task(self, by_teacher: Softmax | None = None, by_student: Softmax | None = None) -> Any:
+        """As the module takes it; what it points to must outlive it."""
+        address, mine, (by_view, by_image, images) = module.address, self.students, self.pairs
+        count, dim = self.keys.weight.shape
+        teacher_views, student_views = by_view.shape
+        rows = (0 if mine is None else student_views * images), teacher_views * images
+        top, mass, moment = (0, 0, 0) if by_student is None else by_student.for_module(rows[0])
+        teacher_top, teacher_mass, teacher_moment = (0, 0, 0) if by_teacher is None else by_teacher.for_module(rows[1])
+        return module.built().Gather(
+            weight=module.weight_of(self.keys.weight),
+            gain=address(self.keys.gain, count),
+            logits=self.logits.for_module(count, self.teachers.column + padded(rows[1])),
+            teacher_column=self.teachers.column,
+            student_rows=rows[0],
+            teacher_rows=rows[1],
+            images=images,
+            student_views=student_views,
+            teacher_views=teacher_views,
+            student_top=top,
+            student_mass=mass,
+            student_moment=moment,
+            teacher_top=teacher_top,
+            teacher_mass=teacher_mass,
+            teacher_moment=teacher_moment,
+            view_weights=address(by_view, teacher_views * student_views),
+            image_weights=address(by_image, images),
+            features=0 if mine is None else address(mine.features, rows[0] * dim),
+            scale=self.keys.scale[0],
+            feature_gradient=0 if mine is None else address(mine.feature_gradient, rows[0] * dim),
+            weight_gradient=0 if mine is None else address(mine.weight_gradient, count * dim),
+            bias_gradient=0 if mine is None else address(mine.bias_gradient, count),
+            usage=address(self.teachers.usage, count),
+            first=mine is not None and mine.first,
+            pull_back=None if mine is None or mine.pull_back is None else mine.pull_back.for_module(),
+        )
