@@ -2,9 +2,10 @@
 
     pytest bench/bench_first_call.py --benchmark-enable --benchmark-json=bench/results/cpu/first_call.json
 
-Each round is a process of its own (``bench.fresh_process``). Of the benchmark's own times, which are those of whole processes,
-nothing is read; ``extra_info`` has the first call, later calls and what was loaded. Limits: a first call of 0.1 s and 20 MiB
-over later ones, no compiler of torch, 400 us a later call with "native" on one thread, and no thread woken for it.
+Each round is a process of its own (``bench.fresh_process``). Of the benchmark's own times, which are those of whole
+processes, nothing is read; ``extra_info`` has the first call, later calls and what was loaded. Held to: no compiler of torch is
+loaded, the first call takes at most 20 MiB, no thread is woken for a small call; timed, a first call takes at most 0.1 s. The
+aim of 400 us for a later call with "native" on one thread is not a test: machines differ.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 5
-MOST_MIB = 20.0
+MOST_MIB, MOST_SECONDS = 20.0, 0.1
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("backend", ["native", "streaming"])
-def test_first_call(benchmark: Any, backend: str, threads: int) -> None:
+def test_first_call(benchmark: Any, backend: str, threads: int, request: pytest.FixtureRequest) -> None:
     results: list[dict[str, Any]] = []
 
     def fresh() -> None:
@@ -40,3 +41,5 @@ def test_first_call(benchmark: Any, backend: str, threads: int) -> None:
         assert result["compiler_loaded"] == [], "the first call loads torch's compiler"
         assert result["first_mib"] <= MOST_MIB, f"the first call takes {result['first_mib']} MiB"
         assert result["wake_ups_per_call"] < 0.5, "threads are woken for a small call"
+        if request.config.getoption("benchmark_enable"):
+            assert result["first_seconds"] <= MOST_SECONDS, f"the first call takes {result['first_seconds']:.2f} s"

@@ -1,6 +1,7 @@
 """Tables of the README from the results that are committed.
 
 python -m bench.report bench/results/cpu/head.json
+python -m bench.report bench/results/cpu/first_call.json
 python -m bench.report bench/results/cpu/demo.json
 python -m bench.report bench/results/cpu/many_prototypes.json
 python -m bench.report bench/results/<name of a GPU>/head.json     with the ratios and whether each target was met
@@ -25,6 +26,10 @@ DEMO_COLUMNS = (
     "| method | seed | k-NN % | untrained | raw pixels | linear % | untrained | raw pixels "
     "| MI nats | RankMe | used | unique |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+FIRST_CALL_COLUMNS = (
+    "| backend | threads | first call ms | MiB | modules loaded | later calls us | the fastest us | wake-ups a call |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 MANY_COLUMNS = (
     "| ranks | prototypes | dim | rows | seconds | peak MiB of a rank | one copy of the logits GiB | machine's memory GiB |\n"
@@ -77,6 +82,17 @@ def many_table(report: Mapping[str, Any]) -> str:
     return "\n".join([MANY_COLUMNS, *rows, "", f"Relative difference between the two: {difference}."])
 
 
+def first_call_table(results: Mapping[str, Any]) -> str:
+    """Markdown table of a pytest-benchmark JSON of ``bench_first_call``: medians over processes."""
+    rows = [FIRST_CALL_COLUMNS]
+    for result in results["benchmarks"]:
+        extra, options = result["extra_info"], result["params"]
+        first = f"{1e3 * extra['first_seconds']:.0f} | {extra['first_mib']:.1f} | {extra['modules_loaded']:.0f}"
+        later = f"{1e6 * extra['later_seconds']:.0f} | {1e6 * extra['least_seconds']:.0f} | {extra['wake_ups_per_call']:.1f}"
+        rows.append(f"| {options['backend']} | {options['threads']} | {first} | {later} |")
+    return "\n".join(rows)
+
+
 def table(path: Path) -> str:
     """The table of a results file."""
     results = json.loads(path.read_text())
@@ -84,7 +100,10 @@ def table(path: Path) -> str:
         return gpu_table(results)
     if isinstance(results, dict) and "peak_rss_mib" in results:
         return many_table(results)
-    return head_table(results) if isinstance(results, dict) else demo_table(results)
+    if isinstance(results, list):
+        return demo_table(results)
+    first_call = "first_seconds" in results["benchmarks"][0]["extra_info"]
+    return first_call_table(results) if first_call else head_table(results)
 
 
 if __name__ == "__main__":

@@ -273,15 +273,6 @@ def shuffled_values(assign: Assign) -> Assign:
     )
 
 
-def dropped_value_bias(assign: Assign) -> Assign:
-    return lambda queries, values, vectors, group=None: assign(
-        queries,
-        None if values is None or values.bias is None else values._replace(bias=0 * values.bias),
-        vectors,
-        group,
-    )
-
-
 def dropped_key_bias(assign: Assign) -> Assign:
     return lambda queries, values, vectors, group=None: assign(
         [query._replace(keys=query.keys._replace(bias=None)) for query in queries], values, vectors, group
@@ -331,7 +322,6 @@ def one_wrong_row(assign: Assign) -> Assign:
 
 BROKEN = [
     shuffled_values,
-    dropped_value_bias,
     dropped_key_bias,
     permuted_prototypes,
     dropped_column_sums,

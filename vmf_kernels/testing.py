@@ -177,8 +177,13 @@ def rounding_sizes(problem: Problem) -> Outcome:
     }
 
 
-def assert_within_budget(actual: Outcome, problem: Problem, products: torch.dtype | None = None) -> dict[str, float]:
+def assert_within_budget(
+    actual: Outcome, problem: Problem, products: torch.dtype | None = None, *, logit_roundings: float = 1.0
+) -> dict[str, float]:
     """The used share of the budget by quantity, in [0, 1]; ``products`` as in ``dense_outcome``.
+
+    ``logit_roundings`` are those of every logit that count, 2 for kernels that form it in base 2: their logits are 1.44 times
+    as large, and so is up to twice their rounding.
 
     Raises:
         AssertionError: a quantity is missing, of a wrong shape or dtype, not finite, or off by more, with the numbers.
@@ -197,7 +202,8 @@ def assert_within_budget(actual: Outcome, problem: Problem, products: torch.dtyp
             error = measure(got.double() - exact)
             allowed = FP64_BUDGET * measure(sizes[name])
             if accumulation_dtype(got.dtype) != torch.float64:
-                rounding = torch.finfo(torch.float32).eps * sizes[name] + torch.finfo(got.dtype).eps / 2 * exact.abs()
+                logits = logit_roundings * torch.finfo(torch.float32).eps * sizes[name]
+                rounding = logits + torch.finfo(got.dtype).eps / 2 * exact.abs()
                 allowed = DENSE_ERRORS * measure(plain.double() - exact) + measure(rounding) + chance.get(name, 0.0)
             assert error <= allowed < float("inf"), f"{name}: {norm} error {error:.2e}, budget {allowed:.2e}"
             used[name] = max(used.get(name, 0.0), error / allowed if allowed else 0.0)

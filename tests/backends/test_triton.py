@@ -60,7 +60,8 @@ def test_every_kind_and_dtype_matches_the_fp64_truth(kind: str, dtype: torch.dty
     products = None if dtype == torch.float32 else dtype
     with correct_bf16():
         outcome = library_outcome(problem, "triton")
-    assert_within_budget(outcome, problem, products)
+    # numpy forms the interpreter's products, which round otherwise on every kind of CPU
+    assert_within_budget(outcome, problem, products, logit_roundings=2)
 
 
 @pytest.mark.parametrize("hard", HARD)
