@@ -17,7 +17,7 @@ from vmf_kernels.row_index import advice
 
 def offer_to_einops(kind: type) -> None:
     """Let einops take objects of ``kind``, a subclass of ``UnstoredRows``, if it has been imported."""
-    if "einops" in sys.modules:
+    if "einops" in sys.modules and not torch.compiler.is_compiling():  # a class cannot be made in a trace
         _make_backend(kind)
 
 
