@@ -28,7 +28,8 @@ DEMO_COLUMNS = (
     "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 FIRST_CALL_COLUMNS = (
-    "| backend | threads | first call ms | peak MiB more | modules loaded | later calls us | the fastest us | wake-ups a call |\n"
+    "| backend | threads | first call ms | peak MiB more | modules loaded "
+    "| later calls us | the fastest us | wake-ups a call |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 MANY_COLUMNS = (
