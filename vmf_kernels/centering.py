@@ -27,6 +27,12 @@ STARTS = ("zero", "first_batch")
 AVERAGES = ("log_probability", "probability")
 
 
+def check_momentum(value: float, name: str) -> None:
+    """Raise ValueError unless a running mean can have this momentum."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; expected a number in [0, 1)")
+
+
 class RunningMean(nn.Module):
     """Keeps its buffer ``center`` in fp32 (fp64 after ``double()``) under ``half()``, ``bfloat16()`` and ``to()``.
 
@@ -108,8 +114,7 @@ class Center(RunningMean):
         if num_prototypes < 1:
             raise ValueError(f"num_prototypes is {num_prototypes}; expected at least 1")
         check_backend_name(backend)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"center momentum is {momentum}; expected a number in [0, 1)")
+        check_momentum(momentum, "center momentum")
         self.momentum = momentum
         self.backend = backend
         self._prototype_group = Shared(prototype_group)

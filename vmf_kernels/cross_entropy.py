@@ -23,8 +23,8 @@ from vmf_kernels.assign import (
     temperature_tensor,
 )
 from vmf_kernels.backends.contract import LossInputs
-from vmf_kernels.once import Form, Kept, ReadyGradients, no_gradients, once_differentiable
-from vmf_kernels.operators import OperatorFunction, below_autograd, operator
+from vmf_kernels.once import Form, Kept, ReadyGradients, cast_to, formed, no_gradients, once_differentiable
+from vmf_kernels.operators import OperatorFunction, operator
 from vmf_kernels.pairing import Pairing, check_pairing, check_weights
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_severed
 from vmf_kernels.ranks import gather_objects, group_named, name_of, sum_over_ranks
@@ -198,9 +198,7 @@ class _Gradient(OperatorFunction):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Sequence[Tensor]:
-        outputs: Sequence[Tensor] = below_autograd(_cross_entropy_op, *inputs)
-        ctx.mark_non_differentiable(*outputs[1:])  # only the loss is
-        ctx.set_materialize_grads(False)
+        outputs = formed(ctx, _cross_entropy_op, inputs)
         student, rest = inputs[:3], inputs[3:]
         ctx.forms = [Form.of(tensor) for tensor in student]
         # autograd's records take no tensors of torch.inference_mode
@@ -233,8 +231,7 @@ class _Gradient(OperatorFunction):
         gradients: Sequence[Tensor] = ctx.ready.take(loss_grad, recompute)
         if torch.is_grad_enabled():
             gradients = once_differentiable(gradients, student(), NAME)
-        formed = zip(ctx.forms, gradients, ctx.needs_input_grad[:3], strict=True)
-        return (*(form.cast(g) if needed and form is not None else None for form, g, needed in formed), *nothing)
+        return (*cast_to(ctx.forms, gradients, ctx.needs_input_grad[:3]), *nothing)
 
 
 def _fake_outputs(

@@ -19,8 +19,8 @@ from vmf_kernels.assign import check_bias, temperature_tensor
 from vmf_kernels.backends.triton import logits as triton_logits
 from vmf_kernels.backends.triton.logits import Side, Sums
 from vmf_kernels.cross_entropy import CrossEntropy
-from vmf_kernels.once import Form, no_gradients, once_differentiable, saveable
-from vmf_kernels.operators import OperatorFunction, below_autograd, operator
+from vmf_kernels.once import Form, cast_to, formed, no_gradients, once_differentiable, saveable
+from vmf_kernels.operators import OperatorFunction, operator
 from vmf_kernels.pairing import Pairing, check_pairing, check_weights
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.statistics import AssignmentStatistics, or_one, weighted_summary
@@ -240,9 +240,7 @@ class _Gradient(OperatorFunction):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Sequence[Tensor]:
-        outputs: Sequence[Tensor] = below_autograd(_logit_op, *inputs)
-        ctx.mark_non_differentiable(*outputs[1:])  # only the loss is
-        ctx.set_materialize_grads(False)
+        outputs = formed(ctx, _logit_op, inputs)
         *tensors, ctx.backend = inputs
         ctx.forms = [Form.of(tensor) for tensor in tensors[:2]]
         ctx.save_for_backward(*(saveable(tensor) for tensor in (*tensors, *outputs[3:])))
@@ -256,11 +254,7 @@ class _Gradient(OperatorFunction):
         with torch.no_grad():
             gradients: Sequence[Tensor] = _logit_backward_op(loss_grad, *saved, ctx.backend)
         gradients = once_differentiable(gradients, saved[:2], NAME)
-        formed = zip(ctx.forms, gradients, ctx.needs_input_grad[:2], strict=True)
-        return (
-            *(form.cast(g) if needed and form is not None else None for form, g, needed in formed),
-            *no_gradients(7),
-        )
+        return (*cast_to(ctx.forms, gradients, ctx.needs_input_grad[:2]), *no_gradients(7))
 
 
 def _fake_logit(

@@ -81,6 +81,22 @@ class Form(NamedTuple):
         return gradient.to(self.dtype).reshape(self.shape)
 
 
+def formed(ctx: Any, op: Any, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """The outputs of a loss's operator, of which only the first, the loss, is differentiable."""
+    outputs: Sequence[Tensor] = below_autograd(op, *inputs)
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.set_materialize_grads(False)
+    return outputs
+
+
+def cast_to(
+    forms: Sequence[Form | None], gradients: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Each gradient in the form of the tensor it belongs to; None where there is none, or none is needed."""
+    each = zip(forms, gradients, needed, strict=True)
+    return tuple(form.cast(g) if wanted and form is not None else None for form, g, wanted in each)
+
+
 def no_gradients(count: int) -> tuple[None, ...]:
     """``count`` times None, for the inputs of an op that have no gradient."""
     return (None,) * count

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.assign import temperature_tensor
 from vmf_kernels.bessel import log_vmf_constant
-from vmf_kernels.centering import LogitCenter, ProbabilityCenter
+from vmf_kernels.centering import LogitCenter, ProbabilityCenter, check_momentum
 from vmf_kernels.cross_entropy import CrossEntropy
 from vmf_kernels.logits import PrototypeLogits
 from vmf_kernels.pairing import Pairing, check_pairing
@@ -213,8 +213,7 @@ class Stream(nn.Module):
         Raises:
             ValueError: there is no centre, or the momentum is not in [0, 1).
         """
-        if not 0 <= momentum < 1:
-            raise ValueError(f"center_momentum is {momentum}; expected a number in [0, 1)")
+        check_momentum(momentum, "center_momentum")
         self._running().momentum = momentum
 
     def _running(self) -> LogitCenter | ProbabilityCenter:

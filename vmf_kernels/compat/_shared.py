@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from vmf_kernels.assign import check_backend_name, temperature_tensor
-from vmf_kernels.centering import RunningMean
+from vmf_kernels.centering import RunningMean, check_momentum
 from vmf_kernels.logits import PrototypeLogits, outside_transforms, project
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.ranks import RowRanks, Shared, all_finite
@@ -21,6 +21,7 @@ from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.statistics import AssignmentStatistics
 from vmf_kernels.streams import check_logits
 from vmf_kernels.targets import TeacherTargets, target_cross_entropy
+from vmf_kernels.temperatures import check_positive
 
 Logits = PrototypeLogits | Tensor
 Targets = TeacherTargets | Tensor
@@ -69,10 +70,8 @@ class LazilyCentered(RunningMean):
         row_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if not student_temp > 0:
-            raise ValueError(f"student_temp is {student_temp}; expected a number > 0")
-        if not 0 <= center_momentum < 1:
-            raise ValueError(f"center_momentum is {center_momentum}; expected a number in [0, 1)")
+        check_positive(student_temp, "student_temp")
+        check_momentum(center_momentum, "center_momentum")
         if center.numel() < 1:
             raise ValueError("the number of prototypes is 0; expected at least 1")
         check_backend_name(backend)
