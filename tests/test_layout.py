@@ -21,6 +21,7 @@ ORDER = [
     "_debye",
     "bessel",
     "prototypes",
+    "prepared",
     "ranks",
     "pairing",
     "statistics",

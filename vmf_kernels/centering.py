@@ -333,6 +333,7 @@ class ProbabilityCenter(Center):
         rows = teacher.detach().flatten(0, -2)
         sums = LogSums(rows, temperature, bias, self.backend, self.prototype_group)
         total = sums.over_rows(sums.over_prototypes())
+        sums.end()
         return total, total.new_full((), float(rows.shape[0]))
 
     def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

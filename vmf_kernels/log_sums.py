@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.assign import check_bias, column_log_sum_exp, row_log_sum_exp, temperature_tensor
 from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.prepared import drop_prepared, keep_prepared
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.ranks import log_sum_exp_over_ranks
 
@@ -22,7 +23,7 @@ ROWS_AT_ONCE = 64  # of stored logits: 16 MiB of fp32 at K = 65,536
 
 @dataclass(frozen=True, eq=False)
 class LogSums:
-    """Sums over ``l = logits / temperature + bias``, detached.
+    """Sums over ``l = logits / temperature + bias``, detached; what is prepared for one serves all, and a loss that follows.
 
     Args:
         logits: [R, K] raw, not divided by the temperature; R may be 0.
@@ -45,6 +46,13 @@ class LogSums:
         check_bias(self.bias, self.logits.shape[-1], "bias")
         if isinstance(self.logits, PrototypeLogits) and self.bias is not None:
             raise ValueError("bias is given for PrototypeLogits, whose prototypes already bring theirs; expected None")
+        if isinstance(self.logits, PrototypeLogits):
+            keep_prepared(self.logits.prototypes)
+
+    def end(self) -> None:
+        """No more sums, nor a loss with the same teacher, are to come: what was prepared for them is freed."""
+        if isinstance(self.logits, PrototypeLogits):
+            drop_prepared(self.logits.prototypes)
 
     def over_prototypes(self, extra: Tensor | None = None) -> Tensor:
         """[R] ``log sum_k exp(l_rk + extra_k)``, over the prototypes of all ranks of the group."""

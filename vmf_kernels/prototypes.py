@@ -6,7 +6,7 @@ Legend: K prototypes, D embedding dim. ``w_k`` is the effective prototype, ``tau
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +49,10 @@ class Prototypes:
     kind: str
     severed: bool = False
 
+    # of ``detach``; no fields of the dataclass, in which torch would look for the tensors of a module's output
+    _detached = cast("Prototypes | None", None)
+    is_detached = False
+
     @property
     def count(self) -> int:
         """Number of prototypes K."""
@@ -82,9 +86,28 @@ class Prototypes:
         return replace(self, kind=self.kind.removesuffix("_vmf"))
 
     def detach(self) -> Prototypes:
-        """The same prototypes cut off from autograd."""
-        magnitude = None if self.magnitude is None else self.magnitude.detach()
-        return Prototypes(self.weight.detach(), magnitude, self.kind)  # on purpose, so nothing is lost unseen
+        """The same prototypes cut off from autograd; one object as long as the stored tensors lie where they are.
+
+        So what was prepared of them serves all that was detached of one head's output: ``vmf_kernels.prepared``.
+        """
+        if self.is_detached:
+            return self
+        detached = self._detached
+        if detached is None or not detached.lies_with(self):
+            magnitude = None if self.magnitude is None else self.magnitude.detach()
+            # severed no more: on purpose, so nothing is lost unseen
+            detached = Prototypes(self.weight.detach(), magnitude, self.kind)
+            if has_memory(self.weight):
+                self._detached, detached.is_detached = detached, True
+        return detached
+
+    def lies_with(self, other: Prototypes) -> bool:
+        """Whether both are views of the same memory; False for tensors that have none of their own."""
+        pairs = [(self.weight, other.weight), (self.magnitude, other.magnitude)]
+        return all(
+            (one is None and two is None) or (one is not None and two is not None and _is_same_view(one, two))
+            for one, two in pairs
+        )
 
     def effective_weight(self) -> Tensor:
         """[K, D] effective prototypes ``w_k``, differentiable; a zero row stays zero."""
@@ -275,6 +298,12 @@ def _safe_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _safe_reciprocal(norm: Tensor) -> Tensor:
     # a zero row has no direction: it stays zero and gets no gradient, where 1/0 would spread NaN
     return torch.where(norm > 0, norm, torch.inf).reciprocal()
+
+
+def _is_same_view(one: Tensor, two: Tensor) -> bool:
+    if not (has_memory(one) and has_memory(two)):
+        return False
+    return one.data_ptr() == two.data_ptr() and one.shape == two.shape and one.stride() == two.stride()
 
 
 def _checked_weight(weight: Tensor, name: str) -> Tensor:

@@ -108,16 +108,22 @@ void bind_prototypes(py::module_& module) {
   py::class_<StoredPrototypes>(module, "StoredPrototypes", py::module_local())
       .def(py::init(&stored_prototypes), py::kw_only(), "stored"_a, "kind"_a, "count"_a, "dim"_a, "stride"_a, "weight"_a,
            "magnitude"_a, "temperature"_a, "expansion"_a);
+  py::class_<Packing>(module, "Packing", py::module_local())
+      .def(py::init([](const StoredPrototypes& prototypes, Element element, int width, int padded, float lowest_bias,
+                       Address extra_bias, Address packed, Address bias, Address norm) {
+             return Packing{prototypes,       element,        width, padded, lowest_bias, at<const float>(extra_bias),
+                            at<void>(packed), at<float>(bias), at<float>(norm)};
+           }),
+           "prototypes"_a, py::kw_only(), "element"_a, "width"_a, "padded"_a, "lowest_bias"_a, "extra_bias"_a, "packed"_a,
+           "bias"_a, "norm"_a);
   module.def(
       "pack_prototypes",
-      [](const StoredPrototypes& prototypes, Queue queue, Element element, int width, int padded, float lowest_bias,
-         Address extra_bias, Address packed, Address bias) {
-        const Packing packing{prototypes,  element, width, padded, lowest_bias, at<const float>(extra_bias),
-                              at<void>(packed), at<float>(bias)};
-        launch("preparing prototypes", queue, [&](cudaStream_t stream) { return pack_prototypes(packing, stream); });
+      [](const std::vector<Packing>& networks, Queue queue) {
+        launch("preparing prototypes", queue, [&](cudaStream_t stream) {
+          return pack_prototypes(networks.data(), static_cast<int>(networks.size()), stream);
+        });
       },
-      "prototypes"_a, "queue"_a, py::kw_only(), "element"_a, "width"_a, "padded"_a, "lowest_bias"_a, "extra_bias"_a,
-      "packed"_a, "bias"_a);
+      "networks"_a, "queue"_a);
   module.def(
       "pull_back",
       [](const StoredPrototypes& prototypes, Queue queue, Address bias_gradient, Address gradient,
@@ -220,6 +226,7 @@ PYBIND11_MODULE(_cuda, module) {
   bind_prototypes(module);
   module.def("row_tile", &row_tile);
   module.def("prototype_tile", &prototype_tile, py::kw_only(), "width"_a, "own_values"_a);
+  module.def("column_parts", &column_parts, py::kw_only(), "width"_a);
   bind_row_pass(module);
   bind_column_pass(module);
 }

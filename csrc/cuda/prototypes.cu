@@ -149,9 +149,15 @@ __device__ float bias_of(const Packing& packing, int i_k, float norm) {
   return (bias < packing.lowest_bias ? packing.lowest_bias : bias) * LOG2_E;  // not fmaxf, which would hide a NaN
 }
 
-// Prototypes as stored -> as the passes read them: effective, cast, padded with zeros, and their bias.
+struct Networks {
+  Packing network[MOST_NETWORKS];
+};
+
+// Prototypes as stored -> as the passes read them: effective, cast, padded with zeros, and their bias. Grid (blocks of
+// prototypes, networks).
 template <class Weight, class Packed, int N, int CHUNKS>
-__global__ void __launch_bounds__(BLOCK_THREADS) pack_prototypes_kernel(const Packing packing) {
+__global__ void __launch_bounds__(BLOCK_THREADS) pack_prototypes_kernel(const __grid_constant__ Networks networks) {
+  const Packing& packing = networks.network[blockIdx.y];
   const StoredPrototypes& prototypes = packing.prototypes;
   const int i_first = (blockIdx.x * WARPS + threadIdx.x / LANES) * PACKED_BY_A_WARP;
   const auto* p_weight = static_cast<const Weight*>(prototypes.weight);
@@ -175,7 +181,9 @@ __global__ void __launch_bounds__(BLOCK_THREADS) pack_prototypes_kernel(const Pa
     if (i_k - i_first == threadIdx.x % LANES) norm_of_mine = norm;
   }
   const int i_mine = threadIdx.x % LANES;
-  if (i_mine < PACKED_BY_A_WARP) packing.bias[i_first + i_mine] = bias_of(packing, i_first + i_mine, norm_of_mine);
+  if (i_mine >= PACKED_BY_A_WARP) return;
+  packing.bias[i_first + i_mine] = bias_of(packing, i_first + i_mine, norm_of_mine);
+  if (packing.norm != nullptr) packing.norm[i_first + i_mine] = norm_of_mine;
 }
 
 // Gradient at w_k -> at the stored weight, in place, and at the magnitude: equation (7). One warp, one prototype.
@@ -259,23 +267,51 @@ template <class Use> cudaError_t with_rows(const StoredPrototypes& prototypes, i
   });
 }
 
-}  // namespace
-
-cudaError_t pack_prototypes(const Packing& packing, cudaStream_t stream) {
+bool is_valid(const Packing& packing) {
   const StoredPrototypes& prototypes = packing.prototypes;
-  if (packing.padded % PAD_TO != 0 || packing.padded < prototypes.count || packing.width < prototypes.dim ||
-      packing.width > MOST_DIMS || packing.width % 64 != 0)
-    return cudaErrorInvalidValue;
-  return with_rows(prototypes, packing.width, [&](auto weight, auto piece, auto chunks) {
-    return with_element(packing.element, [&](auto element) {
+  return packing.padded % PAD_TO == 0 && packing.padded >= prototypes.count && packing.width >= prototypes.dim &&
+         packing.width <= MOST_DIMS && packing.width % 64 == 0;
+}
+
+bool are_alike(const Packing& one, const Packing& other) {
+  return one.prototypes.count == other.prototypes.count && one.prototypes.dim == other.prototypes.dim &&
+         one.element == other.element && one.width == other.width && one.padded == other.padded;
+}
+
+// Whether one kernel reads the weights of both.
+bool is_one_kernel(const Packing& one, const Packing& other) {
+  if (one.prototypes.stored != other.prototypes.stored) return false;
+  return with_stored(one.prototypes.stored, [&](auto weight) {
+    using Weight = typename decltype(weight)::type;
+    return is_aligned<Weight>(one.prototypes) == is_aligned<Weight>(other.prototypes) ? cudaSuccess : cudaErrorNotSupported;
+  }) == cudaSuccess;
+}
+
+// All networks by the kernel of the first.
+cudaError_t launch_packing(const Networks& networks, int count, cudaStream_t stream) {
+  const Packing& first = networks.network[0];
+  return with_rows(first.prototypes, first.width, [&](auto weight, auto piece, auto chunks) {
+    return with_element(first.element, [&](auto element) {
       using Weight = typename decltype(weight)::type;
       using Packed = typename decltype(element)::type;
-      const int blocks = packing.padded / (WARPS * PACKED_BY_A_WARP);
+      const dim3 grid(first.padded / (WARPS * PACKED_BY_A_WARP), count);
       pack_prototypes_kernel<Weight, Packed, decltype(piece)::value, decltype(chunks)::value>
-          <<<blocks, BLOCK_THREADS, 0, stream>>>(packing);
+          <<<grid, BLOCK_THREADS, 0, stream>>>(networks);
       return cudaGetLastError();
     });
   });
+}
+
+}  // namespace
+
+cudaError_t pack_prototypes(const Packing* networks, int count, cudaStream_t stream) {
+  if (count < 1 || count > MOST_NETWORKS) return cudaErrorInvalidValue;
+  for (int i = 0; i < count; ++i)
+    if (!is_valid(networks[i]) || !are_alike(networks[i], networks[0])) return cudaErrorInvalidValue;
+  if (count == 2 && is_one_kernel(networks[0], networks[1])) return launch_packing({networks[0], networks[1]}, 2, stream);
+  for (int i = 0; i < count; ++i)
+    if (auto error = launch_packing({networks[i]}, 1, stream)) return error;
+  return cudaSuccess;
 }
 
 cudaError_t pull_back(const PullBack& pull_back, cudaStream_t stream) {

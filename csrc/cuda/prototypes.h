@@ -46,6 +46,7 @@ struct Packing {
   const float* extra_bias;  // [K] nats, or nullptr
   void* packed;             // [padded, width] effective prototypes, 0 in the padding
   float* bias;              // [padded] log2(e) (extra bias + log C_D(||w_k||/tau))
+  float* norm;              // [padded] ||w_k||, for biases to come, or nullptr
 };
 
 struct PullBack {
@@ -55,7 +56,9 @@ struct PullBack {
   float* magnitude_gradient;   // [K], or nullptr where the kind is not weight_norm
 };
 
-cudaError_t pack_prototypes(const Packing& packing, cudaStream_t stream);
+// One network, or two with the same K, D, element and padding: one launch where their weights have one dtype and alignment.
+constexpr int MOST_NETWORKS = 2;
+cudaError_t pack_prototypes(const Packing* networks, int count, cudaStream_t stream);
 cudaError_t pull_back(const PullBack& pull_back, cudaStream_t stream);
 
 }  // namespace vmf::cuda

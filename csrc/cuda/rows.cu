@@ -197,7 +197,12 @@ int row_tile() { return QUERIES; }
 static_assert(Tile<64>::KEYS == Tile<128>::KEYS && Tile<192>::KEYS == Tile<256>::KEYS &&
               Tile<256>::KEYS == Tile<384>::KEYS, "prototype_tile names the tile of 128 and of 256 for all widths");
 
+static_assert(Tile<64>::PANELS == 1 && Tile<128>::PANELS == 1 && Tile<192>::PANELS == 1 && Tile<256>::PANELS == 1,
+              "column_parts names the parts of 256 for all widths up to it");
+
 int prototype_tile(int width, bool) { return width <= 128 ? Tile<128>::KEYS : Tile<256>::KEYS; }
+
+int column_parts(int width) { return width <= 256 ? Tile<256>::PANELS : Tile<384>::PANELS; }
 
 cudaError_t row_pass(const RowPass& pass, cudaStream_t stream) {
   if (!is_valid(pass)) return cudaErrorInvalidValue;

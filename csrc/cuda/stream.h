@@ -50,6 +50,9 @@ int row_tile();
 // What split_size is a multiple of.
 int prototype_tile(int width, bool own_values);
 
+// How many blocks share the columns of one block of rows' barycentre.
+int column_parts(int width);
+
 // Launch on the stream of the current device. cudaErrorNotSupported: this build has no code for the device;
 // cudaErrorInvalidValue: sizes or alignment that the comments above exclude.
 cudaError_t row_pass(const RowPass&, cudaStream_t);

@@ -93,6 +93,19 @@ class StoredPrototypes:
 
 
 @dataclass(frozen=True)
+class Packing:
+    prototypes: StoredPrototypes
+    element: Element
+    width: int
+    padded: int
+    lowest_bias: float
+    extra_bias: int
+    packed: int
+    bias: int
+    norm: int
+
+
+@dataclass(frozen=True)
 class Side:
     rows: int
     keys: int
@@ -159,7 +172,7 @@ class StandIn:
 
     archs = ("80", "90a", "100")
     Element, Stored, Kind, Queue = Element, Stored, Kind, Queue
-    Expansion, StoredPrototypes, Side = Expansion, StoredPrototypes, Side
+    Expansion, StoredPrototypes, Packing, Side = Expansion, StoredPrototypes, Packing, Side
 
     def __init__(self, damage: Damage) -> None:
         self.damage = damage
@@ -178,8 +191,18 @@ class StandIn:
         assert width in WIDTHS, f"no kernel of width {width}"
         return OWN_TILE if own_values else SHARED_TILE
 
-    def pack_prototypes(self, stored: StoredPrototypes, queue: Queue, **arguments: Any) -> None:
-        pack_prototypes(**self._seen("pack_prototypes", arguments | {"stored": stored}))
+    def column_parts(self, *, width: int) -> int:
+        assert width in WIDTHS, f"no kernel of width {width}"
+        return 1 if width <= 256 else 2
+
+    def pack_prototypes(self, networks: list[Packing], queue: Queue) -> None:
+        networks = self._seen("pack_prototypes", {"networks": networks})["networks"]
+        first = networks[0]
+        for each in networks:
+            stored = each.prototypes
+            assert (stored.count, stored.dim) == (first.prototypes.count, first.prototypes.dim), "networks of two sizes"
+            assert (each.element, each.width, each.padded) == (first.element, first.width, first.padded)
+            pack_prototypes(each)
 
     def pull_back(self, stored: StoredPrototypes, queue: Queue, **arguments: Any) -> None:
         pull_back(**self._seen("pull_back", arguments | {"stored": stored}))
@@ -196,17 +219,8 @@ class StandIn:
         return arguments
 
 
-def pack_prototypes(
-    *,
-    stored: StoredPrototypes,
-    element: Element,
-    width: int,
-    padded: int,
-    lowest_bias: float,
-    extra_bias: int,
-    packed: int,
-    bias: int,
-) -> None:
+def pack_prototypes(packing: Packing) -> None:
+    stored, padded, element = packing.prototypes, packing.padded, packing.element
     assert padded % PAD_TO == 0, f"{padded} prototypes are not padded to a multiple of {PAD_TO}"
     assert stored.count <= padded < stored.count + PAD_TO
     weight = stored.rows()
@@ -216,13 +230,17 @@ def pack_prototypes(
         norm = stored.magnitudes().abs()
     elif stored.kind == Kind.normalized:
         weight = weight * reciprocal_or_zero(norm)[:, None]
-    out = tensor_at(packed, (padded, width), element.value).zero_()
+    out = tensor_at(packing.packed, (padded, packing.width), element.value).zero_()
     out[: stored.count, : stored.dim] = weight.to(element.value)
-    bias_K = torch.zeros(stored.count) if not extra_bias else tensor_at(extra_bias, (stored.count,), FP32, 4)
+    bias_K = torch.zeros(stored.count)
+    if packing.extra_bias:
+        bias_K = tensor_at(packing.extra_bias, (stored.count,), FP32, 4)
     if stored.temperature:
         bias_K = bias_K + log_vmf_constant(norm * stored.inverse_temperature(), stored.expansion)
-    out_bias = tensor_at(bias, (padded,), FP32).fill_(2 * lowest_bias * LOG2_E)
-    out_bias[: stored.count] = torch.where(bias_K < lowest_bias, lowest_bias, bias_K) * LOG2_E
+    out_bias = tensor_at(packing.bias, (padded,), FP32).fill_(2 * packing.lowest_bias * LOG2_E)
+    out_bias[: stored.count] = torch.where(bias_K < packing.lowest_bias, packing.lowest_bias, bias_K) * LOG2_E
+    if packing.norm:
+        tensor_at(packing.norm, (padded,), FP32).zero_()[: stored.count] = norm
 
 
 def pull_back(*, stored: StoredPrototypes, bias_gradient: int, gradient: int, magnitude_gradient: int) -> None:

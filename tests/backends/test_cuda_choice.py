@@ -254,10 +254,19 @@ def calls(module: Any) -> dict[str, Any]:
     )
     queue, side = module.Queue(device=0, stream=0), dict.fromkeys(("keys", "features", "bias", "offset"), 1024)
     side |= {"rows": module.row_tile(), "temperature": 1024}
+    packing = {
+        "width": 64,
+        "padded": 256,
+        "lowest_bias": -1.0,
+        "extra_bias": 0,
+        "packed": 1024,
+        "bias": 1024,
+        "norm": 0,
+    }
     element = module.Element.bf16
     return {
         "preparing prototypes": lambda: module.pack_prototypes(
-            stored, queue, element=element, width=64, padded=256, lowest_bias=-1.0, extra_bias=0, packed=1024, bias=1024
+            [module.Packing(stored, element=element, **packing)] * 2, queue
         ),
         "pulling gradients back": lambda: module.pull_back(
             stored, queue, bias_gradient=0, gradient=1024, magnitude_gradient=0

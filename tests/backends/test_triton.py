@@ -192,7 +192,7 @@ def no_gradient_of_the_normaliser(kernel: str, arguments: list[Any], options: di
 
 
 def a_coarse_expansion(kernel: str, arguments: list[Any], options: dict[str, Any]) -> None:
-    if kernel == "pack_prototypes_kernel":
+    if kernel == "pack_networks_kernel":
         options["COEFFICIENTS"] = tuple(0.0 for _ in options["COEFFICIENTS"])
 
 
@@ -243,17 +243,16 @@ def test_an_undamaged_launch_passes() -> None:
     problem = random_problem(images=6, views=(2, 4), prototypes=127, dim=24, dtype=torch.float32)
     with damaged(lambda kernel, arguments, options: None) as names:
         assert_within_budget(library_outcome(problem, "triton"), problem)
-    assert len(names) == 10, f"launched {names}"
+    assert len(names) == 9, f"launched {names}"
 
 
-def test_forward_and_backward_are_ten_launches() -> None:
-    """Eight up to the loss, two for the gradient at the prototypes; scaling on a GPU adds one for each gradient."""
+def test_forward_and_backward_are_nine_launches() -> None:
+    """Seven up to the loss, two for the gradient at the prototypes; scaling on a GPU adds one for each gradient."""
     problem = random_problem(images=2, views=(2, 3), prototypes=127, dim=24, dtype=torch.float32)
     with damaged(lambda kernel, arguments, options: None) as names:
         library_outcome(problem, "triton")
     assert names == [
-        "pack_prototypes_kernel",
-        "pack_prototypes_kernel",
+        "pack_networks_kernel",
         "pack_rows_kernel",
         "assign_rows_kernel",
         "merge_kernel",

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from tests.backends.interpreted import Damage, correct_bf16, damaged
 from vmf_kernels import log_vmf_constant
-from vmf_kernels.backends.triton.prototypes import PackedPrototypes, pack_prototypes, pull_back
+from vmf_kernels.backends.triton.prototypes import (
+    PackedPrototypes,
+    pack_networks,
+    pack_prototypes,
+    pull_back,
+    with_bias,
+)
 from vmf_kernels.backends.triton.tiles import INTERPRETER_PAD
 from vmf_kernels.prototypes import KINDS, LOWEST_BIAS, Prototypes, prepare_keys, pull_back_to_stored
 
@@ -308,3 +314,38 @@ def test_a_damaged_way_back_fails_the_budget(damage: Damage, dim: int) -> None:
         got = pulled_back(copy.deepcopy(prototypes), *flowing)
     with pytest.raises(AssertionError, match="budget"):
         assert_gradients_within_budget(got, prototypes, *flowing)
+
+
+@pytest.mark.parametrize(
+    "kinds", [("weight_norm_vmf", "weight_norm_vmf"), ("linear", "weight_norm"), ("normalized",) * 2]
+)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_both_networks_in_one_launch_are_the_same_bits(
+    kinds: tuple[str, str], dtypes: tuple[torch.dtype, torch.dtype], uninitialised_memory_is_nan: None
+) -> None:
+    student, teacher = (stored(kind, 130, 65, dtype) for kind, dtype in zip(kinds, dtypes, strict=True))
+    student = replace(student, weight=student.weight.repeat(1, 2)[:, :65])  # another stride
+    temperatures, bias = (TEMPERATURE, TEMPERATURE / 2), torch.randn(130)
+    with damaged(lambda kernel, arguments, options: None) as launches:
+        got = pack_networks(student, teacher, temperatures, bias, torch.float16)
+    assert launches == ["pack_networks_kernel"]
+    alone = (
+        pack_prototypes(student, temperatures[0], None, torch.float16),
+        pack_prototypes(teacher, temperatures[1], bias, torch.float16),
+    )
+    for name, one, other in zip(("student", "teacher"), got, alone, strict=True):
+        assert torch.equal(one.weight, other.weight), f"the {name}'s prototypes differ"
+        assert torch.equal(one.bias, other.bias), f"the {name}'s biases differ"
+        assert one.has_bias == other.has_bias
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_bias_from_kept_norms_is_the_same_bits(kind: str, uninitialised_memory_is_nan: None) -> None:
+    prototypes, extra, warmer = stored(kind, MANY, 24), torch.randn(MANY), TEMPERATURE * 2
+    kept = pack_prototypes(prototypes, TEMPERATURE, None, torch.float32, keeps_norms=True)
+    for bias in (None, extra):
+        got = with_bias(kept, prototypes, warmer, bias)
+        expected = pack_prototypes(prototypes, warmer, bias, torch.float32)
+        assert torch.equal(got.bias, expected.bias)
+        assert torch.equal(got.weight, expected.weight)
+        assert got.has_bias == expected.has_bias

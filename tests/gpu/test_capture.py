@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 ROUNDS = 3  # batches that a graph is replayed on
 FORWARD_AND_BACKWARD = Counter(
     {
-        "pack_prototypes_kernel": 2,
+        "pack_networks_kernel": 1,
         "pack_rows_kernel": 1,
         "assign_rows_kernel": 2,
         "merge_kernel": 1,

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from vmf_kernels.backends.contract import LossInputs
 from vmf_kernels.backends.cuda import binding
 from vmf_kernels.backends.cuda.layouts import PAD_TO
-from vmf_kernels.backends.cuda.prototypes import pack_prototypes, pull_back
+from vmf_kernels.backends.cuda.prototypes import pack_networks, pack_prototypes, pull_back
 from vmf_kernels.backends.triton.passes import Columns, Parts, Side, empty_parts, merged_over_ranks, shared_out
 from vmf_kernels.backends.triton.prototypes import PackedPrototypes
 from vmf_kernels.backends.triton.tiles import Layout, Tile
@@ -24,6 +24,7 @@ class CudaKernels:
     """``Kernels`` of the operator, from csrc/cuda."""
 
     pack_prototypes = staticmethod(pack_prototypes)
+    pack_networks = staticmethod(pack_networks)
     pull_back = staticmethod(pull_back)
 
     def tile(self, name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
@@ -46,7 +47,8 @@ class CudaKernels:
         """As ``backends.triton.passes.row_pass``."""
         width = keys.layout.width
         own_values = values is not None and values is not keys
-        block = Tile(tile.rows, binding.module().prototype_tile(width=width, own_values=own_values))
+        parts = 1 if values is None else binding.module().column_parts(width=width)
+        block = Tile(tile.rows, binding.module().prototype_tile(width=width, own_values=own_values), parts)
         splits, split_size = shared_out(rows, keys, values, block)
         parts = empty_parts(rows, splits, values)
         has_value_bias = name == "teacher" and values is not None and values.has_bias

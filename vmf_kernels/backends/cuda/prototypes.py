@@ -21,35 +21,75 @@ STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def pack_prototypes(
-    prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
+    prototypes: Prototypes,
+    temperature: Tensor,
+    extra_bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    keeps_norms: bool = False,
 ) -> PackedPrototypes:
     """One pass over the weights: norms, vMF normaliser, cast, padding; arguments as ``vmf_kernels.prototypes.prepare_keys``."""
-    layout = layout_of(prototypes.dim, dtype)
-    padded = -(-prototypes.count // PAD_TO) * PAD_TO
-    new = prototypes.weight.new_empty
-    packed = PackedPrototypes(
-        new(padded, layout.width, dtype=dtype),
-        new(padded, dtype=torch.float32),
-        temperature,
-        prototypes.count,
-        layout,
-        prototypes.has_normalizer or extra_bias is not None,
-    )
-    # held by name until the launch: its memory would go to someone else's tensor
-    weight, magnitude, extra = _rows(prototypes.weight), _vector(prototypes.magnitude), _vector(extra_bias)
-    at = weight.device
-    binding.module().pack_prototypes(
-        _stored(prototypes, weight, magnitude, temperature),
-        binding.queue(weight),
-        element=binding.element(dtype),
-        width=layout.width,
-        padded=padded,
-        lowest_bias=LOWEST_BIAS,
-        extra_bias=binding.address(extra, at, prototypes.count),
-        packed=binding.address(packed.weight, at, padded * layout.width, dtype),
-        bias=binding.address(packed.bias, at, padded),
-    )
-    return packed
+    network = _Network(prototypes, temperature, extra_bias, dtype, keeps_norms=keeps_norms)
+    binding.module().pack_prototypes([network.packing()], binding.queue(network.weight))
+    return network.packed
+
+
+def pack_networks(
+    student: Prototypes,
+    teacher: Prototypes,
+    temperatures: tuple[Tensor, Tensor],
+    teacher_bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[PackedPrototypes, PackedPrototypes]:
+    """Both networks' in one launch: as ``vmf_kernels.backends.triton.prototypes.pack_networks``."""
+    one = _Network(student, temperatures[0], None, dtype)
+    other = _Network(teacher, temperatures[1], teacher_bias, dtype)
+    binding.module().pack_prototypes([one.packing(), other.packing()], binding.queue(one.weight))
+    return one.packed, other.packed
+
+
+class _Network:
+    """One network's prototypes and what they become; it holds what it points to until the launch."""
+
+    def __init__(
+        self,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        extra_bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        keeps_norms: bool = False,
+    ) -> None:
+        layout = layout_of(prototypes.dim, dtype)
+        padded = -(-prototypes.count // PAD_TO) * PAD_TO
+        new = prototypes.weight.new_empty
+        self.packed = PackedPrototypes(
+            new(padded, layout.width, dtype=dtype),
+            new(padded, dtype=torch.float32),
+            temperature,
+            prototypes.count,
+            layout,
+            prototypes.has_normalizer or extra_bias is not None,
+            new(padded, dtype=torch.float32) if keeps_norms else None,
+        )
+        self.prototypes, self.weight = prototypes, _rows(prototypes.weight)
+        self.magnitude, self.extra_bias = _vector(prototypes.magnitude), _vector(extra_bias)
+
+    def packing(self) -> Any:
+        """The module's description of it."""
+        packed, at = self.packed, self.weight.device
+        padded, width = packed.weight.shape
+        return binding.module().Packing(
+            _stored(self.prototypes, self.weight, self.magnitude, packed.temperature),
+            element=binding.element(packed.weight.dtype),
+            width=width,
+            padded=padded,
+            lowest_bias=LOWEST_BIAS,
+            extra_bias=binding.address(self.extra_bias, at, self.prototypes.count),
+            packed=binding.address(packed.weight, at, padded * width, packed.weight.dtype),
+            bias=binding.address(packed.bias, at, padded),
+            norm=binding.address(packed.norm, at, padded),
+        )
 
 
 def pull_back(

@@ -22,7 +22,13 @@ from vmf_kernels.backends.triton.passes import (
     padded_rows,
     row_pass,
 )
-from vmf_kernels.backends.triton.prototypes import PackedPrototypes, pack_prototypes, pull_back
+from vmf_kernels.backends.triton.prototypes import (
+    PackedPrototypes,
+    pack_networks,
+    pack_prototypes,
+    pull_back,
+    with_bias,
+)
 from vmf_kernels.backends.triton.rows import (
     finish_students,
     merge_log_sum_exp,
@@ -33,6 +39,7 @@ from vmf_kernels.backends.triton.rows import (
     sum_losses,
 )
 from vmf_kernels.backends.triton.tiles import Layout, Tile, has_tile, tile_of
+from vmf_kernels.prepared import drop_prepared, prepared_of
 from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 
 LOG2_E = 1.4426950408889634
@@ -42,9 +49,25 @@ class Kernels(Protocol):
     """The kernels that read prototypes; what lies between them, and is small beside them, is Triton's for everyone."""
 
     def pack_prototypes(
-        self, prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
+        self,
+        prototypes: Prototypes,
+        temperature: Tensor,
+        extra_bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        keeps_norms: bool = False,
     ) -> PackedPrototypes:
         """See ``prototypes.pack_prototypes``."""
+
+    def pack_networks(
+        self,
+        student: Prototypes,
+        teacher: Prototypes,
+        temperatures: tuple[Tensor, Tensor],
+        teacher_bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[PackedPrototypes, PackedPrototypes]:
+        """See ``prototypes.pack_networks``."""
 
     def pull_back(
         self, prototypes: Prototypes, temperature: Tensor, gradient_KD: Tensor, bias_gradient_K: Tensor
@@ -85,6 +108,7 @@ class TritonKernels:
     """``Kernels`` of this folder."""
 
     pack_prototypes = staticmethod(pack_prototypes)
+    pack_networks = staticmethod(pack_networks)
     pull_back = staticmethod(pull_back)
     row_pass = staticmethod(row_pass)
     column_pass = staticmethod(column_pass)
@@ -109,8 +133,7 @@ def cross_entropy(inputs: LossInputs, kernels: Kernels = TRITON) -> LossOutputs:
     features, teacher_features = inputs.student_features, inputs.teacher_features
     dtype = product_dtype(features, teacher_features)
     with launch.on_device(features):
-        student = kernels.pack_prototypes(inputs.student, inputs.student_temperature, None, dtype)
-        teacher = kernels.pack_prototypes(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, dtype)
+        student, teacher = prepared_networks(inputs, dtype, kernels)
         layout = student.layout
         own = "student" if inputs.feature_gradient else "scores"  # only equation (4) has the student's barycentre
         own_tile = kernels.tile(own, features, layout)
@@ -165,7 +188,7 @@ def usage(
     """[K] mean probability of each prototype."""
     dtype = product_dtype(features)
     with launch.on_device(features):
-        keys = kernels.pack_prototypes(prototypes, temperature, bias, dtype)
+        keys = prepared(prototypes, temperature, bias, dtype, kernels)
         layout = keys.layout
         tile = kernels.tile("scores", features, layout)
         column_tile = kernels.tile("columns", features, layout)
@@ -192,7 +215,7 @@ def row_log_sum_exp(
     """[R] log-sum-exp over the prototypes, nats."""
     dtype = product_dtype(features)
     with launch.on_device(features):
-        keys = kernels.pack_prototypes(prototypes, temperature, bias, dtype)
+        keys = prepared(prototypes, temperature, bias, dtype, kernels)
         tile = kernels.tile("scores", features, keys.layout)
         rows, _ = padded_features(features, padded_rows(len(features), [tile]), dtype, keys.layout)
         return merge_log_sum_exp(kernels.row_pass(rows, keys, None, "scores", tile, group), None)[: len(features)]
@@ -204,7 +227,7 @@ def column_log_sum_exp(
     """[K] ``log sum_r exp(l_rk - offset_r)``: the row pass with the roles of rows and prototypes swapped."""
     dtype = product_dtype(features)
     with launch.on_device(features):
-        keys = kernels.pack_prototypes(prototypes, temperature, None, dtype)
+        keys = prepared(prototypes, temperature, None, dtype, kernels)
         if not len(features):
             return keys.bias.new_full((keys.prototypes,), -torch.inf)
         tile = kernels.tile("scores", features, keys.layout, rows=keys.prototypes)
@@ -221,6 +244,34 @@ def product_dtype(*rows: Tensor) -> torch.dtype:
     """Dtype of the products: that of the rows, float32 for rows of two dtypes."""
     dtype = rows[0].dtype
     return dtype if all(other.dtype == dtype for other in rows) else torch.float32
+
+
+def prepared_networks(
+    inputs: LossInputs, dtype: torch.dtype, kernels: Kernels
+) -> tuple[PackedPrototypes, PackedPrototypes]:
+    """Both networks' prototypes as the passes read them: in one launch, unless the teacher's have been kept until now."""
+    student, teacher = inputs.student, inputs.teacher
+    temperatures = inputs.student_temperature, inputs.teacher_temperature
+    if prepared_of(teacher) is None:
+        return kernels.pack_networks(student, teacher, temperatures, inputs.teacher_bias, dtype)
+    kept = prepared(teacher, temperatures[1], inputs.teacher_bias, dtype, kernels)
+    drop_prepared(teacher)  # no other pass is to come
+    return kernels.pack_prototypes(student, temperatures[0], None, dtype), kept
+
+
+def prepared(
+    prototypes: Prototypes, temperature: Tensor, bias: Tensor | None, dtype: torch.dtype, kernels: Kernels
+) -> PackedPrototypes:
+    """Prototypes as the passes read them; kept where more passes have been announced (``vmf_kernels.prepared``)."""
+    room, key = prepared_of(prototypes), (type(kernels), dtype)
+    if room is None:
+        return kernels.pack_prototypes(prototypes, temperature, bias, dtype)
+    kept: PackedPrototypes | None = room.get(prototypes, key)
+    if kept is not None:
+        return with_bias(kept, prototypes, temperature, bias)
+    kept = kernels.pack_prototypes(prototypes, temperature, bias, dtype, keeps_norms=True)
+    room.put(prototypes, key, kept)
+    return kept
 
 
 def _column_buffers(inputs: LossInputs, like: Tensor) -> Columns:

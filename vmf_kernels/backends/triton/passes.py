@@ -15,10 +15,10 @@ from vmf_kernels.backends.triton import launch
 from vmf_kernels.backends.triton.column_kernels import gather_columns_kernel, gather_matched_columns_kernel
 from vmf_kernels.backends.triton.prototypes import PackedPrototypes
 from vmf_kernels.backends.triton.row_kernels import assign_rows_kernel
-from vmf_kernels.backends.triton.tiles import NO_TENSOR_CORES, Layout, Tile, split_count
+from vmf_kernels.backends.triton.tiles import NO_TENSOR_CORES, PROTOTYPES_A_PART, Layout, Tile, split_count
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
-WORKSPACE_BYTES = 32 * 2**20  # of unmerged barycentres: what splitting few rows over many programs may take
+WORKSPACE_BYTES = 64 * 2**20  # of unmerged barycentres: what splitting rows over many programs may take
 SPLITS_AT_ONCE = 16  # that a merging program loads together
 
 
@@ -57,13 +57,16 @@ def padded_rows(rows: int, tiles: list[Tile]) -> int:
 
 
 def shared_out(rows: Tensor, keys: PackedPrototypes, values: PackedPrototypes | None, tile: Tile) -> tuple[int, int]:
-    """(N, prototypes of each split but the last) of a row pass with this tile."""
+    """(N, prototypes of each split but the last) of a row pass with this tile, all of whose parts are launched."""
     count, width = rows.shape[0], keys.layout.width
     prototype_blocks = keys.weight.shape[0] // tile.prototypes
-    most = WORKSPACE_BYTES // (count * width * 4) if values is not None else prototype_blocks
-    target = launch.target_of(rows.device)
+    most, part_blocks = prototype_blocks, 0.0
+    if values is not None:
+        most = max(1, WORKSPACE_BYTES // (count * width * 4))
+        # programs that share a barycentre store a share of it, but each forms all logits: (2 + 2 / parts) / 4 of the products
+        part_blocks = PROTOTYPES_A_PART / tile.prototypes * 2 / (1 + tile.parts)
     row_blocks = count // tile.rows * tile.parts
-    splits = split_count(row_blocks, prototype_blocks, target.multiprocessors, max(1, most))
+    splits = split_count(row_blocks, prototype_blocks, launch.target_of(rows.device).multiprocessors, most, part_blocks)
     split_blocks = -(-prototype_blocks // splits)
     return -(-prototype_blocks // split_blocks), split_blocks * tile.prototypes
 

@@ -78,21 +78,13 @@ def reciprocal_or_zero(norm):
 
 
 @triton.jit
-def pack_prototypes_kernel(
-    p_weight,
-    p_magnitude,
+def base_2_bias(
+    norm,
+    o_k,
     p_extra_bias,
     p_temperature,
-    p_packed,
-    p_bias,
     prototype_count,
-    dim,
-    stride,
     lowest_bias,
-    N: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KIND: tl.constexpr,
     VMF: tl.constexpr,
     HAS_EXTRA_BIAS: tl.constexpr,
     ORDER: tl.constexpr,
@@ -100,12 +92,32 @@ def pack_prototypes_kernel(
     COEFFICIENTS: tl.constexpr,
     SLOPES: tl.constexpr,
 ):
-    """N prototypes as stored -> as the passes read them: effective, cast, padded with zeros to whole tiles, and their bias.
+    """``log2(e) (extra bias + log C_D(||w_k||/tau))`` of prototypes ``o_k``; the padding's is lower than any."""
+    m_k = o_k < prototype_count
+    bias = tl.zeros(o_k.shape, tl.float32)
+    if HAS_EXTRA_BIAS:
+        bias = tl.load(p_extra_bias + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if VMF:
+        kappa = norm * (1.0 / tl.load(p_temperature).to(tl.float32))
+        bias += log_vmf_constant(kappa, ORDER, STEPS, COEFFICIENTS, SLOPES)
+    bias = tl.where(bias < lowest_bias, lowest_bias, bias)  # not maximum, which would hide a NaN
+    return tl.where(m_k, bias, 2 * lowest_bias) * LOG2_E  # padding weighs nothing beside a prototype that is left out
 
-    Writes [K padded, WIDTH] ``w_k`` and [K padded] ``log2(e) (extra bias + log C_D(||w_k||/tau))``; the padding's bias is
-    lower than any, so that it weighs nothing. KIND: "linear", "normalized" or "weight_norm". Equation (1) of the README.
-    """
-    o_k = tl.program_id(0) * N + tl.arange(0, N)
+
+@triton.jit
+def effective_block(
+    p_weight,
+    p_magnitude,
+    p_packed,
+    o_k,
+    prototype_count,
+    dim,
+    stride,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Writes [., WIDTH] ``w_k`` of prototypes ``o_k``, cast, padded with zeros; returns their norms. README, equation (1)."""
     o_column = tl.arange(0, COLUMNS)
     m_k = o_k < prototype_count
     o_row = o_k.to(tl.int64)[:, None]
@@ -120,15 +132,184 @@ def pack_prototypes_kernel(
         b_weight = b_weight * reciprocal_or_zero(norm)[:, None]
     p_tile = p_packed + o_row * WIDTH + o_column[None, :]
     tl.store(p_tile, b_weight.to(p_packed.dtype.element_ty), mask=(o_column < WIDTH)[None, :])
-    bias = tl.zeros([N], tl.float32)
-    if HAS_EXTRA_BIAS:
-        bias = tl.load(p_extra_bias + o_k, mask=m_k, other=0.0).to(tl.float32)
-    if VMF:
-        kappa = norm * (1.0 / tl.load(p_temperature).to(tl.float32))
-        bias += log_vmf_constant(kappa, ORDER, STEPS, COEFFICIENTS, SLOPES)
-    bias = tl.where(bias < lowest_bias, lowest_bias, bias)  # not maximum, which would hide a NaN
-    bias = tl.where(m_k, bias, 2 * lowest_bias)  # padding weighs nothing beside a prototype that is left out
-    tl.store(p_bias + o_k, bias * LOG2_E)
+    return norm
+
+
+@triton.jit
+def pack_prototypes_kernel(
+    p_weight,
+    p_magnitude,
+    p_extra_bias,
+    p_temperature,
+    p_packed,
+    p_bias,
+    p_norm,
+    prototype_count,
+    dim,
+    stride,
+    lowest_bias,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    VMF: tl.constexpr,
+    HAS_EXTRA_BIAS: tl.constexpr,
+    KEEPS_NORMS: tl.constexpr,
+    ORDER: tl.constexpr,
+    STEPS: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    SLOPES: tl.constexpr,
+):
+    """N prototypes as stored -> as the passes read them: effective, cast, padded with zeros to whole tiles, and their bias.
+
+    Writes [K padded, WIDTH] ``w_k``, [K padded] ``base_2_bias`` and, where they are kept, [K padded] norms. KIND: "linear",
+    "normalized" or "weight_norm".
+    """
+    o_k = tl.program_id(0) * N + tl.arange(0, N)
+    norm = effective_block(p_weight, p_magnitude, p_packed, o_k, prototype_count, dim, stride, COLUMNS, WIDTH, KIND)
+    if KEEPS_NORMS:
+        tl.store(p_norm + o_k, norm)
+    bias = base_2_bias(
+        norm,
+        o_k,
+        p_extra_bias,
+        p_temperature,
+        prototype_count,
+        lowest_bias,
+        VMF,
+        HAS_EXTRA_BIAS,
+        ORDER,
+        STEPS,
+        COEFFICIENTS,
+        SLOPES,
+    )
+    tl.store(p_bias + o_k, bias)
+
+
+@triton.jit
+def pack_networks_kernel(
+    p_student_weight,
+    p_student_magnitude,
+    p_student_temperature,
+    p_student_packed,
+    p_student_bias,
+    student_stride,
+    p_teacher_weight,
+    p_teacher_magnitude,
+    p_teacher_extra_bias,
+    p_teacher_temperature,
+    p_teacher_packed,
+    p_teacher_bias,
+    teacher_stride,
+    prototype_count,
+    dim,
+    lowest_bias,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STUDENT_KIND: tl.constexpr,
+    TEACHER_KIND: tl.constexpr,
+    STUDENT_VMF: tl.constexpr,
+    TEACHER_VMF: tl.constexpr,
+    HAS_EXTRA_BIAS: tl.constexpr,
+    ORDER: tl.constexpr,
+    STEPS: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    SLOPES: tl.constexpr,
+):
+    """``pack_prototypes_kernel`` for both networks, which have one K and D: grid (blocks of prototypes, networks)."""
+    o_k = tl.program_id(0) * N + tl.arange(0, N)
+    if tl.program_id(1) == 0:
+        norm = effective_block(
+            p_student_weight,
+            p_student_magnitude,
+            p_student_packed,
+            o_k,
+            prototype_count,
+            dim,
+            student_stride,
+            COLUMNS,
+            WIDTH,
+            STUDENT_KIND,
+        )
+        bias = base_2_bias(
+            norm,
+            o_k,
+            p_student_temperature,  # not read: the student's logits have no other bias
+            p_student_temperature,
+            prototype_count,
+            lowest_bias,
+            STUDENT_VMF,
+            False,
+            ORDER,
+            STEPS,
+            COEFFICIENTS,
+            SLOPES,
+        )
+        tl.store(p_student_bias + o_k, bias)
+    else:
+        norm = effective_block(
+            p_teacher_weight,
+            p_teacher_magnitude,
+            p_teacher_packed,
+            o_k,
+            prototype_count,
+            dim,
+            teacher_stride,
+            COLUMNS,
+            WIDTH,
+            TEACHER_KIND,
+        )
+        bias = base_2_bias(
+            norm,
+            o_k,
+            p_teacher_extra_bias,
+            p_teacher_temperature,
+            prototype_count,
+            lowest_bias,
+            TEACHER_VMF,
+            HAS_EXTRA_BIAS,
+            ORDER,
+            STEPS,
+            COEFFICIENTS,
+            SLOPES,
+        )
+        tl.store(p_teacher_bias + o_k, bias)
+
+
+@triton.jit
+def bias_kernel(
+    p_norm,
+    p_extra_bias,
+    p_temperature,
+    p_bias,
+    prototype_count,
+    lowest_bias,
+    N: tl.constexpr,
+    VMF: tl.constexpr,
+    HAS_EXTRA_BIAS: tl.constexpr,
+    ORDER: tl.constexpr,
+    STEPS: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    SLOPES: tl.constexpr,
+):
+    """[K padded] ``base_2_bias`` of prototypes whose norms [K padded] have been kept: another bias, another temperature."""
+    o_k = tl.program_id(0) * N + tl.arange(0, N)
+    bias = base_2_bias(
+        tl.load(p_norm + o_k),
+        o_k,
+        p_extra_bias,
+        p_temperature,
+        prototype_count,
+        lowest_bias,
+        VMF,
+        HAS_EXTRA_BIAS,
+        ORDER,
+        STEPS,
+        COEFFICIENTS,
+        SLOPES,
+    )
+    tl.store(p_bias + o_k, bias)
 
 
 @triton.jit

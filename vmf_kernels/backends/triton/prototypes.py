@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from vmf_kernels.backends.triton import launch
-from vmf_kernels.backends.triton.prototype_kernels import pack_prototypes_kernel, pull_back_kernel, scale_kernel
+from vmf_kernels.backends.triton.prototype_kernels import (
+    bias_kernel,
+    pack_networks_kernel,
+    pack_prototypes_kernel,
+    pull_back_kernel,
+    scale_kernel,
+)
 from vmf_kernels.backends.triton.tiles import Layout, layout_of, pad_to, precision_of
 from vmf_kernels.bessel import difference_coefficients, orders, slope_coefficients
 from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
@@ -20,6 +26,7 @@ from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 BLOCK_ELEMENTS = 2048
 WARPS = 4
 SCALED_AT_ONCE = 4096
+BIASES_AT_ONCE = 256
 
 
 class PackedPrototypes(NamedTuple):
@@ -31,49 +38,121 @@ class PackedPrototypes(NamedTuple):
     prototypes: int  # K
     layout: Layout
     has_bias: bool  # whether the bias is more than zeros and padding
+    norm: Tensor | None = None  # [K padded] fp32, where it is kept for other biases: ``with_bias``
 
 
 def pack_prototypes(
-    prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
+    prototypes: Prototypes,
+    temperature: Tensor,
+    extra_bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    keeps_norms: bool = False,
 ) -> PackedPrototypes:
     """One pass over the weights: norms, vMF normaliser, cast, padding; arguments as ``vmf_kernels.prototypes.prepare_keys``."""
-    weight, layout = _rows(prototypes.weight), layout_of(prototypes.dim, precision_of(dtype))
-    align = pad_to(launch.target_of(weight.device))
-    padded = -(-prototypes.count // align) * align
-    packed = PackedPrototypes(
-        torch.empty(padded, layout.width, dtype=dtype, device=weight.device),
-        torch.empty(padded, dtype=torch.float32, device=weight.device),
-        temperature,
-        prototypes.count,
-        layout,
-        prototypes.has_normalizer or extra_bias is not None,
-    )
-    columns = _power_of_two(layout.width)
-    block = min(align, max(1, BLOCK_ELEMENTS // columns))  # divides the padding
+    weight, packed = _rows(prototypes.weight), _empty(prototypes, temperature, extra_bias, dtype)
+    if keeps_norms:
+        packed = packed._replace(norm=torch.empty_like(packed.bias))
     launch.run(
         pack_prototypes_kernel,
-        (-(-padded // block),),
+        (-(-packed.bias.shape[0] // _block(packed)),),
         weight,
         _vector(prototypes.magnitude, weight),
         _vector(extra_bias, weight),
         temperature,
         packed.weight,
         packed.bias,
+        packed.bias if packed.norm is None else packed.norm,
         prototypes.count,
         prototypes.dim,
         weight.stride(0),
         LOWEST_BIAS,
-        N=block,
-        COLUMNS=columns,
-        WIDTH=layout.width,
+        N=_block(packed),
+        COLUMNS=_power_of_two(packed.layout.width),
+        WIDTH=packed.layout.width,
         KIND=prototypes.without_vmf().kind,
         VMF=prototypes.has_normalizer,
         HAS_EXTRA_BIAS=extra_bias is not None,
-        COEFFICIENTS=tuple(difference_coefficients(orders(prototypes.dim)[0], torch.float32)),
-        **_expansion(prototypes.dim),
+        KEEPS_NORMS=packed.norm is not None,
+        **_constant(prototypes.dim),
         num_warps=WARPS,
     )
     return packed
+
+
+def pack_networks(
+    student: Prototypes,
+    teacher: Prototypes,
+    temperatures: tuple[Tensor, Tensor],
+    teacher_bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[PackedPrototypes, PackedPrototypes]:
+    """``pack_prototypes`` of the student's and the teacher's, whose K and D are the same, in one launch.
+
+    Args:
+        temperatures: of the student and of the teacher, [] each.
+        teacher_bias: [K] nats added to the teacher's logits, or None.
+    """
+    rows, other_rows = _rows(student.weight), _rows(teacher.weight)
+    packed = _empty(student, temperatures[0], None, dtype)
+    other = _empty(teacher, temperatures[1], teacher_bias, dtype)
+    launch.run(
+        pack_networks_kernel,
+        (-(-packed.bias.shape[0] // _block(packed)), 2),
+        rows,
+        _vector(student.magnitude, rows),
+        temperatures[0],
+        packed.weight,
+        packed.bias,
+        rows.stride(0),
+        other_rows,
+        _vector(teacher.magnitude, other_rows),
+        _vector(teacher_bias, other_rows),
+        temperatures[1],
+        other.weight,
+        other.bias,
+        other_rows.stride(0),
+        student.count,
+        student.dim,
+        LOWEST_BIAS,
+        N=_block(packed),
+        COLUMNS=_power_of_two(packed.layout.width),
+        WIDTH=packed.layout.width,
+        STUDENT_KIND=student.without_vmf().kind,
+        TEACHER_KIND=teacher.without_vmf().kind,
+        STUDENT_VMF=student.has_normalizer,
+        TEACHER_VMF=teacher.has_normalizer,
+        HAS_EXTRA_BIAS=teacher_bias is not None,
+        **_constant(student.dim),
+        num_warps=WARPS,
+    )
+    return packed, other
+
+
+def with_bias(
+    packed: PackedPrototypes, prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None
+) -> PackedPrototypes:
+    """The same prototypes, whose norms were kept, at another temperature or with another bias: a pass over K numbers."""
+    assert packed.norm is not None, "packed without keeping the norms"
+    bias = torch.empty_like(packed.bias)
+    block = min(BIASES_AT_ONCE, pad_to(launch.target_of(bias.device)))  # divides the padding
+    launch.run(
+        bias_kernel,
+        (bias.shape[0] // block,),
+        packed.norm,
+        packed.norm if extra_bias is None else _vector(extra_bias, packed.norm),
+        temperature,
+        bias,
+        prototypes.count,
+        LOWEST_BIAS,
+        N=block,
+        VMF=prototypes.has_normalizer,
+        HAS_EXTRA_BIAS=extra_bias is not None,
+        **_constant(prototypes.dim),
+        num_warps=WARPS,
+    )
+    has_bias = prototypes.has_normalizer or extra_bias is not None
+    return packed._replace(bias=bias, temperature=temperature, has_bias=has_bias)
 
 
 def pull_back(
@@ -123,6 +202,34 @@ def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
             num_warps=WARPS,
         )
     return gradient
+
+
+def _empty(
+    prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
+) -> PackedPrototypes:
+    """Room for what is packed."""
+    layout, device = layout_of(prototypes.dim, precision_of(dtype)), prototypes.weight.device
+    align = pad_to(launch.target_of(device))
+    padded = -(-prototypes.count // align) * align
+    return PackedPrototypes(
+        torch.empty(padded, layout.width, dtype=dtype, device=device),
+        torch.empty(padded, dtype=torch.float32, device=device),
+        temperature,
+        prototypes.count,
+        layout,
+        prototypes.has_normalizer or extra_bias is not None,
+    )
+
+
+def _block(packed: PackedPrototypes) -> int:
+    """Prototypes of a program that packs them; divides the padding."""
+    align = pad_to(launch.target_of(packed.weight.device))
+    return min(align, max(1, BLOCK_ELEMENTS // _power_of_two(packed.layout.width)))
+
+
+def _constant(dim: int) -> dict[str, Any]:
+    """Compile-time numbers of the normaliser itself."""
+    return {"COEFFICIENTS": tuple(difference_coefficients(orders(dim)[0], torch.float32)), **_expansion(dim)}
 
 
 def _expansion(dim: int) -> dict[str, Any]:

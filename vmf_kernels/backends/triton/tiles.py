@@ -32,8 +32,10 @@ NO_TENSOR_CORES = "ieee"
 NOTES = ("chosen_by", "used")  # of an entry, beside the fields of its tile
 INTERPRETER_PAD = 64
 MAX_WIDTH_OF_ANY_CHUNKS = 384
-MOST_SPLITS = 128  # about one a multiprocessor: with more, merging would cost what it saves
-NEAR_THE_BEST = 1.05
+MOST_SPLITS = 128  # of the prototypes: about one a multiprocessor
+# What a part costs beside its products, in prototypes that a program could pass over in that time: its fp32 barycentre is
+# written and read back, 8 bytes a number, where a prototype takes 4 operations; at 600 TFLOP/s and 4.3 TB/s.
+PROTOTYPES_A_PART = 280
 # As wide as can be, because between the products of two chunks the compiler waits for the tensor cores; but wider tiles of
 # fp32 do not fit the registers: products without tensor cores are unrolled over the whole chunk.
 WIDEST_CHUNK = {"16-bit": 256, "tf32": 64, NO_TENSOR_CORES: 32}
@@ -148,20 +150,22 @@ INTERPRETER_TILES = {
 
 
 @functools.cache  # 20 to 40 microseconds
-def split_count(row_blocks: int, prototype_blocks: int, multiprocessors: int, most: int) -> int:
-    """Splits of the prototypes: the fewest that take nearly as few steps as the best number would.
+def split_count(
+    row_blocks: int, prototype_blocks: int, multiprocessors: int, most: int, part_blocks: float = 0.0
+) -> int:
+    """Splits of the prototypes: as many as take the least time, the fewest of equals.
 
     Args:
         row_blocks, prototype_blocks: blocks of either.
         multiprocessors: of the device; one program runs on each at a time.
         most: bound from the workspace, at least 1.
+        part_blocks: blocks of prototypes that a program could pass over while its part is stored and merged.
     """
 
-    def steps(splits: int) -> int:
-        """Blocks of prototypes that a multiprocessor goes through, one after the other."""
+    def blocks(splits: int) -> float:
+        """Blocks of prototypes that a multiprocessor goes through, one after the other, or could in that time."""
         waves = -(-row_blocks * splits // multiprocessors)
-        return waves * -(-prototype_blocks // splits)
+        parts = row_blocks * splits / multiprocessors  # stored and merged at the rate of memory, which all share
+        return waves * -(-prototype_blocks // splits) + parts * part_blocks
 
-    counts = range(1, max(1, min(most, prototype_blocks, MOST_SPLITS)) + 1)
-    fewest = min(steps(count) for count in counts)
-    return next(count for count in counts if steps(count) <= NEAR_THE_BEST * fewest)
+    return min(range(1, max(1, min(most, prototype_blocks, MOST_SPLITS)) + 1), key=blocks)
