@@ -166,3 +166,13 @@ def test_detached_prototypes_are_one_object_until_their_memory_is_exchanged() ->
     weight.data = torch.randn(K, DIM)
     assert prototypes.detach() is not detached
     assert torch.equal(prototypes.detach().weight, weight)
+
+
+@pytest.mark.parametrize("made", ["of a head's", "again of detached ones"])
+def test_detached_prototypes_that_were_made_leaves_are_detached_anew(made: str) -> None:
+    prototypes = linear_prototypes(torch.randn(K, DIM))
+    leaves = prototypes.detach()
+    leaves.weight.requires_grad_()
+    detached = (prototypes if made == "of a head's" else leaves).detach()
+    assert not detached.requires_grad
+    assert leaves.requires_grad

@@ -75,9 +75,7 @@ class PrototypeLogits(UnstoredRows):
     @property
     def requires_grad(self) -> bool:
         """Whether the features or the prototypes require a gradient."""
-        magnitude = self.prototypes.magnitude
-        stored = [self.features, self.prototypes.weight, *([] if magnitude is None else [magnitude])]
-        return any(t.requires_grad for t in stored)
+        return self.features.requires_grad or self.prototypes.requires_grad
 
     def materialize(self) -> Tensor:
         """[..., K] the stored logits, differentiable: the memory this class exists to save."""

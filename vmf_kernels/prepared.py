@@ -41,7 +41,7 @@ def keep_prepared(prototypes: Prototypes) -> None:
 
     Nothing is kept of others: a parameter itself lives longer than what its head put out.
     """
-    if prototypes.is_detached and prepared_of(prototypes) is None:
+    if prototypes.is_detached and not prototypes.requires_grad and prepared_of(prototypes) is None:
         setattr(prototypes.weight, ATTRIBUTE, Prepared())
 
 

@@ -90,16 +90,19 @@ class Prototypes:
 
         So what was prepared of them serves all that was detached of one head's output: ``vmf_kernels.prepared``.
         """
-        if self.is_detached:
-            return self
-        detached = self._detached
-        if detached is None or not detached.lies_with(self):
+        detached = self if self.is_detached else self._detached
+        if detached is None or detached.requires_grad or not detached.lies_with(self):
             magnitude = None if self.magnitude is None else self.magnitude.detach()
             # severed no more: on purpose, so nothing is lost unseen
             detached = Prototypes(self.weight.detach(), magnitude, self.kind)
             if has_memory(self.weight):
-                self._detached, detached.is_detached = detached, True
+                self._detached, self.is_detached, detached.is_detached = detached, False, True
         return detached
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a stored tensor requires a gradient."""
+        return self.weight.requires_grad or (self.magnitude is not None and self.magnitude.requires_grad)
 
     def lies_with(self, other: Prototypes) -> bool:
         """Whether both are views of the same memory; False for tensors that have none of their own."""
