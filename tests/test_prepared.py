@@ -23,7 +23,7 @@ from vmf_kernels.prototypes import Prototypes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton interprets nothing where there is a GPU")
 
-K, DIM, IMAGES = 70, 24, 3
+K, DIM, IMAGES = 40, 16, 2
 TAU = 0.07
 
 
@@ -71,7 +71,7 @@ def test_a_step_packs_the_teacher_once_for_all_its_sums(centering: str, packed: 
     assert {name: launches[name] for name in names if launches[name]} == packed
     with mock.patch("vmf_kernels.log_sums.keep_prepared"):
         assert torch.equal(loss, loss_of(centering, *outputs)), "another loss than with a preparation for each pass"
-    assert prepared_of(outputs[1].prototypes.detach()) is None, "kept after the loss"
+    assert prepared_of(outputs[1].prototypes.as_read()) is None, "kept after the loss"
 
 
 def in_place(weight: torch.nn.Parameter) -> None:
@@ -114,7 +114,7 @@ def test_what_is_kept_is_freed_with_the_output() -> None:
     _, teacher = weights()
     output = logits(teacher, 5)
     LogSums(output.detach(), TAU, backend="triton").over_prototypes()
-    room = prepared_of(output.prototypes.detach())
+    room = prepared_of(output.prototypes.as_read())
     assert room is not None
     assert room._made is not None
     packed = weakref.ref(room._made[2].weight)
@@ -127,15 +127,15 @@ def test_only_what_a_head_put_out_is_kept() -> None:
     own = linear_prototypes(weights()[1])
     keep_prepared(own)
     assert prepared_of(own) is None
-    keep_prepared(own.detach())
-    assert prepared_of(own.detach()) is not None
-    drop_prepared(own.detach())
-    assert prepared_of(own.detach()) is None
+    keep_prepared(own.as_read())
+    assert prepared_of(own.as_read()) is not None
+    drop_prepared(own.as_read())
+    assert prepared_of(own.as_read()) is None
 
 
 def test_nothing_is_kept_of_tensors_without_a_version() -> None:
     with torch.inference_mode():
-        prototypes = linear_prototypes(torch.randn(K, DIM)).detach()
+        prototypes = linear_prototypes(torch.randn(K, DIM)).as_read()
     keep_prepared(prototypes)
     room = prepared_of(prototypes)
     assert room is not None
@@ -145,7 +145,7 @@ def test_nothing_is_kept_of_tensors_without_a_version() -> None:
 
 @pytest.mark.parametrize("asked", ["another key", "another kind"])
 def test_other_questions_find_nothing(asked: str) -> None:
-    prototypes = weight_norm_prototypes(torch.rand(K, 1), torch.randn(K, DIM)).detach()
+    prototypes = weight_norm_prototypes(torch.rand(K, 1), torch.randn(K, DIM)).as_read()
     keep_prepared(prototypes)
     room = prepared_of(prototypes)
     assert room is not None
@@ -155,24 +155,24 @@ def test_other_questions_find_nothing(asked: str) -> None:
     assert room.get(other, "key" if asked == "another kind" else "another") is None
 
 
-def test_detached_prototypes_are_one_object_until_their_memory_is_exchanged() -> None:
+def test_prototypes_are_read_as_one_object_until_their_memory_is_exchanged() -> None:
     weight = torch.nn.Parameter(torch.randn(K, DIM))
     prototypes = linear_prototypes(weight)
-    detached = prototypes.detach()
-    assert not detached.weight.requires_grad
-    assert prototypes.detach() is detached
-    assert detached.detach() is detached
-    assert prototypes.with_vmf().detach() is not detached
+    read = prototypes.as_read()
+    assert not read.requires_grad
+    assert prototypes.as_read() is read
+    assert read.as_read() is read
+    assert prototypes.with_vmf().as_read() is not read
+    assert prototypes.detach() is not read, "detached prototypes are the caller's own"
     weight.data = torch.randn(K, DIM)
-    assert prototypes.detach() is not detached
-    assert torch.equal(prototypes.detach().weight, weight)
+    assert torch.equal(prototypes.as_read().weight, weight)
 
 
-@pytest.mark.parametrize("made", ["of a head's", "again of detached ones"])
-def test_detached_prototypes_that_were_made_leaves_are_detached_anew(made: str) -> None:
+@pytest.mark.parametrize("asked", ["of a head's", "of those that were read"])
+def test_prototypes_that_were_made_leaves_are_read_anew(asked: str) -> None:
     prototypes = linear_prototypes(torch.randn(K, DIM))
-    leaves = prototypes.detach()
+    leaves = prototypes.as_read()
     leaves.weight.requires_grad_()
-    detached = (prototypes if made == "of a head's" else leaves).detach()
-    assert not detached.requires_grad
+    read = (prototypes if asked == "of a head's" else leaves).as_read()
+    assert not read.requires_grad
     assert leaves.requires_grad

@@ -233,7 +233,7 @@ def _detached(bias: Tensor | None) -> Tensor | None:
 
 def _flat(features: Tensor, prototypes: Prototypes) -> tuple[Tensor, Tensor, Tensor | None, str]:
     """The leading arguments of every op: torch.library takes tensors, not a dataclass."""
-    stored = prototypes.detach()
+    stored = prototypes.as_read()
     return features.detach(), stored.weight, stored.magnitude, prototypes.kind
 
 

@@ -37,11 +37,11 @@ class Prepared:
 
 
 def keep_prepared(prototypes: Prototypes) -> None:
-    """Say that several passes over detached prototypes follow, the last of them a loss: ``drop_prepared`` ends it.
+    """Say that several passes over prototypes as they are read follow, the last of them a loss: ``drop_prepared`` ends it.
 
     Nothing is kept of others: a parameter itself lives longer than what its head put out.
     """
-    if prototypes.is_detached and not prototypes.requires_grad and prepared_of(prototypes) is None:
+    if prototypes.is_read and not prototypes.requires_grad and prepared_of(prototypes) is None:
         setattr(prototypes.weight, ATTRIBUTE, Prepared())
 
 

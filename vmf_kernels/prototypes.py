@@ -49,9 +49,9 @@ class Prototypes:
     kind: str
     severed: bool = False
 
-    # of ``detach``; no fields of the dataclass, in which torch would look for the tensors of a module's output
-    _detached = cast("Prototypes | None", None)
-    is_detached = False
+    # of ``as_read``; no fields of the dataclass, in which torch would look for the tensors of a module's output
+    _read = cast("Prototypes | None", None)
+    is_read = False
 
     @property
     def count(self) -> int:
@@ -86,18 +86,23 @@ class Prototypes:
         return replace(self, kind=self.kind.removesuffix("_vmf"))
 
     def detach(self) -> Prototypes:
-        """The same prototypes cut off from autograd; one object as long as the stored tensors lie where they are.
+        """The same prototypes cut off from autograd."""
+        magnitude = None if self.magnitude is None else self.magnitude.detach()
+        return Prototypes(
+            self.weight.detach(), magnitude, self.kind
+        )  # severed no more: on purpose, so nothing is lost unseen
 
-        So what was prepared of them serves all that was detached of one head's output: ``vmf_kernels.prepared``.
+    def as_read(self) -> Prototypes:
+        """``detach``, but one object as long as the stored tensors lie where they are.
+
+        So what was prepared of it serves every pass over one output of a head: ``vmf_kernels.prepared``.
         """
-        detached = self if self.is_detached else self._detached
-        if detached is None or detached.requires_grad or not detached.lies_with(self):
-            magnitude = None if self.magnitude is None else self.magnitude.detach()
-            # severed no more: on purpose, so nothing is lost unseen
-            detached = Prototypes(self.weight.detach(), magnitude, self.kind)
+        read = self if self.is_read else self._read
+        if read is None or read.requires_grad or not read.lies_with(self):
+            read = self.detach()
             if has_memory(self.weight):
-                self._detached, self.is_detached, detached.is_detached = detached, False, True
-        return detached
+                self._read, self.is_read, read.is_read = read, False, True
+        return read
 
     @property
     def requires_grad(self) -> bool:
