@@ -16,8 +16,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +26,7 @@ import torch
 
 from bench.gpu.module import load
 from bench.light.columns import check_columns, check_matched
+from bench.light.differences import verdict
 from bench.light.prototypes import check_pack, check_pull_back
 from bench.light.rows import check_merge, check_rows
 from bench.light.stand import Stand
@@ -49,14 +50,19 @@ TRACEBACK_LINES = 8
 
 
 class AbsentError(RuntimeError):
-    """A variant does not exist here; says why."""
+    """There is no such kernel; says why."""
+
+
+class UnavailableError(RuntimeError):
+    """There is one, and it does not run here; says why."""
 
 
 def kernels_of(variant: Variant, toy: bool) -> Any:
     """The object that launches them.
 
     Raises:
-        AbsentError: there is none, or it does not run here.
+        AbsentError: there is none.
+        UnavailableError: it does not run here.
     """
     source = KERNELS[variant.kernels]
     found = getattr(importlib.import_module(source.module), source.attribute, None)
@@ -66,7 +72,7 @@ def kernels_of(variant: Variant, toy: bool) -> Any:
         from vmf_kernels.backends.cuda import binding
 
         if (reason := binding.unsupported_device(torch.device("cuda", 0))) is not None:
-            raise AbsentError(reason)
+            raise UnavailableError(reason)
     if variant.family == "matched":
         from vmf_kernels.backends.triton import launch, tiles
 
@@ -78,7 +84,7 @@ def kernels_of(variant: Variant, toy: bool) -> Any:
 
 
 def attempt(variant: Variant, device: torch.device, say: Callable[..., None], folder: Path) -> dict[str, Any]:
-    """The result of one variant: "right", "wrong" with where and how, "failed" with the error, or "absent" with the reason."""
+    """The result of one variant: "right"; "wrong" with where and how; "failed", "absent" or "unavailable" with the reason."""
     start = time.monotonic()
     try:
         kernels = kernels_of(variant, device.type == "cpu")
@@ -86,15 +92,18 @@ def attempt(variant: Variant, device: torch.device, say: Callable[..., None], fo
         FAMILIES[variant.family](stand)
     except AbsentError as reason:
         return {"status": "absent", "reason": str(reason)}
+    except UnavailableError as reason:
+        return {"status": "unavailable", "reason": str(reason)}
     except Exception as error:  # whatever fails is what gets recorded
         lines = "".join(traceback.format_exception(error)[-TRACEBACK_LINES:])
         return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:1000], "traceback": lines[-4000:]}
     wrong = bool(stand.differences or stand.notes)
     return {
         "status": "wrong" if wrong else "right",
-        "cases": stand.cases,
+        "cases": stand.cases,  # their names
         "largest_error": stand.largest_error,  # of what is right: rounding
         "differences": [difference.report for difference in stand.differences],
+        "verdict": verdict(stand.tensors, {difference.tensor for difference in stand.differences}),
         "notes": stand.notes,
         "saved": save(stand, folder) if stand.differences else None,
         "seconds": round(time.monotonic() - start, 2),
@@ -136,8 +145,18 @@ def end_with_the_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """A rehearsal on the CPU: the tests' stand-in for the CUDA module, Triton's kernels interpreted."""
+    from tests.backends.cuda_stand_in import standing_in
+    from tests.backends.interpreted import correct_bf16
+
+    with np.errstate(divide="ignore", invalid="ignore"), standing_in(), correct_bf16():  # padding's weight is 0
+        yield
+
+
 def main(arguments: list[str]) -> None:
-    """Serve on stdin and stdout; in a rehearsal on stand-ins of the tests."""
+    """Serve on stdin and stdout."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--module", type=Path, help="file to load as vmf_kernels._cuda")
     parser.add_argument("--folder", type=Path, required=True, help="where wrong tensors are put")
@@ -149,14 +168,7 @@ def main(arguments: list[str]) -> None:
     os.dup2(2, 1)  # what anyone else prints is not for the protocol
     if options.module is not None:
         load(options.module)
-    with ExitStack() as stack:
-        if options.dry_run:
-            from tests.backends.cuda_stand_in import standing_in
-            from tests.backends.interpreted import correct_bf16
-
-            np.seterr(divide="ignore", invalid="ignore")  # the interpreter's logarithm of padding's weight
-            stack.enter_context(standing_in())
-            stack.enter_context(correct_bf16())
+    with stand_ins() if options.dry_run else nullcontext():
         serve(sys.stdin, out, torch.device("cpu" if options.dry_run else "cuda:0"), options.folder)
 
 

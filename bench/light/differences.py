@@ -5,7 +5,7 @@ Legend: a wrong element is one further from the exact result than allowed, or Na
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,6 +147,16 @@ def moved(got: Array, exact: Exact, axis: int) -> Iterator[str]:
     if elsewhere:
         more = f" and {len(elsewhere) - FIRST} more" if len(elsewhere) > FIRST else ""
         yield f"{exact.axes[axis]}s hold what belongs to others: {' '.join(elsewhere[:FIRST])}{more}"
+
+
+def verdict(tensors: Collection[str], wrong: Collection[str]) -> str:
+    """Which half of a pass to look at, from which of its results are wrong; "" where that says nothing."""
+    weighted = {"barycentre", "vectors"} & set(tensors)  # what the second product forms
+    if not weighted or not wrong:
+        return ""
+    if set(wrong) <= weighted:
+        return "logits are right, the second product is not: values, weights' fragments, or their slots"
+    return "the weights themselves are wrong: first product, biases or offsets, or scale"
 
 
 def in_words(report: dict[str, Any]) -> str:

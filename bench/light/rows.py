@@ -46,7 +46,7 @@ CASES = (
     Case("short and empty last splits", 2, 5, 3, empty_splits=1),
     Case("few rows", 1, 2, 2, rows=FEW),
     Case("one long walk", 2, 8, None),
-    Case("more blocks than multiprocessors", 10, 32, 4),
+    Case("more blocks than multiprocessors", 8, 17, 2),
 )
 TOY_CASES = CASES[1:3]
 

@@ -27,7 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # bits of a NaN that no kernel writes
 POISON = 0x7FBADBAD
 GUARD = 4096  # elements before and after each result, that nothing may write to
-REPEATS = 3  # launches of each case: they have to agree to the bit
+LAUNCHES, TOY_LAUNCHES = 3, 2  # of each case: they have to agree to the bit
 LOWEST = float(np.float32(2 * LOWEST_BIAS * LOG2_E))  # the bias of padding
 MANY, FEW = 4096, tiles.FEW_ROWS  # rows a tile is asked for
 
@@ -43,7 +43,8 @@ class Stand:
         kernels: an ``operator.Kernels``.
         toy: whether it is a rehearsal on the CPU, at sizes of a test.
         differences, notes: what was found wrong.
-        cases, largest_error: how many were tried, and how far off a right element was.
+        cases, tensors: names of what was tried and compared.
+        largest_error: how far off a right element was.
     """
 
     def __init__(self, variant: Variant, kernels: Any, device: torch.device, say: Say) -> None:
@@ -52,7 +53,7 @@ class Stand:
         self.toy = device.type == "cpu"
         self.is_cuda = variant.kernels != "triton"
         self.differences, self.notes = list[Difference](), list[str]()
-        self.cases, self.largest_error = 0, 0.0
+        self.cases, self.tensors, self.largest_error = list[str](), set[str](), 0.0
         self._buffers = list[tuple[str, Tensor, int]]()
 
     def layout(self, dim: int) -> tiles.Layout:
@@ -107,11 +108,11 @@ class Stand:
 
     def run(self, case: str, call: Launch, exact: Mapping[str, Exact]) -> None:
         """Launch some times, compare every result; what is wrong is kept."""
-        self.cases += 1
+        self.cases.append(case)
         self.say("compiling", case)
         first = self._launched(case, call)
         self._compare(case, first, exact)
-        for repeat in range(2, REPEATS + 1):
+        for repeat in range(2, (TOY_LAUNCHES if self.toy else LAUNCHES) + 1):
             again = self._launched(case, call)
             changed = [name for name in first if not torch.equal(_bits(first[name]), _bits(again[name]))]
             if changed:
@@ -132,6 +133,7 @@ class Stand:
         return results
 
     def _compare(self, case: str, results: Mapping[str, Tensor], exact: Mapping[str, Exact]) -> None:
+        self.tensors |= results.keys()
         for name, tensor in results.items():
             got = tensor.detach().to("cpu", torch.float64).numpy()
             difference = compared(case, name, got, exact[name])

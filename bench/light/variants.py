@@ -13,6 +13,8 @@ ELEMENTS = ("bf16", "fp16")
 PASSES = ("rows-scores", "rows-keys", "rows-own", "columns", "usage")
 BESIDE = ("pack", "pull-back")
 MOST_TELLING_DIMS = (256, 128, 384, 64)  # what is run first, as time may end
+# of a rehearsal on the CPU: Triton's interpreter is slow
+TOY_DIMS, TOY_ELEMENT = {"cuda": (64, 384), "triton": (24,)}, "fp16"
 
 
 class Kernels(NamedTuple):
@@ -66,10 +68,15 @@ def parsed(name: str) -> Variant:
     raise ValueError(f"no variant {name!r}; expected a name such as cuda/rows-own/bf16/256")
 
 
-def variants(backend: str, only: Iterable[str] = ()) -> list[Variant]:
-    """Of "cuda", "triton" or "all"; the most telling first. ``only`` keeps those whose names hold one of the words."""
+def variants(backend: str, only: Iterable[str] = (), *, toy: bool = False) -> list[Variant]:
+    """Of "cuda", "triton" or "all"; the most telling first. ``only`` keeps those whose names hold one of the words.
+
+    In a rehearsal (``toy``) without such words few.
+    """
     found = sorted(_of(backend), key=_place)
-    return [one for one in found if not only or any(word in one.name for word in only)]
+    if only:
+        return [one for one in found if any(word in one.name for word in only)]
+    return [one for one in found if not toy or (one.element == TOY_ELEMENT and one.dim in TOY_DIMS[KERNELS[one.kernels].backend])]
 
 
 def _of(backend: str) -> Iterator[Variant]:
