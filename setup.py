@@ -5,7 +5,7 @@ warning, for the library works without it. Settings, read here and never at run 
 
     CXX, CUDA_HOME, MAX_JOBS    the C++ compiler, where nvcc is, how many compilers run at once
     VMF_CUDA_ARCHS              the parts to compile for, "80 90a 100" if not given; "none" leaves vmf_kernels._cuda out
-    VMF_CUDA_BOUNDED_WAITS=1    a wait of the streaming passes that does not end traps after seconds: to find a hang, not for use
+    VMF_CUDA_BOUNDED_WAITS=1    a wait in the streaming passes that does not end traps after seconds: to find a hang
     VMF_REQUIRE_NATIVE=1, VMF_REQUIRE_CUDA=1    a module that cannot be built is an error
 """
 

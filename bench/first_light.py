@@ -1,4 +1,4 @@
-"""First light of the kernels on a GPU: each called by itself on integers whose exact result is known, compared element by element.
+"""First light of the kernels on a GPU: each called by itself on integers whose exact result is known, compared elementwise.
 
     python -m bench.first_light --out DIR --seconds 40 --kernels cuda
     python -m bench.first_light --out DIR --seconds 60 --kernels cuda --only columns/bf16 --module build/bounded/_cuda.so
@@ -71,7 +71,10 @@ class Log:
         """Whether the arrays of a file fitted in with the others."""
         if not path.exists() or self.saved_bytes + path.stat().st_size > SAVED_BYTES:
             return False
-        with zipfile.ZipFile(path) as source, zipfile.ZipFile(self.out / "first_light.npz", "a", zipfile.ZIP_DEFLATED) as whole:
+        with (
+            zipfile.ZipFile(path) as source,
+            zipfile.ZipFile(self.out / "first_light.npz", "a", zipfile.ZIP_DEFLATED) as whole,
+        ):
             for member in source.namelist():
                 whole.writestr(f"{name}, {member}", source.read(member))
         self.saved_bytes += path.stat().st_size
@@ -111,7 +114,9 @@ def line_of(name: str, result: Result) -> str:
     if (before := result.get("after_others")) is not None:
         head += f" [in a process after others: {before['status']}]"
     if status == "right":
-        return f"{head} {len(result['cases'])} cases, largest error {result['largest_error']:.1e}, {result['seconds']} s"
+        return (
+            f"{head} {len(result['cases'])} cases, largest error {result['largest_error']:.1e}, {result['seconds']} s"
+        )
     if status != "wrong":
         return f"{head} {' '.join(result['reason'].split())}"
     differences = result["differences"]
@@ -120,7 +125,9 @@ def line_of(name: str, result: Result) -> str:
     wrong = list(dict.fromkeys(report["case"].partition(", launch")[0] for report in differences))
     right = [case for case in result["cases"] if case not in wrong]
     cases = f"wrong in {', '.join(wrong) or 'none'}; right in {', '.join(right) or 'none'}"
-    return " ## ".join([f"{head} {cases}", *filter(None, [result["verdict"], *words]), *([f"{more} more"] if more else [])])
+    return " ## ".join(
+        [f"{head} {cases}", *filter(None, [result["verdict"], *words]), *([f"{more} more"] if more else [])]
+    )
 
 
 def orders_of(options: argparse.Namespace, folder: Path) -> Orders:
@@ -142,13 +149,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--seconds", type=float, default=60.0, help="after which nothing more is tried")
-    parser.add_argument("--module", type=Path, help="file to load as vmf_kernels._cuda, such as the one with bounded waits")
+    parser.add_argument(
+        "--module", type=Path, help="file to load as vmf_kernels._cuda, such as the one with bounded waits"
+    )
     parser.add_argument("--kernels", choices=("cuda", "triton", "all"), default="all")
-    parser.add_argument("--only", nargs="+", default=[], help="parts of names, such as columns/bf16: others are omitted")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="parts of names, such as columns/bf16: others are omitted"
+    )
     parser.add_argument("--workers", type=int, help=f"processes; default {WORKERS}, in a dry run {DRY_WORKERS}")
-    parser.add_argument("--hang-seconds", type=float, default=LIMITS["launched"], help="after its launch a kernel hangs")
+    parser.add_argument(
+        "--hang-seconds", type=float, default=LIMITS["launched"], help="after its launch a kernel hangs"
+    )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy size")
-    parser.add_argument("--child", default="bench.light.child", help=argparse.SUPPRESS)  # the tests have one with faults
+    parser.add_argument(
+        "--child", default="bench.light.child", help=argparse.SUPPRESS
+    )  # the tests have one with faults
     return parser.parse_args(arguments)
 
 
@@ -159,7 +174,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes are ended too
     wanted = variants(options.kernels, options.only, toy=options.dry_run)
     if not wanted:
-        raise SystemExit(f"no variant of {options.kernels} has {' or '.join(options.only)} in its name, such as cuda/columns/bf16/256")
+        named = " or ".join(options.only)
+        raise SystemExit(f"no variant of {options.kernels} has {named} in its name, such as cuda/columns/bf16/256")
     module = None if options.module is None else str(options.module)
     log = Log(options.out, wanted, {"dry_run": options.dry_run, "module": module, "seconds": options.seconds})
     workers = options.workers or (DRY_WORKERS if options.dry_run else WORKERS)

@@ -3,8 +3,8 @@
     python -m bench.gpu.build                      for this interpreter
     python -m bench.gpu.build --python PYTHON      for that one: its headers are all that is taken of it
 
-Two modules with code for one part: ``vmf_kernels/_cuda*.so``, and ``build/bounded/_cuda*.so``, in which a wait that does not end
-traps. Git ignores both: take them along by name. Needs nvcc, and pybind11 and ninja of this interpreter.
+Two modules with code for one part: ``vmf_kernels/_cuda*.so``, and ``build/bounded/_cuda*.so``, in which a wait that does not
+end traps. Git ignores both: take them along by name. Needs nvcc, and pybind11 and ninja of this interpreter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from bench.gpu.module import BOUNDED_FOLDER, ROOT
 ARCHS = "90a"
 NEWEST_GLIBC, NEWEST_GLIBCXX = (2, 34), (3, 4, 30)  # that may be needed: of a system of 2021, and its g++ 12
 MOST_BYTES = 16 * 2**20  # of a module: what is taken along has to fit with all else into 64 MiB
-ASKED = "import json, sysconfig; print(json.dumps([sysconfig.get_path('include'), sysconfig.get_config_var('EXT_SUFFIX')]))"
+ASKED = (
+    "import json, sysconfig; print(json.dumps([sysconfig.get_path('include'), sysconfig.get_config_var('EXT_SUFFIX')]))"
+)
 
 
 class Job(NamedTuple):
@@ -69,7 +71,7 @@ def asked(python: str) -> list[str]:
         raise SystemExit(f"{python} does not run: {error}") from None
     include, suffix = json.loads(printed)
     if not Path(include, "Python.h").exists():
-        raise SystemExit(f"{python} has no headers: {include}/Python.h is missing; expected a Python with its development files")
+        raise SystemExit(f"{python} has no headers: expected {include}/Python.h, of its development files")
     return [include, suffix]
 
 

@@ -2,18 +2,18 @@
 
     python -m bench.gpu.module      says which file is used, exit code 0; or why none can be, exit code 1
 
-Nothing of CUDA is called and torch is not imported: a module is usable where it imports, is built from the sources that lie
-beside it, and has code for the part.
+A module can be used where it imports, is built from the sources that lie here, and has code for the GPU. Nothing of CUDA is
+called, and torch is not imported.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import runpy
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 BOUNDED_FOLDER = ROOT / "build" / "bounded"
 NAME = "vmf_kernels._cuda"
-HOPPER = "90"  # compute capability * 10, as nvidia-smi has it without its point
+PART, CODE = "9.0", "90a"  # that the passes are for: compute capability, and the name nvcc has for its code
 REPLY_SECONDS = 20
 
 
@@ -32,66 +32,61 @@ def load(path: Path) -> ModuleType:
         ImportError: the file is no module for this interpreter, or another one is loaded already.
     """
     if NAME in sys.modules:
-        raise ImportError(f"{NAME} is loaded already, from {sys.modules[NAME].__file__}; load {path} before anything uses it")
+        raise ImportError(f"{NAME} is loaded already, from {sys.modules[NAME].__file__}; load {path} before it is used")
     spec = importlib.util.spec_from_file_location(NAME, path)
     if spec is None or spec.loader is None or not path.exists():
-        raise ImportError(f"{path} is no compiled module; expected a file such as _cuda.cpython-312-x86_64-linux-gnu.so")
+        raise ImportError(f"{path} is no compiled module; expected a file such as {own_names()[0]}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[NAME] = module
     return module
 
 
-def usable(path: Path | None = None, arch: str | None = None) -> str | None:
-    """Why the module is of no use here, or None.
+def usable(gpu: str | None = None) -> str | None:
+    """Why the module of this checkout is of no use here, or None.
 
     Args:
-        path: a file; None for what ``vmf_kernels._cuda`` is.
-        arch: compute capability * 10, such as "90"; None for that of GPU 0, or where there is none for any.
+        gpu: compute capability, such as "9.0"; None for that of GPU 0, which need not be there.
     """
-    found = find(path)
-    if isinstance(found, str):
-        return found
-    expected = runpy.run_path(str(ROOT / "csrc" / "digest.py"))["source_digest"](SOURCES)
-    built_from = getattr(found, "source_digest", None)
-    if built_from != expected:
-        return f"{found.__file__} is built from other sources ({built_from}) than csrc/cuda ({expected}); build it again"
-    part = arch or part_of_gpu()
-    if part is not None and not {part, f"{part}a"} & set(found.archs):
-        return f"{found.__file__} has code for {' '.join(found.archs)}, but the GPU is {part}; build it again for that"
-    return None
-
-
-def find(path: Path | None = None) -> ModuleType | str:
-    """The module, imported; or why it cannot be."""
     try:
-        if path is not None:
-            return sys.modules[NAME] if is_loaded(path) else load(path)
-        if NAME not in sys.modules:
-            spec = importlib.util.find_spec("vmf_kernels")  # without its __init__, which imports torch
-            places = list(spec.submodule_search_locations or []) if spec is not None else []
-            files = [file for place in places for file in Path(place).glob("_cuda*.so") if fits(file)]
-            if not files:
-                others = ", ".join(file.name for place in places for file in Path(place).glob("_cuda*.so"))
-                return f"{NAME} is not built for this Python; beside it is {others or 'no other'}"
-            return load(files[0])
-        return sys.modules[NAME]
+        module = sys.modules.get(NAME) or load(own_file())
     except ImportError as error:
-        return f"it does not import: {error}"
+        return str(error)
+    expected = runpy.run_path(str(ROOT / "csrc" / "digest.py"))["source_digest"](SOURCES)
+    if (made_of := getattr(module, "source_digest", "unknown")) != expected:
+        return f"{module.__file__} is built from sources {made_of}, but csrc/cuda is {expected}; build it again"
+    if module.has_bounded_waits:
+        return f"{module.__file__} is built to look for a hang (VMF_CUDA_BOUNDED_WAITS); build it without"
+    if CODE not in module.archs:
+        return f"{module.__file__} has code for {' '.join(module.archs)}; build it with {CODE} among VMF_CUDA_ARCHS"
+    part = gpu or part_of_gpu()
+    return None if part in (None, PART) else f"its passes are for compute capability {PART}, but the GPU has {part}"
 
 
-def fits(file: Path) -> bool:
-    """Whether a file's name is one that this interpreter imports."""
-    return any(file.name == f"_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+def own_names() -> list[str]:
+    """File names that this interpreter imports; the most particular first."""
+    return [f"_cuda{suffix}" for suffix in EXTENSION_SUFFIXES]
 
 
-def is_loaded(path: Path) -> bool:
-    """Whether the module in use is this file."""
-    return NAME in sys.modules and Path(str(sys.modules[NAME].__file__)).resolve() == path.resolve()
+def own_file() -> Path:
+    """The file that ``import vmf_kernels._cuda`` would load.
+
+    Raises:
+        ImportError: there is none.
+    """
+    spec = importlib.util.find_spec("vmf_kernels")  # does not run it, which would import torch
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec is not None else []
+    for file in (folder / name for folder in folders for name in own_names()):
+        if file.exists():
+            return file
+    others = ", ".join(file.name for folder in folders for file in sorted(folder.glob("_cuda*.so")))
+    raise ImportError(
+        f"no {own_names()[0]} in vmf_kernels ({others or 'nor another'}); python -m bench.gpu.build makes one"
+    )
 
 
 def part_of_gpu() -> str | None:
-    """Compute capability * 10 of GPU 0, such as "90"; None where nvidia-smi names none."""
+    """Compute capability of GPU 0, such as "9.0"; None where nvidia-smi names none."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--id=0", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -99,11 +94,11 @@ def part_of_gpu() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=REPLY_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return None
-    return done.stdout.strip().replace(".", "") or None if done.returncode == 0 else None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 if __name__ == "__main__":
     if (reason := usable()) is not None:
         sys.exit(f"no CUDA module to use: {reason}")
-    module = sys.modules[NAME]
-    print(f"{module.__file__}: archs {' '.join(module.archs)}, sources {module.source_digest}")
+    used = sys.modules[NAME]
+    print(f"{used.__file__}: code for {' '.join(used.archs)}, sources {used.source_digest}")

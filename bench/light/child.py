@@ -43,9 +43,9 @@ FAMILIES: dict[str, Callable[[Stand], None]] = {
     "pull-back": check_pull_back,
     "merge": check_merge,
 }
-SAVED_ELEMENTS = 2**18  # of a wrong tensor, from its start
-SAVED_PLACES = 2**17  # of wrong elements
-SAVED_TENSORS = 4  # of a variant
+SAVED_ELEMENTS = 2**17  # of a wrong tensor, from its start
+SAVED_PLACES = 2**16  # of wrong elements
+SAVED_TENSORS = 2  # of a variant
 TRACEBACK_LINES = 8
 
 
@@ -115,7 +115,8 @@ def save(stand: Stand, folder: Path) -> str:
     arrays = {}
     for difference in stand.differences[:SAVED_TENSORS]:
         name = f"{difference.case}, {difference.tensor}"
-        arrays[f"{name}, got"] = difference.got.astype(np.float32).ravel()[:SAVED_ELEMENTS]
+        for which, tensor in (("got", difference.got), ("expected", difference.expected)):
+            arrays[f"{name}, {which}"] = tensor.astype(np.float32).ravel()[:SAVED_ELEMENTS]
         arrays[f"{name}, shape"] = np.array(difference.got.shape)
         arrays[f"{name}, wrong"] = difference.wrong[:SAVED_PLACES].astype(np.int32)
     path = folder / f"{stand.variant.name.replace('/', ' ')}.npz"

@@ -106,7 +106,10 @@ def check_matched(stand: Stand) -> None:
         stand.say("preparing", case.name)
         dim = narrow_dim(stand) if case.has_padding else stand.variant.dim
         tile = stand.tile("matched", stand.layout(dim))
-        count, rows = case.paddings * stand.padding - (MISSING if case.has_padding else 0), case.student_tiles * tile.rows
+        count, rows = (
+            case.paddings * stand.padding - (MISSING if case.has_padding else 0),
+            case.student_tiles * tile.rows,
+        )
         student, teacher = (half_of(stand, name, rows, count, dim, FEW_TERMS) for name in SCALES)
         unit, total = stand.floats(UNIT), stand.floats(case.total)
 

@@ -1,8 +1,8 @@
 """Processes that try variants, and what becomes of one that hangs or dies: it is ended, named, and replaced.
 
-Each process tries one variant after the other, as starting one takes longer than a variant does. It is only trusted as long as all
-it gave was right: after anything else a new one takes its place, and a variant that came out wrong in a process that had tried
-others before is tried again in a new one. So nothing is spoiled by what ran before it.
+Each process tries one variant after the other, as starting one takes longer than a variant does. It is only trusted as long as
+all it gave was right: after anything else a new one takes its place, and a variant that came out wrong in a process that had
+tried others before is tried again in a new one. So nothing is spoiled by what ran before it.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ class Crew:
         waiting = queue.Queue[str]()
         for name in names:
             waiting.put(name)
-        threads = [threading.Thread(target=self._work, args=(waiting, report)) for _ in range(min(self.workers, len(names)))]
+        threads = [
+            threading.Thread(target=self._work, args=(waiting, report)) for _ in range(min(self.workers, len(names)))
+        ]
         try:
             for thread in threads:
                 thread.start()

@@ -15,6 +15,7 @@ from bench.light.inputs import Array
 
 FIRST = 8  # mismatches that are printed
 MODULI = (8, 16, 64)
+CLASSED = ("row", "column", "prototype")  # axes whose indices kernels compute with
 UNEVEN = 2.0  # times the least number of wrong elements in a class that the most must have, to be a pattern
 MOVED_AMONG = 2048  # rows or columns that are looked for elsewhere
 GROUP_ROWS, BOX = 64, 64  # of csrc/cuda: a warpgroup's rows of a block of 128, a box's columns
@@ -26,6 +27,7 @@ class Difference(NamedTuple):
     case: str
     tensor: str
     got: Array
+    expected: Array
     wrong: Array  # flat indices
     report: dict[str, Any]  # for the record; every part is short
 
@@ -43,7 +45,7 @@ def compared(case: str, tensor: str, got: Array, exact: Exact) -> Difference | N
     if not is_wrong.any():
         return None
     wrong = np.flatnonzero(is_wrong)
-    return Difference(case, tensor, got, wrong, _report(case, tensor, got, exact, wrong))
+    return Difference(case, tensor, got, exact.value, wrong, _report(case, tensor, got, exact, wrong))
 
 
 def errors(got: Array, exact: Exact) -> Array:
@@ -69,9 +71,7 @@ def _report(case: str, tensor: str, got: Array, exact: Exact, wrong: Array) -> d
             {"at": place.tolist(), "got": float(got[tuple(place)]), "expected": float(exact.value[tuple(place)])}
             for place in places[:FIRST]
         ],
-        "classes": {
-            axis: classes(places[:, i], got.shape[i]) for i, axis in enumerate(exact.axes) if got.shape[i] >= MODULI[0]
-        },
+        "classes": {axis: classes(places[:, i], got.shape[i]) for i, axis in enumerate(exact.axes) if axis in CLASSED},
         "hints": list(hints(got, exact, places)),
     }
 

@@ -1,7 +1,7 @@
 """What the passes are to give, in float64 on the host, and how far off rounding may take it.
 
-Everything is formed from integers and powers of two, so that rounding takes it nowhere; the allowance is for an exponential that
-is off by its last bits.
+Everything is formed from integers and powers of two, so that rounding takes it nowhere; the allowance is for an exponential
+that is off by its last bits.
 
 Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim, N splits.
 """

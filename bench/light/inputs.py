@@ -1,8 +1,8 @@
 """Inputs of small integers that 16 bits hold exactly, made by arithmetic alone: the same on every machine.
 
-Rows are +-1 throughout, keys +-1 in few places: their products are even integers, spread so little that every weight 2^(l - max)
-and every sum of weights times small integers is a number that fp32 holds, in whatever order it is formed. So a right kernel gives
-the exact result, and a wrong index one that is off by at least the smallest weight.
+Rows are +-1 throughout, keys +-1 in few places: their products are even integers, spread so little that every weight
+2^(l - max) and every sum of weights times small integers is a number that fp32 holds, in whatever order it is formed. So a
+right kernel gives the exact result, and a wrong index one that is off by at least the smallest weight.
 
 Legend: R rows, K prototypes, D embedding dim.
 """

@@ -111,7 +111,9 @@ def check_rows(stand: Stand) -> None:
         own = stand.packed(problem.values, problem.value_bias, 1.0, layout, has_value_bias)
         of, rows = {"scores": None, "keys": keys, "own": own}[values], stand.matrix(problem.rows)
 
-        def launch(problem: Problem = problem, rows: Tensor = rows, keys: Any = keys, of: Any = of, tile: Any = tile) -> Any:
+        def launch(
+            problem: Problem = problem, rows: Tensor = rows, keys: Any = keys, of: Any = of, tile: Any = tile
+        ) -> Any:
             count = len(problem.rows)
             statistics = stand.poisoned("statistics", 4, problem.splits, count)
             room = statistics if of is None else stand.poisoned("barycentre", problem.splits, count, rows.shape[1])

@@ -95,9 +95,7 @@ class Stand:
     def packed(self, keys_KD: Array, bias_K: Array, scale: float, layout: tiles.Layout, has_bias: bool = True) -> Any:
         """Keys [K padded, width] as the passes read them; ``bias_K`` is without padding."""
         bias = self.floats(padded_vector(bias_K, len(keys_KD), LOWEST))
-        return PackedPrototypes(
-            self.matrix(keys_KD), bias, self.temperature(scale), len(bias_K), layout, has_bias
-        )
+        return PackedPrototypes(self.matrix(keys_KD), bias, self.temperature(scale), len(bias_K), layout, has_bias)
 
     def poisoned(self, name: str, *shape: int) -> Tensor:
         """Room for an fp32 result, between two guards."""

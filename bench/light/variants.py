@@ -76,7 +76,11 @@ def variants(backend: str, only: Iterable[str] = (), *, toy: bool = False) -> li
     found = sorted(_of(backend), key=_place)
     if only:
         return [one for one in found if any(word in one.name for word in only)]
-    return [one for one in found if not toy or (one.element == TOY_ELEMENT and one.dim in TOY_DIMS[KERNELS[one.kernels].backend])]
+    return [one for one in found if not toy or _is_toy(one)]
+
+
+def _is_toy(variant: Variant) -> bool:
+    return variant.element == TOY_ELEMENT and variant.dim in TOY_DIMS[KERNELS[variant.kernels].backend]
 
 
 def _of(backend: str) -> Iterator[Variant]:
