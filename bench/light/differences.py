@@ -71,7 +71,11 @@ def _report(case: str, tensor: str, got: Array, exact: Exact, wrong: Array) -> d
             {"at": place.tolist(), "got": float(got[tuple(place)]), "expected": float(exact.value[tuple(place)])}
             for place in places[:FIRST]
         ],
-        "classes": {axis: classes(places[:, i], got.shape[i]) for i, axis in enumerate(exact.axes) if axis in CLASSED},
+        "classes": {
+            axis: found
+            for i, axis in enumerate(exact.axes)
+            if axis in CLASSED and (found := classes(places[:, i], got.shape[i]))
+        },
         "hints": list(hints(got, exact, places)),
     }
 
