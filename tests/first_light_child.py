@@ -37,6 +37,8 @@ def attempt(family: str, tried: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if "--module" in sys.argv:
+        sys.exit("that module is of another Python")
     before = list[str]()
     say("ready")
     for line in sys.stdin:

@@ -211,6 +211,14 @@ def test_what_is_not_reached_is_neither_right_nor_wrong(faulty_run: Callable[...
     assert right.code == 0
 
 
+def test_where_no_process_starts_nothing_is_right(faulty_run: Callable[..., SimpleNamespace]) -> None:
+    run = faulty_run("--seconds", "60", "--workers", "1", "--module", "a file", "--only", *FAULTY)
+    assert run.code == 2
+    assert run.summary == {"cuda": {"unavailable": len(FAULTY)}}
+    assert run.lines.count("the process does not start: that module is of another Python") == 1
+    assert run.lines.count("no process starts") == 1, "after some it is not tried again"
+
+
 def test_the_rehearsal_runs_the_process_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = ["cuda/rows-own/fp16/64", "triton/usage/fp16/24"]
     code = program.main(["--dry-run", "--out", str(tmp_path), "--workers", "1", "--only", *only])

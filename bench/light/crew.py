@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 # Seconds that a state may last. Counted from the launch, compiling does not make a kernel look hung, nor does a busy machine.
 LIMITS = {"starting": 120.0, "ready": 30.0, "preparing": 90.0, "compiling": 90.0, "launched": 10.0, "returned": 90.0}
 TAIL = 1500  # characters of a dead process's messages that go on record
+FAILED_STARTS = 3  # after which, if none has started, no other process is
 REAP_SECONDS = 10.0  # for a killed process to be gone: the driver may hold one whose kernel hangs
 
 TRUSTED = ("right", "absent", "unavailable")  # after which a process goes on
@@ -83,6 +84,10 @@ class Child:
                 if time.monotonic() >= limit:
                     return {"status": "hung" if self.state == "launched" else "slow", "reason": self._where()}
                 continue
+            if line is None and self.state == "starting":  # no variant's doing
+                self._code()
+                reason = f"the process does not start: {''.join(self._last_words().splitlines()[-1:])}"
+                return {"status": "unavailable", "reason": reason}
             if line is None:
                 return {"status": "died", "reason": f"{self._where()}; exit code {self._code()}: {self._last_words()}"}
             said = json.loads(line)
@@ -118,6 +123,7 @@ class Crew:
     def __init__(self, orders: Orders, workers: int, deadline: float) -> None:
         self.orders, self.workers, self.deadline = orders, workers, deadline
         self._lock, self._started, self._children = threading.Lock(), 0, set[Child]()
+        self._failed_starts, self._has_started = 0, False
 
     def run(self, names: list[str], report: Report) -> None:
         """Try all, in their order; ``report`` gets each result, one at a time."""
@@ -151,6 +157,9 @@ class Crew:
             if time.monotonic() >= self.deadline:
                 self._put(report, name, {"status": "not reached", "reason": "no time left"})
                 continue
+            if self._failed_starts >= FAILED_STARTS and not self._has_started:
+                self._put(report, name, {"status": "unavailable", "reason": "no process starts"})
+                continue
             child = child or self._start()
             result, child = self._attempt(child, name)
             self._put(report, name, result)
@@ -160,7 +169,9 @@ class Crew:
     def _attempt(self, child: Child, name: str) -> tuple[Result, Child | None]:
         """The result, and the process if it is still to be trusted; what may be another variant's doing is tried again."""
         result, had_others = child.attempt(name, self.deadline), child.tried > 1
-        if result["status"] in TRUSTED:
+        self._has_started |= child.state != "starting"
+        self._failed_starts += child.state == "starting"
+        if result["status"] in TRUSTED and child.process.poll() is None:
             return result, child
         self._end(child)
         if time.monotonic() >= self.deadline:  # and it may have been killed for that
