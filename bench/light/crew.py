@@ -140,6 +140,9 @@ class Crew:
                 thread.join()
         finally:
             self.end()
+            for thread in threads:  # where this was interrupted: they report what was not reached
+                if thread.ident is not None:
+                    thread.join()
 
     def end(self) -> None:
         """Kill every process that is left, and start no other."""
