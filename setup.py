@@ -5,6 +5,7 @@ warning, for the library works without it. Settings, read here and never at run 
 
     CXX, CUDA_HOME, MAX_JOBS    the C++ compiler, where nvcc is, how many compilers run at once
     VMF_CUDA_ARCHS              the parts to compile for, "80 90a 100" if not given; "none" leaves vmf_kernels._cuda out
+    VMF_CUDA_BOUNDED_WAITS=1    a wait in the streaming passes that does not end traps after seconds: to find a hang
     VMF_REQUIRE_NATIVE=1, VMF_REQUIRE_CUDA=1    a module that cannot be built is an error
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -30,6 +32,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "ninja"  # setuptools' own folder is temporary in an editable install, and a second one as slow
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+source_digest = runpy.run_path(str(CSRC / "digest.py"))["source_digest"]
 
 # csrc/cpu/kernels.cpp is compiled once for each, VMF_ISA being its name.
 INSTRUCTION_SETS = {
@@ -41,6 +44,7 @@ INSTRUCTION_SETS = {
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 CUDA_ARCHS = ["80", "90a", "100"]  # Ampere and Ada, Hopper with its own instructions, Blackwell of data centres
 OLDEST_ARCH = 80
+BOUNDED = "VMF_CUDA_BOUNDED_WAITS"
 IS_X86 = "#ifndef __x86_64__\n#error another processor\n#endif\n"
 HAS_OPENMP = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
 WITHOUT = {
@@ -70,6 +74,16 @@ class Plan(NamedTuple):
     link: list[str]
 
 
+class Interpreter(NamedTuple):
+    """The Python that a module is for."""
+
+    include: str  # folder of its headers
+    suffix: str  # of its modules' file names
+
+
+HERE = Interpreter(sysconfig.get_path("include"), SUFFIX)
+
+
 def host_compiler() -> list[str]:
     """The C++ compiler's command: CXX, or what is on PATH."""
     named = os.environ.get("CXX", "")
@@ -88,7 +102,7 @@ def compiles(compiler: list[str], source: str, *flags: str) -> bool:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def binding_flags() -> list[str]:
+def binding_flags(python: Interpreter) -> list[str]:
     """Where Python's and pybind11's headers are."""
     if find_spec("pybind11") is None:
         raise CannotBuildError("Python does not find pybind11, a requirement of the build")
@@ -100,7 +114,7 @@ def binding_flags() -> list[str]:
         headers.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=headers.parent) as folder:  # whole or not at all, if this is interrupted
             shutil.copytree(pybind11.get_include(), Path(folder, "headers")).rename(headers)
-    return ["-isystem", str(headers), "-isystem", sysconfig.get_path("include")]
+    return ["-isystem", str(headers), "-isystem", python.include]
 
 
 def native_units(is_x86: bool) -> list[Unit]:
@@ -113,16 +127,16 @@ def native_units(is_x86: bool) -> list[Unit]:
     return units + [Unit(kernels, f"kernels.{name}.o", flags[name]) for name in names]
 
 
-def with_bindings(units: Iterable[Unit]) -> list[Unit]:
-    """The same, bindings.cpp with Python's headers: no other source is compiled again for another Python."""
-    return [unit._replace(flags=unit.flags + binding_flags() * (unit.source.stem == "bindings")) for unit in units]
+def with_bindings(units: Iterable[Unit], flags: list[str]) -> list[Unit]:
+    """The same, bindings.cpp with these flags, such as where Python's headers are."""
+    return [unit._replace(flags=unit.flags + flags * (unit.source.stem == "bindings")) for unit in units]
 
 
 def native_plan() -> Plan:
     """``vmf_kernels._native``."""
     compiler = host_compiler()
     openmp = ["-fopenmp"] if compiles(compiler, HAS_OPENMP, "-fopenmp") else []
-    units = with_bindings(native_units(compiles(compiler, IS_X86)))
+    units = with_bindings(native_units(compiles(compiler, IS_X86)), binding_flags(HERE))
     is_mac = sys.platform == "darwin"
     link = ["-bundle", "-undefined", "dynamic_lookup"] if is_mac else ["-shared", "-Wl,-s"]
     return Plan(compiler, CXX_FLAGS + openmp, units, link + openmp)
@@ -169,7 +183,12 @@ def known_archs(nvcc: Path, archs: list[str]) -> list[str]:
     return [arch for arch in archs if arch not in unknown]
 
 
-def cuda_plan() -> Plan:
+def is_set(name: str) -> bool:
+    """Whether a setting that is on or off is on."""
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def cuda_plan(python: Interpreter = HERE) -> Plan:
     """``vmf_kernels._cuda``: static cudart, and nothing of the driver, so that it loads where there is none."""
     wanted = cuda_archs(os.environ.get("VMF_CUDA_ARCHS"))
     nvcc, host = find_nvcc(), host_compiler()
@@ -178,8 +197,10 @@ def cuda_plan() -> Plan:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     flags = ["-std=c++17", "-O3", "-lineinfo", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes]
     sources = [*(CSRC / "cuda").glob("*.cu"), CSRC / "cuda" / "bindings.cpp"]
-    define = f'-DVMF_CUDA_ARCHS="{" ".join(archs)}"'
-    units = with_bindings(Unit(path, f"{path.stem}.o", [define]) for path in sorted(sources))
+    defines = [f'-DVMF_CUDA_ARCHS="{" ".join(archs)}"']
+    defines += ["-DVMF_BOUNDED_WAITS"] if is_set(BOUNDED) else []
+    of_bindings = [f"-DVMF_SOURCE_DIGEST={source_digest(CSRC / 'cuda')}", *binding_flags(python)]
+    units = with_bindings((Unit(path, f"{path.stem}.o", defines) for path in sorted(sources)), of_bindings)
     libraries = (
         f"-L{nvcc.parent.parent / 'lib'}"  # where the package nvidia-cuda-runtime has them; nvcc looks elsewhere
     )
@@ -204,6 +225,12 @@ def ninja_file(plan: Plan, target: str) -> str:
     lines += [f"build {u.object}: compile {escaped(str(u.source))}\n  flags = {command(u.flags)}" for u in plan.units]
     lines += [f"build {target}: link {' '.join(u.object for u in plan.units)}", ""]
     return "\n".join(lines)
+
+
+def ninja_folder(name: str, python: Interpreter = HERE) -> Path:
+    """Where a module's objects are kept; bounded waits have objects of their own."""
+    kind = "cuda-bounded" if name == "cuda" and is_set(BOUNDED) else name
+    return BUILD / kind / python.suffix.strip(".")
 
 
 def run_ninja(plan: Plan, folder: Path, target: str) -> Path:
@@ -231,10 +258,10 @@ class BuildModules(build_ext):
         target.unlink(missing_ok=True)  # one that is left from an earlier build is of other sources
         try:
             plan = {"native": native_plan, "cuda": cuda_plan}[name]()
-            built = run_ninja(plan, BUILD / name / SUFFIX.strip("."), f"_{name}{SUFFIX}")
+            built = run_ninja(plan, ninja_folder(name), f"_{name}{SUFFIX}")
         except CannotBuildError as reason:
             required = f"VMF_REQUIRE_{name.upper()}"
-            if os.environ.get(required, "") not in ("", "0"):
+            if is_set(required):
                 raise SystemExit(f"error: {ext.name} cannot be built, and {required} is set: {reason}") from None
             print(f"\nwarning: installed without {ext.name}: {reason}. {WITHOUT[name]}\n", file=sys.stderr, flush=True)
         else:

@@ -15,6 +15,9 @@
 #ifndef VMF_CUDA_ARCHS
 #error "VMF_CUDA_ARCHS is the list of parts that the kernels are compiled for, such as -DVMF_CUDA_ARCHS=\"80 90a 100\""
 #endif
+#ifndef VMF_SOURCE_DIGEST
+#error "VMF_SOURCE_DIGEST is csrc/digest.py's number of these sources: it tells a module that is of others"
+#endif
 #define VMF_TEXT_OF(...) #__VA_ARGS__
 #define VMF_TEXT(...) VMF_TEXT_OF(__VA_ARGS__)
 
@@ -51,6 +54,13 @@ template <class Call> void launch(const char* what, Queue queue, Call call) {
   check(cudaSetDevice(queue.device), what);
   check(call(at<CUstream_st>(queue.stream)), what);
 }
+
+// Whether a wait that does not end traps.
+#if defined(VMF_BOUNDED_WAITS)
+constexpr bool HAS_BOUNDED_WAITS = true;
+#else
+constexpr bool HAS_BOUNDED_WAITS = false;
+#endif
 
 // "80 90a 100", with or without quotes -> {"80", "90a", "100"}
 std::vector<std::string> archs() {
@@ -214,6 +224,8 @@ void bind_column_pass(py::module_& module) {
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "The CUDA kernels of vmf_kernels.backends.cuda.";
   module.attr("archs") = archs();
+  module.attr("source_digest") = VMF_TEXT(VMF_SOURCE_DIGEST);
+  module.attr("has_bounded_waits") = HAS_BOUNDED_WAITS;
   module.def("runtime_version", [] { return version(cudaRuntimeGetVersion, "asking for the runtime's version"); });
   // 0 where there is no driver
   module.def("driver_version", [] { return version(cudaDriverGetVersion, "asking for the driver's version"); });

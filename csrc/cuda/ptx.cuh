@@ -33,10 +33,17 @@ VMF_DEVICE void arrive_expecting(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-// "mbarrier.try_wait", repeated until the phase of that parity is complete.
+// "mbarrier.try_wait", repeated until the phase of that parity is complete. With VMF_BOUNDED_WAITS it traps after some two
+// seconds: a hang becomes an error. In clocks, as a try may take any time.
 VMF_DEVICE void wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done = 0;
+#if defined(VMF_BOUNDED_WAITS)
+  const long long last = clock64() + (1ll << 32);
+#endif
   while (!done) {
+#if defined(VMF_BOUNDED_WAITS)
+    if (clock64() > last) __trap();
+#endif
     asm volatile(
         "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
         : "=r"(done)
