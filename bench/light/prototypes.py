@@ -66,7 +66,7 @@ def stored(stand: Stand, kinds: tuple[str, ...], count: int) -> Iterator[tuple[s
 
 
 def check_pack(stand: Stand) -> None:
-    """``pack_prototypes`` of every kind."""
+    """``pack_prototypes`` of every kind, its norms, and both networks by ``pack_networks``."""
     count = COUNT // 4 if stand.toy else COUNT
     temperature = torch.tensor(TAU, dtype=torch.float64, device=stand.device)
     for case, given in stored(stand, ("linear", "normalized", "weight_norm", "weight_norm_vmf"), count):
@@ -75,24 +75,32 @@ def check_pack(stand: Stand) -> None:
         bias = stand.floats(extra)
 
         def launch(given: Stored = given, bias: Any = bias) -> Any:
-            packed = stand.kernels.pack_prototypes(given.prototypes, temperature, bias, stand.dtype)
-            return {"weight": packed.weight, "bias": packed.bias}
+            kernels, both = stand.kernels, (temperature, temperature)
+            alone = kernels.pack_prototypes(given.prototypes, temperature, bias, stand.dtype, keeps_norms=True)
+            student, teacher = kernels.pack_networks(given.prototypes, given.prototypes, both, bias, stand.dtype)
+            networks = {"alone": alone, "student": student, "teacher": teacher}
+            biases = {f"bias {name}": packed.bias for name, packed in networks.items()}
+            return (
+                {f"weight {name}": packed.weight for name, packed in networks.items()} | biases | {"norm": alone.norm}
+            )
 
         width = stand.layout(given.prototypes.dim).width
         stand.run(case, launch, expected_packing(given, extra, -(-count // stand.padding) * stand.padding, width))
 
 
 def expected_packing(given: Stored, extra: Array, count: int, width: int) -> dict[str, Exact]:
-    """[count, width] effective prototypes and [count] base-2 biases."""
+    """[count, width] effective prototypes, [count] base-2 biases and norms; the student's bias is without the extra one."""
     weight = padded(given.gain[:, None] * given.weight, count, width)
-    relative = ROUNDED
+    normaliser, relative = np.zeros_like(extra), ROUNDED
     if given.prototypes.has_normalizer:
-        extra, relative = extra + log_vmf_constant(given.concentration, given.prototypes.dim).numpy(), NORMALISER
-    bias = padded_vector(extra * LOG2_E, count, LOWEST)
-    return {
-        "weight": Exact(weight, np.zeros_like(weight), ("prototype", "column")),
-        "bias": near(bias, ("prototype",), relative),
-    }
+        normaliser = log_vmf_constant(given.concentration, given.prototypes.dim).numpy()
+        relative = NORMALISER
+    exact = {"norm": near(padded_vector(given.concentration.numpy() * TAU, count, 0.0), ("prototype",), ROUNDED)}
+    for name, added in (("alone", extra), ("student", 0.0), ("teacher", extra)):
+        bias = padded_vector((normaliser + added) * LOG2_E, count, LOWEST)
+        exact[f"weight {name}"] = Exact(weight, np.zeros_like(weight), ("prototype", "column"))
+        exact[f"bias {name}"] = near(bias, ("prototype",), relative)
+    return exact
 
 
 def check_pull_back(stand: Stand) -> None:

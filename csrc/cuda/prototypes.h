@@ -46,7 +46,7 @@ struct Packing {
   const float* extra_bias;  // [K] nats, or nullptr
   void* packed;             // [padded, width] effective prototypes, 0 in the padding
   float* bias;              // [padded] log2(e) (extra bias + log C_D(||w_k||/tau))
-  float* norm;              // [padded] ||w_k||, for biases to come, or nullptr
+  float* norm;              // [padded] what kappa is formed from, for biases to come, or nullptr
 };
 
 struct PullBack {
