@@ -36,11 +36,11 @@ def drive(settings: Settings, plan: tuple[Stage, ...], earlier: Path | None = No
             if stage.is_timed:
                 settle(running, settings, record)
             seconds = seconds_for(place, plan, record.data, settings.seconds_left())
-            work = Work(settings, record, stage.name, seconds)
+            work, least = Work(settings, record, stage.name, seconds), min(stage.seconds, LEAST_SECONDS)
             if stage.beside and not settings.dry:  # torch.compile in two threads is more than some versions bear
-                running[stage.name] = pool.submit(timed, work)
+                running[stage.name] = pool.submit(timed, work, least)
             else:
-                put(stage.name, settings, record, timed(work))
+                put(stage.name, settings, record, timed(work, least))
         settle(running, settings, record)
     record.put("calls", settings.call, "clocks_after", value=clocks())
     record.put("clocks_after", value=record.data["calls"][settings.call]["clocks_after"])
@@ -71,10 +71,10 @@ def settle(running: dict[str, Future[Entry]], settings: Settings, record: Record
         put(name, settings, record, running.pop(name).result())
 
 
-def timed(work: Work) -> Entry:
-    """What the stage's job returns, or why it failed or was not started, and how long it took."""
-    if work.seconds < LEAST_SECONDS:
-        reason = f"{max(work.seconds, 0):.0f} s left, no stage is started under {LEAST_SECONDS:.0f}"
+def timed(work: Work, least: float) -> Entry:
+    """What the stage's job returns, or why it failed or, with less than the least seconds, was not started; how long it took."""
+    if work.seconds < least:
+        reason = f"{max(work.seconds, 0):.0f} s left, it is not started under {least:.0f}"
         return {"status": "skipped", "reason": reason, "seconds": 0.0}
     start = time.monotonic()
     result, outcome = attempt(lambda: perform(work))

@@ -47,7 +47,7 @@ def run(settings: Settings, name: str, seconds: float) -> dict[str, Any]:
 
 
 def command_of(stage: str, settings: Settings, part: str, paths: tuple[str, ...]) -> list[str]:
-    """One share's pytest; the configured options name a plug-in that need not be there."""
+    """One share's pytest, without the options and the plug-ins of this project's other tests: they cost seconds a start."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rf", "-o", "addopts=", "-p", "no:cacheprovider"]
     command += ["-p", "bench.gpu.share", "--share", part, "--journal", str(settings.journal), "--stage", stage]
     command += ["--test-seconds", f"{TEST_SECONDS:.0f}", "--hang-seconds", f"{HANG_SECONDS:.0f}"]
@@ -58,7 +58,8 @@ def run_share(command: list[str], settings: Settings, stage: str, index: int, en
     """Start a share, and start it again after a test that ended it; how the last process ended."""
     journal = settings.journal
     for _ in range(MOST_STARTS):
-        ended = Running(command, f"{stage} {index}", settings.log).finish(end - time.monotonic())
+        running = Running(command, f"{stage} {index}", settings.log, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        ended = running.finish(end - time.monotonic())
         mine = [entry for entry in share.entries(journal, stage) if entry["share"] == index and "test" in entry]
         if not mine or mine[-1]["outcome"] not in ("started", "lost the device"):
             break  # it came to its end, or never to a test
