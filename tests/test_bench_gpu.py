@@ -19,7 +19,7 @@ from bench.gpu import head, jobs, losses, plan, probes, sanitizer_case
 from bench.gpu.hang import limited
 from bench.gpu.record import Record, attempt
 from bench.gpu.settings import Settings
-from bench.gpu.tables import short_table
+from bench.gpu.tables import short_table, workloads
 from bench.gpu.targets import Target, targets
 from bench.gpu.timing import Stopwatch, Times, interleaved, rounds_within
 from bench.report import table
@@ -136,7 +136,10 @@ def test_the_first_call_measures_the_quick_variants_only(results: dict[str, Any]
 
 
 def test_ours_is_looked_into(results: dict[str, Any]) -> None:
-    mine = results["results"]["head 0"]["variants"][losses.OURS]
+    mine = workloads(results)[0]["variants"][losses.OURS]
+    assert mine["step_ms"] == results["results"]["rivals 0"]["variants"][losses.OURS]["step_ms"], (
+        "the more complete one's"
+    )
     assert mine["repeatable"] is True
     assert mine["graph"] == {"status": "not available", "reason": "graphs need a GPU"}
     for way in ("forward", "backward"):

@@ -72,7 +72,7 @@ def settle(running: dict[str, Future[Entry]], settings: Settings, record: Record
 
 
 def timed(work: Work, least: float) -> Entry:
-    """What the stage's job returns, or why it failed or, with less than the least seconds, was not started; how long it took."""
+    """What the stage's job returns, or why it failed or, with less time than the least, was not started; how long it took."""
     if work.seconds < least:
         reason = f"{max(work.seconds, 0):.0f} s left, it is not started under {least:.0f}"
         return {"status": "skipped", "reason": reason, "seconds": 0.0}

@@ -13,7 +13,7 @@ from bench.gpu import probes
 from bench.gpu.agreement import Outcome, exact_outcome, outcome_of, refuse_disagreement, relative_errors
 from bench.gpu.environment import clocks
 from bench.gpu.hang import limited
-from bench.gpu.losses import BESIDE, OURS, SAME_KERNELS, Variant, variants
+from bench.gpu.losses import ALL, BESIDE, OURS, SAME_KERNELS, Variant, Wanted, variants
 from bench.gpu.record import Record, Under, attempt
 from bench.gpu.settings import Settings
 from bench.gpu.timing import Measure, Step, Stopwatch, interleaved, rounds_within
@@ -35,7 +35,7 @@ def run(
     record: Record | Under,
     shape: HeadShape,
     skip: tuple[str, ...] = (),
-    only: tuple[str, ...] | None = None,
+    wanted: Wanted = ALL,
 ) -> None:
     """Measure a workload.
 
@@ -44,7 +44,7 @@ def run(
         record: gets what is found.
         shape: of the workload.
         skip: variants that an earlier process lost the device to; their like are spared, too.
-        only: the variants wanted; None for all.
+        wanted: which variants, and whether the kernels of ours.
     """
     lost = set(skip) | (set(SAME_KERNELS) if set(skip) & set(SAME_KERNELS) else set())
     inputs = HeadInputs.of(shape, device=settings.device)
@@ -52,8 +52,9 @@ def run(
     exact = exact_outcome(inputs)
     preparing = replace(settings, deadline=settings.deadline - TIMING_SHARE * settings.seconds_left())
     ready: dict[str, Loss] = {}
-    wanted = {name: v for name, v in variants(settings.backend, shape).items() if only is None or name in only}
-    for name, variant in wanted.items():
+    for name, variant in variants(settings.backend, shape).items():
+        if wanted.variants is not None and name not in wanted.variants:
+            continue
         if name in lost or preparing.seconds_left() < 0:
             reason = "the device was lost to its like" if name in lost else "no time left to prepare it"
             record.put("variants", name, value={"title": variant.title, "status": "skipped", "reason": reason})
@@ -67,6 +68,9 @@ def run(
     del exact
     measure(ready, inputs, settings, record)
     for name in (OURS, *BESIDE.values()):
+        if name in ready and wanted.kernels:
+            kernels, outcome = attempt(lambda name=name: probes.kernels(ready[name], inputs))  # type: ignore[misc]
+            record.put("variants", name, "kernels", value=outcome if kernels is None else kernels)
         if name in ready:
             look_into(name, ready[name], inputs, settings, record)
 
@@ -130,8 +134,8 @@ def measure(ready: dict[str, Loss], inputs: HeadInputs, settings: Settings, reco
     ]
     for key, how, which, seconds in plan:
         warm, total = warm_up(which, stopwatch, record, key)
-        least = DRY_ROUNDS if settings.dry else LEAST_ROUNDS
-        rounds = rounds_within(min(seconds, max(settings.seconds_left(), 0) / 4), total, least=least)
+        share = min(seconds, max(settings.seconds_left(), 0) / 4)
+        rounds = DRY_ROUNDS if settings.dry else rounds_within(share, total, least=LEAST_ROUNDS)
         for name, times in interleaved(how, warm, rounds).items():
             record.put("variants", name, key, value=times._asdict())
             if key == "step_ms":
@@ -155,10 +159,9 @@ def warm_up(
 
 
 def look_into(name: str, loss: Loss, inputs: HeadInputs, settings: Settings, record: Record | Under) -> None:
-    """Kernels, repeatability and graph replay of one of ours."""
-    for key, probe in (("kernels", probes.kernels), ("repeatable", probes.is_repeatable)):
-        result, outcome = attempt(lambda probe=probe: probe(loss, inputs))  # type: ignore[misc]
-        record.put("variants", name, key, value=outcome if result is None else result)
+    """Repeatability and graph replay of one of ours."""
+    repeatable, outcome = attempt(lambda: probes.is_repeatable(loss, inputs))
+    record.put("variants", name, "repeatable", value=outcome if repeatable is None else repeatable)
     if settings.device.type != "cuda":
         record.put("variants", name, "graph", value={"status": "not available", "reason": "graphs need a GPU"})
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.gpu import ceilings, counters, errors, head, passes, processes, suite
-from bench.gpu.losses import QUICK
+from bench.gpu.losses import ALL, QUICK
 from bench.gpu.processes import TAIL, Running
 from bench.gpu.record import Record, Under, attempt
 from bench.gpu.settings import ROOT, Settings
@@ -200,12 +200,12 @@ def run_stage(stage: str, settings: Settings, record: Record, skip: tuple[str, .
     elif kind == "compile":
         head.compile_all(settings, record, settings.shapes_at(places))
     elif kind in ("head", "rivals"):
-        only = QUICK if kind == "head" else None
         (shape,) = settings.shapes_at(places)
-        head.run(settings, record, shape, skip, only)
+        head.run(settings, record, shape, skip, QUICK._replace(kernels=True) if kind == "head" else ALL)
     elif kind == "heads":
-        for done, shape in enumerate(settings.shapes_at(places)):
-            share = settings.seconds_left() / (len(places) - done)
+        shapes = settings.shapes_at(places)
+        for done, shape in enumerate(shapes):
+            share = settings.seconds_left() / (len(shapes) - done)
             limited = replace(settings, deadline=time.monotonic() + share)
             head.run(limited, Under(record, shape.name), shape, skip, QUICK)
     else:

@@ -26,7 +26,6 @@ from vmf_kernels.assign import BACKENDS
 MOST_STREAMING_ROWS = 1280  # plain torch: minutes of no interest beyond
 OURS = "ours"
 BESIDE = {"triton": "cuda", "cuda": "triton"}  # the library's other backend on a GPU, measured beside the one asked for
-QUICK = ("B1", OURS, *BESIDE)  # the variants that need no compilation, and minutes less
 SAME_KERNELS = (OURS, "ours vMF", "DINOLoss")  # where one of them crashes the others will
 
 
@@ -38,6 +37,17 @@ class Variant(NamedTuple):
     is_ours: bool = True
     same_loss: bool = True  # as the others of its workload: checked before it is timed
     omits_teacher_entropy: bool = False
+
+
+class Wanted(NamedTuple):
+    """What is to be found out about a workload."""
+
+    variants: tuple[str, ...] | None  # None: all
+    kernels: bool = False  # of ours, by a profile, which takes seconds
+
+
+ALL = Wanted(None)
+QUICK = Wanted(("B1", OURS, *BESIDE))  # what needs no compilation
 
 
 def ours(backend: str, stored: Callable[[Tensor, Tensor], Prototypes] = weight_norm_prototypes) -> Loss:

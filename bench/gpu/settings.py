@@ -54,8 +54,8 @@ class Settings:
         return TOY_HEAD_SHAPES if self.dry else HEAD_SHAPES
 
     def shapes_at(self, places: Sequence[int]) -> tuple[HeadShape, ...]:
-        """The workloads at these places; in a dry run there are fewer, which take turns."""
-        return tuple(self.shapes[place % len(self.shapes)] for place in places)
+        """The workloads at these places; in a dry run there are fewer, each of which stands for several."""
+        return tuple(dict.fromkeys(self.shapes[place % len(self.shapes)] for place in places))
 
     def compiler(self) -> Compile:
         """``torch.compile`` for static shapes; a dry run traces, and runs what it traced eagerly."""

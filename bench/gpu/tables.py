@@ -79,15 +79,27 @@ def _against(mine: float | None, variant: Mapping[str, Any]) -> str:
 
 
 def workloads(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Results of the head stages that got as far as a name; of two of a workload the one that timed more variants."""
+    """Results of the head stages that got as far as a name; where two had a workload, those of the one that timed more.
+
+    Times of different stages are never mixed: a ratio is of one process's interleaved runs.
+    """
     found: dict[str, Mapping[str, Any]] = {}
     for stage, result in data["results"].items():
         if stage.split()[0] in ("head", "rivals", "heads"):
             for entry in [result] if "name" in result else result.values():
-                known = found.setdefault(entry["name"], entry)
-                if _timed(entry) > _timed(known):
-                    found[entry["name"]] = entry
+                name = entry["name"]
+                found[name] = _better(found[name], entry) if name in found else entry
     return list(found.values())
+
+
+def _better(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The workload of which more was timed, with the kernels that the other found."""
+    best, other = (later, earlier) if _timed(later) >= _timed(earlier) else (earlier, later)
+    variants = dict(best.get("variants", {}))
+    for name, variant in other.get("variants", {}).items():
+        if "kernels" in variant and name in variants:
+            variants[name] = {"kernels": variant["kernels"]} | variants[name]
+    return {**best, "variants": variants}
 
 
 def _timed(workload: Mapping[str, Any]) -> int:
