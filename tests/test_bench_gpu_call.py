@@ -69,7 +69,7 @@ def python(code: str, tmp_path: Path) -> Running:
 )
 def test_a_call_s_stages_fit_its_time(name: str, done: dict[str, str]) -> None:
     total, stages = plan.PLANS[name]
-    data = {"stages": {stage: {"status": status} for stage, status in {"module": "ok", **done}.items()}}
+    data = {"stages": {stage: {"status": status} for stage, status in {"module": "ok", **done}.items()}, "results": {}}
     planned = sum(stage.seconds for stage in stages if plan.is_wanted(stage, data) and not stage.beside)
     assert planned <= total - plan.RESERVE, f"{planned} s are planned of {total}"
 
@@ -83,6 +83,17 @@ def test_every_stage_has_a_job_and_a_known_need(name: str) -> None:
         assert stage.needs in plan.NEEDS, stage
 
 
+def test_the_gpu_tests_are_named_file_by_file() -> None:
+    """Rather than collected from the whole suite, which takes as long as they run."""
+    named = [path for paths in suite.PATHS.values() for path in paths]
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "@pytest.mark.gpu" in path.read_text()
+    }
+    assert sorted(named) == sorted(marked - {str(Path(__file__).relative_to(ROOT))})
+
+
 def test_what_runs_side_by_side_fits_a_card_of_80_gb() -> None:
     per_test = suite.TEST_GB + suite.CONTEXT_GB
     compiling = 2 * head.COMPILE_MEMORY_SHARE * GB_OF_A_CARD
@@ -92,7 +103,7 @@ def test_what_runs_side_by_side_fits_a_card_of_80_gb() -> None:
 
 def test_time_that_a_stage_did_not_take_goes_to_the_next_that_needs_more() -> None:
     stages, data = (Stage("ceilings", 10), Stage("head 0", 20), Stage("build", 70, "no module"), Stage("tune", 30)), {}
-    data["stages"] = {"module": {"status": "ok"}}
+    data |= {"stages": {"module": {"status": "ok"}}, "results": {}}
     assert plan.seconds_for(0, stages, data, 60.0) == 10.0
     assert plan.seconds_for(1, stages, data, 58.0) == 28.0
     assert plan.seconds_for(1, stages, data, 15.0) == 15.0
@@ -156,11 +167,27 @@ def test_a_stage_that_hangs_is_killed_and_one_without_time_is_skipped(
     assert "[first] tune: skipped" in log
 
 
-@pytest.mark.parametrize(("status", "distrusted"), [("ok", ()), ("wrong", ()), ("slow", ()), ("hung", ("cuda",))])
+@pytest.mark.parametrize(
+    ("variant", "kernels", "status", "distrusted"),
+    [
+        ("right", "cuda", "ok", ()),
+        ("wrong", "cuda", "wrong", ()),
+        ("wrong", "cuda-clusters", "ok", ()),
+        ("not reached", "cuda", "incomplete", ()),
+        ("slow", "cuda", "incomplete", ()),
+        ("died", "cuda", "wrong", ()),
+        ("hung", "cuda", "wrong", ("cuda",)),
+    ],
+)
 def test_only_kernels_that_were_seen_to_hang_are_not_measured(
-    status: str, distrusted: tuple[str, ...], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: str,
+    kernels: str,
+    status: str,
+    distrusted: tuple[str, ...],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fake = [sys.executable, str(fake_first_light(tmp_path / "fake", status))]
+    fake = [sys.executable, str(fake_first_light(settings.out / "fake", variant, kernels))]
     stages = (
         Stage("first light cuda", 20),
         Stage("race check", 20, "wrong"),
@@ -168,10 +195,10 @@ def test_only_kernels_that_were_seen_to_hang_are_not_measured(
     )
     data = run_stages(settings, stages, monkeypatch, first_light=fake)
     assert jobs.distrusted(data) == distrusted
-    assert data["stages"]["first light cuda"]["status"] == ("ok" if status == "ok" else "wrong")
-    assert ("race check" in data["stages"]) == (status != "ok")
-    assert ("first light bounded" in data["stages"]) == (status == "hung")
-    assert (settings.out / "cuda" / "first_light.txt").read_text() == status
+    assert data["stages"]["first light cuda"]["status"] == status
+    assert ("race check" in data["stages"]) == (status == "wrong")
+    assert ("first light bounded" in data["stages"]) == (variant == "hung")
+    assert not (settings.out / "cuda").exists(), "all of it is in the record and in the log"
 
 
 def test_a_slow_stage_distrusts_nobody() -> None:

@@ -7,14 +7,14 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.gpu import ceilings, counters, errors, head, passes, processes, suite
-from bench.gpu.losses import ALL, QUICK
-from bench.gpu.processes import TAIL, Running
+from bench.gpu.losses import ALL, BESIDE, QUICK
+from bench.gpu.processes import Ended, Running
 from bench.gpu.record import Record, Under, attempt
 from bench.gpu.settings import ROOT, Settings
 
@@ -26,7 +26,10 @@ BOUNDED = ROOT / "build" / "bounded"  # where a module lies whose waits trap ins
 FIRST_LIGHT_RESERVE = 4.0  # seconds for it to write what it has
 TRITON_WORKERS = 12
 LEAST_SECONDS = 8.0  # below which no stage is started: importing torch takes a good part of it
-HUNG = {"hung", "hang", "hangs"}  # statuses of a variant that did not come back
+FINE, UNDECIDED = (
+    ("right", "absent"),
+    ("not reached", "slow", "unavailable"),
+)  # statuses of its variants; others are bad
 TUNED_WIDTH = 256
 
 
@@ -61,51 +64,70 @@ def find_module(work: Work) -> Entry:
 
 
 def first_light(work: Work) -> Entry:
-    """Every variant of "cuda" or "triton" alone; or, "bounded", of the module whose waits trap, to see where it hung."""
+    """Every variant of "cuda" or "triton" alone; or, "bounded", those that hung, of the module whose waits trap instead.
+
+    Returns:
+        status "ok"; "wrong" where one that the backend uses is; "incomplete" where none is, but not all were reached.
+    """
     (which,) = work.arguments
-    command, log = [*COMMANDS["first light"]], work.settings.log
-    command += ["--kernels", "triton" if which == "triton" else "cuda"]
+    command = [*COMMANDS["first light"], "--kernels", "triton" if which == "triton" else "cuda"]
+    command += ["--workers", str(TRITON_WORKERS)] if which == "triton" else []
     if which == "bounded":
         module = BOUNDED / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
         if not module.exists():
             return {"status": "not available", "reason": f"no {module.name} in build/bounded"}
-        command += ["--module", str(module)]
+        command += ["--module", str(module), "--only", *hung_variants(work.record.data)]
     folder = work.settings.out / which
-    folder.mkdir(exist_ok=True)
     command += ["--out", str(folder), "--seconds", f"{work.seconds - FIRST_LIGHT_RESERVE:.0f}"]
-    command += ["--workers", str(TRITON_WORKERS)] if which == "triton" else []
     command += ["--dry-run"] if work.settings.dry else []
-    ended = Running(command, work.stage, log).finish(work.seconds)
+    ended = Running(command, work.stage, work.settings.log).finish(work.seconds)
     found = folder / "first_light.json"
     if not found.exists():
         return ended.status() | ({"status": "failed"} if ended.code == 0 else {})
     data = json.loads(found.read_text())
     work.record.put("results", work.stage, value=data)
-    found.unlink()  # it is in the record: few files may come back from a lent machine
-    status = {"status": "wrong", "exit_code": 1, "reason": ended.output[-TAIL:]} if ended.code == 1 else ended.status()
-    hung = [entry for entry in variants_of(data) if entry.get("status") in HUNG]
-    return status | ({"hung": [str(entry.get("name", "")) for entry in hung]} if hung else {})
+    for known in (
+        found,
+        folder / "first_light.txt",
+    ):  # in the record, in the log: few files may come back from a machine
+        known.unlink(missing_ok=True)
+    if not list(folder.iterdir()):
+        folder.rmdir()
+    return verdict(ended, data["results"])
 
 
-def variants_of(data: Any) -> Iterator[dict[str, Any]]:
-    """Every object with a status in a file of ``first_light``, however deep; "name" is its key where it has none."""
-    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in pairs:
-        if isinstance(value, dict) and "status" in value:
-            yield {"name": key} | value
-        yield from variants_of(value)
+def verdict(ended: Ended, results: dict[str, Any]) -> Entry:
+    """The stage's entry; kernels that no backend uses yet may be wrong."""
+    bad = [name for name, one in results.items() if one["status"] not in (*FINE, *UNDECIDED)]
+    undecided = [name for name, one in results.items() if one["status"] in UNDECIDED]
+    entry = ended.status() | {"not_right": bad, "undecided": undecided}
+    if any(name.split("/")[0] in BESIDE for name in bad):
+        return entry | {"status": "wrong"}
+    if ended.code in (0, 1, 2):
+        return entry | {"status": "incomplete" if undecided or ended.code == 2 else "ok"}
+    return entry
+
+
+def hung_variants(data: dict[str, Any]) -> list[str]:
+    """Names such as "cuda/columns/bf16/256" of what did not come back in first light."""
+    results = data["results"].get("first light cuda", {}).get("results", {})
+    return [name for name, one in results.items() if one["status"] == "hung"]
 
 
 def race_check(work: Work) -> Entry:
-    """compute-sanitizer's memcheck, then its race check, at the smallest width that is wrong."""
-    data = work.record.data["results"].get("first light cuda", {})
-    wrong = [e for e in variants_of(data) if e["status"] not in ("ok", "right") and isinstance(e.get("width"), int)]
-    dim = min((entry["width"] for entry in wrong), default=TUNED_WIDTH)
+    """compute-sanitizer's memcheck, then its race check, on a small loss of the smallest width that is wrong."""
+    wrong = work.record.data["stages"]["first light cuda"]["not_right"]
+    dim = min(width_of(name) for name in wrong if name.split("/")[0] in BESIDE)
     end, found = time.monotonic() + work.seconds, dict[str, Entry]()
     for tools_left, tool in ((2, "memcheck"), (1, "racecheck")):
         seconds = (end - time.monotonic()) / tools_left
         found[tool] = processes.run_sanitizer(work.settings, seconds, work.stage, "cuda", tool=tool, dim=dim)
     return found["memcheck"] | {"dim": dim, "tools": found}
+
+
+def width_of(variant: str) -> int:
+    """256 of "cuda/columns/bf16/256"."""
+    return int(variant.rpartition("/")[2])
 
 
 def tune(work: Work) -> Entry:
@@ -169,9 +191,7 @@ def distrusted(data: dict[str, Any]) -> tuple[str, ...]:
     """Variants that were seen to hang: a process sat in one of them past its limit, and no Python ran; slow ones are not."""
     stages = data["stages"].values()
     found = {name for entry in stages for name in (entry.get("hung_in"), *entry.get("lost_the_device", ())) if name}
-    wide = data["results"].get("first light cuda", {})
-    hung = [entry for entry in variants_of(wide) if entry["status"] in HUNG]
-    if any(entry.get("width", TUNED_WIDTH) == TUNED_WIDTH for entry in hung):
+    if any(width_of(name) == TUNED_WIDTH and name.startswith("cuda/") for name in hung_variants(data)):
         found.add("cuda")
     return tuple(sorted(found))
 

@@ -89,14 +89,20 @@ def has_module(data: Data) -> bool:
     return is_ok("module", data) or is_ok("build", data)
 
 
+def has_hung(data: Data) -> bool:
+    """Whether a kernel did not come back in first light."""
+    results = data["results"].get("first light cuda", {}).get("results", {})
+    return any(one["status"] == "hung" for one in results.values())
+
+
 NEEDS: dict[str, Callable[[str, Data], bool]] = {
     "nothing": lambda name, data: True,
     "no module": lambda name, data: not is_ok("module", data),
     "a module": lambda name, data: has_module(data),
-    "a hang": lambda name, data: bool(data["stages"].get("first light cuda", {}).get("hung")),
+    "a hang": lambda name, data: has_hung(data),
     "not yet ok": lambda name, data: not is_ok(name, data),
     "a module, not yet ok": lambda name, data: has_module(data) and not is_ok(name, data),
-    "right": lambda name, data: is_ok("first light cuda", data),
+    "right": lambda name, data: data["stages"].get("first light cuda", {}).get("status") in ("ok", "incomplete"),
     "wrong": lambda name, data: data["stages"].get("first light cuda", {}).get("status") == "wrong",
 }
 

@@ -20,6 +20,7 @@ from bench.gpu.settings import Settings
 CUDA_TESTS = ("tests/gpu/test_cuda.py",)
 MEMORY_TESTS = ("tests/gpu/test_memory.py",)  # takes up to 40 GB at once, and counts what others must not touch
 OTHER_TESTS = tuple(f"tests/gpu/test_{name}.py" for name in ("accuracy", "capture", "devices", "losses", "training"))
+OTHER_TESTS += ("tests/backends/test_triton_logits.py", "tests/test_bench_gpu.py")  # where some lie beside others
 PATHS = {"cuda": CUDA_TESTS, "gpu": OTHER_TESTS, "memory": MEMORY_TESTS}
 PROCESSES = {"cuda": 8, "gpu": 7, "memory": 1}  # "gpu" runs beside two processes that compile and one of errors
 TEST_GB, CONTEXT_GB = 6.9, 0.6  # most of one test, of one process

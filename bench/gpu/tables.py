@@ -32,6 +32,7 @@ def gpu_table(data: Mapping[str, Any]) -> str:
     lines = [
         f"{device['name']}, driver {data['environment']['driver']}, torch {versions['torch']}, triton {versions['triton']}, "
         f"commit {(data['environment']['commit'] or 'unknown')[:10]}"
+        + f", sources {data['environment'].get('sources', 'unknown')}"
         + (", with uncommitted changes" if data["environment"]["uncommitted_changes"] else ""),
         f"Ceilings: bf16 matmul {_number(ceilings.get('matmul_tflops'))} TFLOP/s, "
         f"copy {_number(ceilings.get('copy_gb_per_s'))} GB/s. Clocks before {data['clocks_before'].get('clocks.sm')}, "
