@@ -25,6 +25,7 @@ from bench.gpu.settings import ROOT, Settings
 
 INTERRUPT_SECONDS = 8  # for a process to write what it has after SIGINT
 READER_SECONDS = 2  # for the last lines of a process that has ended: one that it left behind may hold the pipe
+START_SECONDS = 6.0  # of a stage's process, until it can look at the clock: it imports torch
 LOOK_SECONDS = 1.0  # between two looks at what a stage has recorded
 TAIL = 4000  # characters of a failed process's output that go on record
 HANG_MARK = "Timeout (0:"  # of faulthandler: it ended a process in which no Python would run, ``hang``
@@ -101,7 +102,8 @@ class Running:
 def stage_command(stage: str, settings: Settings, part: Path, seconds: float, skip: tuple[str, ...]) -> list[str]:
     """This program, for one stage."""
     command = [sys.executable, "-m", "bench.gpu", settings.call, "--stage", stage, "--part", str(part)]
-    command += ["--seconds", f"{seconds:.0f}", "--backend", settings.backend, "--out", str(settings.out)]
+    command += ["--seconds", f"{max(seconds - START_SECONDS, 1.0):.0f}", "--backend", settings.backend]
+    command += ["--out", str(settings.out)]
     command += [word for name in skip for word in ("--skip", name)]
     return command + (["--dry-run"] if settings.dry else [])
 

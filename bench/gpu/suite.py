@@ -1,7 +1,8 @@
 """The GPU tests in several processes, each with a share; one that loses the device or hangs is started again without that test.
 
 Memory: a test's peak is the dense truth in fp64, 6.2 to 7.3 times its rows x K x 8 bytes (counted on a CPU at smaller K):
-at most 6.9 GB, for 1000/1000 rows and K = 65,536. With a context of 0.6 GB eight such at once take 60 GB of a card of 80.
+at most 6.9 GB, for 1000/1000 rows and K = 65,536. With a context of 0.6 GB eight such at once take 60 GB of a card of 80;
+12 processes of first light beside them less than 1 GB each, and in the second call two that compile 0.12 of the card each.
 """
 
 from __future__ import annotations
