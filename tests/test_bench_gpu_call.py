@@ -168,6 +168,25 @@ def test_a_stage_that_hangs_is_killed_and_one_without_time_is_skipped(
     assert "[first] tune: skipped" in log
 
 
+def test_what_runs_beside_has_ended_before_anything_is_timed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def job(work: jobs.Work) -> dict[str, Any]:
+        seen.append(f"{work.stage} starts")
+        time.sleep(0.3 if work.stage == "compile 0" else 0.0)
+        seen.append(f"{work.stage} ends")
+        return {"status": "ok"}
+
+    for name in ("compile", "tests", "ceilings"):
+        monkeypatch.setitem(jobs.JOBS, name, job)
+    stages = (Stage("compile 0", 20, beside=True), Stage("tests gpu", 20), Stage("ceilings", 9))
+    data = run_stages(replace(settings, dry=False), stages, monkeypatch)
+    assert {entry["status"] for entry in data["stages"].values()} == {"ok"}
+    assert seen.index("tests gpu ends") < seen.index("compile 0 ends") < seen.index("ceilings starts"), seen
+
+
 @pytest.mark.parametrize(
     ("variant", "kernels", "status", "distrusted"),
     [

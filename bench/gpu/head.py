@@ -37,12 +37,10 @@ def run(
     skip: tuple[str, ...] = (),
     wanted: Wanted = ALL,
 ) -> None:
-    """Measure a workload.
+    """Measure a workload, and put what is found on record.
 
     Args:
-        settings: where, and until when.
-        record: gets what is found.
-        shape: of the workload.
+        settings, record, shape: where and until when; what gets the results; sizes of the workload.
         skip: variants that an earlier process lost the device to; their like are spared, too.
         wanted: which variants, and whether the kernels of ours.
     """
@@ -69,8 +67,7 @@ def run(
     measure(ready, inputs, settings, record)
     for name in (OURS, *BESIDE.values()):
         if name in ready and wanted.kernels:
-            kernels, outcome = attempt(lambda name=name: probes.kernels(ready[name], inputs))  # type: ignore[misc]
-            record.put("variants", name, "kernels", value=outcome if kernels is None else kernels)
+            count_kernels(name, ready[name], inputs, record)
         if name in ready:
             look_into(name, ready[name], inputs, settings, record)
 
@@ -156,6 +153,12 @@ def warm_up(
         warm[name] = step
         total += 2 * milliseconds  # the backlog is about as long as the step
     return warm, total
+
+
+def count_kernels(name: str, loss: Loss, inputs: HeadInputs, record: Record | Under) -> None:
+    """What one of ours launches, and how long each kernel takes."""
+    kernels, outcome = attempt(lambda: probes.kernels(loss, inputs))
+    record.put("variants", name, "kernels", value=outcome if kernels is None else kernels)
 
 
 def look_into(name: str, loss: Loss, inputs: HeadInputs, settings: Settings, record: Record | Under) -> None:
