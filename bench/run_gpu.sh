@@ -1,36 +1,30 @@
 #!/usr/bin/env bash
-# Everything that is measured on one NVIDIA GPU, in under nine minutes, without a network or an installation; what csrc/ holds is
-# built first, in this checkout, where nvcc, ninja and pybind11 are found:
-#   bash bench/run_gpu.sh [OUT_DIR]             default bench/results/<name of the GPU>
-#   TUNE=1 bash bench/run_gpu.sh [OUT_DIR]      ... and measure tile sizes at the end, in less time for the rest
-# Reads the GPU's settings and changes none. Afterwards, to have "auto" take csrc/cuda where it was the faster:
-#   python -m bench.gpu.wins OUT_DIR/head.json
+# Fifteen minutes on one NVIDIA GPU, without a network or an installation, in two calls (bench/README.md, bench/gpu/plan.py):
+#   bash bench/run_gpu.sh first  [OUT_DIR]               200 s: is it right, and the most telling rates
+#   bash bench/run_gpu.sh second [OUT_DIR [FIRST_DIR]]   360 s: tests, rivals, counters, tiles; FIRST_DIR has call 1's head.json
+#   bash bench/run_gpu.sh all    [OUT_DIR]               1000 s: both, and what neither has time for
+#   bash bench/run_gpu.sh --dry-run first|second|all ... the same at toy size on the CPU; measures nothing
+# OUT_DIR is what is named, else $OUT, else bench/results/<name of the GPU>. Reads the GPU's settings and changes none.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD:$PWD/python" PYTHONUNBUFFERED=1
-python=${PYTHON:-python3}
-total=525
-tune=0
-if [ "${TUNE:-0}" = 1 ]; then tune=175; fi
-
+dry=()
+if [ "${1:-}" = --dry-run ]; then dry=(--dry-run); shift; fi
+case "${1:-}" in
+    first) total=200 ;;
+    second) total=360 ;;
+    all) total=1000 ;;
+    *)
+        sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+        exit 2
+        ;;
+esac
 name=$(nvidia-smi --id=0 --query-gpu=name --format=csv,noheader 2>/dev/null || echo no-gpu)
 slug=$(printf '%s' "$name" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-' | sed 's/^-//;s/-$//')
-out=${1:-bench/results/$slug}
-mkdir -p "$out"
-
+folder=$(realpath -m "${2:-${OUT:-$(dirname "$0")/results/$slug}}")
+after=$(realpath -m "${3:-$folder}")
+cd "$(dirname "$0")/.." || exit
+export PYTHONPATH="$PWD:$PWD/python" PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+mkdir -p "$folder"
 nvidia-smi --id=0 --format=csv \
-    --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.used
-"$python" -c 'import platform, torch, triton, numpy
-print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)'
-
-"$python" -m bench.gpu --out "$out" --seconds $((total - tune - SECONDS))
-code=$?
-
-if [ "${TUNE:-0}" = 1 ]; then
-    if [ $((total - SECONDS)) -ge 152 ]; then
-        "$python" -m bench.tune --seconds 150 --out "$out/tiles.json"
-    else
-        echo "no time left to tune"
-    fi
-fi
-exit $code
+    --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.used 2>/dev/null
+exec "$python" -m bench.gpu "$1" --out "$folder" --after "$after" --seconds $((total - SECONDS)) "${dry[@]}"

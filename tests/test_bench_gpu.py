@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -15,16 +15,17 @@ import torch
 
 from bench.baselines import BASELINES, Baseline, UnavailableError
 from bench.gpu import __main__ as program
-from bench.gpu import head, losses, probes, processes, sanitizer_case
+from bench.gpu import head, jobs, losses, plan, probes, sanitizer_case
+from bench.gpu.hang import limited
 from bench.gpu.record import Record, attempt
 from bench.gpu.settings import Settings
-from bench.gpu.tables import short_table
+from bench.gpu.tables import short_table, workloads
 from bench.gpu.targets import Target, targets
 from bench.gpu.timing import Stopwatch, Times, interleaved, rounds_within
 from bench.report import table
 from bench.workloads import TOY_HEAD_SHAPES, HeadInputs
+from tests.gpu_calls import fake_first_light
 
-ROOT = Path(__file__).parents[1]
 NOT_ON_A_CPU = {"B4", "B5", "B6"}
 
 
@@ -35,7 +36,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a dry run in which one stage fails and one baseline has a wrong temperature."""
+    """Folder of both calls, dry, in which one stage fails and one baseline has a wrong temperature."""
     out = tmp_path_factory.mktemp("dry")
 
     def broken(settings: Settings, record: Record) -> None:
@@ -48,8 +49,19 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bench.gpu.ceilings.run", broken)
         patch.setitem(BASELINES, "wrong", Baseline("B1 at another temperature", lambda inputs, compile_: wrong))
-        program.main(["--dry-run", "--backend", "streaming", "--out", str(out)])
+        patch.setitem(jobs.COMMANDS, "module", [sys.executable, "-c", "print('_cuda.so')"])
+        patch.setitem(jobs.COMMANDS, "first light", [sys.executable, str(fake_first_light(out / "fake"))])
+        patch.setattr("bench.gpu.suite.DRY_RUN_TESTS", (str(a_test(out / "fake")),))
+        for call in ("first", "second"):
+            program.main([call, "--dry-run", "--backend", "streaming", "--out", str(out)])
+    shutil.rmtree(out / "fake")
     return out
+
+
+def a_test(folder: Path) -> Path:
+    path = folder / "test_of_a_dry_run.py"
+    path.write_text("import pytest\n\n\n@pytest.mark.gpu\ndef test_sums() -> None:\n    assert 1 + 1 == 2\n")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +70,24 @@ def results(dry_run: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_every_stage_is_on_record(results: dict[str, Any]) -> None:
+def test_every_stage_of_both_calls_is_on_record(results: dict[str, Any]) -> None:
+    wanted = {stage.name for stage in (*plan.FIRST, *plan.SECOND)}
+    left_out = {"build", "first light bounded", "race check"}
     stages = {name: entry["status"] for name, entry in results["stages"].items()}
-    untimed = {"build", "tests", "sanitizer", "compile 0", "errors"}
-    expected = untimed | {"ceilings", "passes", "counters", "head 0", "head 1"}
-    assert stages.keys() == expected
-    well = {name for name, status in stages.items() if status == "ok"}
-    not_here = {"build", "tests", "sanitizer", "counters"}
-    assert well == expected - not_here - {"ceilings"}, f"stages ended as {stages}"
+    assert stages.keys() == wanted - left_out
+    bad = {name: status for name, status in stages.items() if status != "ok"}
+    assert bad == {"ceilings": "failed", "counters cuda": "not available", "tune": "not available"}
+    assert results["calls"].keys() == {"first", "second"}
     assert results["environment"]["versions"]["torch"] == torch.__version__
+
+
+def test_what_comes_back_is_few_small_files(dry_run: Path) -> None:
+    found = {str(path.relative_to(dry_run)) for path in dry_run.rglob("*") if path.is_file()}
+    of_calls = {f"{call}{suffix}" for call in ("first", "second") for suffix in (".log", "_tests.jsonl")}
+    assert found == {"head.json", "report.md"} | of_calls
+    log = (dry_run / "first.log").read_text()
+    for line in ("[module] _cuda.so", "[first light cuda] cuda right", "[tests cuda 0] ", "[first] ceilings: failed"):
+        assert line in log, f"{line!r} is not in\n{log}"
 
 
 def test_a_failing_stage_is_recorded_with_what_it_had(results: dict[str, Any]) -> None:
@@ -75,14 +96,15 @@ def test_a_failing_stage_is_recorded_with_what_it_had(results: dict[str, Any]) -
     assert results["results"]["ceilings"] == {"matmul_size": 1}
 
 
-def test_the_tests_stage_counts(results: dict[str, Any]) -> None:
-    entry = results["stages"]["tests"]
-    assert (entry["status"], entry["exit_code"], entry["failures"]) == ("no tests", 5, 0)
+def test_the_tests_stages_count(results: dict[str, Any]) -> None:
+    for name in ("tests cuda", "tests gpu"):
+        entry = results["stages"][name]
+        assert (entry["tests"], entry["selected"], entry["failures"]) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("index", range(len(TOY_HEAD_SHAPES)))
 def test_every_workload_and_variant_is_on_record(results: dict[str, Any], index: int) -> None:
-    workload, shape = results["results"][f"head {index}"], TOY_HEAD_SHAPES[index]
+    workload, shape = results["results"][f"rivals {index}"], TOY_HEAD_SHAPES[index]
     assert workload["name"] == shape.name
     assert workload["variants"].keys() == losses.variants("streaming", shape).keys() | {"wrong"}
     for name, variant in workload["variants"].items():
@@ -91,14 +113,14 @@ def test_every_workload_and_variant_is_on_record(results: dict[str, Any], index:
             assert variant["reason"]
         elif name != "wrong":
             assert variant["status"] == "ok", f"{name}: {variant}"
-            for key in ("step_ms", "wall_ms", "forward_ms"):
+            for key in ("step_ms", "wall_ms", "host_ms", "forward_ms"):
                 assert 0 < variant[key]["p10"] <= variant[key]["median"] <= variant[key]["p90"]
             assert variant["tflops"] == pytest.approx(shape.flops / variant["step_ms"]["median"] / 1e9)
 
 
 @pytest.mark.parametrize("index", range(len(TOY_HEAD_SHAPES)))
 def test_baselines_agree_and_a_wrong_one_is_not_timed(results: dict[str, Any], index: int) -> None:
-    variants = results["results"][f"head {index}"]["variants"]
+    variants = results["results"][f"rivals {index}"]["variants"]
     assert variants["wrong"]["status"] == "refused"
     assert "step_ms" not in variants["wrong"]
     for name in ("B1", "B2", "B3", "B3g"):
@@ -106,8 +128,18 @@ def test_baselines_agree_and_a_wrong_one_is_not_timed(results: dict[str, Any], i
     assert variants[losses.OURS]["disagreement"] is None
 
 
+def test_the_first_call_measures_the_quick_variants_only(results: dict[str, Any]) -> None:
+    assert results["results"]["head 0"]["variants"].keys() == {"B1", losses.OURS}
+    assert {entry["name"] for entry in results["results"]["heads 2 3 6 7"].values()} == {
+        s.name for s in TOY_HEAD_SHAPES
+    }
+
+
 def test_ours_is_looked_into(results: dict[str, Any]) -> None:
-    mine = results["results"]["head 0"]["variants"][losses.OURS]
+    mine = workloads(results)[0]["variants"][losses.OURS]
+    assert mine["step_ms"] == results["results"]["rivals 0"]["variants"][losses.OURS]["step_ms"], (
+        "the more complete one's"
+    )
     assert mine["repeatable"] is True
     assert mine["graph"] == {"status": "not available", "reason": "graphs need a GPU"}
     for way in ("forward", "backward"):
@@ -143,56 +175,6 @@ def test_short_table_has_a_row_a_workload(results: dict[str, Any]) -> None:
     assert "not available" in rows[-1]
 
 
-def test_a_stage_runs_as_a_process(settings: Settings) -> None:
-    status, part = processes.run_stage_in_child("ceilings", settings, 60)
-    assert status["status"] == "ok", status
-    assert part["matmul_tflops"] > 0
-    assert part["copy_gb_per_s"] > 0
-    assert "===== ceilings" in (settings.out / "log.txt").read_text()
-
-
-def test_a_process_that_hangs_is_ended_and_its_output_kept(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    start = time.monotonic()
-    hanging = processes.start([sys.executable, "-c", "print('begun'); import time; time.sleep(60)"], log)
-    ended = processes.finish(hanging, log, 3.0)  # Python starts within them on a busy machine, too
-    assert ended.code is None
-    assert ended.status()["status"] == "timed out"
-    assert "begun" in ended.output
-    assert time.monotonic() - start < 20
-
-
-def test_a_process_that_dies_says_why(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    ended = processes.finish(processes.start([sys.executable, "-c", "raise SystemExit('gone')"], log), log, 30)
-    assert (ended.code, ended.status()["status"]) == (1, "failed")
-    assert "gone" in ended.status()["reason"]
-
-
-def test_the_variant_that_loses_the_device_is_left_out_of_the_next_run(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, ...]] = []
-
-    def fake(
-        stage: str, settings: Settings, seconds: float, skip: tuple[str, ...] = ()
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        asked.append(skip)
-        if not skip:
-            return {"status": "failed"}, {"device_lost_to": "ours", "variants": {"ours": {"status": "failed"}}}
-        if len(skip) == 1:
-            return {"status": "failed"}, {"device_lost_to": "B4", "variants": {"B4": {"status": "failed"}}}
-        return {"status": "ok"}, {"variants": {"B1": {"status": "ok"}, "B4": {"status": "skipped"}}}
-
-    monkeypatch.setattr(program, "run_stage_here", fake)
-    record = Record(settings.out / "head.json")
-    status = program.run_and_merge("head 0", settings, 100.0, record)
-    assert asked == [(), ("ours",), ("ours", "B4")]
-    assert status == {"status": "ok", "lost_the_device": ["ours", "B4"]}
-    statuses = {name: entry["status"] for name, entry in record.data["results"]["head 0"]["variants"].items()}
-    assert statuses == {"B1": "ok", "ours": "failed", "B4": "failed"}
-
-
 def test_a_skipped_variant_says_so(settings: Settings) -> None:
     record = Record(settings.out / "part.json")
     names = set(losses.variants("streaming", TOY_HEAD_SHAPES[1]))
@@ -209,24 +191,9 @@ def test_variants_on_the_kernels_that_crashed_are_spared(settings: Settings) -> 
     assert record.data["variants"]["B1"]["status"] == "ok"
 
 
-def test_no_stage_is_started_without_time(settings: Settings) -> None:
-    record = Record(settings.out / "head.json")
-    wet = replace(settings, dry=False)
-    assert program.run_and_merge("head 0", wet, 3.0, record)["status"] == "skipped"
-
-
-def test_limits_add_up_to_the_time_there_is() -> None:
-    left, used = 300.0, []
-    for remaining in range(8, 0, -1):
-        used.append(program.limit_of("head", remaining, left))
-        left -= used[-1]
-    assert sum(used) <= 300
-    assert min(used[:4]) >= program.LEAST_HEAD_SECONDS
-
-
-def test_preparing_too_long_is_recorded() -> None:
+def test_taking_too_long_is_recorded() -> None:
     def slow() -> None:
-        with head.limited(0.2):
+        with limited(0.2, may_hang=False):
             time.sleep(20)
 
     _, outcome = attempt(slow)
@@ -316,6 +283,14 @@ def test_ratios_against_a_wrong_result_count_for_nothing() -> None:
     assert (first.quantity, first.met) == ("640/128 vs B1", None)
 
 
+@pytest.mark.parametrize(("host_ms", "met"), [(0.3, True), (1.1, False)])
+def test_a_step_that_the_host_holds_up_shows(host_ms: float, met: bool) -> None:
+    mine = {"step_ms": {"median": 1.0}, "host_ms": {"median": host_ms}}
+    sizes = {"student_rows": 640, "teacher_rows": 128, "prototypes": 65_536, "dim": 256}
+    found = targets({"results": {}}, [{"name": "640/128", "variants": {losses.OURS: mine}, **sizes}])
+    assert [t.met for t in found if t.quantity == "640/128 host time"] == [met]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_probes_measure_on_a_gpu() -> None:
@@ -341,18 +316,3 @@ def test_probes_measure_on_a_gpu() -> None:
 
 def test_the_sanitizer_s_case_runs() -> None:
     assert sanitizer_case.run("cpu", "streaming") > 0
-
-
-def test_script_is_valid_shell() -> None:
-    done = subprocess.run(
-        ["bash", "-n", str(ROOT / "bench" / "run_gpu.sh")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_without_a_gpu_the_program_names_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit):
-        program.main([])
-    assert "--dry-run" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu.passes import BACKENDS_BESIDE, CASES, PASSES, kernels_on, tile_of
-from bench.gpu.processes import CUDA_BIN, TAIL, finish, log_file, start
+from bench.gpu.passes import CASES, PASSES, kernels_on, tile_of
+from bench.gpu.processes import CUDA_BIN, TAIL, Running
 from bench.gpu.settings import Settings
 from bench.pass_case import PassCase
 
@@ -37,29 +37,18 @@ def find_ncu() -> str | None:
     return next((hit for path in (None, CUDA_BIN, *alone) if (hit := shutil.which("ncu", path=path))), None)
 
 
-def run(settings: Settings, seconds: float, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Profile the passes of each backend not in ``skip``; the text goes to ``counters-<backend>.txt`` beside the record."""
-    if seconds <= 0:
-        return {"status": "skipped", "reason": "no time left"}
+def run(settings: Settings, seconds: float, backend: str) -> dict[str, Any]:
+    """Profile the passes of one backend; the text goes to ``counters-<backend>.txt`` beside the record."""
     ncu = find_ncu()
     if ncu is None:
         return {"status": "not available", "reason": "ncu (Nsight Compute) is neither on PATH nor installed with CUDA"}
-    # the library's own kernels first: they are what there is to find out about
-    names = [name for name in reversed(BACKENDS_BESIDE) if name not in skip]
-    outcomes = {name: profile(ncu, name, settings, seconds / len(names)) for name in names}
-    worst = next((outcome for outcome in outcomes.values() if outcome["status"] != "ok"), {"status": "ok"})
-    return worst | {"backends": outcomes}
-
-
-def profile(ncu: str, backend: str, settings: Settings, seconds: float) -> dict[str, Any]:
-    """How profiling one backend ended."""
     path = settings.out / f"counters-{backend}.txt"
     path.unlink(missing_ok=True)
     command = [ncu, "--profile-from-start", "off", "--target-processes", "all", "--print-details", "all"]
     command += ["--clock-control", "none"]  # its default sets the clocks
     command += [word for section in SECTIONS for word in ("--section", section)]
-    with log_file(settings, f"counters {backend}") as log:
-        ended = finish(start([*command, sys.executable, "-m", "bench.gpu.counters", backend], log), log, seconds)
+    command += [sys.executable, "-m", "bench.gpu.counters", backend]
+    ended = Running(command, f"counters {backend}", settings.log).finish(seconds)
     outcome = judged(ended.status(), ended.output)
     if outcome["status"] == "ok":
         path.write_text(ended.output)

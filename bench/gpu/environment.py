@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -13,7 +14,9 @@ import torch
 
 from bench.gpu.settings import ROOT
 
-PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "hypothesis", "liger-kernel")
+PACKAGES = ("torch", "triton", "numpy", "pytest", "setuptools", "pybind11", "ninja", "liger-kernel")
+SOURCES = ("csrc", "vmf_kernels")  # what results are results of
+WRITTEN_FROM_RESULTS = "measured.json"
 CLOCK_FIELDS = (
     "clocks.sm",
     "clocks.mem",
@@ -36,8 +39,19 @@ def environment() -> dict[str, Any]:
         "driver": _query_gpu(("driver_version",)).get("driver_version"),
         "device": _device(),
         "commit": _reply(["git", "-C", str(ROOT), "rev-parse", "HEAD"]),
+        "sources": sources(),
         "uncommitted_changes": bool(_reply(["git", "-C", str(ROOT), "status", "--porcelain"])),
     }
+
+
+def sources() -> str:
+    """Digest of the library's sources, of which a copy without git knows no commit."""
+    digest = hashlib.sha256()
+    files = (path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.is_file())
+    for path in sorted(files):
+        if path.suffix in {".py", ".cu", ".cuh", ".h", ".cpp", ".json"} and path.name != WRITTEN_FROM_RESULTS:
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def clocks() -> dict[str, str]:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,32 +12,38 @@ from bench.baselines import Loss
 from bench.gpu import probes
 from bench.gpu.agreement import Outcome, exact_outcome, outcome_of, refuse_disagreement, relative_errors
 from bench.gpu.environment import clocks
-from bench.gpu.losses import BESIDE, OURS, SAME_KERNELS, Variant, variants
-from bench.gpu.record import Record, attempt
+from bench.gpu.hang import limited
+from bench.gpu.losses import ALL, BESIDE, OURS, SAME_KERNELS, Variant, Wanted, variants
+from bench.gpu.record import Record, Under, attempt
 from bench.gpu.settings import Settings
 from bench.gpu.timing import Measure, Step, Stopwatch, interleaved, rounds_within
 from bench.workloads import HeadInputs, HeadShape
 
 PREPARE_SECONDS = 40  # most for one variant: mostly its compilation
-HANG_SECONDS = 8  # beyond which the process is ended: a kernel that never ends lets no Python run
-COMPILE_MEMORY_SHARE = 0.28  # of the device, for each process that only compiles
-STANDARD_ERROR = 2
+COMPILE_MEMORY_SHARE = 0.12  # of the device, for each process that only compiles: 9.6 GB of 80
 LEAST_ROUNDS, DRY_ROUNDS = 5, 2
-RING_AGAIN_SECONDS = 5.0  # a compiler that catches everything may swallow the first
 TIMING_SHARE = 0.35  # of a workload's time, kept for timing when compilation is slow
-STEP_SECONDS, WALL_SECONDS, FORWARD_SECONDS, GRAPH_SECONDS = 3.0, 1.0, 1.0, 0.5
-
-
-class OvertimeError(Exception):
-    """A variant took longer to prepare than it may."""
+STEP_SECONDS, WALL_SECONDS, HOST_SECONDS, FORWARD_SECONDS, GRAPH_SECONDS = 3.0, 1.0, 0.5, 1.0, 0.5
 
 
 class DeviceLostError(RuntimeError):
     """The device no longer answers this process."""
 
 
-def run(settings: Settings, record: Record, shape: HeadShape, skip: tuple[str, ...] = ()) -> None:
-    """Measure a workload; ``skip`` names variants that an earlier process lost the device to, and spares their like."""
+def run(
+    settings: Settings,
+    record: Record | Under,
+    shape: HeadShape,
+    skip: tuple[str, ...] = (),
+    wanted: Wanted = ALL,
+) -> None:
+    """Measure a workload, and put what is found on record.
+
+    Args:
+        settings, record, shape: where and until when; what gets the results; sizes of the workload.
+        skip: variants that an earlier process lost the device to; their like are spared, too.
+        wanted: which variants, and whether the kernels of ours.
+    """
     lost = set(skip) | (set(SAME_KERNELS) if set(skip) & set(SAME_KERNELS) else set())
     inputs = HeadInputs.of(shape, device=settings.device)
     describe(record, shape)
@@ -50,6 +51,8 @@ def run(settings: Settings, record: Record, shape: HeadShape, skip: tuple[str, .
     preparing = replace(settings, deadline=settings.deadline - TIMING_SHARE * settings.seconds_left())
     ready: dict[str, Loss] = {}
     for name, variant in variants(settings.backend, shape).items():
+        if wanted.variants is not None and name not in wanted.variants:
+            continue
         if name in lost or preparing.seconds_left() < 0:
             reason = "the device was lost to its like" if name in lost else "no time left to prepare it"
             record.put("variants", name, value={"title": variant.title, "status": "skipped", "reason": reason})
@@ -63,11 +66,13 @@ def run(settings: Settings, record: Record, shape: HeadShape, skip: tuple[str, .
     del exact
     measure(ready, inputs, settings, record)
     for name in (OURS, *BESIDE.values()):
+        if name in ready and wanted.kernels:
+            count_kernels(name, ready[name], inputs, record)
         if name in ready:
             look_into(name, ready[name], inputs, settings, record)
 
 
-def describe(record: Record, shape: HeadShape) -> None:
+def describe(record: Record | Under, shape: HeadShape) -> None:
     """Put the workload's sizes on record."""
     sizes = {name: getattr(shape, name) for name in ("student_rows", "teacher_rows", "prototypes", "dim", "matched")}
     for name, value in {"name": shape.name, "flops": shape.flops, **sizes}.items():
@@ -80,14 +85,14 @@ def prepare(
     inputs: HeadInputs,
     exact: tuple[Outcome, float],
     settings: Settings,
-    record: Record,
+    record: Record | Under,
 ) -> Loss | None:
     """Compile a variant and check it; the record says what came of it. None where there is nothing to time."""
     start = time.monotonic()
     errors: dict[str, float] = {}
 
     def action() -> Loss:
-        with limited(min(PREPARE_SECONDS, max(settings.seconds_left(), 1))):
+        with limited(min(PREPARE_SECONDS, max(settings.seconds_left(), 1)), may_hang=not settings.dry):
             loss = variant.prepare(inputs, settings.compiler())
             outcome = outcome_of(loss, inputs)
         if variant.omits_teacher_entropy:
@@ -112,8 +117,8 @@ def prepare(
     return loss
 
 
-def measure(ready: dict[str, Loss], inputs: HeadInputs, settings: Settings, record: Record) -> None:
-    """Times of all variants, interleaved: on the device, for a waiting host, and of the forward pass."""
+def measure(ready: dict[str, Loss], inputs: HeadInputs, settings: Settings, record: Record | Under) -> None:
+    """Times of all variants, interleaved: on the device, for a waiting host, of the host itself, and of the forward pass."""
     stopwatch = Stopwatch(settings.device)
     steps = {name: probes.training_step(loss, inputs) for name, loss in ready.items()}
     forwards = {name: probes.forward_step(loss, inputs) for name, loss in ready.items()}
@@ -121,12 +126,13 @@ def measure(ready: dict[str, Loss], inputs: HeadInputs, settings: Settings, reco
     plan: list[tuple[str, Measure, dict[str, Step], float]] = [
         ("step_ms", stopwatch.device_milliseconds, steps, STEP_SECONDS),
         ("wall_ms", stopwatch.wall_milliseconds, steps, WALL_SECONDS),
+        ("host_ms", stopwatch.host_milliseconds, steps, HOST_SECONDS),
         ("forward_ms", stopwatch.device_milliseconds, forwards, FORWARD_SECONDS),
     ]
     for key, how, which, seconds in plan:
         warm, total = warm_up(which, stopwatch, record, key)
-        least = DRY_ROUNDS if settings.dry else LEAST_ROUNDS
-        rounds = rounds_within(min(seconds, max(settings.seconds_left(), 0) / 4), total, least=least)
+        share = min(seconds, max(settings.seconds_left(), 0) / 4)
+        rounds = DRY_ROUNDS if settings.dry else rounds_within(share, total, least=LEAST_ROUNDS)
         for name, times in interleaved(how, warm, rounds).items():
             record.put("variants", name, key, value=times._asdict())
             if key == "step_ms":
@@ -134,7 +140,9 @@ def measure(ready: dict[str, Loss], inputs: HeadInputs, settings: Settings, reco
     record.put("clocks_after", value=clocks())
 
 
-def warm_up(steps: dict[str, Step], stopwatch: Stopwatch, record: Record, key: str) -> tuple[dict[str, Step], float]:
+def warm_up(
+    steps: dict[str, Step], stopwatch: Stopwatch, record: Record | Under, key: str
+) -> tuple[dict[str, Step], float]:
     """The steps that run, and the milliseconds of a round of them; the record says why the others do not."""
     warm, total = {}, 0.0
     for name, step in steps.items():
@@ -147,11 +155,16 @@ def warm_up(steps: dict[str, Step], stopwatch: Stopwatch, record: Record, key: s
     return warm, total
 
 
-def look_into(name: str, loss: Loss, inputs: HeadInputs, settings: Settings, record: Record) -> None:
-    """Kernels, repeatability and graph replay of one of ours."""
-    for key, probe in (("kernels", probes.kernels), ("repeatable", probes.is_repeatable)):
-        result, outcome = attempt(lambda probe=probe: probe(loss, inputs))  # type: ignore[misc]
-        record.put("variants", name, key, value=outcome if result is None else result)
+def count_kernels(name: str, loss: Loss, inputs: HeadInputs, record: Record | Under) -> None:
+    """What one of ours launches, and how long each kernel takes."""
+    kernels, outcome = attempt(lambda: probes.kernels(loss, inputs))
+    record.put("variants", name, "kernels", value=outcome if kernels is None else kernels)
+
+
+def look_into(name: str, loss: Loss, inputs: HeadInputs, settings: Settings, record: Record | Under) -> None:
+    """Repeatability and graph replay of one of ours."""
+    repeatable, outcome = attempt(lambda: probes.is_repeatable(loss, inputs))
+    record.put("variants", name, "repeatable", value=outcome if repeatable is None else repeatable)
     if settings.device.type != "cuda":
         record.put("variants", name, "graph", value={"status": "not available", "reason": "graphs need a GPU"})
         return
@@ -166,7 +179,7 @@ def look_into(name: str, loss: Loss, inputs: HeadInputs, settings: Settings, rec
     record.put("variants", name, "graph", value={**outcome, "equals_eager": equal, "step_ms": times._asdict()})
 
 
-def compile_all(settings: Settings, record: Record, shapes: tuple[HeadShape, ...]) -> None:
+def compile_all(settings: Settings, record: Record | Under, shapes: tuple[HeadShape, ...]) -> None:
     """Run each baseline once on these workloads, so that later processes find what torch.compile caches on disk."""
     if settings.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(COMPILE_MEMORY_SHARE)  # the tests run beside it
@@ -181,11 +194,11 @@ def compile_all(settings: Settings, record: Record, shapes: tuple[HeadShape, ...
 
 def compile_one(variant: Variant, inputs: HeadInputs, settings: Settings) -> None:
     """One step of a variant."""
-    with limited(min(PREPARE_SECONDS, max(settings.seconds_left(), 1))):
+    with limited(min(PREPARE_SECONDS, max(settings.seconds_left(), 1)), may_hang=not settings.dry):
         outcome_of(variant.prepare(inputs, settings.compiler()), inputs)
 
 
-def refuse_lost_device(settings: Settings, record: Record, name: str) -> None:
+def refuse_lost_device(settings: Settings, record: Record | Under, name: str) -> None:
     """After an illegal access every later call of the process fails: say who did it, and end."""
     if settings.device.type != "cuda":
         return
@@ -194,25 +207,3 @@ def refuse_lost_device(settings: Settings, record: Record, name: str) -> None:
     except RuntimeError as error:
         record.put("device_lost_to", value=name)
         raise DeviceLostError(f"the device was lost to {name}: {error}") from error
-
-
-@contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise ``OvertimeError`` in the main thread after so long; elsewhere no limit can be set, and none is."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(_signal: int, _frame: object) -> None:
-        raise OvertimeError(f"took more than {seconds:.0f} s")
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, RING_AGAIN_SECONDS)
-    if torch.cuda.is_available():
-        faulthandler.dump_traceback_later(seconds + HANG_SECONDS, exit=True, file=STANDARD_ERROR)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)

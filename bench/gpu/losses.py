@@ -39,6 +39,17 @@ class Variant(NamedTuple):
     omits_teacher_entropy: bool = False
 
 
+class Wanted(NamedTuple):
+    """What is to be found out about a workload."""
+
+    variants: tuple[str, ...] | None  # None: all
+    kernels: bool = False  # of ours, by a profile, which takes seconds
+
+
+ALL = Wanted(None)
+QUICK = Wanted(("B1", OURS, *BESIDE))  # what needs no compilation
+
+
 def ours(backend: str, stored: Callable[[Tensor, Tensor], Prototypes] = weight_norm_prototypes) -> Loss:
     """The operator on a backend; ``stored`` turns magnitude and direction into prototypes."""
 
@@ -119,19 +130,29 @@ def prepare_module(inputs: HeadInputs, backend: str) -> Loss:
 
 
 def variants(backend: str, shape: HeadShape) -> dict[str, Variant]:
-    """Everything to measure on a workload, in the order in which it is prepared."""
-    base = {
+    """Everything to measure on a workload, the most telling first: B1, ours, the other rivals, and ours in other ways.
+
+    B1 runs anywhere: whatever ours does to the device, there is something to compare with.
+    """
+    rivals = {
         name: Variant(b.title, b.prepare, is_ours=False, omits_teacher_entropy=b.omits_teacher_entropy)
         for name, b in BASELINES.items()
     }
-    mine = {OURS: Variant(f"operator, {backend}", lambda inputs, compile_: ours(backend))}
+    first = {"B1": rivals.pop("B1"), OURS: Variant(f"operator, {backend}", lambda inputs, compile_: ours(backend))}
     if (other := BESIDE.get(backend)) is not None:
-        mine[other] = Variant(f"operator, {other}", lambda inputs, compile_: prepare_beside(inputs, other))
-    mine["ours vMF"] = Variant(
-        f"operator, {backend}, vMF normaliser",
-        lambda inputs, compile_: ours(backend, weight_norm_vmf_prototypes),
-        same_loss=False,
-    )
+        first[other] = Variant(f"operator, {other}", lambda inputs, compile_: prepare_beside(inputs, other))
+    return first | rivals | other_ways(backend, shape)
+
+
+def other_ways(backend: str, shape: HeadShape) -> dict[str, Variant]:
+    """With the normaliser, as a module, in plain torch, and behind a plain head."""
+    mine = {
+        "ours vMF": Variant(
+            f"operator, {backend}, vMF normaliser",
+            lambda inputs, compile_: ours(backend, weight_norm_vmf_prototypes),
+            same_loss=False,
+        )
+    }
     if not shape.matched:
         mine["DINOLoss"] = Variant(
             f"DINOLoss, {backend}", lambda inputs, compile_: prepare_module(inputs, backend), same_loss=False
@@ -139,7 +160,4 @@ def variants(backend: str, shape: HeadShape) -> dict[str, Variant]:
     if shape.student_rows <= MOST_STREAMING_ROWS and backend != "streaming":
         mine["streaming"] = Variant("operator, plain torch", lambda inputs, compile_: ours("streaming"))
     mine["logits"] = Variant("logit_cross_entropy behind a plain head", lambda inputs, compile_: stored_logits)
-    first = {
-        "B1": base.pop("B1")
-    }  # runs anywhere: whatever ours does to the device, there is something to compare with
-    return first | mine | base
+    return mine

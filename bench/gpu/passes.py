@@ -5,14 +5,15 @@ Legend: R rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from bench.baselines import UnavailableError
-from bench.gpu.agreement import DisagreementError
-from bench.gpu.head import limited, refuse_lost_device
+from bench.gpu.hang import limited
+from bench.gpu.head import refuse_lost_device
+from bench.gpu.mismatch import mismatch
 from bench.gpu.record import Record, attempt
 from bench.gpu.settings import Settings
 from bench.gpu.timing import Step, Stopwatch, interleaved, rounds_within
@@ -26,6 +27,8 @@ BACKENDS_BESIDE = (
 PASSES = {"student": "row pass, keys as values", "teacher": "row pass, own values", "columns": "column pass"}
 SECONDS = 0.3  # for each pass at each size
 LARGEST_DIFFERENCE = 0.02  # relative, between two backends in 16 bits
+
+Hold = Callable[[str | None], None]  # says which backend's kernels are about to run for the first time
 
 
 class Case(NamedTuple):
@@ -48,15 +51,11 @@ CASES = (
 )
 
 
-def run(settings: Settings, record: Record, skip: tuple[str, ...] = ()) -> None:
-    """Every pass of every case that is reached in time; ``skip`` names backends to leave out."""
+def run(settings: Settings, record: Record, widths: tuple[int, ...], skip: tuple[str, ...] = ()) -> None:
+    """Every pass of the cases of these widths that is reached in time; ``skip`` names backends to leave out."""
     record.put("rows", value=MANY_ROWS)
     record.put("prototypes", value=PROTOTYPES)
-    newest = BACKENDS_BESIDE[-1]
-    record.put(
-        "in_hand", value=None if newest in skip else newest
-    )  # whom to leave out should this process not come back
-    for case in CASES:
+    for case in (case for case in CASES if case.width in widths):
         for name in PASSES:
             if settings.seconds_left() < 0:
                 record.put("passes", case.name, name, value={"status": "skipped", "reason": "no time left"})
@@ -68,13 +67,16 @@ def run(settings: Settings, record: Record, skip: tuple[str, ...] = ()) -> None:
                 continue
 
             def action(case: Case = case, name: str = name) -> dict[str, Any]:
-                with limited(max(settings.seconds_left(), 1)):
-                    return measure(case, name, settings.device, skip)
+                with limited(max(settings.seconds_left(), 1), may_hang=True):
+                    return measure(case, name, settings.device, skip, hold=hold)
+
+            def hold(backend: str | None) -> None:
+                record.put("in_hand", value=backend)  # whom to leave out should this process not come back
 
             result, outcome = attempt(action)
             record.put("passes", case.name, name, value=outcome | (result or {}))
-            refuse_lost_device(settings, record, newest)
-    record.put("in_hand", value=None)
+            refuse_lost_device(settings, record, BACKENDS_BESIDE[-1])
+            hold(None)
 
 
 def kernels_on(case: Case, device: torch.device, skip: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -98,8 +100,10 @@ def _kernels(backend: str) -> Any:
     return TRITON
 
 
-def measure(case: Case, name: str, device: torch.device, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Times and rates by backend, and how far their results are apart.
+def measure(
+    case: Case, name: str, device: torch.device, skip: tuple[str, ...] = (), hold: Hold = lambda backend: None
+) -> dict[str, Any]:
+    """Times and rates by backend, and how far their results are apart; one that is wrong says where, and is timed too.
 
     Raises:
         UnavailableError: no backend runs there.
@@ -109,24 +113,21 @@ def measure(case: Case, name: str, device: torch.device, skip: tuple[str, ...] =
         raise UnavailableError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     inputs = PassCase.of(name, "16-bit", case.width, device=device, dtype=case.dtype)
     result: dict[str, Any] = {name: {"status": "not available", "reason": reason} for name, reason in reasons.items()}
-    return result | {"operations": inputs.operations, **compared(inputs, found), **rates(inputs, found)}
+    return result | {"operations": inputs.operations, **compared(inputs, found, hold), **rates(inputs, found)}
 
 
-def compared(inputs: PassCase, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Relative difference of each backend's result from the first one's.
-
-    Raises:
-        DisagreementError: it is more than rounding explains; what is wrong is not timed.
-    """
+def compared(inputs: PassCase, found: Mapping[str, Any], hold: Hold) -> dict[str, Any]:
+    """Relative difference of each backend's result from the first one's, and where it lies if it is more than rounding."""
     first, *others = found
     expected = inputs.result(tile_of(inputs, found[first]), found[first])
-    differences: dict[str, float] = {}
+    differences, wrong = dict[str, float](), dict[str, Any]()
     for name in others:
+        hold(name)
         got = inputs.result(tile_of(inputs, found[name]), found[name])
         differences[name] = float((got - expected).norm() / expected.norm())
         if not differences[name] <= LARGEST_DIFFERENCE:
-            raise DisagreementError(f"{name} differs from {first} by {differences[name]:.1e}")
-    return {"difference": differences}
+            wrong[name] = mismatch(got, expected, inputs.layout.width)
+    return {"difference": differences, "wrong": wrong}
 
 
 def rates(inputs: PassCase, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Stages as processes of their own: a crash, a hang or a lost device ends one of them, not the run."""
+"""Stages as processes of their own: a crash, a hang or a lost device ends one of them, not the run.
+
+What a process prints is in the call's log the moment it is printed, so that a call that is cut off leaves it behind.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -11,21 +13,27 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import torch
 
 from bench.gpu.settings import ROOT, Settings
 
 INTERRUPT_SECONDS = 8  # for a process to write what it has after SIGINT
+READER_SECONDS = 2  # for the last lines of a process that has ended: one that it left behind may hold the pipe
+START_SECONDS = 6.0  # of a stage's process, until it can look at the clock: it imports torch
+LOOK_SECONDS = 1.0  # between two looks at what a stage has recorded
 TAIL = 4000  # characters of a failed process's output that go on record
-NO_TESTS = 5  # exit code of pytest when none is selected
+HANG_MARK = "Timeout (0:"  # of faulthandler: it ended a process in which no Python would run, ``hang``
 SANITIZER_ERROR = 9  # exit code of compute-sanitizer when it found something
 HOPPER = (9, 0)  # whose own instructions have a target of their own
 CUDA_BIN = Path("/usr/local/cuda/bin")
+
+Keep = Callable[[dict[str, Any]], None]
 
 
 class Ended(NamedTuple):
@@ -33,71 +41,89 @@ class Ended(NamedTuple):
 
     code: int | None  # None: stopped at its limit
     output: str
+    answered: bool = True  # to the interrupt at its limit, as far as it got one
+
+    @property
+    def hung(self) -> bool:
+        """Whether Python no longer ran in it, as under a kernel that never ends; a slow process answers."""
+        return self.code != 0 and (not self.answered or HANG_MARK in self.output)
 
     def status(self) -> dict[str, Any]:
-        """For the record: ok, failed or timed out, with the end of the output where that helps."""
+        """For the record: ok, failed, timed out or hung, with the end of the output where that helps."""
         if self.code == 0:
             return {"status": "ok", "exit_code": 0}
-        status = "timed out" if self.code is None else "failed"
+        status = "hung" if self.hung else "timed out" if self.code is None else "failed"
         return {"status": status, "exit_code": self.code, "reason": self.output[-TAIL:]}
 
 
-def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, output into a file, the checkout on its path."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    variables = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+class Running:
+    """A process in a session of its own, the checkout on its path; each line goes to the log after the stage's name."""
+
+    def __init__(self, command: list[str], title: str, log: Path, **environment: str) -> None:
+        path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+        variables = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
+        self.reader = threading.Thread(target=self._copy, args=(title, log), daemon=True)
+        self.reader.start()
 
+    def _copy(self, title: str, log: Path) -> None:
+        assert self.process.stdout is not None
+        with log.open("a") as file:
+            for line in iter(self.process.stdout.readline, b""):
+                text = line.decode(errors="replace").rstrip("\n")
+                self.lines.append(text)
+                file.write(f"[{title}] {text}\n")
+                file.flush()
 
-def finish(process: subprocess.Popen[bytes], log: Path, seconds: float) -> Ended:
-    """Wait so long; then interrupt, then kill the process and what it started."""
-    code: int | None
-    try:
-        code = process.wait(timeout=max(seconds, 0.1))
-    except subprocess.TimeoutExpired:
-        code = None
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=INTERRUPT_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # compile workers outlive their parent otherwise
-    process.wait()
-    return Ended(code, log.read_text(errors="replace"))
-
-
-@contextlib.contextmanager
-def log_file(settings: Settings, title: str) -> Iterator[Path]:
-    """A file for one process's output, appended to the run's log when it has ended."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "log"
-        path.touch()
-        try:
-            yield path
-        finally:
-            with (settings.out / "log.txt").open("a") as whole:
-                whole.write(f"===== {title}\n{path.read_text(errors='replace')}\n")
+    def finish(self, seconds: float, look: Callable[[], None] = lambda: None) -> Ended:
+        """Wait so long, looking now and then; then interrupt, then kill the process and what it started."""
+        end, code, answered = time.monotonic() + max(seconds, 0.1), None, True
+        while code is None and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self.process.wait(timeout=min(left, LOOK_SECONDS))
+            look()
+        if code is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(timeout=INTERRUPT_SECONDS)
+            except subprocess.TimeoutExpired:
+                answered = False
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # compile workers outlive their parent otherwise
+        self.process.wait()
+        self.reader.join(READER_SECONDS)
+        look()
+        return Ended(code, "\n".join(self.lines), answered)
 
 
 def stage_command(stage: str, settings: Settings, part: Path, seconds: float, skip: tuple[str, ...]) -> list[str]:
     """This program, for one stage."""
-    command = [sys.executable, "-m", "bench.gpu", "--stage", stage, "--part", str(part), "--seconds", f"{seconds:.0f}"]
-    command += ["--backend", settings.backend, "--out", str(settings.out)]
+    command = [sys.executable, "-m", "bench.gpu", settings.call, "--stage", stage, "--part", str(part)]
+    command += ["--seconds", f"{max(seconds - START_SECONDS, 1.0):.0f}", "--backend", settings.backend]
+    command += ["--out", str(settings.out)]
     command += [word for name in skip for word in ("--skip", name)]
     return command + (["--dry-run"] if settings.dry else [])
 
 
 def run_stage_in_child(
-    stage: str, settings: Settings, seconds: float, skip: tuple[str, ...] = ()
+    stage: str, settings: Settings, seconds: float, skip: tuple[str, ...] = (), keep: Keep = lambda part: None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How the stage's process ended, and what it had recorded until then."""
-    with log_file(settings, stage) as log:
-        part = log.with_name("part.json")
-        command = stage_command(stage, settings, part, seconds, skip)
-        ended = finish(start(command, log), log, seconds)
-        return ended.status(), json.loads(part.read_text()) if part.exists() else {}
+    """How the stage's process ended, and what it had recorded; ``keep`` gets that too whenever there is more of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        part, seen = Path(folder) / "part.json", [""]
+
+        def look() -> None:
+            text = part.read_text() if part.exists() else ""
+            if text != seen[0]:
+                seen[0] = text
+                keep(json.loads(text))
+
+        running = Running(stage_command(stage, settings, part, seconds, skip), stage, settings.log)
+        ended = running.finish(seconds, look)
+        return ended.status(), json.loads(seen[0]) if seen[0] else {}
 
 
 def run_build(settings: Settings, seconds: float) -> dict[str, Any]:
@@ -107,50 +133,19 @@ def run_build(settings: Settings, seconds: float) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if (major, minor) == HOPPER else "")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    with log_file(settings, "build") as log:
-        ended = finish(start(command, log, VMF_CUDA_ARCHS=arch, VMF_REQUIRE_CUDA="1"), log, seconds)
-    return ended.status() | {"arch": arch}
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(CUDA_BIN)])
+    variables = {"VMF_CUDA_ARCHS": arch, "VMF_REQUIRE_CUDA": "1", "PATH": path}
+    return Running(command, "build", settings.log, **variables).finish(seconds).status() | {"arch": arch}
 
 
-def run_tests(settings: Settings, seconds: float, name: str, *paths: str) -> dict[str, Any]:
-    """``pytest -m gpu`` on the paths: exit code and counts; a test that fails is a result, not the end."""
-    report = settings.out / f"{name.replace(' ', '-')}.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
-    command += [f"--junitxml={report}", "--continue-on-collection-errors", *paths]
-    if importlib.util.find_spec("pytest_benchmark") is None:
-        command += ["-o", "addopts=-ra --strict-markers"]  # the configured options name that plugin's
-    if importlib.util.find_spec("jsonargparse") is None:
-        command.append("--ignore=tests/pretrain")  # a machine to measure on need not have what the trainer needs
-    report.unlink(missing_ok=True)
-    with log_file(settings, name) as log:
-        ended = finish(start(command, log), log, seconds)
-    status = ended.status() | ({"status": "no tests"} if ended.code == NO_TESTS else {})
-    result = status | {"last_line": (ended.output.strip().splitlines() or [""])[-1]}
-    return result | (junit_counts(report) if report.exists() else {})
-
-
-def junit_counts(report: Path) -> dict[str, Any]:
-    """Numbers of tests, failures, errors and skips, and who failed."""
-    root = ElementTree.parse(report).getroot()
-    suites = list(root.iter("testsuite"))
-    counts = {
-        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
-    }
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in root.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return {**counts, "failed": failed}
-
-
-def run_sanitizer(settings: Settings, seconds: float, backend: str) -> dict[str, Any]:
-    """compute-sanitizer's memcheck on one small loss, each tensor in an allocation of its own."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(CUDA_BIN))
-    if tool is None:
+def run_sanitizer(
+    settings: Settings, seconds: float, title: str, backend: str, *, tool: str = "memcheck", dim: int = 64
+) -> dict[str, Any]:
+    """A tool of compute-sanitizer on one small loss of an embedding dim, each tensor in an allocation of its own."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(CUDA_BIN))
+    if program is None:
         return {"status": "not available", "reason": "compute-sanitizer is not on PATH"}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", str(SANITIZER_ERROR)]
-    command += [sys.executable, "-m", "bench.gpu.sanitizer_case", settings.device.type, backend]
-    with log_file(settings, f"sanitizer {backend}") as log:
-        ended = finish(start(command, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"), log, seconds)
+    command = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
+    command += [sys.executable, "-m", "bench.gpu.sanitizer_case", settings.device.type, backend, str(dim)]
+    ended = Running(command, title, settings.log, PYTORCH_NO_CUDA_MEMORY_CACHING="1").finish(seconds)
     return ended.status() | {"found_errors": ended.code == SANITIZER_ERROR, "output": ended.output[-TAIL:]}

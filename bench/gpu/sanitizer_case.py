@@ -1,8 +1,9 @@
-"""One small loss and its gradients, for compute-sanitizer to watch: python -m bench.gpu.sanitizer_case cuda triton."""
+"""One small loss and its gradients, for compute-sanitizer to watch: python -m bench.gpu.sanitizer_case cuda triton 64."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -13,9 +14,9 @@ from bench.workloads import HeadInputs, HeadShape
 SHAPE = HeadShape(16, 2, 6, prototypes=1000, dim=64)  # 96/32 rows; no size is a multiple of a tile but D
 
 
-def run(device: str, backend: str) -> float:
+def run(device: str, backend: str, dim: int = SHAPE.dim) -> float:
     """The loss, once its gradients are known to be finite."""
-    outcome = outcome_of(ours(backend), HeadInputs.of(SHAPE, device=torch.device(device)))
+    outcome = outcome_of(ours(backend), HeadInputs.of(replace(SHAPE, dim=dim), device=torch.device(device)))
     for name, value in outcome.items():
         if not value.isfinite().all():
             raise ValueError(f"{name} is not finite")
@@ -23,4 +24,4 @@ def run(device: str, backend: str) -> float:
 
 
 if __name__ == "__main__":
-    print(f"loss {run(*sys.argv[1:3]):.4f}")
+    print(f"loss {run(sys.argv[1], sys.argv[2], int(sys.argv[3])):.4f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +24,24 @@ class Settings:
         dry: toy sizes on the CPU, nothing compiled by inductor: proves the script, measures nothing.
         deadline: ``time.monotonic()`` at which the stage should have finished.
         out: folder of the results.
+        call: "first", "second" or "all"; names the log.
     """
 
     backend: str
     dry: bool
     deadline: float
     out: Path
+    call: str = "first"
+
+    @property
+    def log(self) -> Path:
+        """What every process of the call prints, line by line."""
+        return self.out / f"{self.call}.log"
+
+    @property
+    def journal(self) -> Path:
+        """A line for each test that starts or ends: ``share``."""
+        return self.out / f"{self.call}_tests.jsonl"
 
     @property
     def device(self) -> torch.device:
@@ -39,6 +52,10 @@ class Settings:
     def shapes(self) -> tuple[HeadShape, ...]:
         """Workloads, the most wanted first."""
         return TOY_HEAD_SHAPES if self.dry else HEAD_SHAPES
+
+    def shapes_at(self, places: Sequence[int]) -> tuple[HeadShape, ...]:
+        """The workloads at these places; in a dry run there are fewer, each of which stands for several."""
+        return tuple(dict.fromkeys(self.shapes[place % len(self.shapes)] for place in places))
 
     def compiler(self) -> Compile:
         """``torch.compile`` for static shapes; a dry run traces, and runs what it traced eagerly."""

@@ -11,9 +11,9 @@ from bench.gpu.targets import Target, targets
 
 MATCHED_SHARE = 14 / 16  # of the counted operations, where one product serves both networks' columns
 TIME_COLUMNS = (
-    "| workload | variant | fwd+bwd ms | p10 - p90 | vs ours | waiting host ms | forward ms | TFLOP/s | of cuBLAS "
-    "| extra MiB |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| workload | variant | fwd+bwd ms | p10 - p90 | vs ours | waiting host ms | host alone ms | forward ms "
+    "| TFLOP/s | of cuBLAS | extra MiB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 TARGET_COLUMNS = "| quantity | to reach | measured | met |\n|---|---|---|---|"
 PASS_COLUMNS = "| case | pass | backend | ms | TFLOP/s | of cuBLAS | difference |\n|---|---|---|---|---|---|---|"
@@ -32,6 +32,7 @@ def gpu_table(data: Mapping[str, Any]) -> str:
     lines = [
         f"{device['name']}, driver {data['environment']['driver']}, torch {versions['torch']}, triton {versions['triton']}, "
         f"commit {(data['environment']['commit'] or 'unknown')[:10]}"
+        + f", sources {data['environment'].get('sources', 'unknown')}"
         + (", with uncommitted changes" if data["environment"]["uncommitted_changes"] else ""),
         f"Ceilings: bf16 matmul {_number(ceilings.get('matmul_tflops'))} TFLOP/s, "
         f"copy {_number(ceilings.get('copy_gb_per_s'))} GB/s. Clocks before {data['clocks_before'].get('clocks.sm')}, "
@@ -47,8 +48,8 @@ def short_table(data: Mapping[str, Any]) -> str:
     """A row a workload: ours, the others' time over ours or why there is none, and what went wrong."""
     beside = [BESIDE[data["backend"]]] if data["backend"] in BESIDE else []
     rivals = [*beside, *BASELINES, "streaming", "logits", "ours vMF", "DINOLoss"]
-    lines = ["| workload | ours ms | graph ms | TFLOP/s | extra MiB | kernels | " + " | ".join(rivals) + " |"]
-    lines.append("|---" * (6 + len(rivals)) + "|")
+    lines = ["| workload | ours ms | host ms | graph ms | TFLOP/s | extra MiB | kernels | " + " | ".join(rivals) + " |"]
+    lines.append("|---" * (7 + len(rivals)) + "|")
     for workload in workloads(data):
         variants = workload.get("variants", {})
         mine = variants.get(OURS, {"status": "not reached"})
@@ -56,6 +57,7 @@ def short_table(data: Mapping[str, Any]) -> str:
         cells = [
             workload["name"],
             mine["status"] if step is None else f"{step:.3f}" + (" WRONG" if mine.get("disagreement") else ""),
+            _number(_median(mine, "host_ms"), 3),
             _number(_median(mine.get("graph", {}), "step_ms"), 3),
             _number(mine.get("tflops")),
             _number(mine.get("extra_mib")),
@@ -78,8 +80,31 @@ def _against(mine: float | None, variant: Mapping[str, Any]) -> str:
 
 
 def workloads(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Results of the head stages that got as far as a name."""
-    return [r for stage, r in data["results"].items() if stage.startswith("head ") and "name" in r]
+    """Results of the head stages that got as far as a name; where two had a workload, those of the one that timed more.
+
+    Times of different stages are never mixed: a ratio is of one process's interleaved runs.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for stage, result in data["results"].items():
+        if stage.split()[0] in ("head", "rivals", "heads"):
+            for entry in [result] if "name" in result else result.values():
+                name = entry["name"]
+                found[name] = _better(found[name], entry) if name in found else entry
+    return list(found.values())
+
+
+def _better(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The workload of which more was timed, with the kernels that the other found."""
+    best, other = (later, earlier) if _timed(later) >= _timed(earlier) else (earlier, later)
+    variants = dict(best.get("variants", {}))
+    for name, variant in other.get("variants", {}).items():
+        if "kernels" in variant and name in variants:
+            variants[name] = {"kernels": variant["kernels"]} | variants[name]
+    return {**best, "variants": variants}
+
+
+def _timed(workload: Mapping[str, Any]) -> int:
+    return sum(_median(variant, "step_ms") is not None for variant in workload.get("variants", {}).values())
 
 
 def _times(data: Mapping[str, Any]) -> Iterator[str]:
@@ -96,7 +121,7 @@ def _times(data: Mapping[str, Any]) -> Iterator[str]:
             if replay is not None:
                 spread = f"{graph['step_ms']['p10']:.3f} - {graph['step_ms']['p90']:.3f}"
                 ratio = f"{replay / mine:.2f}x" if mine else ""
-                yield f"| {workload['name']} | {name}, CUDA graph | {replay:.3f} | {spread} | {ratio} | | | | | |"
+                yield f"| {workload['name']} | {name}, CUDA graph | {replay:.3f} | {spread} | {ratio} | | | | | | |"
 
 
 def _time_row(
@@ -110,6 +135,7 @@ def _time_row(
         f"{times['p10']:.3f} - {times['p90']:.3f}",
         f"{times['median'] / mine:.2f}x" if mine else "",
         _number(_median(variant, "wall_ms"), 3),
+        _number(_median(variant, "host_ms"), 3),
         _number(_median(variant, "forward_ms"), 3),
         f"{rate:.0f}" + (f" ({rate * MATCHED_SHARE:.0f})" if workload["matched"] else ""),
         f"{100 * rate / roof:.0f} %" if roof else "",
@@ -160,7 +186,8 @@ def _passes(data: Mapping[str, Any]) -> Iterator[str]:
                 elif "tflops" in found:
                     share = f"{100 * found['tflops'] / roof:.0f} %" if roof else ""
                     cells = [f"{found['ms']['median']:.3f}", f"{found['tflops']:.0f}", share]
-                    cells.append(_small(entry.get("difference", {}).get(backend)))
+                    off = _small(entry.get("difference", {}).get(backend))
+                    cells.append(f"{off} WRONG" if backend in entry.get("wrong", {}) else off)
                     yield f"| {case} | {name} | {backend} | {' | '.join(cells)} |"
 
 
@@ -206,15 +233,21 @@ def _missing_row(what: str, outcome: Mapping[str, Any]) -> str:
 
 def _tests(stages: Mapping[str, Any]) -> str:
     sentences = []
-    for what, suffix in (("", ""), (" of the CUDA kernels", " cuda")):
-        tests, sanitizer = stages.get(f"tests{suffix}", {}), stages.get(f"sanitizer{suffix}", {})
-        failed = ", ".join(tests.get("failed", [])[:5])
-        found = {True: "found errors", False: sanitizer.get("status")}[bool(sanitizer.get("found_errors"))]
-        sentences.append(
-            f"Tests{what} on the GPU: {tests.get('tests', 'no')} run, {tests.get('failures', '?')} failed, "
-            f"{tests.get('errors', '?')} errors{f' ({failed})' if failed else ''}. Memory check{what}: {found}."
-        )
-    return " ".join(sentences)
+    for what in ("cuda", "gpu", "memory"):
+        if (tests := stages.get(f"tests {what}")) is not None:
+            failed = ", ".join(tests.get("failed", [])[:5])
+            sentences.append(
+                f"Tests {what}: {tests['status']}, {tests.get('tests', 'none')} of {tests.get('selected', '?')} run, "
+                f"{tests.get('failures', '?')} failed{f' ({failed})' if failed else ''}."
+            )
+    for what in ("cuda", "triton"):
+        light, sanitizer = stages.get(f"first light {what}"), stages.get(f"sanitizer {what}")
+        if light is not None:
+            sentences.append(f"First light of {what}: {light['status']}.")
+        if sanitizer is not None:
+            found = "found errors" if sanitizer.get("found_errors") else sanitizer["status"]
+            sentences.append(f"Memory check of {what}: {found}.")
+    return " ".join(sentences) or "No tests."
 
 
 def _median(holder: Mapping[str, Any], key: str) -> float | None:

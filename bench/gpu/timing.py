@@ -1,7 +1,8 @@
 """Times of steps: interleaved, from a cold L2, behind a backlog that hides the host; medians and spread.
 
 A step shorter than the host needs to launch it would otherwise be timed as the host's work: the device first sleeps for
-longer than the host takes, and events bracket the step alone. What a waiting host sees is ``wall_milliseconds``.
+longer than the host takes, and events bracket the step alone. What a waiting host sees is ``wall_milliseconds``, what it
+spends itself ``host_milliseconds``.
 """
 
 from __future__ import annotations
@@ -85,6 +86,15 @@ class Stopwatch:
         step()
         self.synchronize()
         return 1e3 * (time.perf_counter() - start)
+
+    def host_milliseconds(self, step: Step) -> float:
+        """Time until the call returns, the device having been idle: where it is above the device's own, the host decides."""
+        self.synchronize()
+        start = time.perf_counter()
+        step()
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        self.synchronize()
+        return milliseconds
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -62,6 +62,8 @@ def refuse_unfit(data: Mapping[str, Any]) -> None:
         raise UntrustworthyError("no test of the backend was run to its end")
     if tests["tests"] <= tests["skipped"]:
         raise UntrustworthyError(f"all {tests['tests']} tests of the backend were skipped; expected some that ran")
+    if tests.get("not_run"):
+        raise UntrustworthyError(f"{tests['not_run']} of {tests['selected']} tests of the backend were not reached")
     if tests["failed"]:
         raise UntrustworthyError(f"tests of the backend failed: {', '.join(tests['failed'])}")
 
