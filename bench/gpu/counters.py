@@ -18,6 +18,7 @@ from bench.gpu.passes import BACKENDS_BESIDE, CASES, PASSES, kernels_on, tile_of
 from bench.gpu.processes import CUDA_BIN, TAIL, finish, log_file, start
 from bench.gpu.settings import Settings
 from bench.pass_case import PassCase
+from vmf_kernels.assign import BACKENDS
 
 SECTIONS = (
     "SpeedOfLight",
@@ -45,7 +46,7 @@ def run(settings: Settings, seconds: float, skip: tuple[str, ...] = ()) -> dict[
     if ncu is None:
         return {"status": "not available", "reason": "ncu (Nsight Compute) is neither on PATH nor installed with CUDA"}
     # the library's own kernels first: they are what there is to find out about
-    names = [name for name in reversed(BACKENDS_BESIDE) if name not in skip]
+    names = [name for name in reversed(BACKENDS_BESIDE) if name in BACKENDS and name not in skip]
     outcomes = {name: profile(ncu, name, settings, seconds / len(names)) for name in names}
     worst = next((outcome for outcome in outcomes.values() if outcome["status"] != "ok"), {"status": "ok"})
     return worst | {"backends": outcomes}

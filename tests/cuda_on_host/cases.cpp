@@ -53,9 +53,8 @@ void Comparison::check(const char* what, int row, double got, double expected, d
   digest_ = (digest_ ^ bits) * 0x100000001B3;
 }
 
-void check_clusters(const char* name, bool in_pairs) {
-  const int expected = in_pairs ? 2 : 1;
-  if (blocks_together() != expected) fail("WRONG clusters of %s: of %d, expected %d", name, blocks_together(), expected);
+void check_clusters(const char* name) {
+  if (blocks_together() != 2) fail("WRONG clusters of %s: of %d, expected 2", name, blocks_together());
 }
 
 void check_same(const char* name, const std::vector<float>& in_clusters, const std::vector<float>& alone) {

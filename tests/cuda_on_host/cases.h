@@ -63,8 +63,8 @@ class Comparison {
   uint64_t digest_ = 0xCBF29CE484222325;  // FNV-1a
 };
 
-// After a pass: fails as WRONG unless its blocks ran in twos where they should, `in_pairs`, and alone elsewhere.
-void check_clusters(const char* name, bool in_pairs);
+// After a pass that has to run in clusters: fails as WRONG unless its blocks ran in twos.
+void check_clusters(const char* name);
 
 // An output of blocks in clusters against that of blocks alone: fails as WRONG unless all bits are the same.
 void check_same(const char* name, const std::vector<float>& in_clusters, const std::vector<float>& alone);

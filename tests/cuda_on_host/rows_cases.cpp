@@ -25,7 +25,7 @@ struct RowCase {
   bool has_value_bias;
   float mean_bias;
   int first_probable;  // prototypes before are as improbable as a finite bias makes them
-  bool asks_for_clusters, in_pairs;  // besides; and whether it then runs in them, at widths that have them
+  bool in_clusters;    // besides, at widths that have them
 };
 
 struct Inputs {
@@ -109,7 +109,7 @@ void compare_row(Comparison& comparison, const Setting& setting, const RowCase& 
 
 void compare_clusters(const Setting& setting, const RowCase& c, const Inputs& in, const Outputs& alone) {
   const Outputs out = outputs_of(setting, c, in, 2);
-  check_clusters(c.name, c.in_pairs && setting.width >= vmf::cuda::NARROWEST_IN_CLUSTERS);
+  check_clusters(c.name);
   check_same("statistics", out.statistics, alone.statistics);
   check_same("barycentre", out.barycentre, alone.barycentre);
 }
@@ -117,7 +117,7 @@ void compare_clusters(const Setting& setting, const RowCase& c, const Inputs& in
 void run(Setting& setting, const RowCase& c) {
   const Inputs in = inputs_of(setting, c);
   const Outputs out = outputs_of(setting, c, in, 1);
-  if (c.asks_for_clusters) compare_clusters(setting, c, in, out);
+  if (c.in_clusters && setting.width >= vmf::cuda::NARROWEST_IN_CLUSTERS) compare_clusters(setting, c, in, out);
   Comparison comparison;
   for (int i = 0; i < c.splits * c.rows; ++i) compare_row(comparison, setting, c, in, out, i);
   printf("%s: %.2f %016lx\n", c.name, comparison.worst(), static_cast<unsigned long>(comparison.digest()));
@@ -130,13 +130,13 @@ void run_cases(Setting& setting) {
   const int many = 12 * tile;  // panels in the ring, which has 8 slots at most: each is filled for the third time
   const Barycentre none = Barycentre::none, keys = Barycentre::of_keys, own = Barycentre::of_own_values;
   const RowCase cases[] = {
-      {"own values, one split", own, 128, many, 1, many, true, 0, 0, false, false},
-      {"own values, a tile a split, an odd block", own, 128, 256, 256 / tile, tile, false, 0, 0, true, false},
-      {"own values, steep", own, 128, 512, 1, 512, true, 700, 130, false, false},
-      {"own values, two blocks, the last split empty", own, 256, 512, 2, 512, true, 0, 0, true, true},
-      {"keys as values, two blocks", keys, 256, 512, 1, 512, false, 0, 0, true, true},
-      {"keys as values, the last split empty", keys, 128, 768, 3, 384, false, 0, 0, false, false},
-      {"no values, the last split short", none, 128, 768, 2, 512, false, 0, 0, false, false},
+      {"own values, one split", own, 128, many, 1, many, true, 0, 0, false},
+      {"own values, a tile a split", own, 128, 256, 256 / tile, tile, false, 0, 0, false},
+      {"own values, steep", own, 128, 512, 1, 512, true, 700, 130, false},
+      {"own values, two blocks, the last split empty", own, 256, 512, 2, 512, true, 0, 0, true},
+      {"keys as values, two blocks", keys, 256, 512, 1, 512, false, 0, 0, true},
+      {"keys as values, the last split empty", keys, 128, 768, 3, 384, false, 0, 0, false},
+      {"no values, the last split short", none, 128, 768, 2, 512, false, 0, 0, false},
   };
   for (const RowCase& c : cases) run(setting, c);
 }
