@@ -53,8 +53,9 @@ class Kernels:
 def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernels]:
     """Both backends, on the CPU; what a row pass leaves is its result."""
     kernels = {"triton": Kernels(seconds=4e-3), "cuda": Kernels(1.001, seconds=2e-3)}
+    kernels["cuda clusters"] = Kernels(1.001, seconds=1e-3)
     monkeypatch.setattr(passes, "_kernels", kernels.__getitem__)
-    for name in kernels:
+    for name in ("triton", "cuda"):
         monkeypatch.setattr(BACKENDS[name], "unsupported", lambda rows, weight: None)
     monkeypatch.setattr(PassCase, "result", lambda case, tile, kernels: case.run(tile, kernels))
     monkeypatch.setattr(passes, "SECONDS", 0.01)
@@ -64,7 +65,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernels]:
 def test_a_pass_is_timed_on_both_backends_and_compared(made_up: dict[str, Kernels]) -> None:
     found = passes.measure(CASE, "student", CPU)
     assert found["operations"] == 4 * 3840 * K * 256
-    assert found["difference"] == {"cuda": pytest.approx(1e-3, rel=1e-3)}
+    assert found["difference"] == dict.fromkeys(("cuda", "cuda clusters"), pytest.approx(1e-3, rel=1e-3))
     assert found["wrong"] == {}
     for name in made_up:
         assert found[name]["tflops"] == pytest.approx(found["operations"] / found[name]["ms"]["median"] / 1e9)
@@ -96,9 +97,21 @@ def test_wrong_elements_are_found_and_counted_by_place() -> None:
 
 def test_a_backend_that_is_left_out_says_so(made_up: dict[str, Kernels]) -> None:
     found = passes.measure(CASE, "student", CPU, skip=("cuda",))
-    assert found["cuda"] == {"status": "not available", "reason": "an earlier run did not come back from it"}
+    for name in ("cuda", "cuda clusters"):
+        assert found[name] == {"status": "not available", "reason": "an earlier run did not come back from it"}
+        assert not made_up[name].passes
     assert found["triton"]["tflops"] > 0
-    assert not made_up["cuda"].passes
+
+
+def test_clusters_are_left_out_alone(made_up: dict[str, Kernels]) -> None:
+    found = passes.measure(CASE, "student", CPU, skip=("cuda clusters",))
+    assert found["cuda"]["tflops"] > 0
+    assert found["cuda clusters"]["status"] == "not available"
+
+
+def test_the_kernels_in_clusters_are_the_third() -> None:
+    asked = [passes._kernels(name).blocks_in_cluster for name in passes.BACKENDS_BESIDE[1:]]
+    assert asked == [1, 2]
 
 
 def test_without_a_gpu_every_pass_says_why(settings: Settings) -> None:

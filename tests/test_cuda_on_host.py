@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAND_INS = ROOT / "tests" / "cuda_on_host"
 PASSES = ROOT / "csrc" / "cuda"
-TAKEN = ("stream.h", "tile.cuh", "descriptor.cuh", "stream.cuh", "launch.cuh", "rows.cu", "columns.cu")
-CASES = {"rows": 6, "columns": 3}  # by pass: a program each, which prints a line a case
+TAKEN = ("stream.h", "tile.cuh", "descriptor.cuh", "cluster.cuh", "stream.cuh", "launch.cuh", "rows.cu", "columns.cu")
+CASES = {"rows": 7, "columns": 3}  # by pass: a program each, which prints a line a case
 
 WIDTHS = ((64, "fp16"), (128, "bf16"), (192, "fp16"), (256, "bf16"), (384, "bf16"))
 OTHER = {"bf16": "fp16", "fp16": "bf16"}
@@ -73,8 +73,8 @@ BREAKS = (
         "stream.cuh",
         (
             (
-                "      await_products<0>(sums);\n      release(&shared.empty[values_slot]);\n      round",
-                "      release(&shared.empty[values_slot]);\n      await_products<0>(sums);\n      round",
+                "      await_products<0>(sums);\n      release_slot(values_slot);\n      round",
+                "      release_slot(values_slot);\n      await_products<0>(sums);\n      round",
             ),
         ),
         "rows",
@@ -131,6 +131,40 @@ BREAKS = (
         (("target + i * T::KEYS * BOX_BYTES_PER_ROW, map", "target + (i << 21) + T::KEYS, map"),),
         "rows",
         "OUTSIDE",
+    ),
+    Break(
+        "a-slot-released-for-its-own-block-only",
+        "cluster.cuh",
+        (
+            ("if (lane < BLOCKS) arrive_in(lane, empty);", "if (lane == 0) arrive(empty);"),
+            ("RELEASES = BLOCKS * CONSUMER_WARPS", "RELEASES = CONSUMER_WARPS"),
+        ),
+        "rows",
+        "WRONG",
+    ),
+    Break(
+        "releases-of-one-block-counted",
+        "cluster.cuh",
+        (("RELEASES = BLOCKS * CONSUMER_WARPS", "RELEASES = CONSUMER_WARPS"),),
+        "columns",
+        "LOCKED",
+    ),
+    Break("the-same-half-of-both", "stream.cuh", (("row + share, full", "row, full"),), "rows", "WRONG"),
+    Break("copies-for-one-block", "cluster.cuh", (("ALL = (1 << BLOCKS) - 1", "ALL = 1"),), "columns", "LOCKED"),
+    Break(
+        "no-meeting-at-the-start",
+        "cluster.cuh",
+        (
+            (
+                "      __syncthreads();\n    } else {\n      meet_cluster();",
+                "      __syncthreads();\n    } else {\n      __syncthreads();",
+            ),
+        ),
+        "rows",
+        "BARRIER",
+    ),
+    Break(
+        "no-meeting-at-the-end", "cluster.cuh", (("if constexpr (!IS_ALONE) meet_cluster();", ""),), "columns", "GONE"
     ),
 )
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "bench" / "results" / "compiled"
 SMALLEST = ROOT / "tests" / "smallest_passes.cu"
 ARCHITECTURES = (80, 90, 100)
+LAUNCHES = 2 * 2 * 5 * (4 + 3) + 1  # alone and in clusters, elements, widths, modes of rows and columns; an odd one
 ASKS = "cudaFuncSetAttribute(pass_kernel<64>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);"
 PRODUCT = '"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %4, 1, 1, 1, 0, 0;"'
 LEAVES_UNLESS_ENCODED = "if (encoded != CUDA_SUCCESS) return cudaErrorInvalidValue;"
@@ -101,7 +102,7 @@ def test_a_kernel_s_numbers_are_found(good: dict[str, Any]) -> None:
 @needs_nvcc
 def test_every_launch_of_the_passes_is_recorded(good: dict[str, Any]) -> None:
     (row,) = good["kernels"]
-    assert len(row["launched_by"]) == 2 * 5 * (4 + 3), row["launched_by"]  # elements, widths, modes of rows and columns
+    assert len(row["launched_by"]) == LAUNCHES, row["launched_by"]
     assert {"row_pass fp16 D192, own values, value bias", "column_pass bf16 D384, usage"} <= set(row["launched_by"])
 
 
@@ -188,6 +189,7 @@ def good_row(**changes: Any) -> dict[str, Any]:
     row = {"kernel": "rows_kernel<256>", "source": "rows.cu", "registers": 168, "given_back": [24], "taken": [240]}
     row |= {"threads": 384, "most_threads": 384, "spills": 0, "static_shared": 1024, "dynamic_shared": 231_424}
     row |= {"unasked_shared": 0, "limit": SHARED_MEMORY[90], "matrix": 8, "bulk_copies": 4, "asynchronous_copies": 0}
+    row |= {"multicast_copies": 0, "cluster": 1}
     return row | {"remarks": [], "launched_by": ["row_pass bf16 D256, own values"]} | changes
 
 
@@ -201,6 +203,8 @@ def good_row(**changes: Any) -> dict[str, Any]:
         ({"registers": 169}, "takes 176 registers for 384 threads; a multiprocessor has 65536"),
         ({"given_back": [40]}, "asks for 2 x 240 + 40 registers by warpgroup, 66560 in all; its launch has 64512"),
         ({"given_back": []}, "takes registers, and none that gives any back"),
+        ({"cluster": 2}, "has 0 copies into several blocks; it is launched in clusters of 2"),
+        ({"multicast_copies": 3}, "has 3 copies into several blocks; it is launched in clusters of 1"),
         ({"remarks": ["ptxas info: serialized"]}, "rows_kernel<256> in rows.cu: ptxas info: serialized"),
     ],
 )
@@ -235,13 +239,14 @@ def test_a_wrong_launch_is_found(case: Case, said: str) -> None:
 
 def test_recorded_lines_are_read() -> None:
     printed = [
-        {"case": "a", "kernel": "k", "grid": [2, 3, 1], "threads": 64, "dynamic_shared": 7, "allowed_shared": 9},
+        {"case": "a", "kernel": "k", "grid": [2, 3, 1], "threads": 64, "dynamic_shared": 7, "allowed_shared": 9}
+        | {"cluster": 2},
         {"case": "a", "error": 0},
         {"case": "b", "problem": "no"},
         {"case": "b", "error": 801},
     ]
     cases = parsed("\n".join(json.dumps(line) for line in printed))
-    assert cases == [Case("a", [Launch("k", (2, 3, 1), 64, 7, 9)]), Case("b", problems=["no"], error=801)]
+    assert cases == [Case("a", [Launch("k", (2, 3, 1), 64, 7, 9, 2)]), Case("b", problems=["no"], error=801)]
 
 
 @pytest.mark.parametrize(
@@ -317,4 +322,12 @@ def test_the_committed_report_covers_the_passes(committed: dict[str, Any]) -> No
     rows = committed["cuda"]["kernels"]
     assert {row["source"] for row in rows} == {path.name for path in SOURCES.glob("*.cu")}
     launched = {case for row in rows for case in row["launched_by"]}
-    assert len(launched) == (2 * 5 * (4 + 3) if committed["arch"] == report.STREAMING_ARCH else 0)
+    assert len(launched) == (LAUNCHES if committed["arch"] == report.STREAMING_ARCH else 0)
+
+
+def test_the_committed_report_has_clusters_where_blocks_pair_up() -> None:
+    rows = json.loads((COMMITTED / "sm_90.json").read_text())["cuda"]["kernels"]
+    paired = [case for row in rows if row["cluster"] == 2 for case in row["launched_by"]]
+    alone = [case for row in rows if row["cluster"] == 1 for case in row["launched_by"] if "in clusters" in case]
+    assert len(paired) == 2 * 4 * (3 + 2), paired  # elements, widths from 128, modes with sums over values
+    assert all(any(word in case for word in ("D64", "no values", "usage", "odd")) for case in alone), alone

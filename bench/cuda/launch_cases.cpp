@@ -15,7 +15,7 @@ using vmf::cuda::Element;
 using vmf::cuda::RowPass;
 
 constexpr int kWidths[] = {64, 128, 192, 256, 384};
-constexpr int kRows = 3771, kPrototypes = 65536, kSplits = 3;
+constexpr int kRows = 3771, kOddRows = 640, kPrototypes = 65536, kSplits = 3;  // 30 and 5 blocks
 constexpr std::uintptr_t kFirstAddress = std::uintptr_t{1} << 40, kAddressStep = std::uintptr_t{1} << 32;
 
 template <typename T>
@@ -36,11 +36,11 @@ constexpr Rows kRowModes[] = {
     {"own values, value bias", true, true, true},
 };
 
-RowPass row_case(Element element, int width, const Rows &mode) {
+RowPass row_case(Element element, int width, const Rows &mode, int rows, int blocks_in_cluster) {
   RowPass pass{};
   pass.element = element;
   pass.width = width;
-  pass.rows = round_up(kRows, vmf::cuda::row_tile());
+  pass.rows = round_up(rows, vmf::cuda::row_tile());
   pass.prototypes = kPrototypes;
   pass.splits = kSplits;
   pass.split_size = round_up((kPrototypes + kSplits - 1) / kSplits, vmf::cuda::prototype_tile(width, mode.own_values));
@@ -52,6 +52,7 @@ RowPass row_case(Element element, int width, const Rows &mode) {
   pass.temperature = address<double>(5);
   pass.statistics = address<float>(6);
   pass.barycentre = mode.has_values ? address<float>(7) : nullptr;
+  pass.blocks_in_cluster = blocks_in_cluster;
   return pass;
 }
 
@@ -62,7 +63,7 @@ struct Columns {
 constexpr Columns kColumnModes[] = {
     {"vectors", true, false}, {"vectors, bias gradient", true, true}, {"usage", false, false}};
 
-ColumnPass column_case(Element element, int width, const Columns &mode) {
+ColumnPass column_case(Element element, int width, const Columns &mode, int blocks_in_cluster) {
   ColumnPass pass{};
   pass.element = element;
   pass.width = width;
@@ -89,7 +90,27 @@ ColumnPass column_case(Element element, int width, const Columns &mode) {
   pass.total = address<float>(12);
   pass.bias_gradient = mode.has_bias_gradient ? address<float>(14) : nullptr;
   pass.usage = address<float>(15);
+  pass.blocks_in_cluster = blocks_in_cluster;
   return pass;
+}
+
+void run_cases(Element element, int width, int blocks_in_cluster, int capability) {
+  const std::string which = std::string(element == Element::bf16 ? "bf16" : "fp16") + " D" + std::to_string(width);
+  const std::string suffix = blocks_in_cluster == 1 ? "" : ", in clusters";
+  for (const Rows &mode : kRowModes) {
+    start_case("row_pass " + which + ", " + mode.name + suffix, capability);
+    end_case(vmf::cuda::row_pass(row_case(element, width, mode, kRows, blocks_in_cluster), nullptr));
+  }
+  for (const Columns &mode : kColumnModes) {
+    start_case("column_pass " + which + ", " + mode.name + suffix, capability);
+    end_case(vmf::cuda::column_pass(column_case(element, width, mode, blocks_in_cluster), nullptr));
+  }
+}
+
+// What cannot pair up: the runtime would refuse it in clusters.
+void run_odd_case(int capability) {
+  start_case("row_pass bf16 D256, own values, an odd number of blocks, in clusters", capability);
+  end_case(vmf::cuda::row_pass(row_case(Element::bf16, 256, kRowModes[2], kOddRows, 2), nullptr));
 }
 
 }  // namespace
@@ -97,18 +118,9 @@ ColumnPass column_case(Element element, int width, const Columns &mode) {
 int main(int count, char **arguments) {
   if (count != 2) return EXIT_FAILURE;
   const int capability = std::atoi(arguments[1]);
-  for (const Element element : {Element::bf16, Element::fp16}) {
-    for (const int width : kWidths) {
-      const std::string which = std::string(element == Element::bf16 ? "bf16" : "fp16") + " D" + std::to_string(width);
-      for (const Rows &mode : kRowModes) {
-        start_case("row_pass " + which + ", " + mode.name, capability);
-        end_case(vmf::cuda::row_pass(row_case(element, width, mode), nullptr));
-      }
-      for (const Columns &mode : kColumnModes) {
-        start_case("column_pass " + which + ", " + mode.name, capability);
-        end_case(vmf::cuda::column_pass(column_case(element, width, mode), nullptr));
-      }
-    }
-  }
+  for (const int blocks_in_cluster : {1, 2})
+    for (const Element element : {Element::bf16, Element::fp16})
+      for (const int width : kWidths) run_cases(element, width, blocks_in_cluster, capability);
+  run_odd_case(capability);
   return EXIT_SUCCESS;
 }

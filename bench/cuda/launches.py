@@ -28,6 +28,7 @@ class Launch:
     threads: int
     dynamic_shared: int
     allowed_shared: int  # dynamic: what was asked for before, or what every block has
+    cluster: int = 1  # blocks that run together
 
 
 @dataclass

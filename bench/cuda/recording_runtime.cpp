@@ -21,6 +21,7 @@ struct Configuration {
   dim3 grid, block;
   std::size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;  // blocks, along the grid's x
 };
 
 struct Recording {
@@ -43,12 +44,13 @@ void print_problem(const std::string &problem) {
 
 cudaError_t record(const void *kernel, const Configuration &launched) {
   const auto allowed = recording().allowed.find(kernel);
+  if (launched.grid.x % launched.cluster) print_problem("launch: the grid is no whole number of clusters");
   std::printf(
       "{\"case\": \"%s\", \"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"threads\": %u, \"dynamic_shared\": %zu, "
-      "\"allowed_shared\": %d}\n",
+      "\"allowed_shared\": %d, \"cluster\": %u}\n",
       recording().name.c_str(), recording().names[kernel].c_str(), launched.grid.x, launched.grid.y, launched.grid.z,
       launched.block.x * launched.block.y * launched.block.z, launched.shared_bytes,
-      allowed == recording().allowed.end() ? kGrantedSharedBytes : allowed->second);
+      allowed == recording().allowed.end() ? kGrantedSharedBytes : allowed->second, launched.cluster);
   return cudaSuccess;
 }
 
@@ -150,7 +152,17 @@ cudaError_t cudaLaunchKernel(const void *stub, dim3 grid, dim3 block, void **, s
   return record(stub, {grid, block, shared_bytes, stream});
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *stub, void **) {
-  return record(stub, {config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream});
+  Configuration launched{config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute &attribute = config->attrs[i];
+    const auto &cluster = attribute.val.clusterDim;
+    if (attribute.id != cudaLaunchAttributeClusterDimension || cluster.x == 0 || cluster.y != 1 || cluster.z != 1) {
+      print_problem("launch: an attribute that is no cluster along x, which is all that the recording has");
+      return cudaErrorInvalidValue;
+    }
+    launched.cluster = cluster.x;
+  }
+  return record(stub, launched);
 }
 
 cudaError_t cudaFuncSetAttribute(const void *stub, cudaFuncAttribute attribute, int value) {

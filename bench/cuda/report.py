@@ -30,7 +30,7 @@ TOKEN = re.compile(
 )
 HEAD = (
     "| kernel | source | registers | set to | threads | spills | static + dynamic shared KiB | limit | matrix | TMA "
-    "| launched by |"
+    "| cluster | launched by |"
 )
 
 
@@ -71,7 +71,13 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         cells.append(" / ".join(str(number) for number in [*row["given_back"], *row["taken"]]))
         cells += ["" if row["threads"] is None else row["threads"], row["spills"]]
         cells.append(f"{row['static_shared'] / 1024:.1f} + {row['dynamic_shared'] / 1024:.1f}")
-        cells += [row["limit"] // 1024, row["matrix"], row["bulk_copies"], len(row["launched_by"]) or ""]
+        cells += [
+            row["limit"] // 1024,
+            row["matrix"],
+            row["bulk_copies"],
+            row["cluster"],
+            len(row["launched_by"]) or "",
+        ]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -109,6 +115,8 @@ def _rows(built: Built, cases: Iterable[Case], arch: int) -> Iterator[dict[str, 
             "limit": SHARED_MEMORY[arch],
             "matrix": kernel.matrix,
             "bulk_copies": kernel.bulk_copies,
+            "multicast_copies": kernel.multicast_copies,
+            "cluster": max((launch.cluster for _, launch in launched), default=1),
             "asynchronous_copies": kernel.asynchronous_copies,
             "remarks": list(kernel.remarks),
             "launched_by": [name for name, _ in launched],
@@ -131,6 +139,8 @@ def _row_faults(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"{what} takes {launch_registers} registers for {threads} threads; a multiprocessor has {REGISTER_FILE}"
     if threads is not None and row["taken"]:
         yield from _moved_register_faults(what, row, launch_registers * threads)
+    if (row["cluster"] > 1) != (row["multicast_copies"] > 0):
+        yield f"{what} has {row['multicast_copies']} copies into several blocks; it is launched in clusters of {row['cluster']}"
     for remark in row["remarks"]:
         yield f"{what}: {remark}"
 

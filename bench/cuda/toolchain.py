@@ -39,6 +39,7 @@ class Kernel:
     spills: int  # loads from and stores to local memory
     matrix: int  # tensor-core instructions
     bulk_copies: int  # TMA loads
+    multicast_copies: int  # of these, into several blocks
     asynchronous_copies: int  # cp.async loads
     given_back: tuple[int, ...]  # registers that warpgroups keep after setmaxnreg.dec
     taken: tuple[int, ...]  # registers that warpgroups have after setmaxnreg.inc
@@ -137,6 +138,7 @@ def _kernel(name: str, registers: int, body: str, said: str, remarks: tuple[str,
         spills=count("LDL", "STL"),
         matrix=count("HMMA", "HGMMA", "UTCHMMA"),
         bulk_copies=count("UTMALDG"),
+        multicast_copies=sum("MULTICAST" in operation for operation, _ in instructions),
         asynchronous_copies=count("LDGSTS"),
         given_back=moved("DEALLOC"),
         taken=moved("TRY_ALLOC"),

@@ -23,6 +23,7 @@ from vmf_kernels.assign import BACKENDS
 BACKENDS_BESIDE = (
     "triton",
     "cuda",
+    "cuda clusters",  # its kernels in clusters of two blocks: no backend takes them yet
 )  # of the library, that have kernels for a GPU; the first is what others are compared with
 PASSES = {"student": "row pass, keys as values", "teacher": "row pass, own values", "columns": "column pass"}
 SECONDS = 0.3  # for each pass at each size
@@ -75,7 +76,8 @@ def run(settings: Settings, record: Record, widths: tuple[int, ...], skip: tuple
 
             result, outcome = attempt(action)
             record.put("passes", case.name, name, value=outcome | (result or {}))
-            refuse_lost_device(settings, record, BACKENDS_BESIDE[-1])
+            # the one in hand, or, of those that were timed in turns, the newest
+            refuse_lost_device(settings, record, record.data.get("in_hand") or BACKENDS_BESIDE[0])
             hold(None)
 
 
@@ -83,18 +85,30 @@ def kernels_on(case: Case, device: torch.device, skip: tuple[str, ...] = ()) -> 
     """``operator.Kernels`` of the backends that run there, and why the others do not."""
     rows = torch.empty(1, case.width, dtype=case.dtype, device=device)
     reasons = {
-        name: "an earlier run did not come back from it" if name in skip else BACKENDS[name].unsupported(rows, rows)
+        name: "an earlier run did not come back from it"
+        if is_left_out(name, skip)
+        else BACKENDS[backend_of(name)].unsupported(rows, rows)
         for name in BACKENDS_BESIDE
     }
     found = {name: _kernels(name) for name, reason in reasons.items() if reason is None}
     return found, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _kernels(backend: str) -> Any:
-    if backend == "cuda":
-        from vmf_kernels.backends.cuda.passes import CUDA
+def backend_of(name: str) -> str:
+    """Whose kernels these are: "cuda" for "cuda clusters"."""
+    return name.split()[0]
 
-        return CUDA
+
+def is_left_out(name: str, skip: tuple[str, ...]) -> bool:
+    """Whether it is to be skipped, or the backend that it is a variant of."""
+    return name in skip or backend_of(name) in skip
+
+
+def _kernels(name: str) -> Any:
+    if backend_of(name) == "cuda":
+        from vmf_kernels.backends.cuda.passes import CUDA, CUDA_CLUSTERS
+
+        return CUDA_CLUSTERS if name == "cuda clusters" else CUDA
     from vmf_kernels.backends.triton.operator import TRITON
 
     return TRITON

@@ -150,7 +150,7 @@ void bind_row_pass(py::module_& module) {
       "row_pass",
       [](Queue queue, Element element, int width, int rows, int prototypes, int splits, int split_size, Address features,
          Address keys, Address values, Address bias, Address value_bias, Address temperature, Address statistics,
-         Address barycentre) {
+         Address barycentre, int blocks_in_cluster) {
         RowPass pass{};
         pass.element = element;
         pass.width = width;
@@ -166,10 +166,12 @@ void bind_row_pass(py::module_& module) {
         pass.temperature = at<const double>(temperature);
         pass.statistics = at<float>(statistics);
         pass.barycentre = at<float>(barycentre);
+        pass.blocks_in_cluster = blocks_in_cluster;
         launch("the row pass", queue, [&](cudaStream_t stream) { return row_pass(pass, stream); });
       },
       "queue"_a, py::kw_only(), "element"_a, "width"_a, "rows"_a, "prototypes"_a, "splits"_a, "split_size"_a, "features"_a,
-      "keys"_a, "values"_a, "bias"_a, "value_bias"_a, "temperature"_a, "statistics"_a, "barycentre"_a);
+      "keys"_a, "values"_a, "bias"_a, "value_bias"_a, "temperature"_a, "statistics"_a, "barycentre"_a,
+      "blocks_in_cluster"_a = 1);
 }
 
 // One network in the column pass.
@@ -188,7 +190,7 @@ void bind_column_pass(py::module_& module) {
       "column_pass",
       [](Queue queue, const Side& student, const Side& teacher, Element element, int width, int prototypes,
          int prototype_count, int dim, Address cotangents, Address unit, Address total, Address vectors,
-         Address bias_gradient, Address usage) {
+         Address bias_gradient, Address usage, int blocks_in_cluster) {
         ColumnPass pass{};
         pass.element = element;
         pass.width = width;
@@ -213,10 +215,12 @@ void bind_column_pass(py::module_& module) {
         pass.vectors = at<float>(vectors);
         pass.bias_gradient = at<float>(bias_gradient);
         pass.usage = at<float>(usage);
+        pass.blocks_in_cluster = blocks_in_cluster;
         launch("the column pass", queue, [&](cudaStream_t stream) { return column_pass(pass, stream); });
       },
       "queue"_a, "student"_a, "teacher"_a, py::kw_only(), "element"_a, "width"_a, "prototypes"_a, "prototype_count"_a,
-      "dim"_a, "cotangents"_a, "unit"_a, "total"_a, "vectors"_a, "bias_gradient"_a, "usage"_a);
+      "dim"_a, "cotangents"_a, "unit"_a, "total"_a, "vectors"_a, "bias_gradient"_a, "usage"_a,
+      "blocks_in_cluster"_a = 1);
 }
 
 }  // namespace

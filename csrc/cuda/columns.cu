@@ -96,9 +96,9 @@ VMF_DEVICE Walk teacher_walk(const ColumnMaps& maps, const ColumnPass& pass, int
           pass.teacher_rows / tile};
 }
 
-template <typename T>
+template <typename T, int BLOCKS>
 VMF_DEVICE void prepare_columns(Shared<T>& shared, const ColumnPass& pass) {
-  prepare_barriers(shared);
+  prepare_barriers<T, BLOCKS>(shared);
   shared.scalars[STUDENT_SCALE] = base_2_scale(pass.student_temperature);
   shared.scalars[TEACHER_SCALE] = base_2_scale(pass.teacher_temperature);
   shared.scalars[FACTOR] = static_cast<float>(1.0 / (*pass.student_temperature * *pass.unit));
@@ -106,26 +106,27 @@ VMF_DEVICE void prepare_columns(Shared<T>& shared, const ColumnPass& pass) {
 
 // Grid (blocks of prototypes, 1, blocks that share the columns of the vectors). Student rows first; then the block's queries
 // are replaced by the teacher's prototypes, and the same sums go on.
-template <Element ELEMENT, int WIDTH>
+template <Element ELEMENT, int WIDTH, int BLOCKS>
 __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     gather_columns(const __grid_constant__ ColumnMaps maps, const __grid_constant__ ColumnPass pass) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using T = Tile<WIDTH>;
   Shared<T>& shared = shared_memory<T>();
-  if (threadIdx.x == 0) prepare_columns(shared, pass);
-  __syncthreads();
+  if (threadIdx.x == 0) prepare_columns<T, BLOCKS>(shared, pass);
+  Cluster<BLOCKS>::begin();
   const Walk student = student_walk(maps, pass, blockIdx.x * QUERIES, T::KEYS);
   const Walk teacher = teacher_walk(maps, pass, blockIdx.x * QUERIES, T::KEYS);
   if (group_of_thread() == CONSUMERS) {
     shrink_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x != CONSUMERS * GROUP) return;
-    Producer<T> producer{shared};
-    producer.template stream<Values::keys>(student, 0);
-    producer.template stream<Values::own>(teacher, 1);
-    return;
+    if (threadIdx.x == CONSUMERS * GROUP) {
+      Producer<T, BLOCKS> producer{shared};
+      producer.template stream<Values::keys>(student, 0);
+      producer.template stream<Values::own>(teacher, 1);
+    }
+    return Cluster<BLOCKS>::end();
   }
   grow_registers<CONSUMER_REGISTERS>();
-  Consumer<T, ELEMENT> consumer(shared);
+  Consumer<T, ELEMENT, BLOCKS> consumer(shared);
   const int i_k = student.first_query + row_of_thread();
   float sums[T::SUMS] = {};  // fp32
   KnownOffsets p{shared.scalars[STUDENT_SCALE], {pass.student_bias[i_k], pass.student_bias[i_k + 8]}};
@@ -138,6 +139,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   p.finish();
   q.finish();
   if (part_of_block() == 0) store_masses(pass, p.mass, q.mass, i_k);
+  Cluster<BLOCKS>::end();
 #else
   __trap();
 #endif
@@ -151,18 +153,18 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   using T = Tile<WIDTH>;
   Shared<T>& shared = shared_memory<T>();
   if (threadIdx.x == 0) {
-    prepare_barriers(shared);
+    prepare_barriers<T, 1>(shared);
     shared.scalars[TEACHER_SCALE] = base_2_scale(pass.teacher_temperature);
   }
   __syncthreads();
   const Walk teacher = teacher_walk(maps, pass, blockIdx.x * QUERIES, T::KEYS);
   if (group_of_thread() == CONSUMERS) {
     shrink_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == CONSUMERS * GROUP) Producer<T>{shared}.template stream<Values::none>(teacher, 0);
+    if (threadIdx.x == CONSUMERS * GROUP) Producer<T, 1>{shared}.template stream<Values::none>(teacher, 0);
     return;
   }
   grow_registers<CONSUMER_REGISTERS>();
-  Consumer<T, ELEMENT> consumer(shared);
+  Consumer<T, ELEMENT, 1> consumer(shared);
   const int i_k = teacher.first_query + row_of_thread();
   KnownOffsets q{shared.scalars[TEACHER_SCALE], {pass.teacher_bias[i_k], pass.teacher_bias[i_k + 8]}};
   wait(&shared.query_full, 0);
@@ -175,35 +177,43 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 #endif
 }
 
-template <typename T>
+template <typename T, int BLOCKS>
 cudaError_t encode_teacher(ColumnMaps& maps, const ColumnPass& pass) {
   if (auto error = encode_map(maps.teacher_keys, pass, pass.teacher_keys, pass.prototypes, QUERIES)) return error;
-  return encode_map(maps.teacher_features, pass, pass.teacher_features, pass.teacher_rows, T::KEYS);
+  return encode_map(maps.teacher_features, pass, pass.teacher_features, pass.teacher_rows, T::KEYS / BLOCKS);
 }
 
-template <typename T>
+template <typename T, int BLOCKS>
 cudaError_t encode_student(ColumnMaps& maps, const ColumnPass& pass) {
+  constexpr int BOX_ROWS = T::KEYS / BLOCKS;
   if (auto error = encode_map(maps.student_keys, pass, pass.student_keys, pass.prototypes, QUERIES)) return error;
-  if (auto error = encode_map(maps.student_features, pass, pass.student_features, pass.student_rows, T::KEYS)) return error;
-  return encode_map(maps.cotangents, pass, pass.cotangents, pass.teacher_rows, T::KEYS);
+  if (auto error = encode_map(maps.student_features, pass, pass.student_features, pass.student_rows, BOX_ROWS)) return error;
+  return encode_map(maps.cotangents, pass, pass.cotangents, pass.teacher_rows, BOX_ROWS);
 }
 
 template <Element ELEMENT, int WIDTH>
+cudaError_t launch_usage(const ColumnPass& pass, cudaStream_t stream) {
+  using T = Tile<WIDTH>;
+  ColumnMaps maps{};
+  if (auto error = encode_teacher<T, 1>(maps, pass)) return error;
+  const dim3 blocks(pass.prototypes / QUERIES);
+  return launch<1>(gather_usage<ELEMENT, WIDTH>, blocks, sizeof(Shared<T>), stream, maps, pass);
+}
+
+template <Element ELEMENT, int WIDTH, int BLOCKS>
 cudaError_t launch_columns(const ColumnPass& pass, cudaStream_t stream) {
   using T = Tile<WIDTH>;
   ColumnMaps maps{};
-  const dim3 blocks(pass.prototypes / QUERIES);
-  if (auto error = encode_teacher<T>(maps, pass)) return error;
-  if (pass.vectors == nullptr)
-    return launch(gather_usage<ELEMENT, WIDTH>, blocks, sizeof(Shared<T>), stream, maps, pass);
-  if (auto error = encode_student<T>(maps, pass)) return error;
-  return launch(gather_columns<ELEMENT, WIDTH>, dim3(blocks.x, 1, T::PANELS), sizeof(Shared<T>), stream, maps, pass);
+  if (auto error = encode_teacher<T, BLOCKS>(maps, pass)) return error;
+  if (auto error = encode_student<T, BLOCKS>(maps, pass)) return error;
+  const dim3 grid(pass.prototypes / QUERIES, 1, T::PANELS);
+  return launch<BLOCKS>(gather_columns<ELEMENT, WIDTH, BLOCKS>, grid, sizeof(Shared<T>), stream, maps, pass);
 }
 
 bool is_valid(const ColumnPass& pass) {
   const bool has_students = pass.vectors != nullptr;
   return pass.prototypes > 0 && pass.prototypes % PROTOTYPE_PADDING == 0 && pass.prototype_count <= pass.prototypes &&
-         pass.teacher_rows > 0 && pass.teacher_rows % QUERIES == 0 &&
+         has_valid_cluster(pass.blocks_in_cluster) && pass.teacher_rows > 0 && pass.teacher_rows % QUERIES == 0 &&
          (!has_students || (pass.student_rows > 0 && pass.student_rows % QUERIES == 0 && pass.dim <= pass.width)) &&
          are_aligned({pass.teacher_keys, pass.teacher_features, pass.teacher_offset, pass.vectors}) &&
          (!has_students ||
@@ -215,8 +225,11 @@ bool is_valid(const ColumnPass& pass) {
 cudaError_t column_pass(const ColumnPass& pass, cudaStream_t stream) {
   if (!is_valid(pass)) return cudaErrorInvalidValue;
   return by_width_and_element(pass, [&](auto width, auto element) {
-    if (auto error = check_device(gather_columns<element(), width()>)) return error;
-    return launch_columns<element(), width()>(pass, stream);
+    if (auto error = check_device(gather_usage<element(), width()>)) return error;
+    if (pass.vectors == nullptr) return launch_usage<element(), width()>(pass, stream);
+    return by_cluster<width()>(pass, pass.prototypes / QUERIES, [&](auto blocks) {
+      return launch_columns<element(), width(), blocks()>(pass, stream);
+    });
   });
 }
 

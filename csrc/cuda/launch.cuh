@@ -68,16 +68,41 @@ cudaError_t check_device(Kernel kernel) {
   return attributes.ptxVersion >= 90 ? cudaSuccess : cudaErrorNotSupported;
 }
 
-template <typename Maps, typename Pass>
+// BLOCKS neighbours along the grid's x, which they divide, in a cluster.
+template <int BLOCKS, typename Maps, typename Pass>
 cudaError_t launch(void (*kernel)(Maps, Pass), dim3 grid, size_t shared, cudaStream_t stream, Maps maps, Pass pass) {
   const int bytes = static_cast<int>(shared);
   if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-  void* arguments[] = {&maps, &pass};
-  return cudaLaunchKernel(kernel, grid, dim3(BLOCK_THREADS), arguments, shared, stream);
+  if constexpr (BLOCKS == 1) {
+    void* arguments[] = {&maps, &pass};
+    return cudaLaunchKernel(kernel, grid, dim3(BLOCK_THREADS), arguments, shared, stream);
+  } else {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {BLOCKS, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(BLOCK_THREADS);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, maps, pass);
+  }
 }
 
 template <auto VALUE>
 using Constant = std::integral_constant<decltype(VALUE), VALUE>;
+
+// visit(blocks of a cluster) as a constant: what the pass asks for, or 1 where its blocks, so many, run alone all the same.
+template <int WIDTH, typename Pass, typename Visit>
+cudaError_t by_cluster(const Pass& pass, int blocks, Visit visit) {
+  if constexpr (WIDTH >= NARROWEST_IN_CLUSTERS)
+    if (pass.blocks_in_cluster == 2 && blocks % 2 == 0) return visit(Constant<2>{});
+  return visit(Constant<1>{});
+}
+
+inline bool has_valid_cluster(int blocks) { return blocks == 1 || blocks == MOST_BLOCKS_IN_CLUSTER; }
 
 // visit(width, element) with both as constants.
 template <typename Pass, typename Visit>

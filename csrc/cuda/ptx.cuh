@@ -15,6 +15,12 @@ namespace vmf::cuda {
 
 VMF_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// The block's dynamic shared memory.
+VMF_DEVICE uint8_t* dynamic_shared() {
+  extern __shared__ __align__(1024) uint8_t p_shared[];
+  return p_shared;
+}
+
 // "mbarrier.init"
 VMF_DEVICE void init_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -96,6 +102,45 @@ VMF_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// ---- clusters: blocks that run at the same time and reach each other's shared memory ----
+//
+// An address of the block's own shared memory is one of the cluster's as well; "mapa" finds the same place in another block.
+
+// "%cluster_ctarank": of the block in its cluster.
+VMF_DEVICE int rank_in_cluster() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// "membar/fence", fence.mbarrier_init: other blocks must see the barriers that this thread initialised.
+VMF_DEVICE void publish_barriers_to_cluster() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// "barrier.cluster": until all threads of all blocks are here, of those that have not ended.
+VMF_DEVICE void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// "mbarrier.arrive" at the barrier in the same place of the cluster's block `rank`, which may be this one. Release is of the
+// block's scope, not the cluster's: nothing that was written is handed over, and reads are complete by then (products are waited
+// for, lines are in registers). Release of the cluster's scope would be MEMBAR.ALL.GPU, a way to L2 and back for each tile.
+VMF_DEVICE void arrive_in(int rank, uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// "cp.async.bulk.tensor" with multicast: the box into the same place of every block of the mask, each of which counts the bytes
+// at its own barrier in the place of this one.
+VMF_DEVICE void load_box_for(uint16_t blocks, uint32_t target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
+      : "memory");
 }
 
 }  // namespace vmf::cuda

@@ -121,7 +121,7 @@ struct RowMaps {
 };
 
 // Grid (row blocks, splits, blocks that share the columns of the barycentre).
-template <Element ELEMENT, int WIDTH, Values VALUES>
+template <Element ELEMENT, int WIDTH, Values VALUES, int BLOCKS>
 __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     assign_rows(const __grid_constant__ RowMaps maps, const __grid_constant__ RowPass pass) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -133,17 +133,17 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   const Walk walk{&maps.features, &maps.keys, &maps.values, pass.bias, VALUES == Values::own ? pass.value_bias : nullptr,
                   static_cast<int>(blockIdx.x) * QUERIES, first, tiles};
   if (threadIdx.x == 0) {
-    prepare_barriers(shared);
+    prepare_barriers<T, BLOCKS>(shared);
     shared.scalars[0] = base_2_scale(pass.temperature);
   }
-  __syncthreads();
+  Cluster<BLOCKS>::begin();
   if (group_of_thread() == CONSUMERS) {
     shrink_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == CONSUMERS * GROUP) Producer<T>{shared}.template stream<VALUES>(walk, 0);
-    return;
+    if (threadIdx.x == CONSUMERS * GROUP) Producer<T, BLOCKS>{shared}.template stream<VALUES>(walk, 0);
+    return Cluster<BLOCKS>::end();
   }
   grow_registers<CONSUMER_REGISTERS>();
-  Consumer<T, ELEMENT> consumer(shared);
+  Consumer<T, ELEMENT, BLOCKS> consumer(shared);
   OnlineSoftmax softmax{shared.scalars[0], walk.value_bias != nullptr};
   const int i_row = walk.first_query + row_of_thread();
   if (tiles > 0) wait(&shared.query_full, 0);
@@ -156,29 +156,33 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   }
   softmax.finish();
   if (i_part == 0) store_statistics(pass, softmax, i_row, i_split);
+  Cluster<BLOCKS>::end();
 #else
   __trap();
 #endif
 }
 
-template <Element ELEMENT, int WIDTH, Values VALUES>
+template <Element ELEMENT, int WIDTH, Values VALUES, int BLOCKS>
 cudaError_t launch_rows(const RowPass& pass, cudaStream_t stream) {
   using T = Tile<WIDTH>;
-  if (auto error = check_device(assign_rows<ELEMENT, WIDTH, VALUES>)) return error;
+  constexpr int BOX_ROWS = T::KEYS / BLOCKS;
+  if (auto error = check_device(assign_rows<ELEMENT, WIDTH, VALUES, BLOCKS>)) return error;
   RowMaps maps;
   const void* values = VALUES == Values::own ? pass.values : pass.keys;
   if (auto error = encode_map(maps.features, pass, pass.features, pass.rows, QUERIES)) return error;
-  if (auto error = encode_map(maps.keys, pass, pass.keys, pass.prototypes, T::KEYS)) return error;
-  if (auto error = encode_map(maps.values, pass, values, pass.prototypes, T::KEYS)) return error;
+  if (auto error = encode_map(maps.keys, pass, pass.keys, pass.prototypes, BOX_ROWS)) return error;
+  if (auto error = encode_map(maps.values, pass, values, pass.prototypes, BOX_ROWS)) return error;
   const dim3 grid(pass.rows / QUERIES, pass.splits, VALUES == Values::none ? 1 : T::PANELS);
-  return launch(assign_rows<ELEMENT, WIDTH, VALUES>, grid, sizeof(Shared<T>), stream, maps, pass);
+  return launch<BLOCKS>(assign_rows<ELEMENT, WIDTH, VALUES, BLOCKS>, grid, sizeof(Shared<T>), stream, maps, pass);
 }
 
 template <Element ELEMENT, int WIDTH>
 cudaError_t launch_rows_by_values(const RowPass& pass, cudaStream_t stream) {
-  if (pass.values == nullptr) return launch_rows<ELEMENT, WIDTH, Values::none>(pass, stream);
-  if (pass.values == pass.keys) return launch_rows<ELEMENT, WIDTH, Values::keys>(pass, stream);
-  return launch_rows<ELEMENT, WIDTH, Values::own>(pass, stream);
+  if (pass.values == nullptr) return launch_rows<ELEMENT, WIDTH, Values::none, 1>(pass, stream);
+  return by_cluster<WIDTH>(pass, pass.rows / QUERIES, [&](auto blocks) {
+    if (pass.values == pass.keys) return launch_rows<ELEMENT, WIDTH, Values::keys, blocks()>(pass, stream);
+    return launch_rows<ELEMENT, WIDTH, Values::own, blocks()>(pass, stream);
+  });
 }
 
 bool is_valid(const RowPass& pass) {
@@ -187,6 +191,7 @@ bool is_valid(const RowPass& pass) {
          pass.splits > 0 && pass.split_size > 0 && pass.split_size % prototype_tile(pass.width, false) == 0 &&
          static_cast<long>(pass.splits) * pass.split_size >= pass.prototypes && pass.splits <= MOST_SPLITS &&
          (pass.values == nullptr) == (pass.barycentre == nullptr) && (has_own_values || pass.value_bias == nullptr) &&
+         has_valid_cluster(pass.blocks_in_cluster) &&
          are_aligned({pass.features, pass.keys, pass.values, pass.bias, pass.value_bias, pass.barycentre});
 }
 

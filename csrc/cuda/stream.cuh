@@ -7,6 +7,7 @@
 // Order of consumption, and so of the ring: keys 0, keys 1, values 0, keys 2, values 1, ... Where values are the keys, keys only.
 #pragma once
 
+#include "cluster.cuh"
 #include "descriptor.cuh"
 #include "ptx.cuh"
 #include "tile.cuh"
@@ -39,22 +40,21 @@ struct Cursor {
 
 template <typename T>
 VMF_DEVICE Shared<T>& shared_memory() {
-  extern __shared__ __align__(1024) uint8_t p_shared[];
-  return *reinterpret_cast<Shared<T>*>(p_shared);
+  return *reinterpret_cast<Shared<T>*>(dynamic_shared());
 }
 
 // One thread, before anything waits.
-template <typename T>
+template <typename T, int BLOCKS>
 VMF_DEVICE void prepare_barriers(Shared<T>& shared) {
   // products would read elsewhere than copies write
   if (shared_address(&shared) % 1024 != 0) __trap();
   for (int i = 0; i < T::SLOTS; ++i) {
     init_barrier(&shared.full[i], 1);
-    init_barrier(&shared.empty[i], CONSUMER_WARPS);
+    init_barrier(&shared.empty[i], Cluster<BLOCKS>::RELEASES);
   }
   init_barrier(&shared.query_full, 1);
   init_barrier(&shared.query_empty, CONSUMER_WARPS);
-  publish_barriers();
+  Cluster<BLOCKS>::publish();
 }
 
 VMF_DEVICE float base_2_scale(const double* temperature) {
@@ -67,7 +67,7 @@ VMF_DEVICE int part_of_block() { return blockIdx.z; }
 
 // ---- producer: one thread ----
 
-template <typename T>
+template <typename T, int BLOCKS>
 struct Producer {
   Shared<T>& shared;
   Cursor<T::SLOTS> cursor;
@@ -95,20 +95,23 @@ struct Producer {
       load_box(target + i * QUERIES * BOX_BYTES_PER_ROW, walk.queries, i * BOX, walk.first_query, &shared.query_full);
   }
 
-  // One panel into the next slot, once both warpgroups have left it; `extra` bytes are to come besides. Returns the slot.
+  // One panel into the next slot, once all that read it have left it; `extra` bytes are to come besides. Returns the slot. Of a
+  // cluster's blocks each copies its share of the rows to all: bytes may come before they are expected, and count as well.
   VMF_DEVICE int load_panel(const CUtensorMap* map, int column, int row, int extra) {
     const int slot = cursor.slot;
     uint64_t* full = &shared.full[slot];
     wait(&shared.empty[slot], cursor.parity ^ 1);
     arrive_expecting(full, T::SLOT_BYTES + extra);
-    const uint32_t target = shared_address(shared.slots[slot]);
+    const int share = Cluster<BLOCKS>::rank() * (T::KEYS / BLOCKS);  // its first row
+    const uint32_t target = shared_address(shared.slots[slot]) + share * BOX_BYTES_PER_ROW;
     for (int i = 0; i < T::PANEL / BOX; ++i)
-      load_box(target + i * T::KEYS * BOX_BYTES_PER_ROW, map, column + i * BOX, row, full);
+      Cluster<BLOCKS>::load(target + i * T::KEYS * BOX_BYTES_PER_ROW, map, column + i * BOX, row + share, full);
     cursor.advance();
     return slot;
   }
 
-  // All panels of a tile of keys, this block's own last: where values are the keys, it stays for the second product.
+  // All panels of a tile of keys, this block's own last: where values are the keys, it stays for the second product. Lines are
+  // a hundredth of the bytes: every block copies its own.
   VMF_DEVICE void load_keys(const Walk& walk, int row) {
     const int i_part = part_of_block();
     for (int i = 1; i < T::PANELS; ++i) load_panel(walk.keys, (i_part + i) % T::PANELS * T::PANEL, row, 0);
@@ -141,7 +144,7 @@ VMF_DEVICE void round_weights(uint32_t (&weights)[WEIGHTS], const float (&logits
   for (int i = 0; i < WEIGHTS; ++i) weights[i] = rounded_pair<ELEMENT>(logits[2 * i], logits[2 * i + 1]);
 }
 
-template <typename T, Element ELEMENT>
+template <typename T, Element ELEMENT, int BLOCKS>
 struct Consumer {
   Shared<T>& shared;
   const int group;  // of the thread
@@ -160,7 +163,7 @@ struct Consumer {
       await_products<0>(logits);
       release_other_panels(slot);
       policy.weigh(logits, shared.lines[slot][0], shared.lines[slot][1]);
-      release(&shared.empty[slot]);
+      release_slot(slot);
     }
   }
 
@@ -187,7 +190,7 @@ struct Consumer {
       await_products<1>(logits);
       weigh<VALUES>(policy, logits, next_slot);
       await_products<0>(sums);
-      release(&shared.empty[values_slot]);
+      release_slot(values_slot);
       round_weights<ELEMENT>(weights, logits);
       keys_slot = next_slot;
     }
@@ -196,7 +199,7 @@ struct Consumer {
     const int values_slot = VALUES == Values::own ? await_slot() : keys_slot;
     issue_values(sums, weights, values_slot);
     await_products<0>(sums);
-    release(&shared.empty[values_slot]);
+    release_slot(values_slot);
   }
 
  private:
@@ -255,7 +258,7 @@ struct Consumer {
     // assembler, moves them behind the wait that follows; where the slot is not released here, a look at the next one will do.
     pin(logits);
     if constexpr (VALUES == Values::own) {
-      release(&shared.empty[slot]);
+      release_slot(slot);
     } else {
       look_at(&shared.full[cursor.slot], cursor.parity);
     }
@@ -264,7 +267,12 @@ struct Consumer {
   // Panels of a tile other than its last: read by the first product only.
   VMF_DEVICE void release_other_panels(int last) {
 #pragma unroll
-    for (int i = 1; i < T::PANELS; ++i) release(&shared.empty[(last + T::SLOTS - i) % T::SLOTS]);
+    for (int i = 1; i < T::PANELS; ++i) release_slot((last + T::SLOTS - i) % T::SLOTS);
+  }
+
+  VMF_DEVICE void release_slot(int slot) {
+    __syncwarp();
+    Cluster<BLOCKS>::release(&shared.empty[slot], lane_of_thread());
   }
 };
 

@@ -26,6 +26,7 @@ struct RowPass {
   const double* temperature;   // [] on the device
   float* statistics;           // [4, N, R] running maximum, mass, first moment, summed value bias
   float* barycentre;           // [N, R, width] unnormalised, or nullptr where values are
+  int blocks_in_cluster = 1;   // 1, or 2: see below
 };
 
 // Both networks' rows against the prototypes, equations (5) and (6): one block of threads owns a block of prototypes.
@@ -42,7 +43,12 @@ struct ColumnPass {
   float* vectors;             // [K, D], or nullptr: then only the usage, and nothing of the student is read
   float* bias_gradient;       // [K] beta, or nullptr
   float* usage;               // [K] sum_t n_t q_t / total
+  int blocks_in_cluster = 1;  // 1, or 2: see below
 };
+
+// blocks_in_cluster 2: two blocks of threads at a time stream keys and values together, and each reads half of them. The results
+// are the same to the bit. Blocks run alone all the same at width 64, where nothing is summed but weights, and where the row pass
+// has an odd number of blocks: to pad R further would cost more than sharing saves.
 
 // What R is padded to.
 int row_tile();

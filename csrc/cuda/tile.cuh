@@ -58,9 +58,16 @@ struct Tile : Sizes<WIDTH_> {
   static_assert(PROTOTYPE_PADDING % KEYS == 0, "a tile of the row pass must divide what prototypes are padded to");
   static_assert(QUERIES % KEYS == 0, "a tile of the column pass must divide what rows are padded to");
   static_assert(WIDTH % PANEL == 0, "panels must share out the columns");
+  static_assert(KEYS / 2 * BOX_BYTES_PER_ROW % 1024 == 0, "half a tile must start where the swizzle's pattern does");
 };
 
 static_assert(PROTOTYPE_PADDING % QUERIES == 0, "blocks of the column pass must share out the padded prototypes");
+
+// Blocks may run in clusters of two that share each tile's copies: half of its rows each, which start at whole patterns of the
+// swizzle at every width; half of the boxes would not do where a panel has one or three. Narrower rows are left out: there the
+// exponentials take as long as the products, and a wait for the other block would show.
+constexpr int MOST_BLOCKS_IN_CLUSTER = 2;
+constexpr int NARROWEST_IN_CLUSTERS = 128;
 
 // Shared memory of a block. Swizzled tiles start at multiples of 1024 bytes: the pattern repeats with eight rows of 128.
 template <typename T>

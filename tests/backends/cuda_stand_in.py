@@ -284,7 +284,9 @@ def row_pass(
     temperature: int,
     statistics: int,
     barycentre: int,
+    blocks_in_cluster: int = 1,
 ) -> None:
+    assert blocks_in_cluster in (1, 2)
     tile = OWN_TILE if values not in (0, keys) else SHARED_TILE
     assert rows % ROW_TILE == 0, f"{rows} rows are not whole tiles"
     assert prototypes % PAD_TO == 0, f"{prototypes} prototypes are not padded"
@@ -322,7 +324,9 @@ def column_pass(
     vectors: int,
     bias_gradient: int,
     usage: int,
+    blocks_in_cluster: int = 1,
 ) -> None:
+    assert blocks_in_cluster in (1, 2)
     assert prototypes % PAD_TO == 0
     unit_, total_ = tensor_at(unit, (), FP32, 4), tensor_at(total, (), FP32, 4)
 

@@ -21,10 +21,11 @@ from tests.backends.interpreted import correct_bf16
 from tests.test_cross_entropy import HARD
 from vmf_kernels import linear_prototypes, prototype_usage
 from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
+from vmf_kernels.backends.cuda import passes
 from vmf_kernels.backends.cuda.layouts import PAD_TO, WIDTHS, layout_of
 from vmf_kernels.backends.triton import launch
 from vmf_kernels.prototypes import KINDS
-from vmf_kernels.testing import Problem, assert_within_budget, library_outcome, random_problem
+from vmf_kernels.testing import Outcome, Problem, assert_within_budget, library_outcome, random_problem
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here: tests/gpu"),
@@ -222,6 +223,26 @@ def test_a_repeat_is_bitwise_equal(stand_in: StandIn) -> None:
     first, second = (library_outcome(problem, "cuda") for _ in range(2))
     changed = [name for name in first if not torch.equal(first[name], second[name])]
     assert not changed, f"{changed} differ on repeat"
+
+
+def test_blocks_in_clusters_are_asked_for_by_the_kernels_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_problem(images=9, views=(2, 4), prototypes=127, dim=40, dtype=FP16)
+    asked: list[tuple[str, int]] = []
+
+    def look(name: str, arguments: dict[str, Any]) -> None:
+        if name in ("row_pass", "column_pass"):
+            asked.append((name, arguments["blocks_in_cluster"]))
+
+    outcomes: list[Outcome] = []
+    for kernels in (passes.CUDA, passes.CUDA_CLUSTERS):
+        monkeypatch.setattr(passes, "CUDA", kernels)
+        with standing_in(look):
+            outcomes.append(library_outcome(problem, "cuda"))
+    names = ["row_pass", "row_pass", "column_pass"]
+    assert asked == [(name, blocks) for blocks in (1, 2) for name in names]
+    alone, in_clusters = outcomes
+    changed = [name for name in alone if not torch.equal(alone[name], in_clusters[name])]
+    assert not changed, f"{changed} differ in clusters"
 
 
 @pytest.mark.parametrize("layout", [lambda x: x.T.contiguous().T, lambda x: x.repeat(1, 2)[:, : x.shape[1]]])

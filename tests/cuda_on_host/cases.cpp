@@ -53,4 +53,14 @@ void Comparison::check(const char* what, int row, double got, double expected, d
   digest_ = (digest_ ^ bits) * 0x100000001B3;
 }
 
+void check_clusters(const char* name) {
+  if (blocks_together() != 2) fail("WRONG clusters of %s: of %d, expected 2", name, blocks_together());
+}
+
+void check_same(const char* name, const std::vector<float>& in_clusters, const std::vector<float>& alone) {
+  for (size_t i = 0; i < alone.size(); ++i)
+    if (memcmp(&in_clusters[i], &alone[i], sizeof(float)) != 0)
+      fail("WRONG in clusters: number %zu of %s is %g, without %g", i, name, in_clusters[i], alone[i]);
+}
+
 }  // namespace on_host

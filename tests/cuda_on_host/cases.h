@@ -63,6 +63,12 @@ class Comparison {
   uint64_t digest_ = 0xCBF29CE484222325;  // FNV-1a
 };
 
+// After a pass that has to run in clusters: fails as WRONG unless its blocks ran in twos.
+void check_clusters(const char* name);
+
+// An output of blocks in clusters against that of blocks alone: fails as WRONG unless all bits are the same.
+void check_same(const char* name, const std::vector<float>& in_clusters, const std::vector<float>& alone);
+
 // Of the pass that the program is for. Prints a line a case: its name, the worst error as a share of what is allowed, and the
 // digest.
 void run_cases(Setting& setting);

@@ -46,7 +46,7 @@ Side side_of(Setting& setting, const ColumnCase& c, int rows, double temperature
   return side;
 }
 
-Outputs outputs_of(const Setting& setting, const ColumnCase& c, const Inputs& in) {
+Outputs outputs_of(const Setting& setting, const ColumnCase& c, const Inputs& in, int blocks_in_cluster) {
   const auto& [student, teacher] = in;
   const size_t count = static_cast<size_t>(c.prototype_count);
   Outputs out{std::vector<float>(count * c.dim, NAN), std::vector<float>(count, NAN), std::vector<float>(count, NAN)};
@@ -55,7 +55,7 @@ Outputs outputs_of(const Setting& setting, const ColumnCase& c, const Inputs& in
                         teacher.features.bits.data(), teacher.vectors.bits.data(), student.bias.data(), teacher.bias.data(),
                         student.offset.data(), teacher.offset.data(), &student.temperature, &teacher.temperature, &UNIT, &TOTAL,
                         c.usage_only ? nullptr : out.vectors.data(), c.usage_only ? nullptr : out.bias_gradient.data(),
-                        out.usage.data()};
+                        out.usage.data(), blocks_in_cluster};
   if (const int error = column_pass(pass, nullptr)) fail("REFUSED %s: error %d", c.name, error);
   return out;
 }
@@ -97,10 +97,19 @@ void compare_prototype(Comparison& comparison, const Setting& setting, const Col
                      factor * allowed_by_rounding(setting.element, sums.size[d]));
 }
 
+void compare_clusters(const Setting& setting, const ColumnCase& c, const Inputs& in, const Outputs& alone) {
+  const Outputs out = outputs_of(setting, c, in, 2);
+  check_clusters(c.name);
+  check_same("vectors", out.vectors, alone.vectors);
+  check_same("bias gradient", out.bias_gradient, alone.bias_gradient);
+  check_same("usage", out.usage, alone.usage);
+}
+
 void run(Setting& setting, const ColumnCase& c) {
   const Inputs in{side_of(setting, c, c.student_rows, STUDENT_TEMPERATURE, 8),
                   side_of(setting, c, c.teacher_rows, TEACHER_TEMPERATURE, 12)};
-  const Outputs out = outputs_of(setting, c, in);
+  const Outputs out = outputs_of(setting, c, in, 1);
+  if (!c.usage_only && setting.width >= vmf::cuda::NARROWEST_IN_CLUSTERS) compare_clusters(setting, c, in, out);
   Comparison comparison;
   for (int k = 0; k < c.prototype_count; ++k) compare_prototype(comparison, setting, c, in, out, k);
   printf("%s: %.2f %016lx\n", c.name, comparison.worst(), static_cast<unsigned long>(comparison.digest()));

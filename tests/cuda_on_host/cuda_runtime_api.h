@@ -1,5 +1,5 @@
 // Stands in for CUDA's header of this name, so that csrc/cuda's streaming passes compile without CUDA, as plain C++: the
-// qualifiers mean nothing, and a launch runs the blocks of its grid one after the other (machine.h).
+// qualifiers mean nothing, and a launch runs the clusters of its grid one after the other (machine.h).
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,23 @@ using cudaStream_t = void*;
 
 struct dim3 {
   unsigned x, y, z;
-  constexpr dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore, cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 struct alignas(8) float2 {
   float x, y;
@@ -47,7 +63,15 @@ inline int min(int a, int b) { return a < b ? a : b; }
 
 namespace on_host {
 inline int shared_bytes_asked_for = 0;
-void run_grid(dim3 grid, int threads, size_t shared_bytes, void (*thread)(void** arguments), void** arguments);
+// What a launch asks for; `cluster` neighbours along x run together, `thread` is what each of their threads does.
+struct Grid {
+  dim3 blocks;
+  int cluster, threads;
+  size_t shared_bytes;
+  void (*thread)(void** arguments);
+  void** arguments;
+};
+void run_grid(const Grid& grid);
 void* find_driver_function(const char* name);
 }  // namespace on_host
 
@@ -69,12 +93,21 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fou
   return *found = on_host::find_driver_function(name), *result = cudaDriverEntryPointSuccess, cudaSuccess;
 }
 template <typename Maps, typename Pass>
-cudaError_t cudaLaunchKernel(void (*kernel)(Maps, Pass), dim3 grid, dim3 block, void** arguments, size_t bytes, cudaStream_t) {
-  void* with_kernel[] = {reinterpret_cast<void*>(kernel), arguments[0], arguments[1]};
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Maps, Pass), Maps& maps, Pass& pass) {
+  void* with_kernel[] = {reinterpret_cast<void*>(kernel), &maps, &pass};
   const auto thread = [](void** p) {
     reinterpret_cast<void (*)(Maps, Pass)>(p[0])(*static_cast<const Maps*>(p[1]), *static_cast<const Pass*>(p[2]));
   };
-  return on_host::run_grid(grid, static_cast<int>(block.x), bytes, thread, with_kernel), cudaSuccess;
+  const int cluster = config->numAttrs == 0 ? 1 : static_cast<int>(config->attrs[0].val.clusterDim.x);
+  on_host::run_grid({config->gridDim, cluster, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes, thread,
+                     with_kernel});
+  return cudaSuccess;
+}
+template <typename Maps, typename Pass>
+cudaError_t cudaLaunchKernel(void (*kernel)(Maps, Pass), dim3 grid, dim3 block, void** arguments, size_t bytes,
+                             cudaStream_t stream) {
+  const cudaLaunchConfig_t config{grid, block, bytes, stream, nullptr, 0};
+  return cudaLaunchKernelEx(&config, kernel, *static_cast<Maps*>(arguments[0]), *static_cast<Pass*>(arguments[1]));
 }
 
 // ---- instructions that are functions of CUDA C++ ----
@@ -84,15 +117,17 @@ void __syncthreads();
 void __syncwarp();
 
 namespace on_host {
-constexpr int MOST_THREADS = 1024;
+constexpr int MOST_THREADS = 1024;  // of a cluster
+int thread_in_cluster();            // that runs
 
 // `value` of another lane of the warp; all lanes call it.
 template <typename Value>
 Value value_of_lane(Value value, int lane) {
   static Value posted[MOST_THREADS];
-  posted[threadIdx.x] = value;
+  const int thread = thread_in_cluster();
+  posted[thread] = value;
   __syncwarp();
-  const Value taken = posted[threadIdx.x / 32 * 32 + lane];
+  const Value taken = posted[thread / 32 * 32 + lane];
   __syncwarp();  // before anybody posts the next one
   return taken;
 }

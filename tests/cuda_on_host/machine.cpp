@@ -15,18 +15,14 @@
 #include "cuda_runtime_api.h"
 #include "products.h"
 
-namespace vmf::cuda {
-constexpr size_t SHARED_BYTES = 227 * 1024;
-alignas(1024) uint8_t p_shared[SHARED_BYTES];  // what `extern __shared__` of the kernels names
-}  // namespace vmf::cuda
-
 namespace on_host {
 namespace {
 
-using vmf::cuda::p_shared;
-
+constexpr size_t SHARED_BYTES = 227 * 1024;
+constexpr int MOST_BLOCKS = 2;  // of a cluster
 constexpr size_t STACK_BYTES = 128 * 1024;
 constexpr uint32_t FIRST_ADDRESS = 1024;  // not 0, so that an offset taken for an address is found out
+constexpr uint32_t WINDOW = 1 << 24;      // addresses of the cluster's block r start at (r + 1) windows, those of the own at 0
 constexpr int SHORT_STALL = 5, LONG_STALL = 100, LONG_STALL_ONE_IN = 8;  // rounds
 constexpr int PATIENCE = 10 * LONG_STALL;  // rounds in which nothing happened before nothing ever will
 
@@ -38,83 +34,133 @@ struct Fiber {
 };
 
 struct Block {
+  uint8_t* memory;
+  dim3 index;
+  std::map<int, Meeting> named;
+  int running;  // threads that have not ended
+};
+
+struct Copy {
+  int rank;  // of the block that it fills
+  std::function<void()> work;
+};
+
+// The blocks that run together. Fibers and warps are numbered throughout: a block's are neighbours.
+struct Cluster {
+  Grid grid;
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   std::vector<int> stalls;  // rounds that a warp sits out
-  std::map<int, Meeting> named;
-  std::vector<std::function<void()>> copies;
-  void (*thread)(void**);  // what each runs
-  void** arguments;
-  size_t shared_bytes;
+  std::vector<Copy> copies;
+  std::vector<Block> blocks;
+  int rank;         // of the block that runs
+  Meeting meeting;  // of all
   ucontext_t scheduler;
 };
 
-Block block;
+alignas(1024) uint8_t memories[MOST_BLOCKS][SHARED_BYTES];
+Cluster cluster;
 Timing chosen;
 std::mt19937 schedule;
 
 int below(int n) { return static_cast<int>(schedule() % n); }
 
-void run_fiber() {
-  block.thread(block.arguments);
-  Fiber& fiber = block.fibers[threadIdx.x];
-  fiber.done = true;
-  swapcontext(&fiber.context, &block.scheduler);
+Block& block() { return cluster.blocks[cluster.rank]; }
+
+void enter_block(int rank) {
+  cluster.rank = rank;
+  blockIdx = block().index;
 }
 
-void prepare_block(int threads) {
-  memset(p_shared, 0xFF, sizeof p_shared);  // NaN, as floats and as either element
-  block.named.clear();
-  block.warps.assign(threads / LANES, {});
-  block.stalls.assign(threads / LANES, 0);
-  if (block.fibers.size() != static_cast<size_t>(threads)) block.fibers = std::vector<Fiber>(threads);
-  for (Fiber& fiber : block.fibers) {
-    fiber.done = false;
-    fiber.condition = nullptr;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = STACK_BYTES;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
-  }
-  clear_products(threads);
+int running_threads() {
+  int sum = 0;
+  for (const Block& each : cluster.blocks) sum += each.running;
+  return sum;
 }
+
+// Those who have ended are not waited for.
+void open_meeting_if_all_came() {
+  Meeting& meeting = cluster.meeting;
+  if (meeting.arrived == 0 || meeting.arrived < running_threads()) return;
+  meeting.arrived = 0;
+  ++meeting.phase;
+}
+
+void run_fiber() {
+  cluster.grid.thread(cluster.grid.arguments);
+  Fiber& fiber = cluster.fibers[thread_in_cluster()];
+  fiber.done = true;
+  --block().running;
+  open_meeting_if_all_came();
+  swapcontext(&fiber.context, &cluster.scheduler);
+}
+
+void prepare_fiber(Fiber& fiber) {
+  fiber.done = false;
+  fiber.condition = nullptr;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = STACK_BYTES;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, run_fiber, 0);
+}
+
+void prepare_cluster(dim3 first) {
+  const Grid& grid = cluster.grid;
+  cluster.blocks.clear();
+  for (int rank = 0; rank < grid.cluster; ++rank) {
+    memset(memories[rank], 0xFF, SHARED_BYTES);  // NaN, as floats and as either element
+    cluster.blocks.push_back({memories[rank], dim3(first.x + rank, first.y, first.z), {}, grid.threads});
+  }
+  const size_t threads = static_cast<size_t>(grid.cluster) * grid.threads;
+  cluster.meeting = {};
+  cluster.warps.assign(threads / LANES, {});
+  cluster.stalls.clear();
+  for (int rank = 0; rank < grid.cluster; ++rank)  // the blocks of a cluster need not start at the same time
+    cluster.stalls.insert(cluster.stalls.end(), grid.threads / LANES, grid.cluster == 1 ? 0 : below(LONG_STALL));
+  if (cluster.fibers.size() != threads) cluster.fibers = std::vector<Fiber>(threads);
+  for (Fiber& fiber : cluster.fibers) prepare_fiber(fiber);
+  clear_products(static_cast<int>(threads));
+}
+
+void enter_block_of(int warp) { enter_block(warp * LANES / cluster.grid.threads); }
 
 // Whether any of its threads could run. Then a warp that is not favoured pauses for a little, and any for long now and then:
 // until whatever it has given up is taken.
 bool run_warp(int warp, bool is_favoured) {
-  if (block.stalls[warp] > 0) return --block.stalls[warp], false;
+  if (cluster.stalls[warp] > 0) return --cluster.stalls[warp], false;
   bool ran = false;
+  enter_block_of(warp);
   for (int i = warp * LANES; i < (warp + 1) * LANES; ++i) {
-    Fiber& fiber = block.fibers[i];
+    Fiber& fiber = cluster.fibers[i];
     if (fiber.done || (fiber.condition && !fiber.condition())) continue;
     fiber.condition = nullptr;
-    threadIdx = dim3(i);
-    swapcontext(&block.scheduler, &fiber.context);
+    threadIdx = dim3(i % cluster.grid.threads);
+    swapcontext(&cluster.scheduler, &fiber.context);
     ran = true;
   }
-  if (ran) block.stalls[warp] = by_chance(LONG_STALL_ONE_IN) ? below(LONG_STALL) : is_favoured ? 0 : below(SHORT_STALL);
+  if (ran) cluster.stalls[warp] = by_chance(LONG_STALL_ONE_IN) ? below(LONG_STALL) : is_favoured ? 0 : below(SHORT_STALL);
   return ran;
 }
 
 bool land_a_copy() {
-  if (block.copies.empty() || !by_chance(3)) return false;
-  const auto chosen = block.copies.begin() + below(static_cast<int>(block.copies.size()));
-  const std::function<void()> copy = *chosen;
-  block.copies.erase(chosen);
-  copy();
+  if (cluster.copies.empty() || !by_chance(3)) return false;
+  const auto chosen = cluster.copies.begin() + below(static_cast<int>(cluster.copies.size()));
+  const Copy copy = *chosen;
+  cluster.copies.erase(chosen);
+  enter_block(copy.rank);
+  copy.work();
   return true;
 }
 
-bool are_all_done() {
-  for (const Fiber& fiber : block.fibers)
-    if (!fiber.done) return false;
-  return true;
+bool finish_a_product_of(int warp) {
+  enter_block_of(warp);
+  return finish_a_product(warp);
 }
 
-void run_block() {
-  const int warps = static_cast<int>(block.warps.size()), favoured = below(3);  // a warpgroup that is ahead of the others
-  for (int idle = 0; !are_all_done();) {
+void run_cluster() {
+  const int warps = static_cast<int>(cluster.warps.size()), favoured = below(warps / 4);  // a warpgroup that is ahead
+  for (int idle = 0; running_threads() > 0;) {
     bool happened = false;
     const int first = below(warps);
     for (int i = 0; i < warps; ++i) {
@@ -122,11 +168,11 @@ void run_block() {
       happened |= run_warp(warp, warp / 4 == favoured);
     }
     happened |= land_a_copy();
-    if (chosen == Timing::any) happened |= finish_a_product(below(warps));
+    if (chosen == Timing::any) happened |= finish_a_product_of(below(warps));
     idle = happened ? 0 : idle + 1;
-    if (idle > PATIENCE && block.copies.empty()) fail("LOCKED block %u %u %u", blockIdx.x, blockIdx.y, blockIdx.z);
+    if (idle > PATIENCE && cluster.copies.empty()) fail("LOCKED block %u %u %u", blockIdx.x, blockIdx.y, blockIdx.z);
   }
-  if (!block.copies.empty()) fail("LEFT a copy in flight");
+  if (!cluster.copies.empty()) fail("LEFT a copy in flight");
   if (products_in_flight()) fail("LEFT a product in flight");
 }
 
@@ -151,11 +197,11 @@ void fail(const char* format, ...) {
 
 bool by_chance(int n) { return below(n) == 0; }
 
-void let_others_run() { swapcontext(&block.fibers[threadIdx.x].context, &block.scheduler); }
+void let_others_run() { swapcontext(&cluster.fibers[thread_in_cluster()].context, &cluster.scheduler); }
 
 void wait_until(std::function<bool()> condition) {
   if (condition()) return;
-  block.fibers[threadIdx.x].condition = std::move(condition);
+  cluster.fibers[thread_in_cluster()].condition = std::move(condition);
   let_others_run();
 }
 
@@ -171,39 +217,56 @@ void meet(Meeting& meeting, int threads) {
   wait_until([&meeting, phase] { return meeting.phase != phase; });
 }
 
-Meeting& named_barrier(int id) { return block.named[id]; }
+Meeting& named_barrier(int id) { return block().named[id]; }
 
-void start_copy(std::function<void()> copy) { block.copies.push_back(std::move(copy)); }
+void meet_cluster() {
+  const long phase = cluster.meeting.phase;
+  ++cluster.meeting.arrived;
+  open_meeting_if_all_came();
+  wait_until([phase] { return cluster.meeting.phase != phase; });
+}
+
+int thread_in_cluster() { return cluster.rank * cluster.grid.threads + static_cast<int>(threadIdx.x); }
+int rank_in_cluster() { return cluster.rank; }
+int blocks_together() { return cluster.grid.cluster; }
+
+void start_copy(int rank, std::function<void()> copy) { cluster.copies.push_back({rank, std::move(copy)}); }
 
 uint8_t* shared_at(uint32_t address, size_t bytes) {
-  if (address < FIRST_ADDRESS || address - FIRST_ADDRESS + bytes > block.shared_bytes)
+  const int rank = address < WINDOW ? cluster.rank : static_cast<int>(address / WINDOW) - 1;
+  const uint32_t offset = address % WINDOW - FIRST_ADDRESS;  // of the block's memory; wraps around below it
+  if (rank >= cluster.grid.cluster || offset + bytes > cluster.grid.shared_bytes || offset >= SHARED_BYTES)
     fail("OUTSIDE of shared memory: %zu bytes at %u", bytes, address);
-  return p_shared + address - FIRST_ADDRESS;
+  if (cluster.blocks[rank].running == 0) fail("GONE is block %d of its cluster: %zu bytes at %u", rank, bytes, address);
+  return cluster.blocks[rank].memory + offset;
 }
 
 uint32_t address_of_shared(const void* p) {
-  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - p_shared) + FIRST_ADDRESS;
+  const ptrdiff_t offset = static_cast<const uint8_t*>(p) - block().memory;
+  if (offset < 0 || offset >= static_cast<ptrdiff_t>(SHARED_BYTES)) fail("OUTSIDE of the block's shared memory: a pointer");
+  return static_cast<uint32_t>(offset) + FIRST_ADDRESS;
 }
 
-void run_grid(dim3 grid, int threads, size_t shared_bytes, void (*thread)(void**), void** arguments) {
-  if (shared_bytes > sizeof p_shared || shared_bytes > static_cast<size_t>(shared_bytes_asked_for))
-    fail("REFUSED %zu bytes of shared memory, %d asked for", shared_bytes, shared_bytes_asked_for);
-  block.thread = thread;
-  block.arguments = arguments;
-  block.shared_bytes = shared_bytes;
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        prepare_block(threads);
-        run_block();
+uint32_t address_in(int rank, uint32_t address) { return (rank + 1) * WINDOW + address; }
+
+uint8_t* shared_bytes() { return block().memory; }
+
+void run_grid(const Grid& grid) {
+  if (grid.shared_bytes > SHARED_BYTES || grid.shared_bytes > static_cast<size_t>(shared_bytes_asked_for))
+    fail("REFUSED %zu bytes of shared memory, %d asked for", grid.shared_bytes, shared_bytes_asked_for);
+  if (grid.cluster < 1 || grid.cluster > MOST_BLOCKS || grid.blocks.x % grid.cluster != 0)
+    fail("REFUSED clusters of %d blocks in a row of %u", grid.cluster, grid.blocks.x);
+  cluster.grid = grid;
+  for (unsigned z = 0; z < grid.blocks.z; ++z)
+    for (unsigned y = 0; y < grid.blocks.y; ++y)
+      for (unsigned x = 0; x < grid.blocks.x; x += grid.cluster) {
+        prepare_cluster(dim3(x, y, z));
+        run_cluster();
       }
 }
 
 }  // namespace on_host
 
 void __trap() { on_host::fail("TRAP"); }
-void __syncthreads() {
-  on_host::meet(on_host::named_barrier(0), static_cast<int>(on_host::block.fibers.size()));
-}
-void __syncwarp() { on_host::meet(on_host::block.warps[threadIdx.x / on_host::LANES], on_host::LANES); }
+void __syncthreads() { on_host::meet(on_host::named_barrier(0), on_host::cluster.grid.threads); }
+void __syncwarp() { on_host::meet(on_host::cluster.warps[on_host::thread_in_cluster() / on_host::LANES], on_host::LANES); }

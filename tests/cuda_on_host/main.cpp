@@ -3,7 +3,7 @@
 //   rows ELEMENT WIDTH TIMING SEED        e.g. rows bf16 256 late 1
 //   columns ELEMENT WIDTH TIMING SEED
 //
-// print a line a case, or end with status 1 and what went wrong: WRONG, LOCKED, LEFT, BARRIER, OUTSIDE, ...
+// print a line a case, or end with status 1 and what went wrong: WRONG, LOCKED, LEFT, BARRIER, OUTSIDE, GONE, ...
 #include <cstdlib>
 #include <string>
 

@@ -19,7 +19,7 @@ struct Queue {
   std::vector<Product> open;
   std::deque<std::vector<Product>> committed;
 };
-std::vector<Queue> queues;  // by thread
+std::vector<Queue> queues;  // by thread of the cluster
 
 // PTX ISA, "Matrix Descriptor Format" of wgmma; offsets in bytes.
 struct Descriptor {
@@ -105,10 +105,10 @@ std::vector<float> table_of(Element element) {
 
 }  // namespace
 
-void issue(const Product& product) { queues[threadIdx.x].open.push_back(product); }
+void issue(const Product& product) { queues[thread_in_cluster()].open.push_back(product); }
 
 void commit() {
-  Queue& mine = queues[threadIdx.x];
+  Queue& mine = queues[thread_in_cluster()];
   mine.committed.push_back(std::move(mine.open));
   mine.open.clear();
   if (timing() == Timing::early) await(0);
@@ -116,7 +116,7 @@ void commit() {
 
 void await(size_t pending) {
   __syncwarp();  // all lanes have committed what the first of them to go on carries out for all
-  while (queues[threadIdx.x].committed.size() > pending) finish_a_product(static_cast<int>(threadIdx.x) / LANES);
+  while (queues[thread_in_cluster()].committed.size() > pending) finish_a_product(thread_in_cluster() / LANES);
 }
 
 void clear_products(int threads) { queues.assign(threads, {}); }

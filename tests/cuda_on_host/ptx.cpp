@@ -20,23 +20,28 @@ struct Barrier {
 };
 static_assert(sizeof(Barrier) == sizeof(uint64_t));
 
-Barrier read(const uint64_t* p) {
+Barrier read(uint32_t address) {
   Barrier barrier;
-  memcpy(&barrier, p, sizeof barrier);
-  if (barrier.expected <= 0) fail("BARRIER at %u that nobody initialised, or that was overwritten", shared_address(p));
+  memcpy(&barrier, on_host::shared_at(address, sizeof barrier), sizeof barrier);
+  if (barrier.expected <= 0) fail("BARRIER at %u that nobody initialised, or that was overwritten", address);
   return barrier;
 }
 
-void change(uint64_t* p, int arrivals, int bytes) {
-  Barrier barrier = read(p);
+void change(uint32_t address, int arrivals, int bytes) {
+  Barrier barrier = read(address);
   barrier.pending = static_cast<int8_t>(barrier.pending - arrivals);
   barrier.bytes += bytes;
-  if (barrier.pending < 0) fail("BARRIER at %u has more arrivals than it counts", shared_address(p));
+  if (barrier.pending < 0) fail("BARRIER at %u has more arrivals than it counts", address);
   if (barrier.pending == 0 && barrier.bytes == 0) {
     barrier.pending = barrier.expected;
     ++barrier.completed;
   }
-  memcpy(p, &barrier, sizeof barrier);
+  memcpy(on_host::shared_at(address, sizeof barrier), &barrier, sizeof barrier);
+}
+
+void arrive_at(uint32_t barrier) {
+  change(barrier, 1, 0);
+  if (on_host::by_chance(2)) on_host::let_others_run();  // what follows may come too late
 }
 
 // TMA into a box of 128-byte rows with the 128-byte swizzle; what lies outside of the matrix is 0.
@@ -54,19 +59,17 @@ void fill_box(uint32_t target, const CUtensorMap& map, int column, int row) {
 }  // namespace
 
 uint32_t shared_address(const void* p) { return on_host::address_of_shared(p); }
+uint8_t* dynamic_shared() { return on_host::shared_bytes(); }
 
 void init_barrier(uint64_t* p, int arrivals) {
   const Barrier barrier{static_cast<int8_t>(arrivals), static_cast<int8_t>(arrivals), 0, 0};
   memcpy(p, &barrier, sizeof barrier);
 }
 
-void arrive(uint64_t* barrier) {
-  change(barrier, 1, 0);
-  if (on_host::by_chance(2)) on_host::let_others_run();  // what follows may come too late
-}
-void arrive_expecting(uint64_t* barrier, int bytes) { change(barrier, 1, bytes); }
+void arrive(uint64_t* barrier) { arrive_at(shared_address(barrier)); }
+void arrive_expecting(uint64_t* barrier, int bytes) { change(shared_address(barrier), 1, bytes); }
 
-bool look_at(uint64_t* barrier, uint32_t parity) { return (read(barrier).completed & 1) != parity; }
+bool look_at(uint64_t* barrier, uint32_t parity) { return (read(shared_address(barrier)).completed & 1) != parity; }
 
 void wait(uint64_t* barrier, uint32_t parity) {
   on_host::wait_until([=] { return look_at(barrier, parity); });
@@ -74,19 +77,28 @@ void wait(uint64_t* barrier, uint32_t parity) {
 }
 
 void load_box(uint32_t target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
-  // the map by value: it is a parameter of the kernel, and the thread that asked may be gone by then
-  on_host::start_copy([=, map = *map] {
-    fill_box(target, map, column, row);
-    change(barrier, 0, -map.box_rows * map.box_columns * 2);
-  });
+  load_box_for(static_cast<uint16_t>(1 << rank_in_cluster()), target, map, column, row, barrier);
+}
+
+// The addresses are those of the block that asks: each block of the mask takes them for its own.
+void load_box_for(uint16_t blocks, uint32_t target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+  if (blocks >> on_host::blocks_together() != 0) fail("OUTSIDE of the cluster: a copy to blocks %x", blocks);
+  for (int rank = 0; rank < on_host::blocks_together(); ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    // the map by value: it is a parameter of the kernel, and the thread that asked may be gone by then
+    on_host::start_copy(rank, [=, map = *map, full = shared_address(barrier)] {
+      fill_box(target, map, column, row);
+      change(full, 0, -map.box_rows * map.box_columns * 2);
+    });
+  }
 }
 
 void load_line(float* target, const float* source, int bytes, uint64_t* barrier) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0 || shared_address(target) % 16 != 0)
     fail("UNALIGNED copy of %d bytes", bytes);
-  on_host::start_copy([=] {
+  on_host::start_copy(rank_in_cluster(), [=] {
     memcpy(on_host::shared_at(shared_address(target), bytes), source, bytes);
-    change(barrier, 0, -bytes);
+    change(shared_address(barrier), 0, -bytes);
   });
 }
 
@@ -97,6 +109,10 @@ float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f : y;  // subnormal
 }
+
+int rank_in_cluster() { return on_host::rank_in_cluster(); }
+void meet_cluster() { on_host::meet_cluster(); }
+void arrive_in(int rank, uint64_t* barrier) { arrive_at(on_host::address_in(rank, shared_address(barrier))); }
 
 }  // namespace vmf::cuda
 

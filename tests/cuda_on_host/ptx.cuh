@@ -10,6 +10,7 @@ namespace vmf::cuda {
 #define VMF_DEVICE __attribute__((unused)) inline
 
 uint32_t shared_address(const void* p);
+uint8_t* dynamic_shared();
 
 void init_barrier(uint64_t* barrier, int arrivals);
 inline void publish_barriers() {}
@@ -30,5 +31,11 @@ void wait_at(int barrier, int threads);
 void pass_by(int barrier, int threads);
 
 float exp2_fast(float x);
+
+int rank_in_cluster();
+inline void publish_barriers_to_cluster() {}
+void meet_cluster();
+void arrive_in(int rank, uint64_t* barrier);
+void load_box_for(uint16_t blocks, uint32_t target, const CUtensorMap* map, int column, int row, uint64_t* barrier);
 
 }  // namespace vmf::cuda

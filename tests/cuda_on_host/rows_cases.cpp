@@ -5,6 +5,7 @@
 
 #include "cases.h"
 #include "machine.h"
+#include "tile.cuh"
 
 namespace on_host {
 namespace {
@@ -24,6 +25,7 @@ struct RowCase {
   bool has_value_bias;
   float mean_bias;
   int first_probable;  // prototypes before are as improbable as a finite bias makes them
+  bool in_clusters;    // besides, at widths that have them
 };
 
 struct Inputs {
@@ -46,7 +48,7 @@ Inputs inputs_of(Setting& setting, const RowCase& c) {
   return in;
 }
 
-Outputs outputs_of(const Setting& setting, const RowCase& c, const Inputs& in) {
+Outputs outputs_of(const Setting& setting, const RowCase& c, const Inputs& in, int blocks_in_cluster) {
   const size_t cells = static_cast<size_t>(c.splits) * c.rows;
   Outputs out{std::vector<float>(4 * cells, NAN), std::vector<float>(cells * setting.width, NAN)};
   const bool has_barycentre = c.barycentre != Barycentre::none;
@@ -54,7 +56,7 @@ Outputs outputs_of(const Setting& setting, const RowCase& c, const Inputs& in) {
   const RowPass pass{setting.element, setting.width, c.rows, c.prototypes, c.splits, c.split_size, in.features.bits.data(),
                      in.keys.bits.data(), has_barycentre ? values.bits.data() : nullptr, in.bias.data(),
                      c.has_value_bias ? in.value_bias.data() : nullptr, &TEMPERATURE, out.statistics.data(),
-                     has_barycentre ? out.barycentre.data() : nullptr};
+                     has_barycentre ? out.barycentre.data() : nullptr, blocks_in_cluster};
   if (const int error = row_pass(pass, nullptr)) fail("REFUSED %s: error %d", c.name, error);
   return out;
 }
@@ -105,9 +107,17 @@ void compare_row(Comparison& comparison, const Setting& setting, const RowCase& 
                      allowed_by_rounding(setting.element, sums.size[d]));
 }
 
+void compare_clusters(const Setting& setting, const RowCase& c, const Inputs& in, const Outputs& alone) {
+  const Outputs out = outputs_of(setting, c, in, 2);
+  check_clusters(c.name);
+  check_same("statistics", out.statistics, alone.statistics);
+  check_same("barycentre", out.barycentre, alone.barycentre);
+}
+
 void run(Setting& setting, const RowCase& c) {
   const Inputs in = inputs_of(setting, c);
-  const Outputs out = outputs_of(setting, c, in);
+  const Outputs out = outputs_of(setting, c, in, 1);
+  if (c.in_clusters && setting.width >= vmf::cuda::NARROWEST_IN_CLUSTERS) compare_clusters(setting, c, in, out);
   Comparison comparison;
   for (int i = 0; i < c.splits * c.rows; ++i) compare_row(comparison, setting, c, in, out, i);
   printf("%s: %.2f %016lx\n", c.name, comparison.worst(), static_cast<unsigned long>(comparison.digest()));
@@ -120,12 +130,13 @@ void run_cases(Setting& setting) {
   const int many = 12 * tile;  // panels in the ring, which has 8 slots at most: each is filled for the third time
   const Barycentre none = Barycentre::none, keys = Barycentre::of_keys, own = Barycentre::of_own_values;
   const RowCase cases[] = {
-      {"own values, one split", own, 128, many, 1, many, true, 0, 0},
-      {"own values, a tile a split", own, 128, 256, 256 / tile, tile, false, 0, 0},
-      {"own values, steep", own, 128, 512, 1, 512, true, 700, 130},
-      {"keys as values, two blocks", keys, 256, 512, 1, 512, false, 0, 0},
-      {"keys as values, the last split empty", keys, 128, 768, 3, 384, false, 0, 0},
-      {"no values, the last split short", none, 128, 768, 2, 512, false, 0, 0},
+      {"own values, one split", own, 128, many, 1, many, true, 0, 0, false},
+      {"own values, a tile a split", own, 128, 256, 256 / tile, tile, false, 0, 0, false},
+      {"own values, steep", own, 128, 512, 1, 512, true, 700, 130, false},
+      {"own values, two blocks, the last split empty", own, 256, 512, 2, 512, true, 0, 0, true},
+      {"keys as values, two blocks", keys, 256, 512, 1, 512, false, 0, 0, true},
+      {"keys as values, the last split empty", keys, 128, 768, 3, 384, false, 0, 0, false},
+      {"no values, the last split short", none, 128, 768, 2, 512, false, 0, 0, false},
   };
   for (const RowCase& c : cases) run(setting, c);
 }

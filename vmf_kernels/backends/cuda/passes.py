@@ -21,11 +21,19 @@ from vmf_kernels.backends.triton.tiles import Layout, Tile
 
 
 class CudaKernels:
-    """``Kernels`` of the operator, from csrc/cuda."""
+    """``Kernels`` of the operator, from csrc/cuda.
+
+    Args:
+        blocks_in_cluster: 1, or 2 for two blocks of threads at a time that stream keys and values together, where they pair up
+            (csrc/cuda/stream.h). The results are the same.
+    """
 
     pack_prototypes = staticmethod(pack_prototypes)
     pack_networks = staticmethod(pack_networks)
     pull_back = staticmethod(pull_back)
+
+    def __init__(self, blocks_in_cluster: int = 1) -> None:
+        self.blocks_in_cluster = blocks_in_cluster
 
     def tile(self, name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
         """The same for every pass, so that the rows or prototypes of one serve all."""
@@ -71,6 +79,7 @@ class CudaKernels:
             barycentre=binding.address(
                 None if values is None else parts.barycentre, at, splits * rows.shape[0] * width
             ),
+            blocks_in_cluster=self.blocks_in_cluster,
         )
         return merged_over_ranks(parts, group, has_values=values is not None)
 
@@ -102,10 +111,12 @@ class CudaKernels:
             vectors=binding.address(out.vectors, at, count * dim),
             bias_gradient=binding.address(out.bias_gradient, at, count),
             usage=binding.address(out.usage, at, count),
+            blocks_in_cluster=self.blocks_in_cluster,
         )
 
 
 CUDA = CudaKernels()
+CUDA_CLUSTERS = CudaKernels(blocks_in_cluster=2)  # no backend takes them until they were measured
 
 
 def _side(side: Side | None) -> Any:
