@@ -268,6 +268,18 @@ def cuda_section(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]
     return {"cuda": found}, cuda.faults(found)
 
 
+def written(value: Any, indent: str = "") -> str:
+    """JSON with a line for each field of a report, and for each element of a list in it: a kernel, a launch."""
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        fields = ",\n".join(f"{inner}{json.dumps(key)}: {written(field, inner)}" for key, field in value.items())
+        return f"{{\n{fields}\n{indent}}}"
+    if isinstance(value, list) and value:
+        elements = ",\n".join(f"{inner}{json.dumps(element)}" for element in value)
+        return f"[\n{elements}\n{indent}]"
+    return json.dumps(value)
+
+
 def _kept(options: argparse.Namespace) -> dict[str, Any]:
     """What the report's file has, if it is of the same part."""
     old: dict[str, Any] = {"arch": options.arch}
@@ -303,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        options.json.write_text(written(content) + "\n")
     return 1 if found else 0
 
 
