@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-LINE = re.compile(r"^(?:(?P<label>\.\w+):|\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<operation>[A-Z0-9_.]+)(?P<operands>[^;]*))")
+LINE = re.compile(
+    r"^(?:(?P<label>\.\w+):|\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<operation>[A-Z0-9_.]+)(?P<operands>[^;]*))"
+)
 TARGET = re.compile(r"`\((\.\w+)\)")
 RESULTLESS = re.compile(r"\S*\s+RZ,")  # after the operation up to its shape
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA", "QGMMA", "IMMA")
@@ -38,7 +40,9 @@ class Loop:
 
     instructions: int  # from the target of the branch back up to that branch, with it
     skippable: int  # of these, what conditional branches may jump over inside the loop
-    exposed: int  # of these, from a wait for all products (sm_90) to the next product: nothing else of the warp runs then
+    exposed: (
+        int  # of these, from a wait for all products (sm_90) to the next product: nothing else of the warp runs then
+    )
     matrix: int  # of these, tensor-core instructions
 
 
