@@ -3,9 +3,15 @@
     python -m bench.compile_report --arch 90 --json bench/results/compiled/sm_90.json
     python -m bench.compile_report --arch 90 --kernels cuda --json ...    only those of csrc/cuda, the others' report is kept
 
+A report names the Triton that compiled it. The one that GPUs with torch 2.11 have, 3.6.0, has reports of its own:
+
+    python -m venv other && sed 's/^triton==.*/triton==3.6.0/' constraints.txt > other/constraints.txt
+    other/bin/pip install -c other/constraints.txt torch triton numpy setuptools
+    other/bin/python -m bench.compile_report --arch 90 --kernels triton --json bench/results/compiled/triton_3.6.0/sm_90.json
+
 Runs the operator on untouched CPU tensors at K = 65,536 for every embedding dim and precision of the tile table, records
 each launch of a Triton kernel, and compiles the different ones as the launch would: registers, spills, shared memory against
-what the part has, tensor-core instructions. Compiles csrc/cuda with nvcc, where there is one (``bench.cuda.report``). Exits
+what the part has, tensor-core instructions, the instructions of the loops that hold them. Compiles csrc/cuda with nvcc, where there is one (``bench.cuda.report``). Exits
 with 1 if a kernel spills, does not fit, or misses its tensor cores.
 
 Legend: S / T student / teacher rows, K prototypes, D embedding dim.
