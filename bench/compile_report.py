@@ -11,8 +11,8 @@ A report names the Triton that compiled it. The one that GPUs with torch 2.11 ha
 
 Runs the operator on untouched CPU tensors at K = 65,536 for every embedding dim and precision of the tile table, records
 each launch of a Triton kernel, and compiles the different ones as the launch would: registers, spills, shared memory against
-what the part has, tensor-core instructions, the instructions of the loops that hold them. Compiles csrc/cuda with nvcc, where there is one (``bench.cuda.report``). Exits
-with 1 if a kernel spills, does not fit, or misses its tensor cores.
+what the part has, tensor-core instructions, the instructions of the loops that hold them. Compiles csrc/cuda with nvcc, where
+there is one (``bench.cuda.report``). Exits with 1 if a kernel spills, does not fit, or misses its tensor cores.
 
 Legend: S / T student / teacher rows, K prototypes, D embedding dim.
 """
