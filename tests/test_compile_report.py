@@ -192,7 +192,7 @@ def test_a_written_report_is_read_back_and_has_a_line_for_each_kernel() -> None:
     text = written(content)
     assert json.loads(text) == content
     assert sum('"kernel"' in line for line in text.splitlines()) == 2
-    assert len(text.splitlines()) == 12, text
+    assert len(text.splitlines()) == 13, text
 
 
 def test_the_table_has_a_cell_for_every_column() -> None:
