@@ -3,10 +3,16 @@
     python -m bench.compile_report --arch 90 --json bench/results/compiled/sm_90.json
     python -m bench.compile_report --arch 90 --kernels cuda --json ...    only those of csrc/cuda, the others' report is kept
 
+A report names the Triton that compiled it. The one that GPUs with torch 2.11 have, 3.6.0, has reports of its own:
+
+    python -m venv other && sed 's/^triton==.*/triton==3.6.0/' constraints.txt > other/constraints.txt
+    other/bin/pip install -c other/constraints.txt torch triton numpy setuptools
+    other/bin/python -m bench.compile_report --arch 90 --kernels triton --json bench/results/compiled/triton_3.6.0/sm_90.json
+
 Runs the operator on untouched CPU tensors at K = 65,536 for every embedding dim and precision of the tile table, records
 each launch of a Triton kernel, and compiles the different ones as the launch would: registers, spills, shared memory against
-what the part has, tensor-core instructions. Compiles csrc/cuda with nvcc, where there is one (``bench.cuda.report``). Exits
-with 1 if a kernel spills, does not fit, or misses its tensor cores.
+what the part has, tensor-core instructions, the instructions of the loops that hold them. Compiles csrc/cuda with nvcc, where
+there is one (``bench.cuda.report``). Exits with 1 if a kernel spills, does not fit, or misses its tensor cores.
 
 Legend: S / T student / teacher rows, K prototypes, D embedding dim.
 """
@@ -268,6 +274,18 @@ def cuda_section(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]
     return {"cuda": found}, cuda.faults(found)
 
 
+def written(value: Any, indent: str = "") -> str:
+    """JSON with a line for each field of a report, and for each element of a list in it: a kernel, a launch."""
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        fields = ",\n".join(f"{inner}{json.dumps(key)}: {written(field, inner)}" for key, field in value.items())
+        return f"{{\n{fields}\n{indent}}}"
+    if isinstance(value, list) and value:
+        elements = ",\n".join(f"{inner}{json.dumps(element)}" for element in value)
+        return f"[\n{elements}\n{indent}]"
+    return json.dumps(value)
+
+
 def _kept(options: argparse.Namespace) -> dict[str, Any]:
     """What the report's file has, if it is of the same part."""
     old: dict[str, Any] = {"arch": options.arch}
@@ -303,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        options.json.write_text(written(content) + "\n")
     return 1 if found else 0
 
 

@@ -1,31 +1,41 @@
-"""The time each kernel should take, from what it must compute and move; stated before anything was measured.
+"""The time each kernel should take, from what it must compute, issue and move; stated before anything was measured.
 
-    python -m bench.roofline
+    python -m bench.roofline            prints the tables of ROOFLINE.md
+    python -m bench.roofline --write    puts them there
 
-prints the table of ROOFLINE.md for an H200: DINO-vMF under weight norm, fp32 weights, bf16 products, K = 65,536, D = 256.
+For an H200 and an H100: DINO-vMF under weight norm, fp32 weights, bf16 products, K = 65,536, D = 256. Instructions are those
+that the committed compile reports counted in the loops of the shipped kernels.
 
 Legend: S / T student / teacher rows, R rows of either, K prototypes, D embedding dim.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from vmf_kernels.backends.triton.launch import Target
+from bench.rates import GPUS, H200, Rates
 from vmf_kernels.backends.triton.passes import WORKSPACE_BYTES
 from vmf_kernels.backends.triton.tiles import Tile, split_count, tile_of
 
-H200 = Target(90, 132)
-PRODUCT_RATE = 790e12  # FLOP/s of cuBLAS in bf16 on random data; the part's peak is 989e12
-MEMORY_RATE = 4.3e12  # bytes/s of a device-to-device copy, read and written
-L2_RATE = 5.5e12  # bytes/s: an assumption, from public measurements of the same generation
-CLOCK = 1.755e9
-EXPONENTIALS = 16 * 132 * CLOCK  # a second, on the special-function units
-LAUNCH = 2e-6  # seconds from one kernel to the next on the device, at least
+PAGE = Path(__file__).with_name("ROOFLINE.md")
+COMPILED = Path(__file__).parent / "results" / "compiled"
+TRITON_REPORT = COMPILED / "triton_3.6.0" / "sm_90.json"  # the version that comes with the torch of the GPUs at hand
+CUDA_REPORT = COMPILED / "sm_90.json"
+TARGET = H200.target  # of the tiles and the splits; both parts have as many multiprocessors
 PROTOTYPES, DIM = 65_536, 256
 WORKLOADS = {"640/128": (640, 128), "1280/256": (1280, 256), "3771/3771": (3771, 3771), "16384/16384": (16384, 16384)}
 VIEWS = 2  # of the teacher, that a student row looks at
+CUDA_TILE = Tile(128, 64, warps=8)  # csrc/cuda/tile.cuh at D = 256; the warps that form products
+CUDA_KERNELS = {
+    "rows, values are the keys": "assign_rows<(Element)0, 256, (Values)1>",
+    "rows, own values": "assign_rows<(Element)0, 256, (Values)2>",
+    "columns": "gather_columns<(Element)0, 256>",
+}
 
 
 class Cost(NamedTuple):
@@ -34,27 +44,51 @@ class Cost(NamedTuple):
     kernel: str
     operations: float = 0.0
     exponentials: float = 0.0
+    instructions: float = 0.0  # of warps, in the loops with products
+    exposed: float = 0.0  # of these, while the warp has no product in flight
     memory: float = 0.0
     l2: float = 0.0
+    shared_memory: float = 0.0  # bytes
     fullness: float = 1.0  # share of the multiprocessors' time that has work, by whole waves of whole blocks
 
-    @property
-    def seconds(self) -> float:
-        """The slowest of memory, L2, and products with the exponentials after them: Triton overlaps no two of a program."""
-        compute = self.operations / PRODUCT_RATE + self.exponentials / EXPONENTIALS
-        return max(compute / self.fullness, self.memory / MEMORY_RATE, self.l2 / L2_RATE, LAUNCH)
+    def parts(self, gpu: Rates) -> tuple[float, ...]:
+        """Seconds of products, exponentials, all instructions, exposed ones, shared memory, memory, L2; each by itself."""
+        return (
+            self.operations / gpu.products,
+            self.exponentials / gpu.exponentials,
+            self.instructions / gpu.instructions,
+            self.exposed / gpu.instructions,
+            self.shared_memory / gpu.shared_memory,
+            self.memory / gpu.copies,
+            self.l2 / gpu.l2,
+        )
+
+    def in_turns(self, gpu: Rates) -> float:
+        """Seconds of a Triton kernel: its warps wait for their products, then for the softmax step, then multiply again.
+
+        In a softmax step the exponentials and the instructions issued share the time: the longer of the two counts. What is
+        issued while products run costs nothing.
+        """
+        products, exponentials, issue, exposed, _, memory, l2 = self.parts(gpu)
+        compute = max(products + max(exponentials, exposed), issue)
+        return max(compute / self.fullness, memory, l2, gpu.launch)
+
+    def at_once(self, gpu: Rates) -> float:
+        """Seconds of a kernel of csrc/cuda, whose softmax runs under products: the slowest resource."""
+        *on_chip, _, shared_memory, memory, l2 = self.parts(gpu)
+        return max(max(*on_chip, shared_memory) / self.fullness, memory, l2, gpu.launch)
 
 
 def costs(students: int, teachers: int) -> Iterator[Cost]:
-    """Every launch of a forward and backward pass, in order."""
+    """Every launch of a forward and backward pass with Triton's kernels, in order."""
     matrix = PROTOTYPES * DIM
     for side in ("student's", "teacher's"):
         yield Cost(f"pack_prototypes, {side}", memory=matrix * (4 + 2))
     yield Cost("pack_rows", memory=(students + 2 * teachers) * DIM * (2 + 2))
-    teacher_splits, row_pass = _row_pass("teacher", teachers, 2)
+    teacher_splits, row_pass = _row_pass("teacher", teachers)
     yield row_pass
     yield Cost("merge, teacher", memory=(teacher_splits + 1) * teachers * DIM * 4)
-    student_splits, row_pass = _row_pass("student", students, 1)
+    student_splits, row_pass = _row_pass("student", students)
     yield row_pass
     yield Cost("finish_students", memory=(student_splits + 1 + VIEWS) * students * DIM * 4)
     yield Cost("sum_losses", memory=(students + teachers) * 16)
@@ -64,40 +98,113 @@ def costs(students: int, teachers: int) -> Iterator[Cost]:
         yield Cost(f"scale {gradient}, by 1")
 
 
-def table(workload: str) -> str:
-    """Markdown of one workload, microseconds."""
+def cuda_costs(students: int, teachers: int) -> Iterator[Cost]:
+    """The three passes of csrc/cuda."""
+    student, teacher, columns = CUDA_KERNELS
+    for name, rows, matrices in ((student, students, 1), (teacher, teachers, 2)):
+        blocks, prototype_blocks = -(-rows // CUDA_TILE.rows), PROTOTYPES // CUDA_TILE.prototypes
+        (loop,) = cuda_loops(name)
+        _, cost = _streamed(name, rows, matrices, CUDA_TILE)
+        yield _with_issue(cost, loop, blocks * prototype_blocks, matrices)
+    blocks = PROTOTYPES // CUDA_TILE.rows
+    cost = _columns(columns, students, teachers, blocks, blocks / _steps(blocks, CUDA_TILE))
+    for loop, rows, matrices in zip(cuda_loops(columns), (students, teachers), (1, 2), strict=True):
+        cost = _with_issue(cost, loop, blocks * -(-rows // CUDA_TILE.prototypes), matrices)
+    yield cost
+
+
+def table(workload: str, gpu: Rates) -> str:
+    """Markdown of one workload with Triton's kernels, microseconds."""
     students, teachers = WORKLOADS[workload]
     lines = [
-        f"### {workload} rows",
+        f"### {workload} rows on an {gpu.name}",
         "",
-        "| kernel | products | exponentials | memory | L2 | waves full | expected |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | products | exponentials | issue | exposed | memory | L2 | waves full | expected |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     total = 0.0
     for cost in costs(students, teachers):
-        parts = (
-            cost.operations / PRODUCT_RATE,
-            cost.exponentials / EXPONENTIALS,
-            cost.memory / MEMORY_RATE,
-            cost.l2 / L2_RATE,
-        )
-        cells = " | ".join(f"{1e6 * part:.0f}" if part else "" for part in parts)
-        total += cost.seconds
-        lines.append(f"| {cost.kernel} | {cells} | {cost.fullness:.0%} | {1e6 * cost.seconds:.0f} |")
+        products, exponentials, issue, exposed, _, memory, l2 = cost.parts(gpu)
+        seconds = cost.in_turns(gpu)
+        cells = _cells(products, exponentials, issue, exposed, memory, l2)
+        lines.append(f"| {cost.kernel} | {cells} | {cost.fullness:.0%} | {1e6 * seconds:.0f} |")
+        total += seconds
     rate = 8 * (students + teachers) * PROTOTYPES * DIM / total / 1e12
-    lines.append(f"| **all** | | | | | | **{1e6 * total:.0f}** ({rate:.0f} TFLOP/s) |")
+    lines.append(f"| **all** | | | | | | | | **{1e6 * total:.0f}** ({rate:.0f} TFLOP/s) |")
     return "\n".join(lines)
 
 
-def _row_pass(name: str, rows: int, matrices: int) -> tuple[int, Cost]:
-    """Splits, and the cost of the row pass that reads this many matrices of prototypes."""
-    tile = tile_of(name, H200, "16-bit", DIM, rows)
+def cuda_table(gpu: Rates) -> str:
+    """Markdown of the passes of csrc/cuda, microseconds."""
+    lines = [
+        f"### csrc/cuda on an {gpu.name}",
+        "",
+        "| rows | pass | products | exponentials | issue | shared memory | memory | L2 | waves full | expected | TFLOP/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for workload, (students, teachers) in WORKLOADS.items():
+        for cost in cuda_costs(students, teachers):
+            products, exponentials, issue, _, shared_memory, memory, l2 = cost.parts(gpu)
+            seconds = cost.at_once(gpu)
+            cells = _cells(products, exponentials, issue, shared_memory, memory, l2)
+            rate = f"{1e6 * seconds:.0f} | {cost.operations / seconds / 1e12:.0f}"
+            lines.append(f"| {workload} | {cost.kernel} | {cells} | {cost.fullness:.0%} | {rate} |")
+    return "\n".join(lines)
+
+
+def tables() -> str:
+    """Everything between the page's markers."""
+    parts = [*(table(workload, gpu) for gpu in GPUS for workload in WORKLOADS), *map(cuda_table, GPUS)]
+    return "\n\n".join(parts)
+
+
+def cuda_loops(name: str) -> list[dict[str, int]]:
+    """The loops of a kernel of csrc/cuda, from the committed report."""
+    kernels = json.loads(CUDA_REPORT.read_text())["cuda"]["kernels"]
+    found: list[dict[str, int]] = next(row["loops"] for row in kernels if row["kernel"] == CUDA_KERNELS[name])
+    return found
+
+
+def triton_loops(name: str, tile: Tile) -> list[dict[str, int]]:
+    """The loops of a pass with this tile, from the committed report: of its launches the longest.
+
+    Raises:
+        LookupError: the report has no such kernel.
+    """
+    kernel, mode, count = {
+        "student": ("assign_rows_kernel", "keys", 1),
+        "teacher": ("assign_rows_kernel", "own", 1),
+        "columns": ("gather_columns_kernel", "", 2),
+    }[name]
+    wanted: dict[str, Any] = {"kernel": kernel, "mode": mode, "dim": DIM, "dtype": "bfloat16"}
+    wanted |= {"tile": f"{tile.rows} x {tile.prototypes}", "num_warps": tile.warps, "num_stages": tile.stages}
+    rows = [row for row in json.loads(TRITON_REPORT.read_text())["kernels"] if wanted.items() <= row.items()]
+    found: list[list[dict[str, int]]] = [row["loops"] for row in rows if len(row["loops"]) == count]
+    if not found:
+        raise LookupError(f"{TRITON_REPORT.name} has no {name} pass with {tile}; run python -m bench.compile_report")
+    return max(found, key=lambda loops: sum(loop["instructions"] for loop in loops))
+
+
+def _row_pass(name: str, rows: int) -> tuple[int, Cost]:
+    """Splits, and the cost of Triton's row pass."""
+    tile = tile_of(name, TARGET, "16-bit", DIM, rows)
+    splits, cost = _streamed(name, rows, {"student": 1, "teacher": 2}[name], tile)
+    (loop,) = triton_loops(name, tile)
+    turns = tile.warps * -(-rows // tile.rows) * (PROTOTYPES // tile.prototypes)
+    kernel = f"assign_rows, {name}, {splits} splits"
+    return splits, cost._replace(
+        kernel=kernel, instructions=float(turns * loop["instructions"]), exposed=float(turns * loop["exposed"])
+    )
+
+
+def _streamed(name: str, rows: int, matrices: int, tile: Tile) -> tuple[int, Cost]:
+    """Splits, and the cost of a row pass that reads this many matrices of prototypes, but for its instructions."""
     blocks, prototype_blocks = -(-rows // tile.rows), PROTOTYPES // tile.prototypes
     most = max(1, WORKSPACE_BYTES // (blocks * tile.rows * DIM * 4))
-    splits = split_count(blocks, prototype_blocks, H200.multiprocessors, most)
+    splits = split_count(blocks, prototype_blocks, TARGET.multiprocessors, most)
     matrix = matrices * PROTOTYPES * DIM * 2
     return splits, Cost(
-        f"assign_rows, {name}, {splits} splits",
+        name,
         operations=4.0 * rows * PROTOTYPES * DIM,
         exponentials=float(rows * PROTOTYPES),
         memory=matrix + splits * rows * DIM * 4,
@@ -107,23 +214,65 @@ def _row_pass(name: str, rows: int, matrices: int) -> tuple[int, Cost]:
 
 
 def _column_pass(students: int, teachers: int) -> Cost:
-    tile = tile_of("columns", H200, "16-bit", DIM)
+    tile = tile_of("columns", TARGET, "16-bit", DIM)
     blocks = PROTOTYPES // tile.prototypes
+    cost = _columns("gather_columns", students, teachers, blocks, blocks / _steps(blocks, tile))
+    for loop, rows in zip(triton_loops("columns", tile), (students, teachers), strict=True):
+        turns = tile.warps * blocks * -(-rows // tile.rows)
+        cost = cost._replace(
+            instructions=cost.instructions + turns * loop["instructions"],
+            exposed=cost.exposed + turns * loop["exposed"],
+        )
+    return cost
+
+
+def _columns(name: str, students: int, teachers: int, blocks: int, fullness: float) -> Cost:
+    """A column pass, but for its instructions."""
     return Cost(
-        "gather_columns",
+        name,
         operations=4.0 * (students + teachers) * PROTOTYPES * DIM,
         exponentials=float((students + teachers) * PROTOTYPES),
         memory=PROTOTYPES * DIM * (2 + 2 + 4),
         l2=blocks * (students + 2 * teachers) * DIM * 2,
-        fullness=blocks / _steps(blocks, tile),
+        fullness=fullness,
+    )
+
+
+def _with_issue(cost: Cost, loop: dict[str, int], tiles: int, matrices: int) -> Cost:
+    """With the instructions of so many tiles of csrc/cuda, and what they move in shared memory.
+
+    What the loop may jump over, the rescaling, it jumps over nearly always. Each group of 64 queries reads queries and keys for
+    the logits and values for the sums; copies write keys, and values where they are another matrix.
+    """
+    groups, panel = CUDA_TILE.rows // 64, CUDA_TILE.prototypes * DIM * 2
+    moved = groups * (64 * DIM * 2 + 2 * panel) + matrices * panel
+    return cost._replace(
+        instructions=cost.instructions + tiles * CUDA_TILE.warps * (loop["instructions"] - loop["skippable"]),
+        shared_memory=cost.shared_memory + tiles * moved,
     )
 
 
 def _steps(programs: int, tile: Tile) -> int:
     """Programs that would run in the time of these, were every multiprocessor always busy."""
-    at_once = H200.multiprocessors * (2 if tile.warps == 4 else 1)
+    at_once = TARGET.multiprocessors * (2 if tile.warps == 4 else 1)
     return at_once * -(-programs // at_once)
 
 
+def _cells(*seconds: float) -> str:
+    """Microseconds; empty where there is nothing."""
+    return " | ".join(f"{1e6 * each:.0f}" if each else "" for each in seconds)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the tables into ROOFLINE.md")
+    if not parser.parse_args(arguments).write:
+        print(tables())
+        return
+    text = PAGE.read_text()
+    between = re.compile(r"(?<=<!-- table -->\n).*(?=\n<!-- /table -->)", re.DOTALL)
+    PAGE.write_text(between.sub(lambda _: tables(), text))
+
+
 if __name__ == "__main__":
-    print("\n\n".join(table(workload) for workload in WORKLOADS))
+    main()

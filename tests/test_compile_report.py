@@ -29,6 +29,7 @@ from bench.compile_report import (
     is_served,
     source_digest,
     table,
+    written,
 )
 from tests.test_tiles import UNSERVED
 from vmf_kernels.backends.triton import launch, tiles
@@ -37,6 +38,8 @@ from vmf_kernels.backends.triton.tiles import NEEDED, PRECISIONS, TABLE_PATH, WI
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "bench" / "results" / "compiled"
 ARCHITECTURES = (80, 90, 100)
+PINNED = next(line[8:] for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("triton=="))
+VERSIONS = {PINNED: COMMITTED, "3.6.0": COMMITTED / "triton_3.6.0"}  # Triton's, and where its reports are
 ENTRY = {"rows": 64, "prototypes": 64, "chosen_by": "a test"}
 FIELDS = {"kernel", "mode", "dim", "products", "dtype", "tile", "num_warps", "num_stages", "limit"} | {
     "registers",
@@ -46,6 +49,7 @@ FIELDS = {"kernel", "mode", "dim", "products", "dtype", "tile", "num_warps", "nu
     "matrix",
     "bulk_copies",
     "asynchronous_copies",
+    "loops",
 }
 # A tile that the shared memory has not room for even in one stage of the three.
 TOO_LARGE = """
@@ -179,6 +183,18 @@ def test_what_is_no_fault_is_not_found(changes: dict[str, Any]) -> None:
     assert not found, f"{found}"
 
 
+def test_a_written_report_is_read_back_and_has_a_line_for_each_kernel() -> None:
+    content = {
+        "arch": 90,
+        "kernels": [good_row(), good_row(loops=[{"matrix": 1}])],
+        "cuda": {"kernels": [], "x": ["y"]},
+    }
+    text = written(content)
+    assert json.loads(text) == content
+    assert sum('"kernel"' in line for line in text.splitlines()) == 2
+    assert len(text.splitlines()) == 13, text
+
+
 def test_the_table_has_a_cell_for_every_column() -> None:
     lines = table([good_row(), good_row(bulk_copies=0)]).splitlines()
     assert len({line.count("|") for line in lines}) == 1, "\n".join(lines)
@@ -247,27 +263,52 @@ def test_only_sizes_of_the_table_change_the_digest(
     assert (source_digest() != before) is changes
 
 
-def regenerate(arch: int) -> str:
-    return f"regenerate it: python -m bench.compile_report --arch {arch} --json bench/results/compiled/sm_{arch}.json"
+def regenerate(arch: int, version: str) -> str:
+    path = (VERSIONS[version] / f"sm_{arch}.json").relative_to(ROOT)
+    return f"with triton {version} run: python -m bench.compile_report --arch {arch} --kernels triton --json {path}"
 
 
-@pytest.fixture(params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(params=[(arch, version) for version in VERSIONS for arch in ARCHITECTURES], ids=str)
 def committed(request: pytest.FixtureRequest) -> dict[str, Any]:
-    path = COMMITTED / f"sm_{request.param}.json"
-    assert path.exists(), f"{path.name} is missing; {regenerate(request.param)}"
+    """Of one part, by one version of Triton."""
+    arch, version = request.param
+    path = VERSIONS[version] / f"sm_{arch}.json"
+    assert path.exists(), f"{path.name} is missing; {regenerate(arch, version)}"
     report: dict[str, Any] = json.loads(path.read_text())
-    assert report["arch"] == request.param
-    assert all(row.keys() == FIELDS for row in report["kernels"]), f"other fields; {regenerate(request.param)}"
+    assert (report["arch"], report["triton"]) == (arch, version), (
+        f"of another part or version; {regenerate(arch, version)}"
+    )
+    assert all(row.keys() == FIELDS for row in report["kernels"]), f"other fields; {regenerate(arch, version)}"
     return report
 
 
 def test_the_committed_report_is_of_this_code(committed: dict[str, Any]) -> None:
-    assert committed["source"] == source_digest(), f"the kernels have changed since; {regenerate(committed['arch'])}"
+    assert committed["source"] == source_digest(), (
+        f"changed since; {regenerate(committed['arch'], committed['triton'])}"
+    )
 
 
 def test_the_committed_report_has_no_fault(committed: dict[str, Any]) -> None:
     found = faults(committed["kernels"])
     assert not found, f"{found}"
+
+
+def test_a_committed_report_with_a_spill_has_a_fault(committed: dict[str, Any]) -> None:
+    """Negative control: of any one entry."""
+    committed["kernels"][-1]["spills"] = 2
+    found = faults(committed["kernels"])
+    assert len(found) == 1, f"{found}"
+    assert "spills 2 times" in found[0]
+
+
+def test_the_committed_report_counts_the_loops_of_the_passes(committed: dict[str, Any]) -> None:
+    """Two in a column pass, students and teachers, but for its usage alone; one in a row pass."""
+    for row in committed["kernels"]:
+        if row["kernel"] == "assign_rows_kernel" and row["products"] == "16-bit" and committed["arch"] == 90:
+            assert len(row["loops"]) == 1, f"{row}"
+        for loop in row["loops"]:
+            assert loop["instructions"] > loop["matrix"] > 0, f"{row}"
+            assert max(loop["skippable"], loop["exposed"]) < loop["instructions"], f"{row}"
 
 
 def test_the_committed_report_covers_the_table(committed: dict[str, Any]) -> None:
@@ -279,7 +320,7 @@ def test_the_committed_report_covers_the_table(committed: dict[str, Any]) -> Non
     }
     passes = [row for row in committed["kernels"] if row["kernel"] in WITH_PRODUCTS]
     missing = expected - {(row["dim"], row["products"], row["dtype"]) for row in passes}
-    assert not missing, f"{sorted(missing)} are not in it; {regenerate(arch)}"
+    assert not missing, f"{sorted(missing)} are not in it; {regenerate(arch, committed['triton'])}"
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("16-bit", True), ("tf32", False), ("ieee", False)])

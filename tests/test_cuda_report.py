@@ -94,6 +94,7 @@ def test_a_kernel_s_numbers_are_found(good: dict[str, Any]) -> None:
         "remarks": [],
     }
     assert (row["matrix"], row["bulk_copies"], row["given_back"], row["taken"]) == (1, 1, [24], [240])
+    assert row["loops"] == [], "its product is in no loop"
     assert row["static_shared"] > 0
     assert row["dynamic_shared"] == 200 * 1024
     assert row["limit"] == SHARED_MEMORY[90]
@@ -190,6 +191,7 @@ def good_row(**changes: Any) -> dict[str, Any]:
     row |= {"threads": 384, "most_threads": 384, "spills": 0, "static_shared": 1024, "dynamic_shared": 231_424}
     row |= {"unasked_shared": 0, "limit": SHARED_MEMORY[90], "matrix": 8, "bulk_copies": 4, "asynchronous_copies": 0}
     row |= {"multicast_copies": 0, "cluster": 1}
+    row |= {"loops": []}
     return row | {"remarks": [], "launched_by": ["row_pass bf16 D256, own values"]} | changes
 
 

@@ -41,7 +41,9 @@ from vmf_kernels.backends.triton.tiles import (
 )
 
 CPU = torch.device("cpu")
-GOOD = Compiled(registers=255, spills=0, shared=1, tensor_memory=0, matrix=1, bulk_copies=0, asynchronous_copies=1)
+GOOD = Compiled(
+    registers=255, spills=0, shared=1, tensor_memory=0, matrix=1, bulk_copies=0, asynchronous_copies=1, loops=()
+)
 ENTRY = {"rows": 64, "prototypes": 64, "chosen_by": "a test"}
 
 

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def _rows(built: Built, cases: Iterable[Case], arch: int) -> Iterator[dict[str, 
             "multicast_copies": kernel.multicast_copies,
             "cluster": max((launch.cluster for _, launch in launched), default=1),
             "asynchronous_copies": kernel.asynchronous_copies,
+            "loops": [asdict(loop) for loop in kernel.loops],
             "remarks": list(kernel.remarks),
             "launched_by": [name for name, _ in launched],
         }

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.ahead_of_time import tool
+from bench.machine_code import Loop, loops, parsed
 
 TARGETS = {80: "80", 86: "86", 90: "90a", 100: "100"}  # with its own instructions where those are used
 FLAGS = ("-O3", "-std=c++17", "-lineinfo")  # setup.py's: they decide what is compiled
 REMARKS = re.compile(r"warning|setmaxnreg|serializ|performance loss", re.IGNORECASE)
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*)", re.MULTILINE)
-RESULTLESS = re.compile(r"\S*\s+RZ,")  # after the operation up to its shape
 NAMESPACES = ("vmf::cuda::", "(anonymous namespace)::")
 
 
@@ -41,6 +40,7 @@ class Kernel:
     bulk_copies: int  # TMA loads
     multicast_copies: int  # of these, into several blocks
     asynchronous_copies: int  # cp.async loads
+    loops: tuple[Loop, ...]  # those with tensor-core instructions
     given_back: tuple[int, ...]  # registers that warpgroups keep after setmaxnreg.dec
     taken: tuple[int, ...]  # registers that warpgroups have after setmaxnreg.inc
     remarks: tuple[str, ...]  # of the assembler
@@ -101,7 +101,7 @@ def kernels(code: Path, log: str = "", ptx: str = "") -> list[Kernel]:
     """The kernels in a cubin; ``log`` is what ptxas -v said, ``ptx`` what it read, where they are known."""
     usage = run([str(tool("cuobjdump")), "--dump-resource-usage", str(code)])
     registers = {name: int(number) for name, number in re.findall(r"Function (\w+):\s+REG:(\d+)", usage)}
-    # without the analysis of branches: only labels would need it
+    # without the analysis of data flow: branches show their targets without it
     disassembly = run([str(tool("nvdisasm")), "-c", "-ndf", str(code)])
     parts = re.split(r"^\s*\.section\s+\.text\.(\w+),.*$", disassembly, flags=re.MULTILINE)
     bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -114,16 +114,13 @@ def kernels(code: Path, log: str = "", ptx: str = "") -> list[Kernel]:
 
 
 def _kernel(name: str, registers: int, body: str, said: str, remarks: tuple[str, ...], ptx: str) -> Kernel:
-    # a commit of no products is one of them without a result
-    instructions = [
-        each for each in INSTRUCTION.findall(body) if not (each[0].startswith("HGMMA") and RESULTLESS.match(each[1]))
-    ]
+    code = parsed(body)
 
     def count(*prefixes: str) -> int:
-        return sum(operation.startswith(prefixes) for operation, _ in instructions)
+        return sum(each.operation.startswith(prefixes) for each in code.instructions)
 
     def moved(way: str) -> tuple[int, ...]:
-        wanted = [operands for operation, operands in instructions if operation.startswith(f"USETMAXREG.{way}")]
+        wanted = [each.operands for each in code.instructions if each.operation.startswith(f"USETMAXREG.{way}")]
         return tuple(int(re.findall(r"0x[0-9a-f]+|\b\d+\b", operands)[-1], 0) for operands in wanted)
 
     static = re.search(r"(\d+) bytes smem", said)
@@ -136,10 +133,11 @@ def _kernel(name: str, registers: int, body: str, said: str, remarks: tuple[str,
         static_shared=int(static[1]) if static else 0,
         most_threads=sides[0] * sides[1] * sides[2] if sides else None,
         spills=count("LDL", "STL"),
-        matrix=count("HMMA", "HGMMA", "UTCHMMA"),
+        matrix=sum(each.is_product for each in code.instructions),
         bulk_copies=count("UTMALDG"),
         multicast_copies=sum("MULTICAST" in operation for operation, _ in instructions),
         asynchronous_copies=count("LDGSTS"),
+        loops=loops(code),
         given_back=moved("DEALLOC"),
         taken=moved("TRY_ALLOC"),
         remarks=remarks,

@@ -38,7 +38,10 @@ struct Cluster {
 
   // All threads, last: a block that has ended can no longer be arrived at, and the other may have slots left to release.
   static VMF_DEVICE void end() {
-    if constexpr (!IS_ALONE) meet_cluster();
+    if constexpr (!IS_ALONE) {
+      __syncwarp();  // the producer's thread comes long after its warp's others, and they must meet as one
+      meet_cluster();
+    }
   }
 
   // A box of this block's share, into the same place of every block.
