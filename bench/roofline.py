@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.rates import GPUS, H200, Rates
-from vmf_kernels.backends.triton.passes import WORKSPACE_BYTES
-from vmf_kernels.backends.triton.tiles import Tile, split_count, tile_of
+from vmf_kernels.backends.triton.passes import splits_of
+from vmf_kernels.backends.triton.tiles import Tile, tile_of
 
 PAGE = Path(__file__).with_name("ROOFLINE.md")
 COMPILED = Path(__file__).parent / "results" / "compiled"
@@ -32,9 +32,9 @@ WORKLOADS = {"640/128": (640, 128), "1280/256": (1280, 256), "3771/3771": (3771,
 VIEWS = 2  # of the teacher, that a student row looks at
 CUDA_TILE = Tile(128, 64, warps=8)  # csrc/cuda/tile.cuh at D = 256; the warps that form products
 CUDA_KERNELS = {
-    "rows, values are the keys": "assign_rows<(Element)0, 256, (Values)1>",
-    "rows, own values": "assign_rows<(Element)0, 256, (Values)2>",
-    "columns": "gather_columns<(Element)0, 256>",
+    "rows, values are the keys": "assign_rows<(Element)0, 256, (Values)1, 1>",
+    "rows, own values": "assign_rows<(Element)0, 256, (Values)2, 1>",
+    "columns": "gather_columns<(Element)0, 256, 1>",
 }
 
 
@@ -82,8 +82,7 @@ class Cost(NamedTuple):
 def costs(students: int, teachers: int) -> Iterator[Cost]:
     """Every launch of a forward and backward pass with Triton's kernels, in order."""
     matrix = PROTOTYPES * DIM
-    for side in ("student's", "teacher's"):
-        yield Cost(f"pack_prototypes, {side}", memory=matrix * (4 + 2))
+    yield Cost("pack_networks", memory=2 * matrix * (4 + 2))
     yield Cost("pack_rows", memory=(students + 2 * teachers) * DIM * (2 + 2))
     teacher_splits, row_pass = _row_pass("teacher", teachers)
     yield row_pass
@@ -200,8 +199,7 @@ def _row_pass(name: str, rows: int) -> tuple[int, Cost]:
 def _streamed(name: str, rows: int, matrices: int, tile: Tile) -> tuple[int, Cost]:
     """Splits, and the cost of a row pass that reads this many matrices of prototypes, but for its instructions."""
     blocks, prototype_blocks = -(-rows // tile.rows), PROTOTYPES // tile.prototypes
-    most = max(1, WORKSPACE_BYTES // (blocks * tile.rows * DIM * 4))
-    splits = split_count(blocks, prototype_blocks, TARGET.multiprocessors, most)
+    splits, _ = splits_of(blocks * tile.rows, PROTOTYPES, tile, TARGET.multiprocessors, DIM)
     matrix = matrices * PROTOTYPES * DIM * 2
     return splits, Cost(
         name,

@@ -58,15 +58,24 @@ def padded_rows(rows: int, tiles: list[Tile]) -> int:
 
 def shared_out(rows: Tensor, keys: PackedPrototypes, values: PackedPrototypes | None, tile: Tile) -> tuple[int, int]:
     """(N, prototypes of each split but the last) of a row pass with this tile, all of whose parts are launched."""
-    count, width = rows.shape[0], keys.layout.width
-    prototype_blocks = keys.weight.shape[0] // tile.prototypes
+    prototypes, width = keys.weight.shape
+    multiprocessors = launch.target_of(rows.device).multiprocessors
+    return splits_of(rows.shape[0], prototypes, tile, multiprocessors, width if values is not None else 0)
+
+
+def splits_of(rows: int, prototypes: int, tile: Tile, multiprocessors: int, width: int) -> tuple[int, int]:
+    """As ``shared_out``, of padded sizes.
+
+    Args:
+        width: columns of the barycentre; 0 without one.
+    """
+    prototype_blocks = prototypes // tile.prototypes
     most, part_blocks = prototype_blocks, 0.0
-    if values is not None:
-        most = max(1, WORKSPACE_BYTES // (count * width * 4))
+    if width:
+        most = max(1, WORKSPACE_BYTES // (rows * width * 4))
         # programs that share a barycentre store a share of it, but each forms all logits: (2 + 2 / parts) / 4 of the products
         part_blocks = PROTOTYPES_A_PART / tile.prototypes * 2 / (1 + tile.parts)
-    row_blocks = count // tile.rows * tile.parts
-    splits = split_count(row_blocks, prototype_blocks, launch.target_of(rows.device).multiprocessors, most, part_blocks)
+    splits = split_count(rows // tile.rows * tile.parts, prototype_blocks, multiprocessors, most, part_blocks)
     split_blocks = -(-prototype_blocks // splits)
     return -(-prototype_blocks // split_blocks), split_blocks * tile.prototypes
 
