@@ -164,7 +164,11 @@ BREAKS = (
         "BARRIER",
     ),
     Break(
-        "no-meeting-at-the-end", "cluster.cuh", (("if constexpr (!IS_ALONE) meet_cluster();", ""),), "columns", "GONE"
+        "no-meeting-at-the-end",
+        "cluster.cuh",
+        (("if constexpr (!IS_ALONE) {\n      __syncwarp();", "if constexpr (false) {\n      __syncwarp();"),),
+        "columns",
+        "GONE",
     ),
 )
 
