@@ -157,7 +157,8 @@ struct Networks {
 // prototypes, networks).
 template <class Weight, class Packed, int N, int CHUNKS>
 __global__ void __launch_bounds__(BLOCK_THREADS) pack_prototypes_kernel(const __grid_constant__ Networks networks) {
-  const Packing& packing = networks.network[blockIdx.y];
+  // not by an index, which takes a stack on some parts
+  const Packing& packing = blockIdx.y == 0 ? networks.network[0] : networks.network[1];
   const StoredPrototypes& prototypes = packing.prototypes;
   const int i_first = (blockIdx.x * WARPS + threadIdx.x / LANES) * PACKED_BY_A_WARP;
   const auto* p_weight = static_cast<const Weight*>(prototypes.weight);
