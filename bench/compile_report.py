@@ -52,6 +52,7 @@ from vmf_kernels.backends.triton.tiles import (
     tile_of,
 )
 from vmf_kernels.pairing import Pairing
+from vmf_kernels.prepared import drop_prepared, keep_prepared
 from vmf_kernels.prototypes import Prototypes
 
 KERNELS = Path(TABLE_PATH).parent
@@ -197,7 +198,10 @@ def _operator(configuration: Configuration, kind: str) -> None:
         operator.cross_entropy(inputs)
         operator.cross_entropy(inputs._replace(feature_gradient=False, prototype_gradient=False))
     operator.usage(student, weight, temperature, None)
-    operator.row_log_sum_exp(student, weight, temperature)
+    keep_prepared(weight)
+    for bias in (None, torch.empty(PROTOTYPES)):  # the second time from the norms that were kept
+        operator.row_log_sum_exp(student, weight, temperature, bias)
+    drop_prepared(weight)
     operator.column_log_sum_exp(student, weight, temperature, torch.empty(len(student)))
 
 

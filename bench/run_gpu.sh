@@ -22,9 +22,10 @@ slug=$(printf '%s' "$name" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-' | 
 folder=$(realpath -m "${2:-${OUT:-$(dirname "$0")/results/$slug}}")
 after=$(realpath -m "${3:-$folder}")
 cd "$(dirname "$0")/.." || exit
-export PYTHONPATH="$PWD:$PWD/python" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 mkdir -p "$folder"
 nvidia-smi --id=0 --format=csv \
     --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.used 2>/dev/null
+"$python" -c 'import torch, triton'  # from a cold disk they take long: once, before many processes want them, and counted
 exec "$python" -m bench.gpu "$1" --out "$folder" --after "$after" --seconds $((total - SECONDS)) "${dry[@]}"

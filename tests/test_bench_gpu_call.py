@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -362,11 +363,46 @@ def test_the_script_says_how_it_is_used() -> None:
     assert "run_gpu.sh first" in done.stderr
 
 
-def test_a_call_that_cannot_start_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_call_goes_on_with_the_first_one_s_results_wherever_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    options = argparse.Namespace(after=None, out=tmp_path / "out")
+    assert program.first_results(options, "gpu") is None
+    assert "first light first" in capsys.readouterr().out
+    committed = tmp_path / "bench" / "results" / "gpu" / "head.json"
+    for path in (committed, tmp_path / "out" / "head.json"):  # the latter is asked first
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        assert program.first_results(options, "gpu") == path
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_call_names_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        program.main(["second", "--dry-run", "--out", str(tmp_path)])
-    assert "goes on with the first one's results" in capsys.readouterr().err
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            program.main(["first"])
-        assert "--dry-run" in capsys.readouterr().err
+        program.main(["first"])
+    assert "--dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "left_out", "bounded"),
+    [
+        ("cuda/columns/bf16/256", "hung", ("cuda",), True),
+        ("cuda/columns/bf16/256", "wrong", (), False),  # is timed all the same
+        ("cuda/columns/bf16/64", "hung", (), True),
+        ("cuda-clusters/columns/bf16/256", "hung", ("cuda clusters",), False),
+        ("cuda-clusters/rows-own/fp16/256", "died", ("cuda clusters",), False),
+        ("cuda-clusters/rows-own/fp16/384", "died", (), False),
+    ],
+)
+def test_who_is_left_out_of_the_passes(name: str, status: str, left_out: tuple[str, ...], bounded: bool) -> None:
+    """By first light; kernels that no backend takes yet cost nobody else's time."""
+    data = {"stages": {}, "results": {"first light cuda": {"results": {name: {"status": status}}}}}
+    assert jobs.distrusted(data) == left_out
+    assert plan.has_hung(data) is bounded
+
+
+def test_a_first_light_that_fails_itself_is_not_ok() -> None:
+    """Its exit code is that of a wrong kernel."""
+    crashed = jobs.verdict(Ended(1, "Traceback"), {"cuda/columns/bf16/256": {"status": "right"}})
+    assert crashed["status"] == "failed"

@@ -18,6 +18,7 @@ from vmf_kernels.backends.cuda import CudaBackend
 from vmf_kernels.backends.native import NativeBackend
 from vmf_kernels.backends.triton import TritonBackend
 from vmf_kernels.operators import operator
+from vmf_kernels.prepared import prepared_of
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_freed
 from vmf_kernels.ranks import group_named, name_of
 from vmf_kernels.tensors import is_readable
@@ -233,7 +234,8 @@ def _detached(bias: Tensor | None) -> Tensor | None:
 
 def _flat(features: Tensor, prototypes: Prototypes) -> tuple[Tensor, Tensor, Tensor | None, str]:
     """The leading arguments of every op: torch.library takes tensors, not a dataclass."""
-    stored = prototypes.as_read()
+    # those that something is kept for are detached already, and would lose it
+    stored = prototypes.detach() if prepared_of(prototypes) is None else prototypes
     return features.detach(), stored.weight, stored.magnitude, prototypes.kind
 
 

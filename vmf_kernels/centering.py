@@ -331,9 +331,8 @@ class ProbabilityCenter(Center):
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         rows = teacher.detach().flatten(0, -2)
-        sums = LogSums(rows, temperature, bias, self.backend, self.prototype_group)
-        total = sums.over_rows(sums.over_prototypes())
-        sums.end()
+        with LogSums(rows, temperature, bias, self.backend, self.prototype_group) as sums:
+            total = sums.over_rows(sums.over_prototypes())
         return total, total.new_full((), float(rows.shape[0]))
 
     def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

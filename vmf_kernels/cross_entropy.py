@@ -108,7 +108,7 @@ def prototype_cross_entropy(
     )
     check_pairing(pairing, teacher_features.shape[0], student_features.shape[0])
     check_weights(pairing)
-    student, teacher = student_prototypes, teacher_prototypes.as_read()
+    student, teacher = student_prototypes, teacher_prototypes.detach()
     outputs = _cross_entropy_op(
         student_features,
         student.weight,

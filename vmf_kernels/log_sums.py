@@ -23,10 +23,10 @@ ROWS_AT_ONCE = 64  # of stored logits: 16 MiB of fp32 at K = 65,536
 
 @dataclass(frozen=True, eq=False)
 class LogSums:
-    """Sums over ``l = logits / temperature + bias``, detached; what is prepared for one serves all, and a loss that follows.
+    """Sums over ``l = logits / temperature + bias``, detached; ``with`` it, what is prepared for one serves all.
 
     Args:
-        logits: [R, K] raw, not divided by the temperature; R may be 0.
+        logits: [R, K] raw, detached, not divided by the temperature; R may be 0.
         temperature: positive.
         bias: [K] nats that stored logits lack (the vMF log-normaliser), or None; None for logits that are not stored.
         backend: of the streaming passes, see ``choose_backend``.
@@ -46,11 +46,14 @@ class LogSums:
         check_bias(self.bias, self.logits.shape[-1], "bias")
         if isinstance(self.logits, PrototypeLogits) and self.bias is not None:
             raise ValueError("bias is given for PrototypeLogits, whose prototypes already bring theirs; expected None")
+
+    def __enter__(self) -> LogSums:
+        """Until the end, nobody changes the prototypes: they are prepared once for all sums."""
         if isinstance(self.logits, PrototypeLogits):
             keep_prepared(self.logits.prototypes)
+        return self
 
-    def end(self) -> None:
-        """No more sums, nor a loss with the same teacher, are to come: what was prepared for them is freed."""
+    def __exit__(self, *error: object) -> None:
         if isinstance(self.logits, PrototypeLogits):
             drop_prepared(self.logits.prototypes)
 

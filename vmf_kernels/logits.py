@@ -87,7 +87,7 @@ class PrototypeLogits(UnstoredRows):
 
     def detach(self) -> PrototypeLogits:
         """Cut off from autograd."""
-        return PrototypeLogits(self.features.detach(), self.prototypes.as_read())
+        return PrototypeLogits(self.features.detach(), self.prototypes.detach())
 
     def max(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Any:
         """As ``Tensor.max``: of all logits, or (values, indices) along a dim; values get the gradient of the logit named."""

@@ -6,7 +6,7 @@ Legend: K prototypes, D embedding dim. ``w_k`` is the effective prototype, ``tau
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,10 +49,6 @@ class Prototypes:
     kind: str
     severed: bool = False
 
-    # of ``as_read``; no fields of the dataclass, in which torch would look for the tensors of a module's output
-    _read = cast("Prototypes | None", None)
-    is_read = False
-
     @property
     def count(self) -> int:
         """Number of prototypes K."""
@@ -88,34 +84,13 @@ class Prototypes:
     def detach(self) -> Prototypes:
         """The same prototypes cut off from autograd."""
         magnitude = None if self.magnitude is None else self.magnitude.detach()
-        return Prototypes(
-            self.weight.detach(), magnitude, self.kind
-        )  # severed no more: on purpose, so nothing is lost unseen
-
-    def as_read(self) -> Prototypes:
-        """``detach``, but one object as long as the stored tensors lie where they are.
-
-        So what was prepared of it serves every pass over one output of a head: ``vmf_kernels.prepared``.
-        """
-        read = self if self.is_read else self._read
-        if read is None or read.requires_grad or not read.lies_with(self):
-            read = self.detach()
-            if has_memory(self.weight):
-                self._read, self.is_read, read.is_read = read, False, True
-        return read
+        # severed no more: on purpose, so nothing is lost unseen
+        return Prototypes(self.weight.detach(), magnitude, self.kind)
 
     @property
     def requires_grad(self) -> bool:
         """Whether a stored tensor requires a gradient."""
         return self.weight.requires_grad or (self.magnitude is not None and self.magnitude.requires_grad)
-
-    def lies_with(self, other: Prototypes) -> bool:
-        """Whether both are views of the same memory; False for tensors that have none of their own."""
-        pairs = [(self.weight, other.weight), (self.magnitude, other.magnitude)]
-        return all(
-            (one is None and two is None) or (one is not None and two is not None and _is_same_view(one, two))
-            for one, two in pairs
-        )
 
     def effective_weight(self) -> Tensor:
         """[K, D] effective prototypes ``w_k``, differentiable; a zero row stays zero."""
@@ -306,12 +281,6 @@ def _safe_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _safe_reciprocal(norm: Tensor) -> Tensor:
     # a zero row has no direction: it stays zero and gets no gradient, where 1/0 would spread NaN
     return torch.where(norm > 0, norm, torch.inf).reciprocal()
-
-
-def _is_same_view(one: Tensor, two: Tensor) -> bool:
-    if not (has_memory(one) and has_memory(two)):
-        return False
-    return one.data_ptr() == two.data_ptr() and one.shape == two.shape and one.stride() == two.stride()
 
 
 def _checked_weight(weight: Tensor, name: str) -> Tensor:

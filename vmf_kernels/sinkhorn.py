@@ -76,10 +76,10 @@ class SinkhornKnopp(nn.Module):
             ValueError: the temperature is not positive, or the bias has not K elements.
         """
         rows = teacher.detach().flatten(0, -2)
-        sums = LogSums(rows, temperature, bias, self.backend, self.prototype_group)
-        dual_K = self._prototype_dual(sums, sums.new_offsets())
-        for _ in range(self.iterations - 1):
-            dual_K = self._prototype_dual(sums, sums.over_prototypes(dual_K))
+        with LogSums(rows, temperature, bias, self.backend, self.prototype_group) as sums:
+            dual_K = self._prototype_dual(sums, sums.new_offsets())
+            for _ in range(self.iterations - 1):
+                dual_K = self._prototype_dual(sums, sums.over_prototypes(dual_K))
         return dual_K
 
     forward = target_bias

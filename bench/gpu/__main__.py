@@ -26,7 +26,7 @@ from bench.gpu.settings import ROOT, Settings
 from bench.gpu.tables import gpu_table, short_table
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("call", choices=sorted(plan.PLANS), help="which plan")
@@ -45,12 +45,23 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, argparse.ArgumentPa
         parser.error("no GPU is visible to torch; --dry-run runs every stage at toy sizes on the CPU")
     if (options.stage is None) != (options.part is None):
         parser.error("--stage and --part go together")
-    return options, parser
+    return options
+
+
+def first_results(options: argparse.Namespace, name: str) -> Path | None:
+    """``head.json`` of the first call, named, in the folder of the results or committed; None, and a word, without one."""
+    folders = [options.after, options.out, ROOT / "bench" / "results" / name]
+    for folder in filter(None, folders):
+        if (folder / "head.json").exists():
+            return Path(folder / "head.json")
+    looked = ", ".join(str(folder) for folder in folders if folder is not None)
+    print(f"no head.json of a first call in {looked}: going on without, first light first", flush=True)
+    return None
 
 
 def main(arguments: list[str]) -> None:
     """Run what the command line asks for."""
-    options, parser = parse(arguments)
+    options = parse(arguments)
     name = "dry-run" if options.dry_run else slug(torch.cuda.get_device_name())
     on_triton = not options.dry_run or os.environ.get("TRITON_INTERPRET") == "1"
     seconds, stages = plan.PLANS[options.call]
@@ -65,11 +76,7 @@ def main(arguments: list[str]) -> None:
     if options.stage is not None:
         run_stage(options.stage, settings, Record(options.part), tuple(options.skip))
         return
-    earlier = (options.after or settings.out) / "head.json" if options.call == "second" else None
-    if earlier is not None and not earlier.exists():
-        parser.error(
-            f"the second call goes on with the first one's results, and there is no {earlier}; name their folder"
-        )
+    earlier = first_results(options, name) if options.call == "second" else None
     record = drive(settings, stages, earlier)
     (settings.out / "report.md").write_text(gpu_table(record.data) + "\n")
     print(short_table(record.data))

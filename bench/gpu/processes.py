@@ -24,6 +24,7 @@ import torch
 from bench.gpu.settings import ROOT, Settings
 
 INTERRUPT_SECONDS = 8  # for a process to write what it has after SIGINT
+REAP_SECONDS = 10  # for a killed process to be gone
 READER_SECONDS = 2  # for the last lines of a process that has ended: one that it left behind may hold the pipe
 START_SECONDS = 6.0  # of a stage's process, until it can look at the clock: it imports torch
 LOOK_SECONDS = 1.0  # between two looks at what a stage has recorded
@@ -60,7 +61,7 @@ class Running:
     """A process in a session of its own, the checkout on its path; each line goes to the log after the stage's name."""
 
     def __init__(self, command: list[str], title: str, log: Path, **environment: str) -> None:
-        path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
         variables = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
         self.lines: list[str] = []
         self.process = subprocess.Popen(
@@ -93,7 +94,8 @@ class Running:
                 answered = False
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # compile workers outlive their parent otherwise
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold one whose kernel hangs
+            self.process.wait(REAP_SECONDS)
         self.reader.join(READER_SECONDS)
         look()
         return Ended(code, "\n".join(self.lines), answered)

@@ -21,7 +21,7 @@ COUNT = 300
 TERMS, NORM = 4, 2.0  # signs of a row, and so its norm
 ZERO_ROW = 5  # has no direction
 TAU = 0.5
-ROUNDED = 2.0**-20  # relative, of a bias: two roundings
+ROUNDED = 2.0**-18  # relative: a few roundings, some by a GPU's approximate square root and division
 NORMALISER = 2.0**-10  # of a bias with the von Mises-Fisher normaliser: enough to tell one prototype from another
 
 

@@ -39,7 +39,7 @@ from vmf_kernels.backends.triton.rows import (
     sum_losses,
 )
 from vmf_kernels.backends.triton.tiles import Layout, Tile, has_tile, tile_of
-from vmf_kernels.prepared import drop_prepared, prepared_of
+from vmf_kernels.prepared import prepared_of
 from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 
 LOG2_E = 1.4426950408889634
@@ -133,7 +133,10 @@ def cross_entropy(inputs: LossInputs, kernels: Kernels = TRITON) -> LossOutputs:
     features, teacher_features = inputs.student_features, inputs.teacher_features
     dtype = product_dtype(features, teacher_features)
     with launch.on_device(features):
-        student, teacher = prepared_networks(inputs, dtype, kernels)
+        temperatures = inputs.student_temperature, inputs.teacher_temperature
+        student, teacher = kernels.pack_networks(
+            inputs.student, inputs.teacher, temperatures, inputs.teacher_bias, dtype
+        )
         layout = student.layout
         own = "student" if inputs.feature_gradient else "scores"  # only equation (4) has the student's barycentre
         own_tile = kernels.tile(own, features, layout)
@@ -246,31 +249,16 @@ def product_dtype(*rows: Tensor) -> torch.dtype:
     return dtype if all(other.dtype == dtype for other in rows) else torch.float32
 
 
-def prepared_networks(
-    inputs: LossInputs, dtype: torch.dtype, kernels: Kernels
-) -> tuple[PackedPrototypes, PackedPrototypes]:
-    """Both networks' prototypes as the passes read them: in one launch, unless the teacher's have been kept until now."""
-    student, teacher = inputs.student, inputs.teacher
-    temperatures = inputs.student_temperature, inputs.teacher_temperature
-    if prepared_of(teacher) is None:
-        return kernels.pack_networks(student, teacher, temperatures, inputs.teacher_bias, dtype)
-    kept = prepared(teacher, temperatures[1], inputs.teacher_bias, dtype, kernels)
-    drop_prepared(teacher)  # no other pass is to come
-    return kernels.pack_prototypes(student, temperatures[0], None, dtype), kept
-
-
 def prepared(
     prototypes: Prototypes, temperature: Tensor, bias: Tensor | None, dtype: torch.dtype, kernels: Kernels
 ) -> PackedPrototypes:
-    """Prototypes as the passes read them; kept where more passes have been announced (``vmf_kernels.prepared``)."""
+    """Prototypes as the passes read them; kept where other sums over them follow (``vmf_kernels.prepared``)."""
     room, key = prepared_of(prototypes), (type(kernels), dtype)
     if room is None:
         return kernels.pack_prototypes(prototypes, temperature, bias, dtype)
-    kept: PackedPrototypes | None = room.get(prototypes, key)
-    if kept is not None:
-        return with_bias(kept, prototypes, temperature, bias)
-    kept = kernels.pack_prototypes(prototypes, temperature, bias, dtype, keeps_norms=True)
-    room.put(prototypes, key, kept)
+    if key in room:
+        return with_bias(room[key], prototypes, temperature, bias)
+    room[key] = kept = kernels.pack_prototypes(prototypes, temperature, bias, dtype, keeps_norms=True)
     return kept
 
 
