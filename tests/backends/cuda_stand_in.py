@@ -171,6 +171,7 @@ class StandIn:
     """The module's functions; ``damage(name, arguments by name)`` may change the arguments of each call."""
 
     archs = ("80", "90a", "100")
+    source_digest, has_bounded_waits = "of a stand-in", False
     Element, Stored, Kind, Queue = Element, Stored, Kind, Queue
     Expansion, StoredPrototypes, Packing, Side = Expansion, StoredPrototypes, Packing, Side
 
