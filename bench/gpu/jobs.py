@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.gpu import ceilings, counters, errors, head, passes, processes, suite
+from bench.gpu import ceilings, counters, errors, head, passes, plan, processes, suite
 from bench.gpu.losses import ALL, BESIDE, QUICK
 from bench.gpu.processes import Ended, Running
 from bench.gpu.record import Record, Under, attempt
@@ -26,10 +26,8 @@ BOUNDED = ROOT / "build" / "bounded"  # where a module lies whose waits trap ins
 FIRST_LIGHT_RESERVE = 4.0  # seconds for it to write what it has
 TRITON_WORKERS = 12
 LEAST_SECONDS = 8.0  # below which no stage is started: importing torch takes a good part of it
-FINE, UNDECIDED = (
-    ("right", "absent"),
-    ("not reached", "slow", "unavailable"),
-)  # statuses of its variants; others are bad
+# statuses of its variants; others are bad
+FINE, UNDECIDED = ("right", "absent"), ("not reached", "slow", "unavailable")
 TUNED_WIDTH = 256
 
 
@@ -87,10 +85,8 @@ def first_light(work: Work) -> Entry:
         return ended.status() | ({"status": "failed"} if ended.code == 0 else {})
     data = json.loads(found.read_text())
     work.record.put("results", work.stage, value=data)
-    for known in (
-        found,
-        folder / "first_light.txt",
-    ):  # in the record, in the log: few files may come back from a machine
+    # in the record, in the log: few files may come back from a machine
+    for known in (found, folder / "first_light.txt"):
         known.unlink(missing_ok=True)
     if not list(folder.iterdir()):
         folder.rmdir()
@@ -111,8 +107,7 @@ def verdict(ended: Ended, results: dict[str, Any]) -> Entry:
 
 def hung_variants(data: dict[str, Any]) -> list[str]:
     """Names such as "cuda/columns/bf16/256" of what did not come back in first light."""
-    results = data["results"].get("first light cuda", {}).get("results", {})
-    return [name for name, one in results.items() if one["status"] == "hung"]
+    return [name for name, one in plan.first_light(data).items() if one["status"] == "hung"]
 
 
 def race_check(work: Work) -> Entry:
@@ -192,8 +187,7 @@ def distrusted(data: dict[str, Any]) -> tuple[str, ...]:
     """Variants that were seen to hang: a process sat in one of them past its limit, and no Python ran; slow ones are not."""
     stages = data["stages"].values()
     found = {name for entry in stages for name in (entry.get("hung_in"), *entry.get("lost_the_device", ())) if name}
-    results = data["results"].get("first light cuda", {}).get("results", {})
-    for name, one in results.items():
+    for name, one in plan.first_light(data).items():
         kernels = name.split("/")[0].replace("-", " ")  # "cuda clusters", as ``passes`` calls them
         # kernels that no backend takes yet are left out for less: nothing waits for their rates
         ended = ("hung",) if kernels in BESIDE else ("hung", "died", "failed")

@@ -89,10 +89,15 @@ def has_module(data: Data) -> bool:
     return bool(data.get("dry_run")) or is_ok("module", data) or is_ok("build", data)
 
 
+def first_light(data: Data) -> Mapping[str, Any]:
+    """What became of each CUDA kernel in first light, by names such as "cuda/columns/bf16/256"; none before it ran."""
+    results: Mapping[str, Any] = data["results"].get("first light cuda", {}).get("results", {})
+    return results
+
+
 def has_hung(data: Data) -> bool:
     """Whether a kernel of the backend did not come back in first light; those that no backend takes yet can wait."""
-    results = data["results"].get("first light cuda", {}).get("results", {})
-    return any(one["status"] == "hung" and name.startswith("cuda/") for name, one in results.items())
+    return any(one["status"] == "hung" and name.startswith("cuda/") for name, one in first_light(data).items())
 
 
 NEEDS: dict[str, Callable[[str, Data], bool]] = {

@@ -55,8 +55,8 @@ class CudaKernels:
         """As ``backends.triton.passes.row_pass``."""
         width = keys.layout.width
         own_values = values is not None and values is not keys
-        parts = 1 if values is None else binding.module().column_parts(width=width)
-        block = Tile(tile.rows, binding.module().prototype_tile(width=width, own_values=own_values), parts)
+        column_parts = 1 if values is None else binding.module().column_parts(width=width)
+        block = Tile(tile.rows, binding.module().prototype_tile(width=width, own_values=own_values), column_parts)
         splits, split_size = shared_out(rows, keys, values, block)
         parts = empty_parts(rows, splits, values)
         has_value_bias = name == "teacher" and values is not None and values.has_bias
