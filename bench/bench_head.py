@@ -22,7 +22,7 @@ from bench.memory import peak_extra_mib
 from bench.workloads import Inputs, Workload
 from tests.published import PublishedDINOLoss
 from vmf_kernels import DINOLoss, DINOvMFLoss
-from vmf_kernels.assign import BACKENDS
+from vmf_kernels.backends.choice import BACKENDS
 from vmf_kernels.backends.native.module import has_bf16_products
 
 Step = Callable[[], object]

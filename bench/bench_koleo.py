@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.memory import peak_extra_mib
 from bench.workloads import TOY, Workload
 from vmf_kernels.diagnostics import unique_prototypes
-from vmf_kernels.koleo import PrototypeKoLeoLoss
+from vmf_kernels.losses.prototype_koleo import PrototypeKoLeoLoss
 
 ROUNDS = 3
 SHARE_UNIQUE = {"distinct": 1.0, "collapsed": 0.01}  # 1 % is the share published heads end with

@@ -37,7 +37,8 @@ import bench.cuda.report as cuda
 from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, Compiled, Launch, compile_launch, recording
 from bench.cuda.toolchain import MissingToolError
 from bench.pass_case import DTYPES, MANY_ROWS, PROTOTYPES, PassCase
-from vmf_kernels.backends.contract import LossInputs
+from vmf_kernels.backends.contract import LossInputs, RowInputs
+from vmf_kernels.backends.prepared import drop_prepared, keep_prepared
 from vmf_kernels.backends.triton.launch import Target
 from vmf_kernels.backends.triton.prototypes import scale_in_place
 from vmf_kernels.backends.triton.tiles import (
@@ -52,7 +53,6 @@ from vmf_kernels.backends.triton.tiles import (
     tile_of,
 )
 from vmf_kernels.pairing import Pairing
-from vmf_kernels.prepared import drop_prepared, keep_prepared
 from vmf_kernels.prototypes import Prototypes
 
 KERNELS = Path(TABLE_PATH).parent
@@ -197,12 +197,13 @@ def _operator(configuration: Configuration, kind: str) -> None:
         inputs = LossInputs(student, weight, teacher, weight, bias, pairing, temperature, temperature, True, True)
         operator.cross_entropy(inputs)
         operator.cross_entropy(inputs._replace(feature_gradient=False, prototype_gradient=False))
-    operator.usage(student, weight, temperature, None)
+    rows = RowInputs(student, weight, temperature)
+    operator.usage(rows)
     keep_prepared(weight)
     for bias in (None, torch.empty(PROTOTYPES)):  # the second time from the norms that were kept
-        operator.row_log_sum_exp(student, weight, temperature, bias)
+        operator.row_log_sum_exp(rows._replace(bias=bias))
     drop_prepared(weight)
-    operator.column_log_sum_exp(student, weight, temperature, torch.empty(len(student)))
+    operator.column_log_sum_exp(rows, torch.empty(len(student)))
 
 
 def _stored_logits(configuration: Configuration) -> None:

@@ -34,7 +34,7 @@ from vmf_kernels import (
     SinkhornKnopp,
     vmf_prototypes,
 )
-from vmf_kernels.centering import Center
+from vmf_kernels.centering.running_mean import Center
 
 PROTOTYPES, DIM, IN_DIM, CROPS = 301, 24, 12, 4
 BUDGET = 1e-5  # relative, in norm

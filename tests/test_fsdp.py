@@ -37,7 +37,7 @@ from vmf_kernels import (
     TeacherTargets,
     unique_prototypes,
 )
-from vmf_kernels.fuse import fuse_head
+from vmf_kernels.heads.fuse import fuse_head
 
 PROTOTYPES, DIM, IN_DIM, CROPS, IMAGES, STEPS = 301, 24, 12, 4, 8, 3
 BUDGET = 1e-10  # relative, in norm, of fp64: three steps amplify the rounding of fp32 to more than 1e-5

@@ -21,8 +21,8 @@ from vmf_kernels import (
     prototype_usage,
     weight_norm_prototypes,
 )
-from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.native import module
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.testing import Problem, dense_outcome, library_outcome, random_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Triton's interpreter

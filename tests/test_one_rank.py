@@ -33,7 +33,7 @@ from vmf_kernels import (
     SinkhornKnopp,
     weight_norm_prototypes,
 )
-from vmf_kernels.centering import Center
+from vmf_kernels.centering.running_mean import Center
 from vmf_kernels.compat import dinov2, lightly
 from vmf_kernels.ranks import count_ranks
 

@@ -24,9 +24,9 @@ from vmf_kernels import (
     prototype_usage,
     unique_prototypes,
 )
-from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.native import module
 from vmf_kernels.compat import dinov2, dinov3, ibot, lightly, solo
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 
 SOURCES = sorted(Path(vmf_kernels.__file__).parent.rglob("*.py"))
 MADE = {"empty", "zeros", "ones", "full", "tensor", "arange", "linspace", "eye", "rand", "randn", "empty_strided"}

@@ -1,17 +1,25 @@
 """The loss head of self-distillation, exact and streaming: no [rows, prototypes] tensor is ever stored."""
 
-from vmf_kernels.assign import prototype_usage
 from vmf_kernels.bessel import log_vmf_constant, vmf_mean_resultant_length
-from vmf_kernels.centering import LogitCenter, ProbabilityCenter
-from vmf_kernels.cross_entropy import CrossEntropy, matched_prototype_cross_entropy, prototype_cross_entropy
-from vmf_kernels.dense_cross_entropy import logit_cross_entropy
+from vmf_kernels.centering.logit import LogitCenter
+from vmf_kernels.centering.probability import ProbabilityCenter
+from vmf_kernels.centering.sinkhorn import SinkhornKnopp
 from vmf_kernels.diagnostics import UniquePrototypes, unique_prototypes
-from vmf_kernels.fuse import fuse_head
-from vmf_kernels.heads import DINOHead, PrototypeLayer
-from vmf_kernels.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
-from vmf_kernels.koleo import DistributedKoLeoLoss, KoLeoLoss, PrototypeKoLeoLoss
-from vmf_kernels.logits import PrototypeLogits
-from vmf_kernels.losses import DINOLoss, DINOvMFLoss
+from vmf_kernels.heads.dino import DINOHead
+from vmf_kernels.heads.fuse import fuse_head
+from vmf_kernels.heads.prototype_layer import PrototypeLayer
+from vmf_kernels.losses.dino import DINOLoss, DINOvMFLoss
+from vmf_kernels.losses.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
+from vmf_kernels.losses.koleo import DistributedKoLeoLoss, KoLeoLoss
+from vmf_kernels.losses.prototype_koleo import PrototypeKoLeoLoss
+from vmf_kernels.ops.assignments import prototype_usage
+from vmf_kernels.ops.logit_cross_entropy import logit_cross_entropy
+from vmf_kernels.ops.prototype_cross_entropy import (
+    CrossEntropy,
+    matched_prototype_cross_entropy,
+    prototype_cross_entropy,
+)
+from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.prototypes import (
     Prototypes,
@@ -21,9 +29,9 @@ from vmf_kernels.prototypes import (
     weight_norm_prototypes,
     weight_norm_vmf_prototypes,
 )
-from vmf_kernels.sinkhorn import SinkhornKnopp
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.targets import TeacherTargets, target_cross_entropy
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 __all__ = [
     "AssignmentStatistics",

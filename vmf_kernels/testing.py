@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vmf_kernels.bessel import log_vmf_constant
-from vmf_kernels.cross_entropy import CrossEntropy, prototype_cross_entropy
+from vmf_kernels.ops.prototype_cross_entropy import CrossEntropy, prototype_cross_entropy
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype
 
 DENSE_ERRORS = 2.0  # how often the dense formula's error a result may be off

@@ -21,7 +21,7 @@ from vmf_kernels import (
     weight_norm_prototypes,
     weight_norm_vmf_prototypes,
 )
-from vmf_kernels.assign import BACKENDS
+from vmf_kernels.backends.choice import BACKENDS
 
 MOST_STREAMING_ROWS = 1280  # plain torch: minutes of no interest beyond
 OURS = "ours"

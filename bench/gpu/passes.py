@@ -18,7 +18,7 @@ from bench.gpu.record import Record, attempt
 from bench.gpu.settings import Settings
 from bench.gpu.timing import Step, Stopwatch, interleaved, rounds_within
 from bench.pass_case import MANY_ROWS, PROTOTYPES, PassCase
-from vmf_kernels.assign import BACKENDS
+from vmf_kernels.backends.choice import BACKENDS
 
 BACKENDS_BESIDE = (
     "triton",

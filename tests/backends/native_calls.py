@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tests.backends.conformance import dense_assignment
 from vmf_kernels import Prototypes, prototype_usage
-from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.native import module
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import prepare_keys
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome
 

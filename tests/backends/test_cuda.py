@@ -18,12 +18,12 @@ from torch import Tensor
 from tests.backends import cuda_stand_in
 from tests.backends.cuda_stand_in import Damage, StandIn, standing_in
 from tests.backends.interpreted import correct_bf16
-from tests.test_cross_entropy import HARD
+from tests.ops.test_prototype_cross_entropy import HARD
 from vmf_kernels import linear_prototypes, prototype_usage
-from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.cuda import passes
 from vmf_kernels.backends.cuda.layouts import PAD_TO, WIDTHS, layout_of
 from vmf_kernels.backends.triton import launch
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import KINDS
 from vmf_kernels.testing import Outcome, Problem, assert_within_budget, library_outcome, random_problem
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import vmf_kernels
 from tests.backends.cuda_stand_in import StandIn, standing_in
-from vmf_kernels import assign
+from vmf_kernels.backends import choice
 from vmf_kernels.backends.cuda import binding, measured
 from vmf_kernels.backends.triton import launch
 
@@ -47,7 +47,7 @@ def tensors(
 )
 def test_what_it_cannot_run_is_said(dtype: torch.dtype, dim: int, said: str) -> None:
     with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot run here: {said}"):
-        assign.choose_backend("cuda", *tensors(dtype, dim))
+        choice.choose_backend("cuda", *tensors(dtype, dim))
 
 
 def reason_on(arch: int, archs: tuple[str, ...], runtime: int = 13000, driver: int = 13000) -> str | None:
@@ -142,16 +142,16 @@ def test_absent_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chosen(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], rows: int = 640, prototypes: int = 1000) -> str:
     """What "auto" takes on a device where both could run, which the CPU stands for."""
-    monkeypatch.setattr(assign, "PREFERENCE", {"cpu": assign.PREFERENCE["cuda"]})
+    monkeypatch.setattr(choice, "PREFERENCE", {"cpu": choice.PREFERENCE["cuda"]})
     monkeypatch.setattr(measured, "table", lambda: table)
     monkeypatch.setattr(launch, "target_of", lambda device: launch.Target(90, 132))
     with standing_in():
-        backend = assign.choose_backend("auto", *tensors(rows=rows, prototypes=prototypes))
-    return next(name for name, known in assign.BACKENDS.items() if known is backend)
+        backend = choice.choose_backend("auto", *tensors(rows=rows, prototypes=prototypes))
+    return next(name for name, known in choice.BACKENDS.items() if known is backend)
 
 
 def test_it_comes_first_on_a_gpu() -> None:
-    assert assign.PREFERENCE["cuda"] == ("cuda", "triton", "streaming")
+    assert choice.PREFERENCE["cuda"] == ("cuda", "triton", "streaming")
 
 
 @NO_GPU
@@ -229,7 +229,7 @@ def test_every_entry_of_the_table_names_a_result_file_that_exists() -> None:
 @NO_GPU
 def test_a_name_runs_it_whatever_was_measured() -> None:
     with standing_in():
-        assert assign.choose_backend("cuda", *tensors()) is assign.BACKENDS["cuda"]
+        assert choice.choose_backend("cuda", *tensors()) is choice.BACKENDS["cuda"]
 
 
 def test_the_library_imports_no_compiled_module() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.backends.cuda_stand_in import standing_in
+from tests.backends.prototype_ranks import Place, as_one, budgeted, distance, outcome_of
 from tests.on_ranks import Runs, run_cases
-from tests.prototype_ranks import Place, as_one, budgeted, distance, outcome_of
 from vmf_kernels.testing import Outcome, Problem, assert_within_budget, random_problem
 
 pytestmark = [

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tests.backends.native_calls import Damage, check, check_log_sums, damaged, products_of
-from tests.test_cross_entropy import HARD, rows_apart, transposed
+from tests.ops.test_prototype_cross_entropy import HARD, rows_apart, transposed
 from vmf_kernels import Prototypes, linear_prototypes, prototype_usage
-from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.native import module, operator
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import KINDS, LOWEST_BIAS
 from vmf_kernels.testing import GRADIENTS, Outcome, Problem, assert_within_budget, library_outcome, random_problem
 

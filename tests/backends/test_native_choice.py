@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from vmf_kernels import assign
+from vmf_kernels.backends import choice
 from vmf_kernels.backends import native as package
 from vmf_kernels.backends.native import module
 from vmf_kernels.testing import library_outcome, random_problem
@@ -21,14 +21,14 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 def chosen(rows: torch.dtype = torch.float32, weight: torch.dtype = torch.float32) -> str:
     """Name of the backend that "auto" takes for tensors of these dtypes on a CPU."""
-    backend = assign.choose_backend("auto", torch.empty(2, 4, dtype=rows), torch.empty(3, 4, dtype=weight))
-    return next(name for name, known in assign.BACKENDS.items() if known is backend)
+    backend = choice.choose_backend("auto", torch.empty(2, 4, dtype=rows), torch.empty(3, 4, dtype=weight))
+    return next(name for name, known in choice.BACKENDS.items() if known is backend)
 
 
 def refused(rows: Tensor, weight: Tensor) -> str:
     """What a request by name is answered."""
     with pytest.raises(RuntimeError) as raised:
-        assign.choose_backend("native", rows, weight)
+        choice.choose_backend("native", rows, weight)
     return str(raised.value)
 
 
@@ -48,7 +48,7 @@ def test_auto_does_not_take_portable_code(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(package, "instruction_sets", lambda: ("portable",))
     assert chosen() == "streaming"
     x = torch.empty(2, 4)
-    assert assign.choose_backend("native", x, x) is assign.BACKENDS["native"], "by name it runs all the same"
+    assert choice.choose_backend("native", x, x) is choice.BACKENDS["native"], "by name it runs all the same"
 
 
 @pytest.mark.parametrize(("rows", "weight"), [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
@@ -112,5 +112,5 @@ def test_what_it_cannot_run_is_said(rows: Tensor, weight: Tensor, said: str) -> 
 def test_tensors_on_a_gpu_are_refused() -> None:
     with FakeTensorMode():
         rows, weight = torch.empty(2, 4, device="cuda"), torch.empty(3, 4, device="cuda")
-    said = assign.BACKENDS["native"].unsupported(rows, weight)
+    said = choice.BACKENDS["native"].unsupported(rows, weight)
     assert said == "it runs on CPUs, but the features are on cuda:0"

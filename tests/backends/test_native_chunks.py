@@ -17,10 +17,10 @@ import torch
 from tests.backends.native_calls import check, check_log_sums, damaged
 from tests.measure import allocations_of
 from vmf_kernels import prototype_usage
-from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.native import chunks, module, operator, scores
 from vmf_kernels.backends.native.chunks import Chunk, chunks_of, row_ranges, rows_at_once
 from vmf_kernels.backends.native.scores import Logits
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import KINDS, Prototypes
 from vmf_kernels.testing import Problem, library_outcome, random_problem
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from vmf_kernels import logit_cross_entropy, prototype_usage
-from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.backends.native import module
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome, random_problem
 
 TEMPERATURES = [1e-38, 1e-37, 1e-35, 1e-30, 1e-20, 1e-10, 1e-5, 1e5, 1e10, 1e20, 1e30, 1e37, 1e38, 3e38, 1e39, 1e300]

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from tests.backends.interpreted import Damage, correct_bf16, damaged
-from tests.test_cross_entropy import HARD
-from vmf_kernels import assign, cross_entropy, linear_prototypes, prototype_cross_entropy, prototype_usage
-from vmf_kernels.assign import column_log_sum_exp, row_log_sum_exp
+from tests.ops.test_prototype_cross_entropy import HARD
+from vmf_kernels import linear_prototypes, prototype_cross_entropy, prototype_usage
+from vmf_kernels.backends import choice
 from vmf_kernels.backends.triton import launch, tiles
 from vmf_kernels.backends.triton.prototypes import scale_in_place
 from vmf_kernels.backends.triton.tiles import Tile
+from vmf_kernels.ops import prototype_cross_entropy as operator_module
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import KINDS
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome, random_problem
 
@@ -90,9 +92,9 @@ def test_rows_of_two_dtypes_are_multiplied_in_fp32(monkeypatch: pytest.MonkeyPat
     assert error <= 1e-6, f"error {error:.1e}, budget 1e-6"
     # what decides whether the kernels serve them is that dtype too
     asked: list[torch.dtype] = []
-    choose = assign.choose_backend
+    choose = choice.choose_backend
     monkeypatch.setattr(
-        cross_entropy,
+        operator_module,
         "choose_backend",
         lambda name, rows, *weights: (asked.append(rows.dtype), choose(name, rows, *weights))[1],
     )

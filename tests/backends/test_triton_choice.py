@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmf_kernels import assign
+from vmf_kernels.backends import choice
 from vmf_kernels.backends.triton import launch, tiles
 from vmf_kernels.backends.triton.tiles import Tile
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels r
 
 def test_auto_never_takes_the_interpreter() -> None:
     x = torch.randn(2, 4)
-    assert assign.choose_backend("auto", x, x) is not assign.BACKENDS["triton"]
+    assert choice.choose_backend("auto", x, x) is not choice.BACKENDS["triton"]
 
 
 @pytest.mark.parametrize(
@@ -32,16 +32,16 @@ def test_auto_never_takes_the_interpreter() -> None:
 )
 def test_what_it_cannot_run_is_said(rows: Tensor, weight: Tensor, said: str) -> None:
     with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run here: .*{said}"):
-        assign.choose_backend("triton", rows, weight)
+        choice.choose_backend("triton", rows, weight)
 
 
 def test_a_part_that_no_tile_fits_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "INTERPRETER_TILES", {"student": Tile(16, 16)})
     with pytest.raises(RuntimeError, match="no tile of ieee products at embedding dim 4 fits compute"):
-        assign.choose_backend("triton", torch.empty(2, 4), torch.empty(3, 4))
+        choice.choose_backend("triton", torch.empty(2, 4), torch.empty(3, 4))
 
 
 def test_without_interpreter_or_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     with pytest.raises(RuntimeError, match="it runs on NVIDIA GPUs, but the tensors are on the CPU"):
-        assign.choose_backend("triton", torch.empty(2, 4), torch.empty(3, 4))
+        choice.choose_backend("triton", torch.empty(2, 4), torch.empty(3, 4))

@@ -24,7 +24,7 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 from tests.measure import relative_error, worst_error  # noqa: E402
-from tests.test_dense_cross_entropy import BUDGET, STRIDES  # noqa: E402
+from tests.ops.test_logit_cross_entropy import BUDGET, STRIDES  # noqa: E402
 from vmf_kernels import logit_cross_entropy  # noqa: E402
 from vmf_kernels.backends.triton import launch, logits  # noqa: E402
 

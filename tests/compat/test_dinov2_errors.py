@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.compat.test_dinov2_parts import PROTOTYPES, TAU, logits, made
 from vmf_kernels.compat import dinov2, dinov3
-from vmf_kernels.targets import TeacherTargets
+from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 README = (Path(dinov2.__file__).parent / "README.md").read_text()
 

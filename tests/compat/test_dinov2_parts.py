@@ -26,8 +26,9 @@ from tests.published_dinov2 import (
     PublishedV3Loss,
 )
 from vmf_kernels import PrototypeLogits, linear_prototypes
-from vmf_kernels.compat import _shared, dinov2, dinov3
-from vmf_kernels.targets import TeacherTargets, target_cross_entropy
+from vmf_kernels.compat import _dinov2_and_v3, dinov2, dinov3
+from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
+from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 PROTOTYPES, DIM = 61, 8
 BUDGET = 1e-10  # relative, in norm, fp64
@@ -126,7 +127,7 @@ def test_v2_sums_all_pairs_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(pair_weights.shape)
         return target_cross_entropy(student, targets, pair_weights, **options)
 
-    monkeypatch.setattr(_shared, "target_cross_entropy", counted)
+    monkeypatch.setattr(_dinov2_and_v3, "target_cross_entropy", counted)
     loss = made(dinov2.DINOLoss)
     for output in OUTPUTS:
         targets = loss.softmax_center_teacher(given(logits(6), output), TAU)

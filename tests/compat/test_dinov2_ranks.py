@@ -30,7 +30,7 @@ from tests.published_dinov2 import (
 )
 from vmf_kernels import PrototypeLogits, linear_prototypes
 from vmf_kernels.compat import dinov2, dinov3
-from vmf_kernels.targets import TeacherTargets
+from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 RANKS = 2
 PROTOTYPES, DIM, ROWS = 51, 8, 8

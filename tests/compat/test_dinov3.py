@@ -37,7 +37,7 @@ from tests.published_dinov2 import PublishedKoLeoLoss, PublishedPatchLoss, Publi
 from tests.steps import BUDGET, DTYPES, SEEN
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import dinov3
-from vmf_kernels.targets import TeacherTargets
+from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 GLOBAL_CROPS = 2
 HEADS = ["dino_head", "ibot_head"]

@@ -24,10 +24,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.ibot_steps import IN_DIM, our_step, schedule
+from tests.losses.ibot_steps import IN_DIM, our_step, schedule
+from tests.losses.test_ibot_ranks import IMAGES, Share, mean_of_losses, whole
 from tests.measure import relative_error, worst_error
 from tests.on_ranks import RANKS, Runs, run_cases
-from tests.test_ibot_ranks import IMAGES, Share, mean_of_losses, whole
 from vmf_kernels import DINOLoss, DINOvMFLoss, IBOTLoss, PrototypeLogits
 from vmf_kernels.compat import dino, dinov2, dinov3, ibot, lightly, solo
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ibot_steps import (
+from tests.losses.ibot_steps import (
     GLOBAL,
     PROTOTYPES,
     Batch,

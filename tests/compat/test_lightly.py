@@ -31,9 +31,9 @@ from tests.compat.lightly_networks import (
 )
 from tests.measure import relative_error, worst_error
 from tests.published import follow
-from vmf_kernels import streams
 from vmf_kernels.compat import lightly
-from vmf_kernels.targets import target_cross_entropy
+from vmf_kernels.losses import stream
+from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # what lightly's heads are made with
 
@@ -169,7 +169,7 @@ def test_any_number_of_views_on_either_side_is_averaged_as_there(seen_views: tup
 @pytest.mark.parametrize("head", HEADS)
 def test_all_pairs_take_one_operator_call(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Mock(side_effect=target_cross_entropy)
-    monkeypatch.setattr(streams, "target_cross_entropy", counted)
+    monkeypatch.setattr(stream, "target_cross_entropy", counted)
     network: nn.Module = our_network(torch.float32)
     loss = lightly.DINOLoss(PROTOTYPES)
     if head == "lightly-head":

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tests.backends.interpreted import damaged
 from tests.backends.test_triton import no_teacher_bias
-from tests.test_cross_entropy import HARD
+from tests.ops.test_prototype_cross_entropy import HARD
 from vmf_kernels import prototype_usage, vmf_prototypes
-from vmf_kernels.assign import BACKENDS, choose_backend, column_log_sum_exp, row_log_sum_exp
+from vmf_kernels.backends.choice import BACKENDS, choose_backend
 from vmf_kernels.backends.triton import launch, operator, tiles
 from vmf_kernels.backends.triton.prototypes import pack_prototypes
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import prepare_keys
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome, random_problem
 

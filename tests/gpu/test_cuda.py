@@ -30,9 +30,9 @@ from tests.backends.test_triton_prototypes import (
 from tests.gpu.test_accuracy import check_log_sums, products_of
 from tests.gpu.test_capture import Step, check_repeats, check_replays, recorded, refill_rows, training_problem
 from tests.gpu.test_devices import assert_equal, moved
-from tests.test_cross_entropy import HARD
+from tests.ops.test_prototype_cross_entropy import HARD
 from vmf_kernels import Prototypes
-from vmf_kernels.assign import BACKENDS, choose_backend
+from vmf_kernels.backends.choice import BACKENDS, choose_backend
 from vmf_kernels.backends.cuda import binding, measured
 from vmf_kernels.backends.cuda import prototypes as ours
 from vmf_kernels.backends.triton import launch

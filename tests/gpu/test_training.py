@@ -22,7 +22,7 @@ from vmf_kernels import (
     prototype_cross_entropy,
     prototype_usage,
 )
-from vmf_kernels.assign import row_log_sum_exp
+from vmf_kernels.ops.assignments import row_log_sum_exp
 
 K, DIM, IN_DIM = 65_536, 256, 128
 IMAGES, CROPS = 16, 6

@@ -1,1 +1,1 @@
-"""Implementations of the one operator; ``contract`` says what each computes, ``vmf_kernels.assign`` chooses."""
+"""Implementations of the operators: ``contract`` says what each computes, ``choice`` which one runs."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.backends.contract import Assignment, LossInputs, LossOutputs, Query
+from vmf_kernels.backends.contract import Assignment, LossInputs, LossOutputs, Query, RowInputs
 from vmf_kernels.pairing import check_pairing
 from vmf_kernels.prototypes import Keys, Prototypes, accumulation_dtype, prepare_keys, pull_back_to_stored
 from vmf_kernels.ranks import sum_over_ranks
@@ -89,40 +89,27 @@ class ComposedBackend:
         summary = weighted_summary(loss.to(dtype), *entropies, n_T.sum())
         return LossOutputs(loss.to(dtype), summary, sums.usage(n_T), feature_grad, weight_grad, magnitude_grad)
 
-    def usage(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
+    def usage(self, inputs: RowInputs) -> Tensor:
         """See ``contract.Backend``."""
-        dtype = accumulation_dtype(features.dtype)
-        keys = prepare_keys(prototypes, temperature, bias, dtype)
-        mean = torch.full((1, features.shape[0]), 1 / features.shape[0], dtype=dtype, device=features.device)
-        usage = mean.new_zeros(prototypes.count)
-        self.assign([Query(features, keys, None, mean, usage[None])], group=group)
+        features, keys = inputs.features, _keys(inputs)
+        mean = keys.scale.new_full((1, features.shape[0]), 1 / features.shape[0])
+        usage = mean.new_zeros(inputs.prototypes.count)
+        self.assign([Query(features, keys, None, mean, usage[None])], group=inputs.prototype_group)
         return usage
 
-    def row_log_sum_exp(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
+    def row_log_sum_exp(self, inputs: RowInputs) -> Tensor:
         """See ``contract.Backend``."""
-        keys = prepare_keys(prototypes, temperature, bias, accumulation_dtype(features.dtype))
-        return self.assign([Query(features, keys)], group=group)[0].log_sum_exp
+        query = Query(inputs.features, _keys(inputs))
+        return self.assign([query], group=inputs.prototype_group)[0].log_sum_exp
 
-    def column_log_sum_exp(
-        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
-    ) -> Tensor:
+    def column_log_sum_exp(self, inputs: RowInputs, offset: Tensor) -> Tensor:
         """See ``contract.Backend``."""
-        keys = prepare_keys(prototypes, temperature, None, accumulation_dtype(features.dtype))
-        return self.columns(features, keys, offset)
+        return self.columns(inputs.features, _keys(inputs), offset)
+
+
+def _keys(inputs: RowInputs) -> Keys:
+    dtype = accumulation_dtype(inputs.features.dtype)
+    return prepare_keys(inputs.prototypes, inputs.temperature, inputs.bias, dtype)
 
 
 class _ColumnBuffers(NamedTuple):

@@ -32,6 +32,16 @@ class LossInputs(NamedTuple):
     prototype_group: ProcessGroup | None = None  # ranks that share out the prototypes
 
 
+class RowInputs(NamedTuple):
+    """Arguments of the sums over one network's soft assignments, checked: see ``prototype_usage``."""
+
+    features: Tensor  # [R, D]
+    prototypes: Prototypes
+    temperature: Tensor  # [] float64
+    bias: Tensor | None = None  # [K] nats
+    prototype_group: ProcessGroup | None = None  # ranks that share out the prototypes
+
+
 class LossOutputs(NamedTuple):
     """The loss and what comes with it; fp32 (fp64 for fp64 features). A gradient not asked for has 0 elements."""
 
@@ -52,30 +62,14 @@ class Backend(Protocol):
     def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
         """Equations (3)-(7) of the README."""
 
-    def usage(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
+    def usage(self, inputs: RowInputs) -> Tensor:
         """[K] mean probability of each prototype."""
 
-    def row_log_sum_exp(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
+    def row_log_sum_exp(self, inputs: RowInputs) -> Tensor:
         """[R] ``log sum_k exp(l_rk)``."""
 
-    def column_log_sum_exp(
-        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
-    ) -> Tensor:
-        """[K] ``log sum_r exp(l_rk - offset_r)``; -inf for 0 rows."""
+    def column_log_sum_exp(self, inputs: RowInputs, offset: Tensor) -> Tensor:
+        """[K] ``log sum_r exp(l_rk - offset_r)``; -inf for 0 rows. Each prototype stands alone: the group is not needed."""
 
 
 class Query(NamedTuple):

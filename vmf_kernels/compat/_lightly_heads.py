@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vmf_kernels.compat._shared import unit_rows
-from vmf_kernels.heads import PrototypeLayer, init_linears, outlive, reset_children
-from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.compat._dinov2_and_v3 import unit_rows
+from vmf_kernels.heads.mlp import init_linears, reset_children
+from vmf_kernels.heads.prototype_layer import PrototypeLayer, outlive
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 
 class DINOv2ProjectionHead(nn.Module):

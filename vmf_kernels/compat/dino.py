@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from vmf_kernels.compat.checkpoints import load_networks
-from vmf_kernels.heads import DINOHead
-from vmf_kernels.losses import DINOLoss, DINOvMFLoss
+from vmf_kernels.heads.dino import DINOHead
+from vmf_kernels.losses.dino import DINOLoss, DINOvMFLoss
 
 __all__ = ["DINOHead", "DINOLoss", "DINOvMFLoss", "load_checkpoint"]
 

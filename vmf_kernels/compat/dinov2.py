@@ -19,8 +19,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from vmf_kernels import koleo
-from vmf_kernels.compat._shared import (
+from vmf_kernels.compat._dinov2_and_v3 import (
     ClassTokenLoss,
     Logits,
     PatchLoss,
@@ -31,10 +30,12 @@ from vmf_kernels.compat._shared import (
     unit_rows,
 )
 from vmf_kernels.compat.checkpoints import load_networks
-from vmf_kernels.heads import PrototypeLayer, check_head_dims, outlive, projection_mlp, reset_children
-from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.heads.mlp import check_head_dims, projection_mlp, reset_children
+from vmf_kernels.heads.prototype_layer import PrototypeLayer, outlive
+from vmf_kernels.losses import koleo
 from vmf_kernels.prototypes import accumulation_dtype
-from vmf_kernels.targets import TeacherTargets
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 __all__ = ["DINOHead", "DINOLoss", "DINOvMFHead", "KoLeoLoss", "iBOTPatchLoss", "load_checkpoint"]
 

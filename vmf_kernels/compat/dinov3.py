@@ -15,9 +15,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from vmf_kernels import koleo
 from vmf_kernels.compat import dinov2
-from vmf_kernels.compat._shared import (
+from vmf_kernels.compat._dinov2_and_v3 import (
     ClassTokenLoss,
     Logits,
     PatchLoss,
@@ -29,11 +28,13 @@ from vmf_kernels.compat._shared import (
     unit_rows,
 )
 from vmf_kernels.compat.dinov2 import KoLeoLoss
-from vmf_kernels.fuse import FusedLinear
-from vmf_kernels.heads import init_linear, init_linears, outlive
-from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.heads.fuse import FusedLinear
+from vmf_kernels.heads.mlp import init_linear, init_linears
+from vmf_kernels.heads.prototype_layer import outlive
+from vmf_kernels.losses import koleo
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.ranks import Shared
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 __all__ = ["DINOHead", "DINOLoss", "KoLeoLoss", "KoLeoLossDistributed", "SinkhornKnoppTeacher", "iBOTPatchLoss"]
 

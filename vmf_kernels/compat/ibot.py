@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from vmf_kernels.compat.checkpoints import load_networks
-from vmf_kernels.heads import PrototypeLayer, bottleneck_rows, init_linears, outlive, reset_children
-from vmf_kernels.ibot import IBOTLoss, IBOTvMFLoss
-from vmf_kernels.logits import PrototypeLogits
+from vmf_kernels.heads.mlp import bottleneck_rows, init_linears, reset_children
+from vmf_kernels.heads.prototype_layer import PrototypeLayer, outlive
+from vmf_kernels.losses.ibot import IBOTLoss, IBOTvMFLoss
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 __all__ = ["IBOTvMFLoss", "iBOTHead", "iBOTLoss", "load_checkpoint"]
 

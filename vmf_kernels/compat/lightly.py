@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vmf_kernels import koleo
-from vmf_kernels.centering import LogitCenter
+from vmf_kernels.centering.logit import LogitCenter
 from vmf_kernels.compat._lightly_heads import DINOProjectionHead, DINOv2ProjectionHead
 from vmf_kernels.compat.checkpoints import load_modules as load_checkpoint
-from vmf_kernels.logits import PrototypeLogits, project
-from vmf_kernels.losses import publish_center
+from vmf_kernels.losses import koleo
+from vmf_kernels.losses.center_state import publish_center
+from vmf_kernels.losses.stream import Stream, StreamLoss, StreamOptions
+from vmf_kernels.losses.temperatures import check_positive
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.streams import Stream, StreamLoss, StreamOptions
-from vmf_kernels.temperatures import check_positive
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits, project
 
 __all__ = ["DINOLoss", "DINOProjectionHead", "DINOv2ProjectionHead", "IBOTPatchLoss", "KoLeoLoss", "RankMeanCenter"]
 __all__ += ["load_checkpoint"]

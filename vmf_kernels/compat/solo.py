@@ -13,10 +13,11 @@ from typing import Any, Self, Unpack
 import torch
 from torch import Tensor
 
-from vmf_kernels import heads, losses
 from vmf_kernels.compat.checkpoints import load_modules as load_checkpoint
-from vmf_kernels.logits import PrototypeLogits
-from vmf_kernels.streams import StreamOptions
+from vmf_kernels.heads import dino as heads
+from vmf_kernels.losses import dino as losses
+from vmf_kernels.losses.stream import StreamOptions
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 __all__ = ["DINOHead", "DINOLoss", "load_checkpoint"]
 

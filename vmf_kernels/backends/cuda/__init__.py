@@ -7,17 +7,16 @@ module and Triton are imported when they are first wanted: the library works whe
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.distributed import ProcessGroup
+from typing import Any
 
-from vmf_kernels.backends.contract import LossInputs, LossOutputs
+from torch import Tensor
+
 from vmf_kernels.backends.cuda import binding, measured
 from vmf_kernels.backends.cuda.layouts import MAX_DIM, width_of
-from vmf_kernels.backends.triton import launch
-from vmf_kernels.prototypes import Prototypes
+from vmf_kernels.backends.triton import TritonBackend, launch
 
 
-class CudaBackend:
+class CudaBackend(TritonBackend):
     """``contract.Backend`` on csrc/cuda: no logits in memory, no atomics, no host synchronisation.
 
     The first call of each width, dtype and mode (which gradients, usage or log sums) on a device must not be inside the capture
@@ -41,46 +40,7 @@ class CudaBackend:
         arch, (prototypes, dim) = launch.target_of(rows.device).arch, weight.shape
         return measured.wins(arch, binding.ELEMENTS[rows.dtype], width_of(dim), rows.shape[0], prototypes)
 
-    def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
-        """See ``contract.Backend``."""
+    def _kernels(self) -> Any:
         from vmf_kernels.backends.cuda.passes import CUDA
-        from vmf_kernels.backends.triton import operator
 
-        return operator.cross_entropy(inputs, CUDA)
-
-    def usage(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
-        """See ``contract.Backend``."""
-        from vmf_kernels.backends.cuda.passes import CUDA
-        from vmf_kernels.backends.triton import operator
-
-        return operator.usage(features, prototypes, temperature, bias, group, CUDA)
-
-    def row_log_sum_exp(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
-        """See ``contract.Backend``."""
-        from vmf_kernels.backends.cuda.passes import CUDA
-        from vmf_kernels.backends.triton import operator
-
-        return operator.row_log_sum_exp(features, prototypes, temperature, bias, group, CUDA)
-
-    def column_log_sum_exp(
-        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
-    ) -> Tensor:
-        """See ``contract.Backend``."""
-        from vmf_kernels.backends.cuda.passes import CUDA
-        from vmf_kernels.backends.triton import operator
-
-        return operator.column_log_sum_exp(features, prototypes, temperature, offset, CUDA)
+        return CUDA

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from vmf_kernels.backends.contract import LossInputs, LossOutputs
 from vmf_kernels.backends.native import operator
 from vmf_kernels.backends.native.module import STORED, instruction_sets, why_absent
-from vmf_kernels.prototypes import Prototypes
 
 
 class NativeBackend:
@@ -30,34 +27,7 @@ class NativeBackend:
         """
         return instruction_sets()[-1] != "portable"
 
-    def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
-        """See ``contract.Backend``."""
-        return operator.cross_entropy(inputs)
-
-    def usage(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
-        """See ``contract.Backend``."""
-        return operator.usage(features, prototypes, temperature, bias, group)
-
-    def row_log_sum_exp(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
-        """See ``contract.Backend``."""
-        return operator.row_log_sum_exp(features, prototypes, temperature, bias, group)
-
-    def column_log_sum_exp(
-        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
-    ) -> Tensor:
-        """See ``contract.Backend``."""
-        return operator.column_log_sum_exp(features, prototypes, temperature, offset)
+    cross_entropy = staticmethod(operator.cross_entropy)
+    usage = staticmethod(operator.usage)
+    row_log_sum_exp = staticmethod(operator.row_log_sum_exp)
+    column_log_sum_exp = staticmethod(operator.column_log_sum_exp)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.backends.contract import LossInputs, LossOutputs
+from vmf_kernels.backends.contract import LossInputs, LossOutputs, RowInputs
 from vmf_kernels.backends.native import module
 from vmf_kernels.backends.native.chunks import Chunk, chunks_of, padded, row_ranges
 from vmf_kernels.backends.native.gathering import Gathering, Pairs, PullBack, Students, Teachers
@@ -30,7 +30,6 @@ from vmf_kernels.backends.native.scores import (
 )
 from vmf_kernels.bessel import vmf_mean_resultant_length
 from vmf_kernels.pairing import check_pairing
-from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 
@@ -55,48 +54,37 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
     return step.outputs()
 
 
-def usage(
-    features: Tensor,
-    prototypes: Prototypes,
-    temperature: Tensor,
-    bias: Tensor | None,
-    group: ProcessGroup | None,
-) -> Tensor:
+def usage(inputs: RowInputs) -> Tensor:
     """[K] mean probability of each prototype."""
-    products = products_of(features)
-    keys = native_keys(prototypes, temperature, bias, products)
-    x_RD, result = module.fp32(features), module.new(prototypes.count).zero_()
+    products, count, group = products_of(inputs.features), inputs.prototypes.count, inputs.prototype_group
+    keys = native_keys(inputs.prototypes, inputs.temperature, inputs.bias, products)
+    x_RD, result = module.fp32(inputs.features), module.new(count).zero_()
     one_by_one = module.new(1, 1).fill_(1 / max(len(x_RD), 1))
-    for rows in row_ranges(len(x_RD), _most_prototypes(prototypes.count, group)):
-        count = rows.stop - rows.start
-        logits = Logits.empty(keys.prototypes, padded(count))
+    for rows in row_ranges(len(x_RD), _most_prototypes(count, group)):
+        taken = rows.stop - rows.start
+        logits = Logits.empty(keys.prototypes, padded(taken))
         softmax = score(x_RD[rows], keys, products, logits).merged_over_ranks(group)
-        Gathering(keys, logits, Pairs(one_by_one, None, count), Teachers(0, result)).run(products, softmax)
+        Gathering(keys, logits, Pairs(one_by_one, None, taken), Teachers(0, result)).run(products, softmax)
     return result
 
 
-def row_log_sum_exp(
-    features: Tensor,
-    prototypes: Prototypes,
-    temperature: Tensor,
-    bias: Tensor | None,
-    group: ProcessGroup | None,
-) -> Tensor:
+def row_log_sum_exp(inputs: RowInputs) -> Tensor:
     """[R] log-sum-exp over the prototypes, nats."""
-    products = products_of(features)
-    keys = native_keys(prototypes, temperature, bias, products)
-    x_RD = module.fp32(features)
+    products, group = products_of(inputs.features), inputs.prototype_group
+    keys = native_keys(inputs.prototypes, inputs.temperature, inputs.bias, products)
+    x_RD = module.fp32(inputs.features)
     parts = [
         score(x_RD[rows], keys, products).merged_over_ranks(group).log_sum_exp
-        for rows in row_ranges(len(x_RD), _most_prototypes(prototypes.count, group))
+        for rows in row_ranges(len(x_RD), _most_prototypes(inputs.prototypes.count, group))
     ]
     return torch.cat(parts) * LN_2 if parts else x_RD.new_empty(0)
 
 
-def column_log_sum_exp(features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor) -> Tensor:
+def column_log_sum_exp(inputs: RowInputs, offset: Tensor) -> Tensor:
     """[K] ``log sum_r exp(l_rk - offset_r)``: rows and prototypes change places."""
+    features, prototypes = inputs.features, inputs.prototypes
     products = products_of(features)
-    own = native_keys(prototypes, temperature, None, products)
+    own = native_keys(prototypes, inputs.temperature, inputs.bias, products)
     if not len(features):
         return module.new(prototypes.count).fill_(-torch.inf)
     x_RD, bias_R = module.fp32(features), (offset.to(torch.float32) * -LOG2_E).contiguous()

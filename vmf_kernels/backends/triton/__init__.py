@@ -5,14 +5,14 @@ The kernels are imported when they are first wanted: the library works where Tri
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from vmf_kernels.backends.contract import LossInputs, LossOutputs
+from vmf_kernels.backends.contract import LossInputs, LossOutputs, RowInputs
 from vmf_kernels.backends.triton.launch import target_of, unsupported_device
 from vmf_kernels.backends.triton.tiles import MAX_DIM, NEEDED, has_tile, precision_of
-from vmf_kernels.prototypes import Prototypes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -39,38 +39,28 @@ class TritonBackend:
         """See ``contract.Backend``."""
         from vmf_kernels.backends.triton import operator
 
-        return operator.cross_entropy(inputs)
+        return operator.cross_entropy(inputs, self._kernels())
 
-    def usage(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
+    def usage(self, inputs: RowInputs) -> Tensor:
         """See ``contract.Backend``."""
         from vmf_kernels.backends.triton import operator
 
-        return operator.usage(features, prototypes, temperature, bias, group)
+        return operator.usage(inputs, self._kernels())
 
-    def row_log_sum_exp(
-        self,
-        features: Tensor,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
+    def row_log_sum_exp(self, inputs: RowInputs) -> Tensor:
         """See ``contract.Backend``."""
         from vmf_kernels.backends.triton import operator
 
-        return operator.row_log_sum_exp(features, prototypes, temperature, bias, group)
+        return operator.row_log_sum_exp(inputs, self._kernels())
 
-    def column_log_sum_exp(
-        self, features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor
-    ) -> Tensor:
+    def column_log_sum_exp(self, inputs: RowInputs, offset: Tensor) -> Tensor:
         """See ``contract.Backend``."""
         from vmf_kernels.backends.triton import operator
 
-        return operator.column_log_sum_exp(features, prototypes, temperature, offset)
+        return operator.column_log_sum_exp(inputs, offset, self._kernels())
+
+    def _kernels(self) -> Any:
+        """``operator.Kernels``."""
+        from vmf_kernels.backends.triton import operator
+
+        return operator.TRITON

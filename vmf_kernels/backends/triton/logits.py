@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vmf_kernels.backends.stored.contract import Side, StoredInputs, Sums
 from vmf_kernels.backends.triton import launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,23 +33,6 @@ class Tiles(NamedTuple):
     gradient: Tile
 
 
-class Side(NamedTuple):
-    """One network: stored logits, and what turns them into log-probabilities."""
-
-    logits: Tensor  # [views * B, K], unit last stride
-    bias: Tensor | None  # K elements, nats
-    temperature: Tensor  # [] float64
-
-
-class Sums(NamedTuple):
-    """What the forward pass leaves."""
-
-    terms: Tensor  # [3] float64, nats: loss, teacher entropy and student entropy, weighted sums over the rows
-    usage: Tensor  # [K] weighted sum of the teachers' probabilities
-    student_lse: Tensor  # [B, V] base 2
-    teacher_lse: Tensor  # [B, G] base 2
-
-
 # Forward: one warp a tile, because its sums are then shuffles, 40 instructions a row. 16 prototypes a thread make that a
 # sixth of the student's, in G + 3 arrays of registers (96 of them at G = 2, 20 warps a multiprocessor); 32 prototypes would
 # save 17% of the instructions for half the warps. The teacher has 1 array. The gradient sums nothing over prototypes.
@@ -64,67 +48,65 @@ ROWS_PER_GROUP = 4  # at least, to share the loading of biases and temperatures
 ROWS_PER_SUM = 16  # at least, where a group writes an fp32 sum for each prototype: 4 bytes for 32 that it reads in bf16
 
 
-def unsupported(student_logits: Tensor, teacher_logits: Tensor, view_weights: Tensor) -> str | None:
-    """Why these kernels cannot run on [V * B, K] and [G * B, K] logits with [G, V] weights, or None."""
-    reason = launch.unsupported_device(student_logits.device)
-    if reason is not None:
-        return reason
-    for logits, side in ((student_logits, "student"), (teacher_logits, "teacher")):
-        if logits.dtype not in DTYPES:
-            return f"{side} logits are {logits.dtype}; it takes bfloat16, float16 and float32"
-        if logits.shape[1] == 0:
-            return "there are no prototypes"
-        if logits.shape[1] > 1 and logits.stride(1) != 1:
-            return f"{side} logits have strides {tuple(logits.stride())}; it reads rows whose elements are adjacent"
-    if view_weights.shape[0] > MOST_TEACHER_VIEWS:
-        return f"there are {view_weights.shape[0]} teacher views; it takes at most {MOST_TEACHER_VIEWS}"
-    return None
+class TritonStored:
+    """``contract.StoredBackend`` on Triton's kernels; logits have a unit last stride, weights are fp32."""
 
+    def unsupported(self, inputs: StoredInputs) -> str | None:
+        """Devices, dtypes, strides and numbers of teacher views there are no kernels for."""
+        reason = launch.unsupported_device(inputs.student.logits.device)
+        if reason is not None:
+            return reason
+        for logits, side in ((inputs.student.logits, "student"), (inputs.teacher.logits, "teacher")):
+            if logits.dtype not in DTYPES:
+                return f"{side} logits are {logits.dtype}; it takes bfloat16, float16 and float32"
+            if logits.shape[1] == 0:
+                return "there are no prototypes"
+            if logits.shape[1] > 1 and logits.stride(1) != 1:
+                return f"{side} logits have strides {tuple(logits.stride())}; it reads rows whose elements are adjacent"
+        teacher_views = inputs.view_weights.shape[0]
+        if teacher_views > MOST_TEACHER_VIEWS:
+            return f"there are {teacher_views} teacher views; it takes at most {MOST_TEACHER_VIEWS}"
+        return None
 
-def forward(student: Side, teacher: Side, view_weights: Tensor, image_weights: Tensor) -> Sums:
-    """Loss and statistics of supported logits, with [G, V] and [B] fp32 weights."""
-    pairs, images = view_weights.contiguous(), image_weights.contiguous()
-    with launch.on_device(student.logits):
-        teacher_lse, teacher_softmax, teacher_entropy = _teacher_pass(teacher, pairs, images)
-        student_lse, student_terms, usage = _student_pass(student, teacher, teacher_softmax, pairs, images)
-    loss, student_entropy = student_terms.sum(dim=1, dtype=torch.float64)
-    terms = torch.stack([loss, teacher_entropy.sum(dtype=torch.float64), student_entropy])
-    return Sums(terms, usage, student_lse, teacher_lse)
+    def forward(self, inputs: StoredInputs) -> Sums:
+        """See ``contract.StoredBackend``."""
+        student, teacher, pairs, images = inputs
+        pairs, images = pairs.contiguous(), images.contiguous()
+        with launch.on_device(student.logits):
+            teacher_lse, teacher_softmax, teacher_entropy = _teacher_pass(teacher, pairs, images)
+            student_lse, student_terms, usage = _student_pass(student, teacher, teacher_softmax, pairs, images)
+        loss, student_entropy = student_terms.sum(dim=1, dtype=torch.float64)
+        terms = torch.stack([loss, teacher_entropy.sum(dtype=torch.float64), student_entropy])
+        return Sums(terms, usage, student_lse, teacher_lse)
 
+    def backward(
+        self, inputs: StoredInputs, loss_gradient: Tensor, student_lse: Tensor, teacher_lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``contract.StoredBackend``."""
+        from vmf_kernels.backends.triton import logit_kernels as kernels
 
-def backward(
-    loss_gradient: Tensor,
-    student: Side,
-    teacher: Side,
-    view_weights: Tensor,
-    image_weights: Tensor,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradient at the student's logits [S, K], in their dtype, and at its bias [K] (zeros if it has none)."""
-    from vmf_kernels.backends.triton import logit_kernels as kernels
-
-    (teacher_views, views), (rows, count) = view_weights.shape, student.logits.shape
-    images, tiles = rows // views, _tiles(teacher_views)
-    least = (ROWS_PER_GROUP if student.bias is None else ROWS_PER_SUM) / (views + teacher_views)
-    step, groups = _groups(images, least, tiles.gradient, student.logits)
-    pairs = view_weights.contiguous()
-    gradient = torch.empty_like(student.logits, memory_format=torch.contiguous_format)
-    bias_gradients = None if student.bias is None else pairs.new_empty(groups, count)
-    with launch.on_device(student.logits):
-        launch.run(
-            kernels.gradient_kernel,
-            (_tile_count(count, tiles.gradient), groups),
-            loss_gradient,
-            *(*_pointers(student), student_lse, *_pointers(teacher), teacher_lse),
-            *(pairs, pairs.sum(dim=0), image_weights.contiguous(), gradient, bias_gradients),
-            *(images, count, views, step),
-            G=teacher_views,
-            WHOLE=count % tiles.gradient.prototypes == 0,
-            BLOCK_K=tiles.gradient.prototypes,
-            num_warps=tiles.gradient.warps,
-        )
-    return gradient, pairs.new_zeros(count) if bias_gradients is None else bias_gradients.sum(dim=0)
+        student, teacher, view_weights, image_weights = inputs
+        (teacher_views, views), (rows, count) = view_weights.shape, student.logits.shape
+        images, tiles = rows // views, _tiles(teacher_views)
+        least = (ROWS_PER_GROUP if student.bias is None else ROWS_PER_SUM) / (views + teacher_views)
+        step, groups = _groups(images, least, tiles.gradient, student.logits)
+        pairs = view_weights.contiguous()
+        gradient = torch.empty_like(student.logits, memory_format=torch.contiguous_format)
+        bias_gradients = None if student.bias is None else pairs.new_empty(groups, count)
+        with launch.on_device(student.logits):
+            launch.run(
+                kernels.gradient_kernel,
+                (_tile_count(count, tiles.gradient), groups),
+                loss_gradient,
+                *(*_pointers(student), student_lse, *_pointers(teacher), teacher_lse),
+                *(pairs, pairs.sum(dim=0), image_weights.contiguous(), gradient, bias_gradients),
+                *(images, count, views, step),
+                G=teacher_views,
+                WHOLE=count % tiles.gradient.prototypes == 0,
+                BLOCK_K=tiles.gradient.prototypes,
+                num_warps=tiles.gradient.warps,
+            )
+        return gradient, pairs.new_zeros(count) if bias_gradients is None else bias_gradients.sum(dim=0)
 
 
 def _teacher_pass(teacher: Side, pairs: Tensor, image_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.backends.contract import LossInputs, LossOutputs
+from vmf_kernels.backends.contract import LossInputs, LossOutputs, RowInputs
+from vmf_kernels.backends.prepared import prepared_of
 from vmf_kernels.backends.triton import launch
 from vmf_kernels.backends.triton.passes import (
     Columns,
@@ -39,7 +40,6 @@ from vmf_kernels.backends.triton.rows import (
     sum_losses,
 )
 from vmf_kernels.backends.triton.tiles import Layout, Tile, has_tile, tile_of
-from vmf_kernels.prepared import prepared_of
 from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 
 LOG2_E = 1.4426950408889634
@@ -180,25 +180,18 @@ def cross_entropy(inputs: LossInputs, kernels: Kernels = TRITON) -> LossOutputs:
     )
 
 
-def usage(
-    features: Tensor,
-    prototypes: Prototypes,
-    temperature: Tensor,
-    bias: Tensor | None,
-    group: ProcessGroup | None = None,
-    kernels: Kernels = TRITON,
-) -> Tensor:
+def usage(inputs: RowInputs, kernels: Kernels = TRITON) -> Tensor:
     """[K] mean probability of each prototype."""
-    dtype = product_dtype(features)
+    features, dtype = inputs.features, product_dtype(inputs.features)
     with launch.on_device(features):
-        keys = prepared(prototypes, temperature, bias, dtype, kernels)
+        keys = prepared(inputs, dtype, kernels)
         layout = keys.layout
         tile = kernels.tile("scores", features, layout)
         column_tile = kernels.tile("columns", features, layout)
         count = padded_rows(len(features), [tile, column_tile])
         rows, exists = padded_features(features, count, dtype, layout)
         unit = exists.new_ones(())
-        parts = kernels.row_pass(rows, keys, None, "scores", tile, group)
+        parts = kernels.row_pass(rows, keys, None, "scores", tile, inputs.prototype_group)
         offset = merge_offsets(parts, exists, unit, layout)
         result = exists.new_empty(keys.prototypes)
         total = exists.new_full((), float(len(features)))
@@ -207,30 +200,23 @@ def usage(
     return result
 
 
-def row_log_sum_exp(
-    features: Tensor,
-    prototypes: Prototypes,
-    temperature: Tensor,
-    bias: Tensor | None = None,
-    group: ProcessGroup | None = None,
-    kernels: Kernels = TRITON,
-) -> Tensor:
+def row_log_sum_exp(inputs: RowInputs, kernels: Kernels = TRITON) -> Tensor:
     """[R] log-sum-exp over the prototypes, nats."""
-    dtype = product_dtype(features)
+    features, dtype = inputs.features, product_dtype(inputs.features)
     with launch.on_device(features):
-        keys = prepared(prototypes, temperature, bias, dtype, kernels)
+        keys = prepared(inputs, dtype, kernels)
         tile = kernels.tile("scores", features, keys.layout)
         rows, _ = padded_features(features, padded_rows(len(features), [tile]), dtype, keys.layout)
-        return merge_log_sum_exp(kernels.row_pass(rows, keys, None, "scores", tile, group), None)[: len(features)]
+        return merge_log_sum_exp(kernels.row_pass(rows, keys, None, "scores", tile, inputs.prototype_group), None)[
+            : len(features)
+        ]
 
 
-def column_log_sum_exp(
-    features: Tensor, prototypes: Prototypes, temperature: Tensor, offset: Tensor, kernels: Kernels = TRITON
-) -> Tensor:
+def column_log_sum_exp(inputs: RowInputs, offset: Tensor, kernels: Kernels = TRITON) -> Tensor:
     """[K] ``log sum_r exp(l_rk - offset_r)``: the row pass with the roles of rows and prototypes swapped."""
-    dtype = product_dtype(features)
+    features, dtype = inputs.features, product_dtype(inputs.features)
     with launch.on_device(features):
-        keys = prepared(prototypes, temperature, None, dtype, kernels)
+        keys = prepared(inputs, dtype, kernels)
         if not len(features):
             return keys.bias.new_full((keys.prototypes,), -torch.inf)
         tile = kernels.tile("scores", features, keys.layout, rows=keys.prototypes)
@@ -238,7 +224,7 @@ def column_log_sum_exp(
         rows, _ = padded_features(features, count, dtype, keys.layout)
         bias = keys.bias.new_full((count,), 2 * LOWEST_BIAS)
         bias[: len(features)] = offset * -LOG2_E
-        swapped = PackedPrototypes(rows, bias, temperature, len(features), keys.layout, True)
+        swapped = PackedPrototypes(rows, bias, inputs.temperature, len(features), keys.layout, True)
         parts = kernels.row_pass(keys.weight, swapped, None, "scores", tile)
         return merge_log_sum_exp(parts, keys.bias)[: keys.prototypes]
 
@@ -249,10 +235,9 @@ def product_dtype(*rows: Tensor) -> torch.dtype:
     return dtype if all(other.dtype == dtype for other in rows) else torch.float32
 
 
-def prepared(
-    prototypes: Prototypes, temperature: Tensor, bias: Tensor | None, dtype: torch.dtype, kernels: Kernels
-) -> PackedPrototypes:
-    """Prototypes as the passes read them; kept where other sums over them follow (``vmf_kernels.prepared``)."""
+def prepared(inputs: RowInputs, dtype: torch.dtype, kernels: Kernels) -> PackedPrototypes:
+    """Prototypes as the passes read them; kept where other sums over them follow (``backends.prepared``)."""
+    _, prototypes, temperature, bias, _ = inputs
     room, key = prepared_of(prototypes), (type(kernels), dtype)
     if room is None:
         return kernels.pack_prototypes(prototypes, temperature, bias, dtype)

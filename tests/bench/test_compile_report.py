@@ -1,0 +1,337 @@
+"""The kernels as they ship, compiled without a GPU: no spill, within the shared memory, on tensor cores.
+
+Here kernels are interpreted, so they are compiled in processes of their own, with a cache of their own.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from bench import compile_report
+from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, recording
+from bench.compile_report import (
+    COLUMNS,
+    WITH_PRODUCTS,
+    Configuration,
+    configurations,
+    faults,
+    is_served,
+    source_digest,
+    table,
+    written,
+)
+from tests.backends.test_triton_tiles import UNSERVED
+from vmf_kernels.backends.triton import launch, tiles
+from vmf_kernels.backends.triton.tiles import NEEDED, PRECISIONS, TABLE_PATH, WIDTHS
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "bench" / "results" / "compiled"
+ARCHITECTURES = (80, 90, 100)
+PINNED = next(line[8:] for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("triton=="))
+VERSIONS = {PINNED: COMMITTED, "3.6.0": COMMITTED / "triton_3.6.0"}  # Triton's, and where its reports are
+ENTRY = {"rows": 64, "prototypes": 64, "chosen_by": "a test"}
+FIELDS = {"kernel", "mode", "dim", "products", "dtype", "tile", "num_warps", "num_stages", "limit"} | {
+    "registers",
+    "spills",
+    "shared",
+    "tensor_memory",
+    "matrix",
+    "bulk_copies",
+    "asynchronous_copies",
+    "loops",
+}
+# A tile that the shared memory has not room for even in one stage of the three.
+TOO_LARGE = """
+import json, torch
+from bench.ahead_of_time import compile_launch, recording
+from bench.compile_report import Configuration, faults, row_of
+from bench.pass_case import PassCase
+from vmf_kernels.backends.triton.tiles import Tile
+
+configuration = Configuration(384, "16-bit", torch.bfloat16, False)
+with recording(90) as launches:
+    PassCase.of("student", "16-bit", 384, device=torch.device("cpu")).run(Tile(128, 128, stages=3))
+print(json.dumps(faults(row_of(each, configuration, compile_launch(each, 90), 90) for each in launches)))
+"""
+
+
+class Run(NamedTuple):
+    """What one process left."""
+
+    exit_code: int
+    printed: str
+    report: dict[str, Any]
+
+
+def in_own_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python arguments`` where kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment | {"TRITON_CACHE_DIR": str(folder / "cache")},
+    )
+
+
+RUNS = {"the passes at D = 256": ("--dims", "256", "--passes"), "all at D = 384": ("--dims", "384")}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def hopper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A report on sm_90 in 16-bit precision."""
+    folder = tmp_path_factory.mktemp("compiled")
+    path = folder / "report.json"
+    options = ("--arch", "90", "--kernels", "triton", "--precisions", "16-bit", "--json", str(path))
+    done = in_own_process(folder, "-m", "bench.compile_report", *options, *RUNS[request.param])
+    return Run(done.returncode, done.stdout + done.stderr, json.loads(path.read_text()) if path.exists() else {})
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_without_a_fault(hopper: Run) -> None:
+    assert hopper.exit_code == 0, hopper.printed
+    assert "no spill, all fit, tensor cores where they should be" in hopper.printed
+
+
+@pytest.mark.slow
+def test_every_kernel_keeps_its_limits(hopper: Run) -> None:
+    worst = {name: max(row[name] for row in hopper.report["kernels"]) for name in ("spills", "shared", "registers")}
+    assert worst["spills"] == 0, f"{worst}"
+    assert 0 < worst["shared"] <= SHARED_MEMORY[90], f"{worst}, limit {SHARED_MEMORY[90]}"
+    assert worst["registers"] <= 255, f"{worst}"
+
+
+@pytest.mark.slow
+def test_every_pass_uses_tensor_cores_and_asynchronous_copies(hopper: Run) -> None:
+    passes = [row for row in hopper.report["kernels"] if row["kernel"] in WITH_PRODUCTS]
+    without = [row for row in passes if not row["matrix"] or not row["asynchronous_copies"] + row["bulk_copies"]]
+    assert len(passes) >= 7, f"{len(passes)} launches of passes"
+    assert not without, f"{without}"
+
+
+@pytest.mark.slow
+def test_a_report_says_what_it_is_of(hopper: Run) -> None:
+    assert hopper.report.keys() == {"arch", "triton", "source", "kernels"}
+    assert hopper.report["arch"] == 90
+    assert hopper.report["source"] == source_digest()
+    assert all(row.keys() == FIELDS for row in hopper.report["kernels"])
+
+
+@pytest.mark.slow
+def test_every_kernel_of_the_package_is_compiled(hopper: Run) -> None:
+    compiled = {row["kernel"] for row in hopper.report["kernels"]}
+    written = {
+        node.name
+        for path in compile_report.KERNELS.glob("*_kernels.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    if compiled <= set(WITH_PRODUCTS):
+        written &= set(WITH_PRODUCTS)
+    missing = written - compiled - {"gather_matched_columns_kernel"}  # which the table may have no use for
+    assert not missing, f"never compiled: {sorted(missing)}"
+
+
+@pytest.mark.slow
+def test_a_tile_that_cannot_fit_is_reported(tmp_path: Path) -> None:
+    """Negative control."""
+    done = in_own_process(tmp_path, "-c", TOO_LARGE)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert any("spills" in fault for fault in found), f"{found}"
+    assert any("bytes of shared memory" in fault for fault in found), f"{found}"
+
+
+def good_row(**changes: Any) -> dict[str, Any]:
+    row = dict.fromkeys(FIELDS, 1) | {"kernel": WITH_PRODUCTS[0], "products": "16-bit", "spills": 0, "mode": "own"}
+    return row | {"shared": SHARED_MEMORY[90], "limit": SHARED_MEMORY[90], "tensor_memory": TENSOR_MEMORY} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"spills": 3}, "spills 3 times"),
+        ({"shared": SHARED_MEMORY[90] + 1}, "takes 232449 bytes of shared memory; the part has 232448"),
+        ({"tensor_memory": TENSOR_MEMORY + 1}, "takes 513 columns of tensor memory; there are 512"),
+        ({"matrix": 0}, "uses no tensor cores"),
+        ({"matrix": 0, "products": "tf32"}, "uses no tensor cores"),
+    ],
+)
+def test_a_fault_is_found(changes: dict[str, Any], said: str) -> None:
+    """Negative control."""
+    found = faults([good_row(), good_row(**changes)])
+    assert len(found) == 1, f"{found}"
+    assert said in found[0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"matrix": 0, "products": "ieee"}, {"matrix": 0, "kernel": "merge_kernel"}])
+def test_what_is_no_fault_is_not_found(changes: dict[str, Any]) -> None:
+    found = faults([good_row(**changes)])
+    assert not found, f"{found}"
+
+
+def test_a_written_report_is_read_back_and_has_a_line_for_each_kernel() -> None:
+    content = {
+        "arch": 90,
+        "kernels": [good_row(), good_row(loops=[{"matrix": 1}])],
+        "cuda": {"kernels": [], "x": ["y"]},
+    }
+    text = written(content)
+    assert json.loads(text) == content
+    assert sum('"kernel"' in line for line in text.splitlines()) == 2
+    assert len(text.splitlines()) == 13, text
+
+
+def test_the_table_has_a_cell_for_every_column() -> None:
+    lines = table([good_row(), good_row(bulk_copies=0)]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1, "\n".join(lines)
+    assert len(lines) == 4
+    assert lines[0].count("|") == len(COLUMNS) + 6, lines[0]
+
+
+KERNEL = SimpleNamespace(__name__="some_kernel", params=[SimpleNamespace(name=name) for name in ("p_x", "count", "N")])
+
+
+def test_a_launch_is_recorded_instead_of_run() -> None:
+    with recording(90) as launches:
+        launch.run(KERNEL, (2,), "x", 3, N=16, num_warps=8)
+    (recorded,) = launches
+    assert recorded.arguments == {"p_x": "x", "count": 3, "N": 16}
+    assert (recorded.grid, recorded.options) == ((2,), {"num_warps": 8})
+
+
+@pytest.mark.parametrize(
+    ("positional", "by_name", "wrong"),
+    [
+        (["x"], {"N": 16}, "count"),
+        (["x", 3], {"N": 16, "M": 1}, "M"),
+        (["x", 3], {"N": 16, "count": 4}, "count"),
+        (["x", 3, 16, 5], {}, "positional 3"),
+    ],
+    ids=["missing", "unknown", "twice", "too many"],
+)
+def test_a_launch_with_wrong_arguments_is_refused(positional: list[Any], by_name: dict[str, Any], wrong: str) -> None:
+    """Negative control."""
+    with recording(90), pytest.raises(AssertionError, match=rf"wrong arguments: \['{wrong}'\]"):
+        launch.run(KERNEL, (1,), *positional, **by_name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes"),
+    [
+        ("# not maximum", "# by no means maximum", False),
+        ('"""Preparation', '"""The preparation', False),
+        ("1.0 + x\n", "(1.0\n         + x)\n", False),
+        ("1.0 + x\n", "1.0 - x\n", True),
+    ],
+    ids=["comment", "docstring", "formatting", "code"],
+)
+def test_only_code_changes_the_digest(
+    old: str, new: str, changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(compile_report.KERNELS, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(compile_report, "KERNELS", copy)
+    before, path = source_digest(), copy / "prototype_kernels.py"
+    source = path.read_text()
+    assert old in source
+    path.write_text(source.replace(old, new))
+    assert (source_digest() != before) is changes
+
+
+@pytest.mark.parametrize(("field", "changes"), [("chosen_by", False), ("stages", True)])
+def test_only_sizes_of_the_table_change_the_digest(
+    field: str, changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, content = source_digest(), json.loads(TABLE_PATH.read_text())
+    content["tiles"]["90"]["16-bit"]["256"]["student"][field] = 7
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(compile_report, "TABLE_PATH", path)
+    assert (source_digest() != before) is changes
+
+
+def regenerate(arch: int, version: str) -> str:
+    path = (VERSIONS[version] / f"sm_{arch}.json").relative_to(ROOT)
+    return f"with triton {version} run: python -m bench.compile_report --arch {arch} --kernels triton --json {path}"
+
+
+@pytest.fixture(params=[(arch, version) for version in VERSIONS for arch in ARCHITECTURES], ids=str)
+def committed(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Of one part, by one version of Triton."""
+    arch, version = request.param
+    path = VERSIONS[version] / f"sm_{arch}.json"
+    assert path.exists(), f"{path.name} is missing; {regenerate(arch, version)}"
+    report: dict[str, Any] = json.loads(path.read_text())
+    assert (report["arch"], report["triton"]) == (arch, version), (
+        f"of another part or version; {regenerate(arch, version)}"
+    )
+    assert all(row.keys() == FIELDS for row in report["kernels"]), f"other fields; {regenerate(arch, version)}"
+    return report
+
+
+def test_the_committed_report_is_of_this_code(committed: dict[str, Any]) -> None:
+    assert committed["source"] == source_digest(), (
+        f"changed since; {regenerate(committed['arch'], committed['triton'])}"
+    )
+
+
+def test_the_committed_report_has_no_fault(committed: dict[str, Any]) -> None:
+    found = faults(committed["kernels"])
+    assert not found, f"{found}"
+
+
+def test_a_committed_report_with_a_spill_has_a_fault(committed: dict[str, Any]) -> None:
+    """Negative control: of any one entry."""
+    committed["kernels"][-1]["spills"] = 2
+    found = faults(committed["kernels"])
+    assert len(found) == 1, f"{found}"
+    assert "spills 2 times" in found[0]
+
+
+def test_the_committed_report_counts_the_loops_of_the_passes(committed: dict[str, Any]) -> None:
+    """Two in a column pass, students and teachers, but for its usage alone; one in a row pass."""
+    for row in committed["kernels"]:
+        if row["kernel"] == "assign_rows_kernel" and row["products"] == "16-bit" and committed["arch"] == 90:
+            assert len(row["loops"]) == 1, f"{row}"
+        for loop in row["loops"]:
+            assert loop["instructions"] > loop["matrix"] > 0, f"{row}"
+            assert max(loop["skippable"], loop["exposed"]) < loop["instructions"], f"{row}"
+
+
+def test_the_committed_report_covers_the_table(committed: dict[str, Any]) -> None:
+    arch = committed["arch"]
+    expected = {
+        (each.dim, each.precision, str(each.dtype).removeprefix("torch."))
+        for each in configurations()
+        if (str(arch), each.precision, each.dim) not in UNSERVED
+    }
+    passes = [row for row in committed["kernels"] if row["kernel"] in WITH_PRODUCTS]
+    missing = expected - {(row["dim"], row["products"], row["dtype"]) for row in passes}
+    assert not missing, f"{sorted(missing)} are not in it; {regenerate(arch, committed['triton'])}"
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("16-bit", True), ("tf32", False), ("ieee", False)])
+def test_a_configuration_is_served_if_the_table_has_every_pass(
+    precision: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"16-bit": {"256": dict.fromkeys(NEEDED, ENTRY)}, "tf32": {"256": {"student": ENTRY}}}
+    monkeypatch.setattr(tiles, "table", lambda: {"90": made})
+    assert is_served(90, Configuration(200, precision, torch.float32, False)) is expected
+
+
+def test_every_width_and_precision_is_asked_for() -> None:
+    asked = {(each.dim, each.precision) for each in configurations()}
+    assert asked == {(width, precision) for width in WIDTHS for precision in PRECISIONS}

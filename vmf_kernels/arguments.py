@@ -1,0 +1,75 @@
+"""Checks of the arguments that several operators have in common, and the form they are handed on in.
+
+Legend: R rows, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.prototypes import Prototypes
+from vmf_kernels.tensors import is_readable
+
+
+def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -> Tensor:
+    """[] float64 temperature on ``device``: a tensor, so that a schedule neither recompiles nor re-captures.
+
+    Raises:
+        ValueError: not positive (a CUDA tensor is not looked at: that would wait for the device), or not one element.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} has {value.numel()} elements; expected 1")
+        if is_readable(value) and not value.item() > 0:
+            raise ValueError(f"{name} is {value.item()}; expected a number > 0")
+        return value.detach().reshape(()).to(device=device, dtype=torch.float64)
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; expected a number > 0")
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:
+    """Raise ValueError unless ``features`` is a floating-point [R, D] matrix that fits the prototypes."""
+    if not isinstance(prototypes, Prototypes):
+        raise ValueError(
+            f"{name} prototypes are a {type(prototypes).__name__}; expected Prototypes, for example "
+            "linear_prototypes(weight)"
+        )
+    if hasattr(prototypes.weight, "placements"):
+        raise ValueError(
+            f"{name} prototypes are sharded (a DTensor): they are read outside the head's forward pass; expected "
+            "head.unshard() before, or prototypes of weight.full_tensor()"
+        )
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(
+            f"{name} features are {features.dtype} of shape {tuple(features.shape)}; "
+            "expected a floating-point matrix [rows, D]"
+        )
+    if features.shape[1] != prototypes.dim:
+        raise ValueError(
+            f"{name} features have {features.shape[1]} columns but the {name} prototypes have "
+            f"{prototypes.dim}; both must be the embedding dim D"
+        )
+    if features.device != prototypes.weight.device:
+        raise ValueError(
+            f"{name} features are on {features.device} but the {name} prototypes on "
+            f"{prototypes.weight.device}; expected one device"
+        )
+
+
+def check_bias(bias: Tensor | None, count: int, name: str) -> None:
+    """Raise ValueError unless ``bias`` is None or has one element for each of ``count`` prototypes."""
+    if bias is not None and bias.numel() != count:
+        raise ValueError(f"{name} has {bias.numel()} elements; expected one for each of the {count} prototypes")
+
+
+def in_autocast_dtype(features: Tensor) -> Tensor:
+    """The features as the last layer of a head would see them: fp32 ones cast where a region of autocast is on.
+
+    Only on a GPU, where 16-bit products are what the region asks for; on a CPU fp32 features keep fp32 products.
+    """
+    kind = features.device.type
+    if kind == "cuda" and features.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return features.to(torch.get_autocast_dtype(kind))
+    return features

@@ -1,0 +1,96 @@
+"""Log-sums of a network's logits over temperature along either side, whether the logits are stored or not.
+
+Legend: R rows, K prototypes (this rank's own, where ranks share them out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.arguments import check_bias, temperature_tensor
+from vmf_kernels.backends.prepared import drop_prepared, keep_prepared
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
+from vmf_kernels.prototypes import accumulation_dtype
+from vmf_kernels.ranks import log_sum_exp_over_ranks
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+
+ROWS_AT_ONCE = 64  # of stored logits: 16 MiB of fp32 at K = 65,536
+
+
+@dataclass(frozen=True, eq=False)
+class LogSums:
+    """Sums over ``l = logits / temperature + bias``, detached; ``with`` it, what is prepared for one serves all.
+
+    Args:
+        logits: [R, K] raw, detached, not divided by the temperature; R may be 0.
+        temperature: positive.
+        bias: [K] nats that stored logits lack (the vMF log-normaliser), or None; None for logits that are not stored.
+        backend: of the streaming passes, see ``choose_backend``.
+        prototype_group: ranks that share out the prototypes, or None.
+
+    Raises:
+        ValueError: the bias has not K elements, or comes with logits that are not stored.
+    """
+
+    logits: PrototypeLogits | Tensor
+    temperature: float | Tensor
+    bias: Tensor | None = None
+    backend: str = "auto"
+    prototype_group: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        check_bias(self.bias, self.logits.shape[-1], "bias")
+        if isinstance(self.logits, PrototypeLogits) and self.bias is not None:
+            raise ValueError("bias is given for PrototypeLogits, whose prototypes already bring theirs; expected None")
+
+    def __enter__(self) -> LogSums:
+        """Until the end, nobody changes the prototypes: they are prepared once for all sums."""
+        if isinstance(self.logits, PrototypeLogits):
+            keep_prepared(self.logits.prototypes)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if isinstance(self.logits, PrototypeLogits):
+            drop_prepared(self.logits.prototypes)
+
+    def over_prototypes(self, extra: Tensor | None = None) -> Tensor:
+        """[R] ``log sum_k exp(l_rk + extra_k)``, over the prototypes of all ranks of the group."""
+        if isinstance(self.logits, PrototypeLogits):
+            return row_log_sum_exp(
+                self.logits.features,
+                self.logits.prototypes,
+                self.temperature,
+                extra,
+                backend=self.backend,
+                prototype_group=self.prototype_group,
+            )
+        sums = torch.cat([(rows if extra is None else rows + extra).logsumexp(dim=1) for rows in self._stored()])
+        return sums if self.prototype_group is None else log_sum_exp_over_ranks(sums, self.prototype_group)
+
+    def over_rows(self, offset: Tensor) -> Tensor:
+        """[K] ``log sum_r exp(l_rk - offset_r)`` over this rank's rows; -inf for none."""
+        if isinstance(self.logits, PrototypeLogits):
+            features, prototypes = self.logits.features, self.logits.prototypes
+            return column_log_sum_exp(features, prototypes, self.temperature, offset, backend=self.backend)
+        total = offset.new_full((self.logits.shape[1],), -torch.inf)
+        for rows, offsets in zip(self._stored(), torch.split(offset, ROWS_AT_ONCE), strict=True):
+            total = torch.logaddexp(total, (rows - offsets[:, None]).logsumexp(dim=0))
+        return total
+
+    def new_offsets(self) -> Tensor:
+        """[R] zeros in the dtype of the sums."""
+        shape, device = (self.logits.shape[0],), self.logits.device
+        return torch.zeros(shape, dtype=accumulation_dtype(self.logits.dtype), device=device)
+
+    def _stored(self) -> Iterator[Tensor]:
+        """Stored logits over temperature with the bias, a few rows at a time."""
+        assert isinstance(self.logits, Tensor)
+        dtype = accumulation_dtype(self.logits.dtype)
+        tau = temperature_tensor(self.temperature, "teacher_temperature", self.logits.device).to(dtype)
+        for rows in torch.split(self.logits.detach(), ROWS_AT_ONCE):
+            yield rows.to(dtype) / tau if self.bias is None else rows.to(dtype) / tau + self.bias

@@ -1,0 +1,89 @@
+"""DINO-vMF's centre: the running log of the teacher's mean probability.
+
+Legend: R rows, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.centering.log_sums import LogSums
+from vmf_kernels.centering.running_mean import Center
+from vmf_kernels.ranks import sum_number_over_ranks
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+
+AVERAGES = ("log_probability", "probability")
+
+
+class ProbabilityCenter(Center):
+    """DINO-vMF's centre: the running log of the teacher's mean probability, subtracted from the logits over temperature.
+
+    A reconstruction from the paper, whose code was not public: with average "log_probability"
+    ``c <- m c + (1 - m) log mean_b softmax(l_b)`` over the uncentred logits l; with "probability" the mean itself runs,
+    ``e^c <- m e^c + (1 - m) mean_b softmax(l_b)``. Both stay in log space, where a prototype far from every row is finite.
+
+    Args:
+        average: "log_probability" or "probability".
+        num_prototypes, momentum, start, backend, prototype_group, row_group: as ``Center``; "zero" is uniform, over the
+            prototypes of all ranks: with a prototype group every rank of it makes its centre together with the others.
+
+    Source: Govindarajan et al., ICLR 2023 (arXiv:2405.10939), "probability-space centering".
+    """
+
+    _no_rows = -math.inf
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        momentum: float = 0.9,
+        *,
+        average: str = "log_probability",
+        start: str = "zero",
+        backend: str = "auto",
+        prototype_group: ProcessGroup | None = None,
+        row_group: ProcessGroup | None = None,
+    ) -> None:
+        groups = {"prototype_group": prototype_group, "row_group": row_group}
+        super().__init__(num_prototypes, momentum, start=start, backend=backend, **groups)
+        if average not in AVERAGES:
+            raise ValueError(f"average is {average!r}; expected one of {', '.join(AVERAGES)}")
+        self.average = average
+        if average == "probability" and start == "zero":
+            # the scale of e^c matters here: start at the uniform distribution; log_probability starts at any constant
+            if prototype_group is not None:
+                num_prototypes = sum_number_over_ranks(num_prototypes, prototype_group)
+            self._start = -math.log(num_prototypes)
+            self.reset_parameters()
+
+    def bias(self, temperature: float | Tensor) -> Tensor:
+        """[K] ``-c``, nats: already in units of log-probability, so never divided by the temperature."""
+        return -self.center[0]
+
+    @torch.no_grad()
+    def _statistic(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        rows = teacher.detach().flatten(0, -2)
+        with LogSums(rows, temperature, bias, self.backend, self.prototype_group) as sums:
+            total = sums.over_rows(sums.over_prototypes())
+        return total, total.new_full((), float(rows.shape[0]))
+
+    def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        # probabilities are summed over ranks, never their logs
+        return self._row_ranks.log_sum_exp(total), self._row_ranks.sum(rows)
+
+    def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.logaddexp(one[0], other[0]), one[1] + other[1]
+
+    def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
+        return (total - rows.log()).to(self.center.dtype)
+
+    def _step(self, center: Tensor, batch: Tensor) -> Tensor:
+        if self.average == "log_probability":
+            return super()._step(center, batch)
+        kept = math.log(self.momentum) if self.momentum > 0 else -math.inf
+        return torch.logaddexp(center + kept, batch + math.log1p(-self.momentum))

@@ -1,0 +1,241 @@
+"""Centres of the teacher: running means that keep its assignments from collapsing, each used as a [K] bias.
+
+A centre takes in the teacher's batch with ``accumulate`` (once per micro-batch) and moves with ``apply`` (once per optimiser
+step); ``update`` is both. Statistics are weighted by rows, over all ranks when a process group exists; a batch with a
+non-finite value anywhere is ignored, beside others that wait with it as alone, without waiting for the device.
+
+Legend: R rows, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.backends.choice import check_backend_name
+from vmf_kernels.ranks import RowRanks, Shared, all_finite
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits, outside_transforms
+
+STARTS = ("zero", "first_batch")
+
+
+def check_momentum(value: float, name: str) -> None:
+    """Raise ValueError unless a running mean can have this momentum."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; expected a number in [0, 1)")
+
+
+class RunningMean(nn.Module):
+    """Keeps its buffer ``center`` in fp32 (fp64 after ``double()``) under ``half()``, ``bfloat16()`` and ``to()``.
+
+    ``module.center = tensor`` takes the tensor's K values and its device; shape and dtype stay.
+
+    Raises:
+        ValueError: what is assigned is no tensor of K floating-point values.
+    """
+
+    center: Tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "center":
+            self._set_center(value)
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _set_center(self, value: Any) -> None:
+        before: Tensor = self.center
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        # [1, K], [1, 1, K] and [K] are one centre, as K centres of one value would not be
+        fits = isinstance(value, Tensor) and value.numel() == before.numel() and shape[-1:] == before.shape[-1:]
+        if not fits or not value.is_floating_point():
+            got = f"{value.dtype} of shape {shape}" if isinstance(value, Tensor) else shape
+            raise ValueError(f"center is assigned {got}; expected a floating-point tensor {list(before.shape)}, or [K]")
+        new = value.detach().to(before.dtype).reshape(before.shape)
+        if new.device == before.device and not new.is_meta:
+            before.copy_(new)  # in place: a compiled step goes on with it
+        else:
+            self._buffers["center"] = new.clone()
+        self._center_was_set()
+
+    def _center_was_set(self) -> None:
+        """What is known of the centre has to be found out anew."""
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        before = self.center
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.center.dtype not in (torch.float32, torch.float64):
+            # at 16 bits, small steps would be rounded away
+            self._buffers["center"] = before.to(self.center.device)
+        return self
+
+
+class Center(RunningMean):
+    """What both centres share: the buffer, its start, and the step of the running mean.
+
+    A loss that was built on the meta device needs each centre's ``reset_parameters()`` after ``to_empty()``, or a checkpoint.
+
+    Args:
+        num_prototypes: K; this rank's own, where ranks share out the prototypes.
+        momentum: of the running mean, in [0, 1).
+        start: "zero", or "first_batch" to begin at the first batch's mean instead of drifting there.
+        backend: of streaming passes over the teacher, see ``choose_backend``.
+        prototype_group: ranks that share out the prototypes and hold the same rows, or None.
+        row_group: ranks whose rows count together; None for all ranks, or, with a prototype group, for this rank alone.
+
+    Attributes:
+        center: [1, K] fp32 buffer (fp64 after ``double()``), the only entry of the state dict; NaN until a first batch has
+            started it.
+    """
+
+    _no_rows = 0.0  # the sum over none
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        momentum: float = 0.9,
+        *,
+        start: str = "zero",
+        backend: str = "auto",
+        prototype_group: ProcessGroup | None = None,
+        row_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if start not in STARTS:
+            raise ValueError(f"start is {start!r}; expected one of {', '.join(STARTS)}")
+        if num_prototypes < 1:
+            raise ValueError(f"num_prototypes is {num_prototypes}; expected at least 1")
+        check_backend_name(backend)
+        check_momentum(momentum, "center momentum")
+        self.momentum = momentum
+        self.backend = backend
+        self._prototype_group = Shared(prototype_group)
+        self._row_ranks = RowRanks.of(prototype_group, row_group)
+        # fp32 whatever torch's default dtype is: at 16 bits, small steps would be rounded away
+        empty = torch.empty(1, num_prototypes, dtype=torch.float32, device=torch.get_default_device())
+        self.register_buffer("center", empty)
+        self._start = torch.nan if start == "first_batch" else 0.0
+        self.reset_parameters()
+
+    @property
+    def prototype_group(self) -> ProcessGroup | None:
+        """Ranks that share out the prototypes."""
+        return self._prototype_group.value
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Put the centre at its start, as ``to_empty()`` leaves it to be; what was accumulated is dropped."""
+        self.center.fill_(self._start)
+        self._started = not math.isnan(self._start)
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def _center_was_set(self) -> None:
+        # only one that begins at the first batch can be there without having started: NaN elsewhere is a run that diverged
+        self._started = self.center.is_meta or not (math.isnan(self._start) and bool(self.center.isnan().all()))
+
+    def target_bias(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """[K] nats to add to the logits of this batch, whose mean an unstarted centre begins at; as ``accumulate``."""
+        self.begin(teacher, temperature, bias)
+        return self.bias(temperature)
+
+    @outside_transforms
+    def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
+        """Set a centre that has not started to the mean of this batch; call before ``bias``, arguments as ``accumulate``."""
+        if self._started:
+            return
+        if self.center.isnan().all():
+            batch = self._mean(*self._reduce(*self._statistic(teacher, temperature, bias)))
+            finite = all_finite(batch, group=self.prototype_group)
+            self.center.copy_(torch.where(finite, batch, self.center[0])[None])
+        self._started = not bool(self.center.isnan().all())
+
+    @outside_transforms
+    def accumulate(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+    ) -> None:
+        """Take in a batch without moving the centre. Collective: every rank calls it equally often.
+
+        Args:
+            teacher: [..., K] raw teacher logits, uncentred and not divided by the temperature; their number may differ
+                between ranks, and be 0.
+            temperature: of the teacher, positive.
+            bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
+
+        Raises:
+            ValueError: the teacher's K is not the centre's, or the temperature is not positive.
+        """
+        if teacher.shape[-1] != self.center.shape[1]:
+            raise ValueError(
+                f"teacher has {teacher.shape[-1]} prototypes; expected the center's {self.center.shape[1]}"
+            )
+        self._add(*self._reduce(*self._statistic(teacher, temperature, bias)))
+
+    @torch.no_grad()
+    def _add(self, total: Tensor, rows: Tensor) -> None:
+        """Let a statistic wait with the others, unless its mean is not finite, or theirs is no longer."""
+        nothing = total.new_full((), self._no_rows), torch.zeros_like(rows)
+        kept = nothing if self._pending is None else self._pending
+        merged = self._merge(kept, (total, rows))
+        # of all blocks of prototypes: each takes the batch in, or none does
+        finite = all_finite(self._mean(total, rows), self._mean(*merged), group=self.prototype_group)
+        self._pending = torch.where(finite, merged[0], kept[0]), torch.where(finite, merged[1], kept[1])
+
+    @torch.no_grad()
+    @outside_transforms
+    def apply_pending(self) -> None:
+        """Move the centre by what has been accumulated since the last call, if anything."""
+        if self._pending is None:
+            return
+        batch = self._mean(*self._pending)
+        # a centre that has not started takes the batch's mean here, where ``begin`` has not been called
+        moved = self._step(self.center[0], batch)
+        if math.isnan(self._start):
+            moved = torch.where(self.center[0].isnan().all(), batch, moved)
+        # not finite only where nothing waits, which is so on all ranks
+        self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center[0])[None])
+        self._pending = None
+
+    def update(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+    ) -> None:
+        """``accumulate``, then ``apply_pending``."""
+        self.accumulate(teacher, temperature, bias)
+        self.apply_pending()
+
+    def bias(self, temperature: float | Tensor) -> Tensor:
+        """[K] nats to add to the teacher's logits."""
+        raise NotImplementedError
+
+    def _statistic(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """([K] sum over this rank's rows, [] number of rows)."""
+        raise NotImplementedError
+
+    def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The statistic over all ranks."""
+        raise NotImplementedError
+
+    def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The statistic of two micro-batches."""
+        raise NotImplementedError
+
+    def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
+        """[K] mean in the units of the centre; not finite for 0 rows."""
+        raise NotImplementedError
+
+    def _step(self, center: Tensor, batch: Tensor) -> Tensor:
+        return center * self.momentum + batch * (1 - self.momentum)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        # the loaded centre may or may not have started; looked at here, since a branch on it would break a compiled step
+        self._center_was_set()
+        self._pending = None

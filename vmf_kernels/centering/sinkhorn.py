@@ -1,0 +1,98 @@
+"""Sinkhorn-Knopp targets as one bias: the dual vector of the prototypes, without the [rows, K] plan.
+
+Legend: R rows, K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.backends.choice import check_backend_name
+from vmf_kernels.centering.log_sums import LogSums
+from vmf_kernels.ranks import RowRanks, Shared
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+
+
+class SinkhornKnopp(nn.Module):
+    """Targets in which every prototype receives the same mass from the batch, up to the last normalisation of the rows.
+
+    The published algorithm scales prototypes and rows of ``exp(l)`` in turn, prototypes first. In log space, with u = v = 0
+    at the start, a round is
+
+        u_k = -log sum_b exp(l_bk + v_b),    v_b = -log sum_k exp(l_bk + u_k)
+
+    (its constants 1/K and 1/B cancel), and after the last one the target is ``softmax_k(l_bk + u_k)``: u is a bias as any
+    other centre's, and nothing overflows at any norm. The result is the published one, unlike with each row's maximum taken
+    off its ``exp`` argument after the first scaling. R may differ between ranks and be 0; ranks exchange K numbers a round.
+
+    Args:
+        iterations: rounds, at least 1; 3 is what is published.
+        backend: of the streaming passes, see ``choose_backend``.
+        prototype_group: ranks that share out the prototypes and hold the same rows, or None.
+        row_group: ranks whose rows are one batch; None for all ranks, or, with a prototype group, for this rank alone.
+
+    Raises:
+        ValueError: fewer than one iteration, or an unknown backend.
+    Source: Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments", NeurIPS 2020 (SwAV),
+        section 3.1; Oquab et al., "DINOv2", TMLR 2024, section 4.
+    """
+
+    def __init__(
+        self,
+        iterations: int = 3,
+        *,
+        backend: str = "auto",
+        prototype_group: ProcessGroup | None = None,
+        row_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if iterations < 1:
+            raise ValueError(f"iterations is {iterations}; expected at least 1")
+        check_backend_name(backend)
+        self.iterations = iterations
+        self.backend = backend
+        self._prototype_group = Shared(prototype_group)
+        self._row_ranks = RowRanks.of(prototype_group, row_group)
+
+    @property
+    def prototype_group(self) -> ProcessGroup | None:
+        """Ranks that share out the prototypes."""
+        return self._prototype_group.value
+
+    @torch.no_grad()
+    def target_bias(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """[K] u, nats. Collective: every rank calls it, with whatever rows it has.
+
+        Args:
+            teacher: [..., K] raw teacher logits, not divided by the temperature.
+            temperature: of the teacher, positive.
+            bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
+
+        Raises:
+            ValueError: the temperature is not positive, or the bias has not K elements.
+        """
+        rows = teacher.detach().flatten(0, -2)
+        with LogSums(rows, temperature, bias, self.backend, self.prototype_group) as sums:
+            dual_K = self._prototype_dual(sums, sums.new_offsets())
+            for _ in range(self.iterations - 1):
+                dual_K = self._prototype_dual(sums, sums.over_prototypes(dual_K))
+        return dual_K
+
+    forward = target_bias
+
+    def accumulate(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+    ) -> None:
+        """Nothing: no batch is remembered."""
+
+    def apply_pending(self) -> None:
+        """Nothing: no batch is remembered."""
+
+    def _prototype_dual(self, sums: LogSums, minus_v_R: Tensor) -> Tensor:
+        total_K = self._row_ranks.log_sum_exp(sums.over_rows(minus_v_R))
+        # no rows on any rank: any bias will do, but not an infinite one
+        return torch.where(total_K.isneginf(), 0.0, -total_K)

@@ -1,0 +1,374 @@
+"""What the drop-ins for DINOv2 and DINOv3 share: targets of the kind that came in, a centre one call late, masked patches.
+
+Legend: R rows, C masked images, N patches of an image, M masked patches, K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from vmf_kernels.arguments import temperature_tensor
+from vmf_kernels.backends.choice import check_backend_name
+from vmf_kernels.centering.running_mean import RunningMean, check_momentum
+from vmf_kernels.centering.sinkhorn import SinkhornKnopp
+from vmf_kernels.losses.stream import check_logits
+from vmf_kernels.losses.temperatures import check_positive
+from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
+from vmf_kernels.prototypes import accumulation_dtype
+from vmf_kernels.ranks import RowRanks, Shared, all_finite
+from vmf_kernels.statistics import AssignmentStatistics
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits, outside_transforms, project
+from vmf_kernels.unstored.teacher_targets import TeacherTargets
+
+Logits = PrototypeLogits | Tensor
+Targets = TeacherTargets | Tensor
+
+
+class RankOptions(TypedDict, total=False):
+    """Keywords beyond the published ones; ``Stream`` says what they mean."""
+
+    backend: str
+    prototype_group: ProcessGroup | None
+    row_group: ProcessGroup | None
+
+
+class LazilyCentered(RunningMean):
+    """Targets of a teacher, and a centre whose update waits until targets are next asked for, or its state is saved.
+
+    Targets are of the kind of the teacher's output: ``TeacherTargets`` for ``PrototypeLogits``, of which nothing is stored, and
+    probabilities for stored logits, so that whatever else a loop does with them still works.
+
+    Args:
+        center: the centre at the start, [..., K]; NaN for one that ``init_weights`` or a checkpoint fills.
+        student_temp: student temperature.
+        center_momentum: of the running mean, in [0, 1).
+        backend, prototype_group, row_group: as ``Stream``.
+
+    Attributes:
+        center: the buffer, the state dict's only entry; fp32, or fp64 after ``double()``. Takes the values of what is assigned.
+        student_temp, center_momentum: may be assigned.
+        updated: whether no batch waits. Then ``async_batch_center`` is None, else the sum of what waits over all ranks, in the
+            shape of the centre, and the length published with it what divides it; there is nothing to wait for.
+        statistics: ``AssignmentStatistics`` of the last cross-entropy (the last entry of a list that takes several), or None.
+
+    Raises:
+        ValueError: a temperature is not positive, the momentum not in [0, 1), K below 1, or the backend unknown.
+    Source: facebookresearch/dinov2 dinov2/loss/dino_clstoken_loss.py.
+    """
+
+    def __init__(
+        self,
+        center: Tensor,
+        student_temp: float,
+        center_momentum: float,
+        *,
+        backend: str = "auto",
+        prototype_group: ProcessGroup | None = None,
+        row_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(student_temp, "student_temp")
+        check_momentum(center_momentum, "center_momentum")
+        if center.numel() < 1:
+            raise ValueError("the number of prototypes is 0; expected at least 1")
+        check_backend_name(backend)
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        options: RankOptions = {"backend": backend, "prototype_group": prototype_group, "row_group": row_group}
+        self._options = Shared(options)
+        self.register_buffer("center", center)
+        self._row_ranks = RowRanks.of(prototype_group, row_group)
+        self._pending: tuple[Tensor, Tensor] | None = None  # [K] weighted sum, [] weight
+        self._known_to_be_set = False
+        self.statistics: AssignmentStatistics | None = None
+
+    @property
+    def options(self) -> RankOptions:
+        """Keywords of ``Stream``."""
+        return self._options.value
+
+    @property
+    def updated(self) -> bool:
+        """Whether no batch waits for the next targets."""
+        return self._pending is None
+
+    @property
+    def reduce_handle(self) -> None:
+        """None: ranks have been summed over when ``update_center`` returns."""
+        return
+
+    @property
+    def async_batch_center(self) -> Tensor | None:
+        """What waits, summed over all ranks, in the shape of the centre; None for nothing."""
+        return None if self._pending is None else self._pending[0].reshape(self.center.shape)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Put the centre at 0; what waits is dropped."""
+        self.center.zero_()
+        self._pending = None
+        self._known_to_be_set = False
+
+    def update_center(self, teacher_output: Logits) -> None:
+        """Take in the teacher's raw logits; the centre moves later. Collective: every rank calls it, with whatever rows.
+
+        Several batches before the next targets count together, as one, where the published code keeps the last. One with a
+        non-finite value is ignored.
+
+        Raises:
+            ValueError: the teacher's K is not the centre's.
+        """
+        self.reduce_center_update(teacher_output)
+
+    @torch.no_grad()
+    @outside_transforms
+    def reduce_center_update(self, teacher_output: Logits) -> None:
+        """As ``update_center``."""
+        total, weight = self._mean_parts(self._checked(teacher_output))
+        kept = (total.new_zeros(()), torch.zeros_like(weight)) if self._pending is None else self._pending
+        merged = kept[0] + total, kept[1] + weight
+        means = [(each / count).to(self.center.dtype) for each, count in ((total, weight), merged)]
+        # agreed on here, where every rank is: the update may be applied on one alone, to save its state
+        finite = all_finite(*means, group=self.options["prototype_group"])
+        self._pending = torch.where(finite, merged[0], kept[0]), torch.where(finite, merged[1], kept[1])
+
+    @torch.no_grad()
+    @outside_transforms
+    def apply_center_update(self) -> None:
+        """Move the centre by what waits, if anything. Not collective."""
+        if self._pending is None:
+            return
+        total, weight = self._pending
+        batch = (total / weight).to(self.center).reshape(self.center.shape)
+        moved = self.center * self.center_momentum + batch * (1 - self.center_momentum)
+        # not finite only where no rows wait, which is so on all ranks
+        self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center))
+        self._pending = None
+
+    def _weight_of(self, rows: int) -> int:
+        """What the mean over this rank's rows counts in the mean over ranks."""
+        raise NotImplementedError
+
+    def _mean_parts(self, teacher: Logits) -> tuple[Tensor, Tensor]:
+        """([K] weighted sum of the ranks' means, [] sum of their weights)."""
+        rows = teacher.detach().flatten(0, -2)
+        stored = rows if isinstance(rows, Tensor) else rows.features
+        weight = self._weight_of(stored.shape[0])
+        summed = stored.sum(dim=0, dtype=accumulation_dtype(stored.dtype)) * (weight / max(stored.shape[0], 1))
+        # unstored, ranks exchange D + 1 numbers rather than K
+        packed = self._row_ranks.sum(torch.cat([summed, summed.new_full((1,), float(weight))]))
+        total = packed[:-1] if isinstance(rows, Tensor) else project(rows.prototypes, packed[:-1])
+        return total, packed[-1]
+
+    def _centered_targets(self, teacher: Logits, temperature: float | Tensor) -> Targets:
+        """``softmax((logits - center) / temperature)``."""
+        teacher = self._checked(teacher)
+        if teacher.ndim < self.center.ndim:
+            teacher = teacher.unsqueeze(0)  # the shape that subtracting the centre broadcasts to
+        self._check_set()
+        tau = temperature_tensor(temperature, "teacher_temp", teacher.device)
+        dtype = accumulation_dtype(teacher.dtype)
+        center_K = self.center.reshape(-1).to(teacher.device, dtype)
+        return _like(teacher, TeacherTargets(teacher, temperature, -center_K / tau.to(dtype)))
+
+    def _sinkhorn_targets(self, teacher: Logits, temperature: float | Tensor, n_iterations: int) -> Targets:
+        return sinkhorn_targets(self._checked(teacher), temperature, n_iterations, self.options)
+
+    def _cross_entropy(
+        self, student: Logits, targets: Targets, pair_weights: Tensor, image_weights: Tensor | None = None
+    ) -> Tensor:
+        result = target_cross_entropy(
+            student,
+            targets,
+            pair_weights,
+            student_temperature=self.student_temp,
+            image_weights=image_weights,
+            backend=self.options["backend"],
+            prototype_group=self.options["prototype_group"],
+        )
+        self.statistics = result.statistics
+        return result.loss
+
+    def _checked(self, teacher: Logits) -> Logits:
+        check_logits(teacher, "teacher")
+        if teacher.shape[-1] != self.center.shape[-1] or teacher.ndim < 2:
+            raise ValueError(
+                f"teacher output has shape {tuple(teacher.shape)}; expected rows of the {self.center.shape[-1]} prototypes "
+                "that this loss was made for"
+            )
+        return teacher
+
+    def _center_was_set(self) -> None:
+        self._known_to_be_set = False
+
+    def _waiting_weight(self) -> Tensor | None:
+        return None if self._pending is None else self._pending[1]
+
+    def _check_set(self) -> None:
+        if (
+            self._known_to_be_set or torch.compiler.is_compiling()
+        ):  # looking waits for a GPU, so once, and breaks a trace
+            return
+        if self.center.isnan().any():
+            raise RuntimeError("center is NaN; expected init_weights() or load_state_dict() before its first use")
+        self._known_to_be_set = True
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        self.apply_center_update()  # else the last batch would be lost, as the published code loses it
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._pending = None
+        self._known_to_be_set = False
+
+
+class ClassTokenLoss(LazilyCentered):
+    """The part that the class tokens' losses share: a [1, K] centre over the rows of all ranks."""
+
+    @property
+    def len_teacher_output(self) -> Tensor | None:
+        """[] rows of all ranks that ``async_batch_center`` is the sum of; None for nothing."""
+        return self._waiting_weight()
+
+    def _weight_of(self, rows: int) -> int:
+        return rows
+
+
+class PatchLoss(LazilyCentered):
+    """The part that the patches' losses share: their reductions, and a [1, 1, K] centre over ranks with masked tokens.
+
+    The centre's batch is the mean over those ranks of each one's mean, whatever its number of masked tokens.
+
+    Source: Zhou et al., "iBOT", ICLR 2022, equation 2; facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
+    """
+
+    @property
+    def len_teacher_patch_tokens(self) -> Tensor | None:
+        """[] ranks that ``async_batch_center`` is the sum of the means of; None for nothing."""
+        return self._waiting_weight()
+
+    def forward(
+        self, student_patch_tokens: Logits, teacher_patch_tokens: Targets, student_masks_flat: Tensor
+    ) -> Tensor:
+        """Mean over the masked patches of an image, then over all images; an image without any counts as 0.
+
+        Args:
+            student_patch_tokens: [C, N, K] raw logits.
+            teacher_patch_tokens: [C, N, K] targets.
+            student_masks_flat: [C, N], nonzero where masked. Unstored logits are looked at in these rows only, whose number
+                is read: on a GPU that waits for it.
+
+        Returns:
+            [] nats.
+
+        Raises:
+            ValueError: shapes do not fit.
+            TypeError: one side is stored and the other is not.
+        """
+        check_targets(teacher_patch_tokens)
+        shape = tuple(student_masks_flat.shape)
+        for name, tokens in (("student_patch_tokens", student_patch_tokens), ("teacher", teacher_patch_tokens)):
+            if tokens.ndim != 3 or tuple(tokens.shape[:2]) != shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tokens.shape)} and student_masks_flat {shape}; expected [C, N, K] and [C, N]"
+                )
+        weights = _patch_weights(student_masks_flat, student_patch_tokens).reshape(-1)
+        student, targets = student_patch_tokens.flatten(0, 1), teacher_patch_tokens.flatten(0, 1)
+        if isinstance(student, PrototypeLogits):
+            masked = weights.nonzero().flatten()
+            student, targets, weights = student[masked], targets[masked], weights[masked]
+        return self._masked_loss(student, targets, weights / max(shape[0], 1))
+
+    def forward_masked(
+        self,
+        student_patch_tokens_masked: Logits,
+        teacher_patch_tokens_masked: Targets,
+        student_masks_flat: Tensor,
+        n_masked_patches: int | None = None,
+        masks_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The same of masked patches alone.
+
+        Args:
+            student_patch_tokens_masked: [M, K] raw logits, image by image; M may be 0.
+            teacher_patch_tokens_masked: [M, K] targets.
+            student_masks_flat: [C, N] bool; C divides the loss.
+            n_masked_patches: rows of both sides to look at, from the first, where there are more; None for all.
+            masks_weight: [M] one over the masked patches of each row's image, or None to form it from the masks.
+
+        Returns:
+            [] nats; 0 with zero gradients for M = 0.
+
+        Raises:
+            ValueError: the two sides and the weights differ in their numbers of rows, or the masks are no bool [C, N].
+            TypeError: one side is stored and the other is not.
+        """
+        check_logits(student_patch_tokens_masked, "student")
+        check_targets(teacher_patch_tokens_masked)
+        if not isinstance(student_masks_flat, Tensor) or student_masks_flat.ndim < 2:
+            got = getattr(student_masks_flat, "shape", type(student_masks_flat).__name__)
+            raise ValueError(f"student_masks_flat is {got}; expected bool [images, patches]")
+        if masks_weight is None and student_masks_flat.dtype != torch.bool:
+            raise ValueError(
+                f"student_masks_flat is {student_masks_flat.dtype}; expected bool, to form the weights from"
+            )
+        student = student_patch_tokens_masked.flatten(0, -2)[:n_masked_patches]
+        targets = teacher_patch_tokens_masked.flatten(0, -2)[:n_masked_patches]
+        if masks_weight is None:
+            masks_weight = _patch_weights(student_masks_flat.flatten(1), student)[student_masks_flat.flatten(1)]
+        counts = (student.shape[0], targets.shape[0], masks_weight.numel())
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"student, teacher and weights have {counts[0]}, {counts[1]} and {counts[2]} masked patches; expected as many "
+                "rows each as the masks have (n_masked_patches cuts padding off)"
+            )
+        return self._masked_loss(student, targets, masks_weight.reshape(-1) / max(student_masks_flat.shape[0], 1))
+
+    def _masked_loss(self, student: Logits, targets: Targets, weights_M: Tensor) -> Tensor:
+        weights_M = weights_M.to(student.device, accumulation_dtype(student.dtype))
+        return self._cross_entropy(student, targets, weights_M.new_ones(1, 1), weights_M)
+
+    def _weight_of(self, rows: int) -> int:
+        return min(rows, 1)
+
+
+def new_center(*shape: int, fill: float) -> Tensor:
+    """A centre of this shape in fp32, whatever torch's default dtype, on its default device."""
+    return torch.full(shape, fill, dtype=torch.float32, device=torch.get_default_device())
+
+
+@torch.no_grad()
+def sinkhorn_targets(teacher: Logits, temperature: float | Tensor, n_iterations: int, options: RankOptions) -> Targets:
+    """[..., K] Sinkhorn-Knopp targets, of the kind of the raw logits [..., K], from the rows of all ranks. Collective."""
+    rule = SinkhornKnopp(n_iterations, **options)
+    return _like(teacher, TeacherTargets(teacher, temperature, rule.target_bias(teacher.flatten(0, -2), temperature)))
+
+
+def unit_rows(hidden: Tensor) -> Tensor:
+    """The L2-normalised bottleneck, with the published eps: 1e-12, which is 0 in fp16, or 1e-6 there."""
+    return functional.normalize(hidden, dim=-1, p=2.0, eps=1e-6 if hidden.dtype == torch.float16 else 1e-12)
+
+
+def check_targets(targets: object) -> None:
+    """Raise TypeError unless they are what the teacher methods return, or probabilities."""
+    if not isinstance(targets, (TeacherTargets, Tensor)):
+        raise TypeError(
+            f"targets are {type(targets).__name__}; expected what softmax_center_teacher or sinkhorn_knopp_teacher returns, or "
+            "a tensor of probabilities"
+        )
+
+
+def _like(teacher: Logits, targets: TeacherTargets) -> Targets:
+    return targets.materialize() if isinstance(teacher, Tensor) else targets
+
+
+def _patch_weights(masks_CN: Tensor, rows: Logits) -> Tensor:
+    """[C, N] each masked patch's share of its image's mean."""
+    masks_CN = masks_CN.to(accumulation_dtype(rows.dtype))
+    return masks_CN / masks_CN.sum(dim=-1, keepdim=True).clamp(min=1.0)

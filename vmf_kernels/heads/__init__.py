@@ -1,0 +1,1 @@
+"""Projection heads whose last layer never computes its logits."""

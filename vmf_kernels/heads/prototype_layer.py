@@ -1,0 +1,198 @@
+"""Last layers whose logits are never stored.
+
+Legend: R rows, K prototypes, D bottleneck dim.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
+
+from vmf_kernels.heads.layer_keys import WEIGHT_NORM, convert_keys
+from vmf_kernels.prototypes import Prototypes, linear_prototypes, weight_norm_prototypes
+from vmf_kernels.tensors import inside_function
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+
+REPLICA = (
+    "torch.nn.DataParallel joins the stored tensors of its replicas, and these logits are not stored; expected "
+    "DistributedDataParallel, or DataParallel around the backbone alone"
+)
+
+
+class LinearPrototypes(nn.Linear):
+    """Plain linear layer without bias that never computes its logits."""
+
+    def prototypes(self) -> Prototypes:
+        """The layer's K prototypes, sharing its parameters."""
+        return handed_out(linear_prototypes(self.weight))
+
+    def forward(self, features: Tensor) -> PrototypeLogits:  # type: ignore[override]
+        """[..., D] features to [..., K] logits that are not stored."""
+        return outlive(self, PrototypeLogits(features, self.prototypes()))
+
+
+class StoredNorm(WeightNorm):
+    """The mark by which ``torch.nn.utils.remove_weight_norm`` knows a layer; it computes no weight when the layer is called.
+
+    Args:
+        of: class of the layer.
+        becomes: its class without weight norm.
+    """
+
+    def __init__(self, of: type[nn.Module], becomes: type[nn.Module]) -> None:
+        super().__init__("weight", 0)
+        self.of, self.becomes = of, becomes
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Nothing: the layer's prototypes are computed where they are used."""
+
+    def remove(self, module: nn.Module) -> None:
+        """Make ``weight_g`` and ``weight_v`` one parameter ``weight``.
+
+        Raises:
+            RuntimeError: the layer has another class by now, or sharded parameters, from ``fully_shard`` for example.
+        """
+        kinds = type(module), type(module._parameters["weight_v"])
+        if kinds != (self.of, nn.Parameter):
+            raise RuntimeError(
+                f"weight norm is to be removed from a {kinds[0].__name__} whose weight_v is a {kinds[1].__name__}; expected a "
+                f"{self.of.__name__} itself with a Parameter, which it is before fully_shard"
+            )
+        weight, trained = self.compute_weight(module).detach(), module.get_parameter("weight_v").requires_grad
+        del module._parameters["weight_g"], module._parameters["weight_v"]
+        module.__class__ = self.becomes
+        module.register_parameter("weight", nn.Parameter(weight, requires_grad=trained))
+
+    def compute_weight(self, module: nn.Module) -> Tensor:
+        """[K, D] effective weight."""
+        assert isinstance(module, WeightNormed), type(module).__name__
+        return module.weight
+
+
+class WeightNormed:
+    """What layers with the parameters ``weight_g`` [K, 1] and ``weight_v`` [K, D] share."""
+
+    weight_g: Tensor
+    weight_v: Tensor
+
+    def prototypes(self) -> Prototypes:
+        """The layer's K prototypes, sharing its parameters."""
+        return handed_out(weight_norm_prototypes(self.weight_g, self.weight_v))
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, D] effective weight, differentiable, computed at each access: writing into it changes nothing."""
+        return self.prototypes().effective_weight()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise AttributeError(
+            "weight is computed from weight_g and weight_v; expected those to be assigned, or "
+            "torch.nn.utils.remove_weight_norm(layer) before"
+        )
+
+    @weight.deleter
+    def weight(self) -> None:
+        """Nothing: none is kept, which is what those who copy layers with weight norm are after."""
+
+    def reset_parameters(self) -> None:
+        """Norms of 1 and directions as ``nn.Linear``, as published heads start."""
+        reset_weight_norm(self.weight_g, self.weight_v)
+
+
+class PrototypeLayer(WeightNormed, nn.Module):
+    """Weight-normed linear layer without bias, ``w_k = g_k v_k / ||v_k||``, that never computes its logits.
+
+    It also loads weight norm stored as a parametrization, and a plain ``weight``, whose norms become ``weight_g``, of a layer
+    with frozen norms as well: they are frozen at what was loaded, as those of a published checkpoint are.
+
+    ``torch.nn.utils.remove_weight_norm(layer)`` leaves a plain ``weight`` and logits that are unstored still.
+
+    Args:
+        dim: D.
+        num_prototypes: K.
+        frozen_norm: keep ``g`` at 1 (``requires_grad=False``).
+
+    Attributes:
+        weight_g: [K, 1] signed norms, 1 at the start.
+        weight_v: [K, D] directions, initialised as ``nn.Linear``.
+        weight: [K, D] effective weight, computed at each access; no parameter.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int, *, frozen_norm: bool = False) -> None:
+        super().__init__()
+        # parameters follow torch's defaults, as those of nn.Linear do
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        self.in_features, self.out_features = dim, num_prototypes
+        norms = torch.empty(num_prototypes, 1, dtype=dtype, device=device)
+        self.weight_g = nn.Parameter(norms, requires_grad=not frozen_norm)
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim, dtype=dtype, device=device))
+        self.register_parameter("bias", None)
+        self.register_forward_pre_hook(StoredNorm(PrototypeLayer, LinearPrototypes))
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """Sizes, and how to get a plain layer."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias=False"
+        return f"{sizes}, weight norm, which torch.nn.utils.remove_weight_norm takes off"
+
+    def forward(self, features: Tensor) -> PrototypeLogits:
+        """[..., D] features to [..., K] logits that are not stored."""
+        return outlive(self, PrototypeLogits(features, self.prototypes()))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        convert_keys(state_dict, prefix, WEIGHT_NORM, rest[-1])  # the last is the list of errors
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def handed_out(stored: Prototypes) -> Prototypes:
+    """A layer's prototypes as its outputs hold them: cut off from the parameters where autograd is off."""
+    magnitude = stored.magnitude
+    if not torch.is_grad_enabled():
+        # a view would still require a gradient, which would then go to the view and not to the parameter
+        return replace(stored.detach(), severed=inside_function())
+    # views: DistributedDataParallel finds the parameters an output needs by its graph, where a leaf has no node
+    weight = stored.weight.view_as(stored.weight)
+    return replace(stored, weight=weight, magnitude=None if magnitude is None else magnitude.view_as(magnitude))
+
+
+def outlive(unit: nn.Module, logits: PrototypeLogits) -> PrototypeLogits:
+    """The logits; with tensors of their own where ``fully_shard`` may free the prototypes as soon as ``unit`` returns.
+
+    The loss reads them later than that. The copy is as large as what is freed, and gradients pass through it. Each call makes
+    one of its own.
+
+    Args:
+        unit: the module whose ``forward`` is about to return the logits.
+        logits: those of a layer in it.
+
+    Raises:
+        RuntimeError: ``unit`` is a replica of ``torch.nn.DataParallel``.
+    """
+    if getattr(unit, "_is_replica", False):
+        raise RuntimeError(REPLICA)
+    if not is_fsdp_unit(unit):
+        return logits
+    stored = logits.prototypes
+    magnitude = None if stored.magnitude is None else stored.magnitude.clone()
+    # rows as well: where the unit is the layer itself they are its input, a view of which FSDP2 would warn
+    return PrototypeLogits(logits.features.clone(), replace(stored, weight=stored.weight.clone(), magnitude=magnitude))
+
+
+def is_fsdp_unit(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has made it a unit of its own."""
+    # not imported here: that takes most of a second, and whoever has made such a module has it
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def reset_weight_norm(magnitude: Tensor, direction: Tensor) -> None:
+    """Norms of 1, and directions as ``nn.Linear`` starts its weight."""
+    nn.init.ones_(magnitude)
+    nn.init.kaiming_uniform_(direction, a=math.sqrt(5))

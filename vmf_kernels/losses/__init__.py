@@ -1,0 +1,1 @@
+"""The published losses: schedules, pairings and averages around one stream of rows."""

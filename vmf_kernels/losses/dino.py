@@ -1,0 +1,182 @@
+"""DINO's loss and DINO-vMF's with the published constructors: schedule, pairing and averaging only.
+
+Legend: B images, V student crops, K prototypes. Rows are view-major.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vmf_kernels.centering.logit import LogitCenter
+from vmf_kernels.centering.probability import ProbabilityCenter
+from vmf_kernels.centering.sinkhorn import SinkhornKnopp
+from vmf_kernels.losses.center_state import publish_center
+from vmf_kernels.losses.stream import Stream, StreamLoss, StreamOptions, VMFStream, check_logits
+from vmf_kernels.losses.temperatures import EpochTemperatures, temperature_schedule
+from vmf_kernels.pairing import multi_crop_weights
+from vmf_kernels.prototypes import Prototypes
+from vmf_kernels.statistics import AssignmentStatistics
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+
+TEACHER_CROPS = 2  # the teacher sees the global crops only
+
+
+class DINOLoss(StreamLoss):
+    """DINO's loss: every student crop learns from every other global crop of its image, as the teacher assigns it.
+
+    Takes what the head returns: ``PrototypeLogits`` (nothing of size rows x K is stored) or plain logits (one fused pass).
+
+    Args:
+        out_dim: number of prototypes K.
+        ncrops: student crops V, the 2 global ones included.
+        warmup_teacher_temp: teacher temperature at epoch 0.
+        teacher_temp: teacher temperature after the warm-up.
+        warmup_teacher_temp_epochs: epochs of linear warm-up; the last of them already has the final value, as published.
+        nepochs: epochs of the run.
+        student_temp: student temperature.
+        center_momentum: of the running mean, in [0, 1).
+        options: keywords of ``Stream``: the centring rule and how its centre moves, backend, ranks.
+
+    Attributes:
+        center: [1, K] fp32, the state dict's only entry, as published; absent under Sinkhorn-Knopp, which keeps none.
+        student_temp, center_momentum, ncrops, teacher_temp_schedule: as published; what is assigned counts from the next call.
+        statistics: ``AssignmentStatistics`` of the last call, None before.
+
+    Raises:
+        ValueError: a temperature is not positive, ncrops < 2, or an option unknown.
+    Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        ncrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        **options: Unpack[StreamOptions],
+    ) -> None:
+        super().__init__()
+        schedule = temperature_schedule(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs)
+        if ncrops < TEACHER_CROPS:
+            raise ValueError(f"ncrops is {ncrops}; expected at least 2, the global crops included")
+        self.ncrops = ncrops
+        self._temperatures = EpochTemperatures(schedule)
+        self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
+        self.statistics: AssignmentStatistics | None = None
+        publish_center(self, "center", "stream.centering.center")
+
+    @property
+    def teacher_temp_schedule(self) -> NDArray[np.float64]:
+        """[nepochs] teacher temperature of each epoch, read-only; another array or list may be assigned."""
+        return self._temperatures.array
+
+    @teacher_temp_schedule.setter
+    def teacher_temp_schedule(self, values: NDArray[Any]) -> None:
+        self._temperatures.assign(values, "teacher_temp_schedule")
+
+    @property
+    def centering(self) -> LogitCenter | ProbabilityCenter | SinkhornKnopp:
+        """The centring rule."""
+        return self.stream.centering
+
+    def forward(
+        self,
+        student_output: PrototypeLogits | Tensor,
+        teacher_output: PrototypeLogits | Tensor,
+        epoch: int,
+    ) -> Tensor:
+        """Mean cross-entropy over the pairs of different views and the images; moves the centre.
+
+        Args:
+            student_output: [V * B, K] raw logits of all crops.
+            teacher_output: [2 * B, K] raw logits of the global crops; no gradient reaches them.
+            epoch: from 0, selects the teacher temperature.
+
+        Returns:
+            [] nats.
+
+        Raises:
+            ValueError: rows are not divisible by the crops, K differs, or the epoch is beyond ``nepochs``.
+            TypeError: one side is stored and the other is not.
+        """
+        return self._evaluate(student_output, teacher_output, epoch, (None, None))
+
+    def update_center(self, teacher_output: PrototypeLogits | Tensor | None = None, epoch: int | None = None) -> None:
+        """Move the centre by [R, K] raw teacher logits, if given, and by the batches that ``center_update="manual"`` kept.
+
+        A call without logits is for ``center_update="manual"``. A centre of probabilities takes them at the temperature of
+        ``epoch``, which one of logits does not need.
+
+        Raises:
+            ValueError: K is not ``out_dim``, or the epoch is missing or beyond ``nepochs``.
+        """
+        self.stream.update_center(teacher_output, None if epoch is None else self._temperatures(epoch))
+
+    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
+        return Stream(out_dim, student_temp, momentum, **options)
+
+    def _evaluate(
+        self,
+        student: PrototypeLogits | Tensor,
+        teacher: PrototypeLogits | Tensor,
+        epoch: int | Tensor,
+        prototypes: tuple[Prototypes | None, Prototypes | None],
+    ) -> Tensor:
+        tau = self._temperatures(epoch)
+        check_logits(student, "student")
+        check_logits(teacher, "teacher")
+        for rows, crops, side in ((student.shape[0], self.ncrops, "student"), (teacher.shape[0], 2, "teacher")):
+            if rows % crops:
+                raise ValueError(f"{side} output has {rows} rows; expected a multiple of its {crops} crops")
+        outputs = self.stream.prepare(student, teacher, tau, prototypes)
+        images = teacher.shape[0] // TEACHER_CROPS
+        weights = multi_crop_weights(TEACHER_CROPS, self.ncrops, device=teacher.device) / max(images, 1)
+        result = self.stream(outputs, weights, tau)
+        self.statistics = result.statistics
+        self.stream.observe(outputs.teacher, tau, outputs.teacher_bias)
+        loss: Tensor = result.loss
+        return loss
+
+
+class DINOvMFLoss(DINOLoss):
+    """DINO-vMF's loss: prototypes of free norm are von Mises-Fisher components of precision ``||w_k|| / tau``.
+
+    Each network's logits gain ``log C_D(||w_k|| / tau)`` of its own prototypes at its own temperature; gradients flow
+    through the student's. The details are a reconstruction from the paper (README of this folder). Plain logits need the
+    prototypes.
+
+    Args:
+        out_dim, ncrops, ..., options: as ``DINOLoss``, which also lists the errors; centering is "probability" as the paper
+            has it unless given.
+
+    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+    """
+
+    def forward(
+        self,
+        student_output: PrototypeLogits | Tensor,
+        teacher_output: PrototypeLogits | Tensor,
+        epoch: int,
+        *,
+        student_prototypes: Prototypes | None = None,
+        teacher_prototypes: Prototypes | None = None,
+    ) -> Tensor:
+        """As ``DINOLoss.forward``, with each network's prototypes where the outputs are plain logits.
+
+        Raises:
+            ValueError: as there; or plain logits came without prototypes, with another number of them, or with normalised
+                ones, which have no precision.
+        """
+        return self._evaluate(student_output, teacher_output, epoch, (student_prototypes, teacher_prototypes))
+
+    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
+        with_default: StreamOptions = {"centering": "probability", **options}
+        return VMFStream(out_dim, student_temp, momentum, **with_default)

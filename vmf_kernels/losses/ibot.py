@@ -1,0 +1,313 @@
+"""iBOT's losses: that of the class tokens plus that of the masked patches.
+
+Legend: G global crops, L local crops, B images, C = G B masked images, N patches of an image, M masked patches, K prototypes.
+Rows are view-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vmf_kernels.losses.center_state import publish_center
+from vmf_kernels.losses.masked_patches import IBOTPatchLoss, IBOTvMFPatchLoss, vmf_stream
+from vmf_kernels.losses.stream import Outputs, Stream, StreamLoss, StreamOptions, VMFStream, check_logits
+from vmf_kernels.losses.temperatures import EpochTemperatures, temperature_schedule
+from vmf_kernels.pairing import multi_crop_weights
+from vmf_kernels.statistics import AssignmentStatistics
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+from vmf_kernels.unstored.same_layer import same_prototypes
+
+__all__ = ["IBOTLoss", "IBOTPatchLoss", "IBOTvMFLoss", "IBOTvMFPatchLoss"]
+
+
+class IBOTLoss(StreamLoss):
+    """iBOT's loss: that of the class tokens over all pairs of different views, plus that of the masked patches.
+
+    Both heads may share their prototypes or not: that shows in the logits alone. Patches of local crops are not asked for.
+
+    Args:
+        out_dim: prototypes of the class tokens' head.
+        patch_out_dim: prototypes of the patches' head.
+        ngcrops: global crops G.
+        nlcrops: local crops L.
+        warmup_teacher_temp, teacher_temp: teacher temperature of class tokens at epoch 0, and after the warm-up.
+        warmup_teacher_temp2, teacher_temp2: the same of patches.
+        warmup_teacher_temp_epochs: epochs of linear warm-up; the last of them already has the final value, as published.
+        nepochs: epochs of the run.
+        student_temp: student temperature.
+        center_momentum, center_momentum2: of the two running means, in [0, 1).
+        lambda1, lambda2: weights of the two losses.
+        mim_start_epoch: epoch at which the warm-up of the patches' temperature starts.
+        center_tokens: as ``IBOTPatchLoss``.
+        options: keywords of ``Stream``, for both streams.
+
+    Attributes:
+        center, center2: fp32 of class tokens, [1, K], and of patches, [1, 1, K]; the state dict's entries, as published.
+        student_temp, center_momentum, center_momentum2, ngcrops, ncrops, lambda1, lambda2, teacher_temp_schedule,
+            teacher_temp2_schedule: as published; what is assigned counts from the next call.
+        statistics, patch_statistics: ``AssignmentStatistics`` of the last call, None before.
+
+    Raises:
+        ValueError: a temperature is not positive, there are fewer than two crops, or an option is unknown.
+    Source: Zhou et al., "iBOT: image BERT pre-training with online tokenizer", ICLR 2022, section 3 and algorithm 1.
+    """
+
+    patch_loss_class = IBOTPatchLoss
+
+    def __init__(
+        self,
+        out_dim: int,
+        patch_out_dim: int,
+        ngcrops: int,
+        nlcrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp2: float,
+        teacher_temp2: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        center_momentum2: float = 0.9,
+        lambda1: float = 1.0,
+        lambda2: float = 1.0,
+        mim_start_epoch: int = 0,
+        *,
+        center_tokens: str = "all",
+        **options: Unpack[StreamOptions],
+    ) -> None:
+        super().__init__()
+        if ngcrops < 1 or nlcrops < 0 or ngcrops + nlcrops < 2:
+            raise ValueError(f"ngcrops is {ngcrops} and nlcrops {nlcrops}; expected a global crop and another one")
+        self.ngcrops, self.ncrops = ngcrops, ngcrops + nlcrops
+        self.lambda1, self.lambda2 = lambda1, lambda2
+        warm_up = (warmup_teacher_temp_epochs, nepochs)
+        schedule = temperature_schedule(warmup_teacher_temp, teacher_temp, *warm_up)
+        name2 = "teacher_temp2"
+        schedule2 = temperature_schedule(warmup_teacher_temp2, teacher_temp2, *warm_up, mim_start_epoch, name2)
+        self._temperatures, self._temperatures2 = EpochTemperatures(schedule), EpochTemperatures(schedule2)
+        self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
+        self.patch_loss = self.patch_loss_class(
+            patch_out_dim, student_temp, center_momentum2, center_tokens=center_tokens, **options
+        )
+        self.statistics: AssignmentStatistics | None = None
+        publish_center(self, "center", "stream.centering.center")
+        publish_center(self, "center2", "patch_loss.center", dims=3)
+
+    @property
+    def teacher_temp_schedule(self) -> NDArray[np.float64]:
+        """[nepochs] teacher temperature of class tokens of each epoch, read-only; another array or list may be assigned."""
+        return self._temperatures.array
+
+    @teacher_temp_schedule.setter
+    def teacher_temp_schedule(self, values: NDArray[Any]) -> None:
+        self._temperatures.assign(values, "teacher_temp_schedule")
+
+    @property
+    def teacher_temp2_schedule(self) -> NDArray[np.float64]:
+        """[nepochs] the same of patches."""
+        return self._temperatures2.array
+
+    @teacher_temp2_schedule.setter
+    def teacher_temp2_schedule(self, values: NDArray[Any]) -> None:
+        self._temperatures2.assign(values, "teacher_temp2_schedule")
+
+    @property
+    def nlcrops(self) -> int:
+        """Local crops: ``ncrops`` without the global ones."""
+        return self.ncrops - self.ngcrops
+
+    @nlcrops.setter
+    def nlcrops(self, count: int) -> None:
+        self.ncrops = self.ngcrops + count
+
+    @property
+    def student_temp(self) -> float:
+        """Student temperature of both streams; may be assigned."""
+        return self.stream.student_temp
+
+    @student_temp.setter
+    def student_temp(self, value: float) -> None:
+        self.patch_loss.student_temp = value
+        self.stream.student_temp = value
+
+    @property
+    def center_momentum2(self) -> float:
+        """Momentum of the patches' running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
+        return self.patch_loss.center_momentum
+
+    @center_momentum2.setter
+    def center_momentum2(self, value: float) -> None:
+        self.patch_loss.center_momentum = value
+
+    @property
+    def center2(self) -> Tensor:
+        """[1, 1, K] the running centre of the patches; may be assigned, and is absent under Sinkhorn-Knopp."""
+        return self.patch_loss.center[None]
+
+    @center2.setter
+    def center2(self, value: Tensor) -> None:
+        self.patch_loss.center = value
+
+    @property
+    def patch_statistics(self) -> AssignmentStatistics | None:
+        """Statistics of the patches in the last call."""
+        return self.patch_loss.statistics
+
+    def forward(
+        self,
+        student_output: tuple[PrototypeLogits | Tensor, PrototypeLogits | Tensor],
+        teacher_output: tuple[PrototypeLogits | Tensor, PrototypeLogits | Tensor],
+        student_local_cls: PrototypeLogits | Tensor | None,
+        student_mask: Sequence[Tensor],
+        epoch: int,
+    ) -> dict[str, Tensor]:
+        """Both losses and their sum; moves both centres.
+
+        Args:
+            student_output: ([G * B, K] class tokens, [G * B, N, K] patches) of the masked global crops, raw logits.
+            teacher_output: the same of the unmasked global crops.
+            student_local_cls: [L * B, K] class tokens of the local crops from the same head, or None.
+            student_mask: one [B, H, W] (or [B, N]) bool tensor for each global crop; more of them are not looked at.
+            epoch: from 0, selects the teacher temperatures.
+
+        Returns:
+            "cls" and "patch", each [] nats times its lambda, and "loss", their sum.
+
+        Raises:
+            ValueError: shapes do not fit, the local crops' class tokens are seen to be of another head, or the epoch is beyond
+                ``nepochs``.
+            TypeError: one side is stored and the other is not.
+        """
+        tau, tau2 = self._temperatures(epoch), self._temperatures2(epoch)
+        for output in (*student_output, *([] if student_local_cls is None else [student_local_cls])):
+            check_logits(output, "student")
+        for output in teacher_output:
+            check_logits(output, "teacher")
+        mask = self._joined_mask(student_mask)
+        teacher_cls = teacher_output[0]
+        student_cls = self._all_crops(student_output[0], student_local_cls, teacher_cls)
+        # both before either loss, so that no centre has started or moved where one half of the batch does not fit
+        outputs = self._prepare_cls(student_cls, teacher_cls, tau)
+        patches = self.patch_loss.prepare(student_output[1], teacher_output[1], mask, tau2)
+        cls = self.lambda1 * self._cls_loss(outputs, tau)
+        patch = self.lambda2 * self.patch_loss.evaluate(patches)
+        self.stream.observe(outputs.teacher, tau, outputs.teacher_bias)
+        return {"cls": cls, "patch": patch, "loss": cls + patch}
+
+    def update_center(
+        self,
+        teacher_cls: PrototypeLogits | Tensor | None = None,
+        teacher_patch: PrototypeLogits | Tensor | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """Move both centres by raw logits, if given, and by the batches that ``center_update="manual"`` kept.
+
+        Args:
+            teacher_cls: [R, K] of class tokens.
+            teacher_patch: [R, N, K] of patches, all of which count.
+            epoch: selects the temperatures, which only centres of probabilities need.
+
+        Raises:
+            ValueError: K is another one, or the epoch is missing or beyond ``nepochs``.
+        """
+        at = (None, None) if epoch is None else (self._temperatures(epoch), self._temperatures2(epoch))
+        self.stream.update_center(teacher_cls, at[0])
+        self.patch_loss.update_center(teacher_patch, at[1])
+
+    def _prepare_cls(
+        self, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor
+    ) -> Outputs:
+        return self.stream.prepare(student, teacher, teacher_temp)
+
+    def _cls_loss(self, outputs: Outputs, teacher_temp: float | Tensor) -> Tensor:
+        teacher = outputs.teacher
+        images = max(teacher.shape[0] // self.ngcrops, 1)
+        weights = multi_crop_weights(self.ngcrops, self.ncrops, device=teacher.device) / images
+        result = self.stream(outputs, weights, teacher_temp)
+        self.statistics = result.statistics
+        loss: Tensor = result.loss
+        return loss
+
+    def _all_crops(
+        self,
+        student: PrototypeLogits | Tensor,
+        local: PrototypeLogits | Tensor | None,
+        teacher: PrototypeLogits | Tensor,
+    ) -> PrototypeLogits | Tensor:
+        """[V * B, K] class tokens of the student's crops."""
+        images, rest = divmod(teacher.shape[0], self.ngcrops)
+        if rest:
+            raise ValueError(
+                f"teacher class tokens have {teacher.shape[0]} rows; expected a multiple of its {self.ngcrops} global crops"
+            )
+        rows = student.shape[0], 0 if local is None else local.shape[0]
+        if rows != (self.ngcrops * images, self.nlcrops * images):
+            raise ValueError(
+                f"student class tokens have {rows[0]} rows of global crops and {rows[1]} of local ones; expected "
+                f"{self.ngcrops * images} and {self.nlcrops * images}, of {self.ngcrops} and {self.nlcrops} crops of the "
+                f"{images} images that the teacher has"
+            )
+        return student if local is None else _joined(student, local)
+
+    def _joined_mask(self, student_mask: Sequence[Tensor]) -> Tensor:
+        """[G * B, N] of all global crops."""
+        if student_mask is None:
+            raise ValueError("student_mask is None; expected a bool mask [images, ...] for each global crop")
+        masks = list(student_mask[: self.ngcrops])
+        if len(masks) < self.ngcrops or min(crop.ndim for crop in masks) < 2:
+            raise ValueError(
+                f"student_mask holds masks of shapes {[tuple(crop.shape) for crop in masks]}; expected one of [images, ...] "
+                f"for each of {self.ngcrops} global crops"
+            )
+        return torch.cat([crop.flatten(1) for crop in masks])
+
+    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
+        return Stream(out_dim, student_temp, momentum, **options)
+
+
+class IBOTvMFLoss(IBOTLoss):
+    """iBOT-vMF: both streams' prototypes are von Mises-Fisher components; needs heads that return ``PrototypeLogits``.
+
+    A shared head has one set of prototypes whose precision follows the temperature of the stream. Arguments as ``IBOTLoss``;
+    centering is "probability" unless given. A reconstruction (README of this folder).
+
+    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+    """
+
+    patch_loss_class = IBOTvMFPatchLoss
+
+    def _prepare_cls(
+        self, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor
+    ) -> Outputs:
+        outputs = super()._prepare_cls(student, teacher, teacher_temp)
+        streams = self.stream, self.patch_loss.stream
+        if isinstance(streams[0], VMFStream) and isinstance(streams[1], VMFStream):
+            streams[1].warned |= streams[0].warned
+        return outputs
+
+    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
+        return vmf_stream(out_dim, student_temp, momentum, options)
+
+
+def _joined(student: PrototypeLogits | Tensor, local: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
+    """Rows of two calls of one head."""
+    if student.shape[-1] != local.shape[-1]:
+        raise ValueError(
+            f"student_local_cls has {local.shape[-1]} prototypes but the global crops' class tokens {student.shape[-1]}; "
+            "expected those of one head"
+        )
+    if isinstance(student, PrototypeLogits) and isinstance(local, PrototypeLogits):
+        one, other = student.prototypes, local.prototypes
+        if not same_prototypes(one, other) or one.weight.requires_grad != other.weight.requires_grad:
+            raise ValueError(
+                "student_local_cls has other prototypes than the global crops' class tokens; expected those of one head, "
+                "both detached or neither"
+            )
+    return torch.cat([student, local])  # type: ignore[list-item]

@@ -1,0 +1,198 @@
+"""iBOT's loss of masked patches, each matched with itself as the teacher sees it.
+
+Legend: C masked images, N patches of an image, M masked patches, K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+
+from vmf_kernels.centering.running_mean import Center
+from vmf_kernels.losses.center_state import publish_center
+from vmf_kernels.losses.stream import Outputs, Stream, StreamLoss, StreamOptions, VMFStream
+from vmf_kernels.prototypes import Prototypes
+from vmf_kernels.statistics import AssignmentStatistics
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+
+CENTER_TOKENS = ("all", "masked")
+
+
+class PatchBatch(NamedTuple):
+    """What the patch loss looks at, known to fit."""
+
+    masked: Outputs  # of the M masked patches
+    averaged: PrototypeLogits | Tensor  # the teacher's rows that the centre takes in
+    weights: Tensor  # [M] fp64
+    teacher_temp: float | Tensor
+
+
+class IBOTPatchLoss(StreamLoss):
+    """iBOT's loss of masked patches: the student, who sees the mask, learns what the teacher assigns to the patch itself.
+
+    Mean over the masked patches of an image, then over all images, those without a masked patch included. Only rows of
+    masked patches are looked at; logits that are not stored are never formed for the others.
+
+    Args:
+        out_dim: number of prototypes K.
+        student_temp: student temperature.
+        center_momentum: of the running mean, in [0, 1).
+        center_tokens: "all" averages the centre over all patches (iBOT), "masked" over the masked ones (DINOv2, lightly).
+        options: keywords of ``Stream``: the centring rule and how its centre moves, backend, ranks.
+
+    Attributes:
+        center: [1, K] fp32, the state dict's only entry; absent under Sinkhorn-Knopp, which keeps none.
+        statistics: ``AssignmentStatistics`` of the last call, None before.
+
+    Raises:
+        ValueError: a temperature is not positive, or an option unknown.
+    Source: Zhou et al., "iBOT: image BERT pre-training with online tokenizer", ICLR 2022, equation 2.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        *,
+        center_tokens: str = "all",
+        **options: Unpack[StreamOptions],
+    ) -> None:
+        super().__init__()
+        if center_tokens not in CENTER_TOKENS:
+            raise ValueError(f"center_tokens is {center_tokens!r}; expected one of {', '.join(CENTER_TOKENS)}")
+        self.center_tokens = center_tokens
+        self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
+        self.statistics: AssignmentStatistics | None = None
+        publish_center(self, "center", "stream.centering.center")
+
+    def forward(
+        self,
+        student_patches: PrototypeLogits | Tensor,
+        teacher_patches: PrototypeLogits | Tensor,
+        mask: Tensor,
+        teacher_temp: float | Tensor,
+    ) -> Tensor:
+        """Mean cross-entropy of the masked patches; moves the centre.
+
+        Args:
+            student_patches: [C, N, K] raw logits of all patches of the masked images.
+            teacher_patches: [C, N, K] raw logits of the same patches as the teacher sees them, unmasked.
+            mask: [C, N] (or [C, H, W] with N = H W) bool, True where masked. How many are is read, which on the CPU costs no
+                wait for the device. ``torch.compile`` takes that in with ``fullgraph=True``, and breaks the graph without.
+            teacher_temp: teacher temperature, positive; a float or a tensor of one element. A compiled step takes a tensor at
+                run time, and compiles anew for another float.
+
+        Returns:
+            [] nats; 0 with zero gradients where nothing is masked.
+
+        Raises:
+            ValueError: shapes do not fit; says what was got and expected.
+            TypeError: one side is stored and the other is not.
+        """
+        return self.evaluate(self.prepare(student_patches, teacher_patches, mask, teacher_temp))
+
+    def prepare(
+        self,
+        student_patches: PrototypeLogits | Tensor,
+        teacher_patches: PrototypeLogits | Tensor,
+        mask: Tensor,
+        teacher_temp: float | Tensor,
+    ) -> PatchBatch:
+        """The first half of ``forward``: checks the batch and leaves the centre alone."""
+        mask = _checked_mask(mask, student_patches, teacher_patches)
+        rows, weights = (part.to(student_patches.device) for part in _masked_rows(mask))
+        # all patches go through ``prepare``: whether their kinds and prototypes fit does not depend on the mask
+        outputs = self.stream.prepare(student_patches.flatten(0, 1), teacher_patches.flatten(0, 1), teacher_temp)
+        masked = outputs._replace(
+            student=outputs.student.index_select(0, rows), teacher=outputs.teacher.index_select(0, rows)
+        )
+        averaged = outputs.teacher if self.center_tokens == "all" else masked.teacher
+        return PatchBatch(masked, averaged, weights, teacher_temp)
+
+    def evaluate(self, batch: PatchBatch) -> Tensor:
+        """The second half: the loss; moves the centre."""
+        masked, averaged, weights, teacher_temp = batch
+        if isinstance(self.stream.centering, Center):
+            # a centre that starts with the first batch starts at the mean that it goes on with
+            self.stream.centering.begin(averaged, teacher_temp, masked.teacher_bias)
+        result = self.stream(masked, weights.new_ones(1, 1), teacher_temp, weights)
+        self.statistics = result.statistics
+        self.stream.observe(averaged, teacher_temp, masked.teacher_bias)
+        loss: Tensor = result.loss
+        return loss
+
+    def update_center(
+        self, teacher_patches: PrototypeLogits | Tensor | None = None, teacher_temp: float | Tensor | None = None
+    ) -> None:
+        """Move the centre by [..., K] raw logits, all of which count, and by the batches that ``center_update="manual"`` kept.
+
+        Raises:
+            ValueError: K is not ``out_dim``, or a centre of probabilities has no temperature.
+        """
+        self.stream.update_center(teacher_patches, teacher_temp)
+
+    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
+        return Stream(out_dim, student_temp, momentum, **options)
+
+
+class IBOTvMFPatchLoss(IBOTPatchLoss):
+    """The same with prototypes of free norm as von Mises-Fisher components; needs heads that return ``PrototypeLogits``.
+
+    Arguments as ``IBOTPatchLoss``; centering is "probability" unless given. A reconstruction (README of this folder).
+
+    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+    """
+
+    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
+        return vmf_stream(out_dim, student_temp, momentum, options)
+
+
+def _masked_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[M] which of C * N patches are masked, in order, and the weights that make a sum over them the loss's mean, fp64.
+
+    That is the mean over each image's, then over all C images. The count is read once.
+    """
+    image_M, patch_M = mask.nonzero().unbind(1)
+    weight_C = mask.sum(dim=1).clamp(min=1).double().reciprocal() / max(len(mask), 1)
+    return image_M * mask.shape[1] + patch_M, weight_C[image_M]
+
+
+def _checked_mask(mask: Tensor, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor) -> Tensor:
+    """[C, N] bool."""
+    if mask.dtype != torch.bool or mask.ndim < 2:
+        raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool [images, patches]")
+    mask = mask.flatten(1)
+    for output, side in ((student, "student"), (teacher, "teacher")):
+        if output.ndim != 3 or tuple(output.shape[:2]) != tuple(mask.shape):
+            raise ValueError(
+                f"{side} patches have shape {tuple(output.shape)} but the mask {tuple(mask.shape)}; expected "
+                "[images, patches, K] and [images, patches]"
+            )
+    return mask
+
+
+class _UnstoredVMFStream(VMFStream):
+    """``VMFStream`` of a loss that is given no prototypes beside its logits."""
+
+    def prepare(
+        self,
+        student: PrototypeLogits | Tensor,
+        teacher: PrototypeLogits | Tensor,
+        teacher_temp: float | Tensor,
+        prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
+    ) -> Outputs:
+        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            raise TypeError(
+                f"outputs are plain logits of shapes {tuple(student.shape)} and {tuple(teacher.shape)}, without the "
+                "prototypes' norms that the vMF normaliser needs; expected heads that return PrototypeLogits"
+            )
+        return super().prepare(student, teacher, teacher_temp, prototypes)
+
+
+def vmf_stream(out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
+    """DINO-vMF's centring unless another was asked for."""
+    with_default: StreamOptions = {"centering": "probability", **options}
+    return _UnstoredVMFStream(out_dim, student_temp, momentum, **with_default)

@@ -1,0 +1,356 @@
+"""One stream of tokens through both networks' heads: what the losses of the family are made of.
+
+Class tokens are one stream, masked patches another, each with its own centre and temperatures.
+
+Legend: R rows, S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.arguments import temperature_tensor
+from vmf_kernels.bessel import log_vmf_constant
+from vmf_kernels.centering.logit import LogitCenter
+from vmf_kernels.centering.probability import ProbabilityCenter
+from vmf_kernels.centering.running_mean import check_momentum
+from vmf_kernels.centering.sinkhorn import SinkhornKnopp
+from vmf_kernels.losses.temperatures import check_positive
+from vmf_kernels.ops.prototype_cross_entropy import CrossEntropy
+from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
+from vmf_kernels.pairing import Pairing, check_pairing
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype
+from vmf_kernels.tensors import inside_function
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+from vmf_kernels.unstored.teacher_targets import TeacherTargets
+
+UPDATES = ("forward", "manual")
+RULES = ("logit", "probability", "sinkhorn_knopp")
+FROZEN_NORMS = (
+    "DINO-vMF is on but the prototypes' norms are frozen (norm_last_layer=True): with all norms at 1 every component has "
+    "the same precision and the loss equals DINO up to centring; use norm_last_layer=False"
+)
+MOVES_TWICE = (
+    "the loss runs inside the forward pass of an autograd.Function, such as torch.utils.checkpoint with use_reentrant=True, "
+    "which runs it again in the backward pass: its centre would move twice, and the gradient be that of another loss; expected "
+    "center_update='manual' and update_center() once a step, or use_reentrant=False, or the loss outside of the checkpoint"
+)
+
+
+class StreamOptions(TypedDict, total=False):
+    """Keywords that every loss takes and hands to its ``Stream``, whose docstring says what they mean."""
+
+    centering: str
+    center_average: str
+    center_start: str
+    center_update: str
+    backend: str
+    prototype_group: ProcessGroup | None
+    row_group: ProcessGroup | None
+
+
+class Outputs(NamedTuple):
+    """What both heads return for one stream, the same kind on both sides, and the bias that stored logits lack."""
+
+    student: PrototypeLogits | Tensor  # [S, K]
+    teacher: PrototypeLogits | Tensor  # [T, K]
+    student_bias: Tensor | None = None  # [K] nats
+    teacher_bias: Tensor | None = None  # [K] nats
+
+
+class Stream(nn.Module):
+    """Targets by a centring rule, the cross-entropy with them, and the centre's step.
+
+    Args:
+        num_prototypes: K; this rank's own, where ranks share out the prototypes.
+        student_temp: student temperature.
+        center_momentum: of the centre's running mean, in [0, 1).
+        centering: "logit" (``LogitCenter``, DINO), "probability" (``ProbabilityCenter``, DINO-vMF) or "sinkhorn_knopp"
+            (``SinkhornKnopp``, DINOv2: from each batch alone, without a running mean).
+        center_average: "log_probability" or "probability", of ``ProbabilityCenter``.
+        center_start: "zero" as published, or "first_batch".
+        center_update: "forward" moves the centre with each batch, as published; "manual" accumulates until the loss's
+            ``update_center()`` (gradient accumulation: once per optimiser step, before the teacher moves and before a
+            ``state_dict()``, which holds no pending batches).
+        backend: see ``choose_backend``.
+        prototype_group, row_group: ranks that share out the prototypes, and ranks with other rows, as in ``Center``.
+
+    Raises:
+        ValueError: a temperature is not positive, or an option's value unknown.
+        TypeError: an option is unknown.
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        student_temp: float,
+        center_momentum: float,
+        *,
+        centering: str = "logit",
+        center_average: str = "log_probability",
+        center_start: str = "zero",
+        center_update: str = "forward",
+        backend: str = "auto",
+        prototype_group: ProcessGroup | None = None,
+        row_group: ProcessGroup | None = None,
+        **unknown: object,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            known = ", ".join(StreamOptions.__annotations__)
+            raise TypeError(f"unknown option {', '.join(unknown)}; expected one of {known}")
+        if num_prototypes < 1:
+            raise ValueError(f"out_dim is {num_prototypes}; expected at least 1 prototype")
+        check_positive(student_temp, "student_temp")
+        if center_update not in UPDATES:
+            raise ValueError(f"center_update is {center_update!r}; expected one of {', '.join(UPDATES)}")
+        if centering not in RULES:
+            raise ValueError(f"centering is {centering!r}; expected one of {', '.join(RULES)}")
+        self.num_prototypes = num_prototypes
+        self.student_temp = student_temp
+        self.center_update = center_update
+        self.backend = backend
+        groups: dict[str, Any] = {"prototype_group": prototype_group, "row_group": row_group, "backend": backend}
+        self.centering: LogitCenter | ProbabilityCenter | SinkhornKnopp
+        if centering == "sinkhorn_knopp":
+            self.centering = SinkhornKnopp(3, **groups)
+        elif centering == "logit":
+            self.centering = LogitCenter(num_prototypes, center_momentum, start=center_start, **groups)
+        else:
+            running: dict[str, Any] = {"average": center_average, "start": center_start}
+            self.centering = ProbabilityCenter(num_prototypes, center_momentum, **running, **groups)
+
+    def prepare(
+        self,
+        student: PrototypeLogits | Tensor,
+        teacher: PrototypeLogits | Tensor,
+        teacher_temp: float | Tensor,
+        prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
+    ) -> Outputs:
+        """Check what the heads returned, before anything starts a centre; the prototypes matter to ``VMFStream`` only.
+
+        Raises:
+            TypeError: one side is stored and the other is not.
+            ValueError: the teacher has another number of prototypes, or the student another than the teacher.
+        """
+        if isinstance(student, PrototypeLogits) != isinstance(teacher, PrototypeLogits):
+            raise TypeError(
+                f"student output is {type(student).__name__} but teacher output {type(teacher).__name__}; expected both "
+                "heads to return PrototypeLogits, or both plain logits"
+            )
+        if teacher.shape[-1] != self.num_prototypes:
+            raise ValueError(
+                f"teacher output has {teacher.shape[-1]} prototypes; expected out_dim = {self.num_prototypes}"
+            )
+        if student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(
+                f"student has {student.shape[-1]} prototypes but the teacher {teacher.shape[-1]}; both networks must have the "
+                "same K"
+            )
+        return Outputs(student, teacher)
+
+    def forward(
+        self, outputs: Outputs, pair_weights: Tensor, teacher_temp: float | Tensor, image_weights: Tensor | None = None
+    ) -> CrossEntropy:
+        """The cross-entropy over pairs, as ``prototype_cross_entropy``; a centre starts here, and moves in ``observe``."""
+        teacher_rows, student_rows = (side.shape[:-1].numel() for side in (outputs.teacher, outputs.student))
+        check_pairing(Pairing(pair_weights, image_weights), teacher_rows, student_rows)
+        bias = self.centering.target_bias(outputs.teacher, teacher_temp, outputs.teacher_bias)
+        if outputs.teacher_bias is not None:
+            bias = bias + outputs.teacher_bias
+        return target_cross_entropy(
+            outputs.student,
+            TeacherTargets(outputs.teacher, teacher_temp, bias),
+            pair_weights,
+            student_temperature=self.student_temp,
+            student_bias=outputs.student_bias,
+            image_weights=image_weights,
+            backend=self.backend,
+            prototype_group=self.centering.prototype_group,
+        )
+
+    def observe(
+        self, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor, bias: Tensor | None = None
+    ) -> None:
+        """Take the teacher's batch into the centre, after use; [R, K], a stored one's vMF normaliser as ``bias``."""
+        if self.center_update == "forward" and inside_function():
+            raise RuntimeError(MOVES_TWICE)
+        self.centering.accumulate(teacher, teacher_temp, bias)
+        if self.center_update == "forward":
+            self.centering.apply_pending()
+
+    def update_center(
+        self, teacher: PrototypeLogits | Tensor | None = None, teacher_temp: float | Tensor | None = None
+    ) -> None:
+        """Move the centre by [..., K] raw logits, if given, and by the batches that wait.
+
+        Raises:
+            ValueError: K is another one, or a centre of probabilities needs a temperature that is not given.
+        """
+        if teacher is not None:
+            check_logits(teacher, "teacher")
+            if teacher_temp is None and isinstance(self.centering, ProbabilityCenter):
+                raise ValueError(
+                    "update_center moves a centre of probabilities, which depend on the teacher's temperature; expected the "
+                    "epoch (or the temperature) beside the logits"
+                )
+            self.centering.accumulate(self._uncentered(teacher), 1.0 if teacher_temp is None else teacher_temp)
+        self.centering.apply_pending()
+
+    def set_center(self, value: Tensor) -> None:
+        """Put the centre to the K values of a tensor.
+
+        Raises:
+            ValueError: there is no centre, or the tensor does not fit it.
+        """
+        self._running().center = value
+
+    def set_center_momentum(self, momentum: float) -> None:
+        """Of the steps from now on.
+
+        Raises:
+            ValueError: there is no centre, or the momentum is not in [0, 1).
+        """
+        check_momentum(momentum, "center_momentum")
+        self._running().momentum = momentum
+
+    def _running(self) -> LogitCenter | ProbabilityCenter:
+        if isinstance(self.centering, SinkhornKnopp):
+            raise ValueError("centering='sinkhorn_knopp' keeps no centre; expected centering='logit' or 'probability'")
+        return self.centering
+
+    def _uncentered(self, teacher: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
+        """Logits as ``prepare`` hands them on."""
+        return teacher
+
+
+class VMFStream(Stream):
+    """The same with prototypes of free norm as von Mises-Fisher components of precision ``||w_k|| / tau``.
+
+    Each network's logits gain ``log C_D(||w_k|| / tau)`` of its own prototypes at its own temperature; gradients flow
+    through the student's.
+
+    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+    """
+
+    warned = False  # of frozen norms: once a loss, however many streams it has
+
+    def prepare(
+        self,
+        student: PrototypeLogits | Tensor,
+        teacher: PrototypeLogits | Tensor,
+        teacher_temp: float | Tensor,
+        prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
+    ) -> Outputs:
+        """As there; plain logits need both networks' prototypes.
+
+        Raises:
+            ValueError: as there; or plain logits came without prototypes, with another number of them, or with normalised
+                ones, which have no precision.
+        """
+        student, teacher = super().prepare(student, teacher, teacher_temp)[:2]
+        if isinstance(student, PrototypeLogits) and isinstance(teacher, PrototypeLogits):
+            self._warn_if_frozen(student.prototypes)
+            return Outputs(_with_vmf(student), _with_vmf(teacher))
+        for side, output, given in zip(("student", "teacher"), (student, teacher), prototypes, strict=True):
+            if given is None:
+                raise ValueError(
+                    f"{side} output is plain logits of shape {tuple(output.shape)} without the prototypes' norms, which the "
+                    f"vMF normaliser needs; expected {side}_prototypes= (for example "
+                    "weight_norm_prototypes(layer.weight_g, layer.weight_v)), or a head that returns PrototypeLogits"
+                )
+            if given.count != output.shape[-1]:
+                raise ValueError(
+                    f"{side}_prototypes hold {given.count} prototypes but the {side} output has "
+                    f"{output.shape[-1]} columns; both must be K"
+                )
+        of_student, of_teacher = prototypes
+        assert of_student is not None
+        assert of_teacher is not None
+        self._warn_if_frozen(of_student)
+        student_bias = _log_normalizer(of_student, self.student_temp, student.dtype)
+        return Outputs(
+            student, teacher, student_bias, _log_normalizer(of_teacher.detach(), teacher_temp, teacher.dtype)
+        )
+
+    def _uncentered(self, teacher: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
+        if isinstance(teacher, PrototypeLogits):
+            return _with_vmf(teacher)
+        if isinstance(self.centering, ProbabilityCenter):
+            raise ValueError(
+                f"update_center got plain logits of shape {tuple(teacher.shape)} without the prototypes' norms, which the vMF "
+                "normaliser needs; expected PrototypeLogits, or a call of the loss"
+            )
+        return teacher
+
+    def _warn_if_frozen(self, prototypes: Prototypes) -> None:
+        magnitude = prototypes.magnitude
+        frozen = magnitude is not None and not magnitude.requires_grad
+        # a warning cannot be traced: a compiled step is warned of only where it runs eagerly first
+        silent = self.warned or torch.compiler.is_compiling()
+        if frozen and prototypes.weight.requires_grad and not silent:
+            warnings.warn(FROZEN_NORMS, UserWarning, stacklevel=4)
+            self.warned = True
+
+
+class StreamLoss(nn.Module):
+    """A loss of one stream, of which it shows what the published classes have as attributes of their own."""
+
+    stream: Stream
+
+    @property
+    def student_temp(self) -> float:
+        """Student temperature; may be assigned."""
+        return self.stream.student_temp
+
+    @student_temp.setter
+    def student_temp(self, value: float) -> None:
+        check_positive(value, "student_temp")
+        self.stream.student_temp = value
+
+    @property
+    def center_momentum(self) -> float:
+        """Momentum of the running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
+        momentum: float = self.stream.centering.momentum  # type: ignore[assignment]
+        return momentum
+
+    @center_momentum.setter
+    def center_momentum(self, value: float) -> None:
+        self.stream.set_center_momentum(value)
+
+    @property
+    def center(self) -> Tensor:
+        """[1, K] the running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
+        center: Tensor = self.stream.centering.center  # type: ignore[assignment]
+        return center
+
+    @center.setter
+    def center(self, value: Tensor) -> None:
+        self.stream.set_center(value)
+
+
+def check_logits(output: object, side: str) -> None:
+    """Raise TypeError unless a head's output is logits, stored or not; ValueError for a single row or number."""
+    if not isinstance(output, (PrototypeLogits, Tensor)):
+        raise TypeError(
+            f"{side} output is {type(output).__name__}; expected PrototypeLogits or a tensor of raw logits, a list of views "
+            "joined by torch.cat"
+        )
+    if output.ndim < 2:
+        raise ValueError(f"{side} output has shape {tuple(output.shape)}; expected raw logits [rows, K]")
+
+
+def _with_vmf(output: PrototypeLogits) -> PrototypeLogits:
+    return PrototypeLogits(output.features, output.prototypes.with_vmf())
+
+
+def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """[K] log C_D(||w_k|| / tau) relative to 0 for logits of ``dtype``, differentiable in the stored tensors."""
+    norms = prototypes.with_vmf().norms(accumulation_dtype(dtype))
+    tau = temperature_tensor(temperature, "temperature", norms.device).to(norms.dtype)
+    return log_vmf_constant(norms / tau, prototypes.dim)

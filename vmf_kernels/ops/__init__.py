@@ -1,0 +1,1 @@
+"""The operators as torch sees them: arguments in, autograd recorded, a backend called."""

@@ -1,0 +1,162 @@
+"""Sums over soft assignments without a gradient: usage, and log-sum-exp over the prototypes or over the rows.
+
+Legend: R rows, K prototypes, D embedding dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.arguments import check_bias, check_features, in_autocast_dtype, temperature_tensor
+from vmf_kernels.backends.choice import choose_backend
+from vmf_kernels.backends.contract import Backend, RowInputs
+from vmf_kernels.backends.prepared import prepared_of
+from vmf_kernels.ops.operators import operator
+from vmf_kernels.prototypes import Prototypes, accumulation_dtype
+from vmf_kernels.ranks import group_named, name_of
+
+
+def prototype_usage(
+    features: Tensor,
+    prototypes: Prototypes,
+    temperature: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    prototype_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Mean probability that each prototype receives from a batch, without its [R, K] probabilities.
+
+    Args:
+        features: [R, D] rows, floating point, R >= 1.
+        prototypes: K prototypes of dim D.
+        temperature: positive; a float or a tensor of one element.
+        bias: [K] nats added to the logits, e.g. ``center.bias(temperature)``, or None.
+        backend: see ``choose_backend``.
+        prototype_group: ranks that share out the prototypes, as in ``prototype_cross_entropy``; None for one that has all.
+
+    Returns:
+        [K] probabilities, fp32 (fp64 for fp64 features), summing to 1 (over all ranks of the group); no gradient.
+
+    Raises:
+        ValueError: shapes, temperature or backend name do not fit; says what was got and expected.
+    """
+    _check_rows(features, prototypes, bias)
+    features = in_autocast_dtype(features)
+    if features.shape[0] == 0:
+        raise ValueError("features has 0 rows; expected at least one to take a mean over")
+    tau = temperature_tensor(temperature, "temperature", features.device)
+    usage: Tensor = _usage_op(*_arguments(features, prototypes, tau, bias, backend, prototype_group))
+    return usage
+
+
+def row_log_sum_exp(
+    features: Tensor,
+    prototypes: Prototypes,
+    temperature: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    prototype_group: ProcessGroup | None = None,
+) -> Tensor:
+    """[R] log-sum-exp over the prototypes of each row's logits; arguments and errors as ``prototype_usage``."""
+    _check_rows(features, prototypes, bias)
+    features = in_autocast_dtype(features)
+    tau = temperature_tensor(temperature, "temperature", features.device)
+    rows: Tensor = _row_op(*_arguments(features, prototypes, tau, bias, backend, prototype_group))
+    return rows
+
+
+def column_log_sum_exp(
+    features: Tensor,
+    prototypes: Prototypes,
+    temperature: float | Tensor,
+    offset: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """[K] ``log sum_r exp(l_rk - offset_r)`` over the rows; -inf for 0 rows. Each prototype stands alone: no group is needed.
+
+    Args:
+        offset: [R] nats; the row log-sum-exp makes it the log of the summed probabilities.
+        features, prototypes, temperature, backend: as in ``prototype_usage``, which also lists the errors.
+    """
+    _check_rows(features, prototypes, None)
+    features = in_autocast_dtype(features)
+    if tuple(offset.shape) != (features.shape[0],):
+        raise ValueError(f"offset has shape {tuple(offset.shape)}; expected [{features.shape[0]}], one for each row")
+    tau = temperature_tensor(temperature, "temperature", features.device)
+    columns: Tensor = _column_op(*_arguments(features, prototypes, tau, None, backend, None), offset.detach())
+    return columns
+
+
+def _check_rows(features: Tensor, prototypes: Prototypes, bias: Tensor | None) -> None:
+    check_features(features, prototypes, "given")
+    check_bias(bias, prototypes.count, "bias")
+
+
+class _Arguments(NamedTuple):
+    features: Tensor
+    weight: Tensor
+    magnitude: Tensor | None
+    kind: str
+    bias: Tensor | None
+    temperature: Tensor
+    backend: str
+    group: str = ""
+
+    def inputs(self) -> RowInputs:
+        """What a backend takes."""
+        prototypes = Prototypes(self.weight, self.magnitude, self.kind)
+        return RowInputs(self.features, prototypes, self.temperature, self.bias, group_named(self.group))
+
+    def run_by(self) -> Backend:
+        """The backend that takes them."""
+        return choose_backend(self.backend, self.features, self.weight)
+
+    def new_sums(self, dim: int) -> Tensor:
+        """A sum for each row of the features (0) or the weight (1), without values."""
+        count = (self.features, self.weight)[dim].shape[0]
+        return self.features.new_empty(count, dtype=accumulation_dtype(self.features.dtype))
+
+
+class _Offset(NamedTuple):
+    offset: Tensor  # [R] nats
+
+
+def _arguments(
+    features: Tensor,
+    prototypes: Prototypes,
+    tau: Tensor,
+    bias: Tensor | None,
+    backend: str,
+    group: ProcessGroup | None,
+) -> _Arguments:
+    # those that something is kept for are detached already, and would lose it
+    stored = prototypes.detach() if prepared_of(prototypes) is None else prototypes
+    detached = None if bias is None else bias.detach()
+    parts = stored.weight, stored.magnitude, prototypes.kind
+    return _Arguments(features.detach(), *parts, detached, tau, backend, name_of(group))
+
+
+def _flops(shapes: Any, *rest: Any) -> int:
+    """Of one product with the prototypes."""
+    return int(2 * shapes.features[0] * shapes.weight[0] * shapes.weight[1])
+
+
+@operator("prototype_usage", _Arguments, fake=lambda args: args.new_sums(1), flops=_flops)
+def _usage_op(args: _Arguments) -> Tensor:
+    return args.run_by().usage(args.inputs())
+
+
+@operator("row_log_sum_exp", _Arguments, fake=lambda args: args.new_sums(0), flops=_flops)
+def _row_op(args: _Arguments) -> Tensor:
+    return args.run_by().row_log_sum_exp(args.inputs())
+
+
+@operator("column_log_sum_exp", _Arguments, _Offset, fake=lambda args, _: args.new_sums(1), flops=_flops)
+def _column_op(args: _Arguments, rest: _Offset) -> Tensor:
+    return args.run_by().column_log_sum_exp(args.inputs(), rest.offset)
