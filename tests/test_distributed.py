@@ -34,7 +34,7 @@ from vmf_kernels import (
     SinkhornKnopp,
     vmf_prototypes,
 )
-from vmf_kernels.centering.running_mean import Center
+from vmf_kernels.centering.running_mean import RunningMean
 
 PROTOTYPES, DIM, IN_DIM, CROPS = 301, 24, 12, 4
 BUDGET = 1e-5  # relative, in norm
@@ -63,7 +63,7 @@ class Share(NamedTuple):
         return crops.flatten(0, 1) if self.rank is None else crops[:, self.rank :: RANKS].flatten(0, 1)
 
 
-def make_center(kind: str, start: str = "zero") -> Center:
+def make_center(kind: str, start: str = "zero") -> RunningMean:
     if kind == "logit":
         return LogitCenter(PROTOTYPES, start=start)
     return ProbabilityCenter(PROTOTYPES, average=kind, start=start)

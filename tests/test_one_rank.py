@@ -33,7 +33,7 @@ from vmf_kernels import (
     SinkhornKnopp,
     weight_norm_prototypes,
 )
-from vmf_kernels.centering.running_mean import Center
+from vmf_kernels.centering.running_mean import RunningMean
 from vmf_kernels.compat import dinov2, lightly
 from vmf_kernels.ranks import count_ranks
 
@@ -74,7 +74,7 @@ def by_step(one: Callable[[int], Results]) -> Results:
     return {f"{step} {name}": tensor.clone() for step in range(STEPS) for name, tensor in one(step).items()}
 
 
-def of_center(make: Callable[..., Center], groups: Groups) -> Results:
+def of_center(make: Callable[..., RunningMean], groups: Groups) -> Results:
     center = make(PROTOTYPES, start="first_batch", **groups)
 
     def one(step: int) -> Results:

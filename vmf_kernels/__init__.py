@@ -3,9 +3,10 @@
 from vmf_kernels.bessel import log_vmf_constant, vmf_mean_resultant_length
 from vmf_kernels.centering.logit import LogitCenter
 from vmf_kernels.centering.probability import ProbabilityCenter
+from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
 from vmf_kernels.diagnostics import UniquePrototypes, unique_prototypes
-from vmf_kernels.heads.dino import DINOHead
+from vmf_kernels.heads.dino import DINOHead, DINOvMFHead
 from vmf_kernels.heads.fuse import fuse_head
 from vmf_kernels.heads.prototype_layer import PrototypeLayer
 from vmf_kernels.losses.dino import DINOLoss, DINOvMFLoss
@@ -35,9 +36,11 @@ from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 __all__ = [
     "AssignmentStatistics",
+    "CenteringRule",
     "CrossEntropy",
     "DINOHead",
     "DINOLoss",
+    "DINOvMFHead",
     "DINOvMFLoss",
     "DistributedKoLeoLoss",
     "IBOTLoss",

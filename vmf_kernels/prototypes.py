@@ -115,6 +115,26 @@ class Prototypes:
         inverse = _safe_reciprocal(_safe_norm(self.weight, dtype))
         return inverse if self.magnitude is None else self.magnitude.reshape(-1).to(inverse.dtype) * inverse
 
+    def log_normalizer(self, temperature: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[K] nats ``log C_D(||w_k|| / tau) - log C_D(0)``: what a von Mises-Fisher component's logit has besides its product.
+
+        Everything in torch that needs the normaliser takes it from here; kernels follow ``bessel.py`` themselves.
+
+        Args:
+            temperature: [] positive.
+            dtype: float32 or float64, of the norms and the result (fp64 for fp64 weights).
+
+        Returns:
+            [K], differentiable in the stored tensors.
+
+        Raises:
+            ValueError: these prototypes are no von Mises-Fisher components.
+        """
+        if not self.has_normalizer:
+            raise ValueError(f"{self.kind} prototypes have no vMF normaliser; expected prototypes.with_vmf()")
+        norms = self.norms(dtype)
+        return log_vmf_constant(norms / temperature.to(norms.dtype), self.dim)
+
 
 def linear_prototypes(weight: Tensor) -> Prototypes:
     """Prototypes of free norm: ``w_k = weight_k`` (DINOv3's plain last layer).
@@ -192,6 +212,7 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
         scale = temperature.to(dtype).reciprocal()
         bias = None if extra_bias is None else extra_bias.to(dtype).reshape(-1)
         if prototypes.has_normalizer:
+            # as ``log_normalizer``, by the inverse temperature that multiplies the products as well
             normalizer = log_vmf_constant(prototypes.norms(dtype).to(dtype) * scale, prototypes.dim)
             bias = normalizer if bias is None else bias + normalizer
         gain = prototypes.gain(dtype)

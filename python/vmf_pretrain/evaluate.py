@@ -21,7 +21,6 @@ from vmf_kernels import (
     DINOHead,
     PrototypeLogits,
     Prototypes,
-    log_vmf_constant,
     prototype_cross_entropy,
     unique_prototypes,
 )
@@ -166,22 +165,23 @@ def extract_features(backbone: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def report_head(
-    head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, vmf: bool, threshold: float
+    head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, threshold: float
 ) -> HeadReport:
     """What the head does with ``features``, every image weighing the same, in evaluation mode.
 
     Args:
-        head: the projection head; every module gets the mode back that it had.
+        head: the projection head, whose prototypes bring their vMF normaliser if they have one (``DINOvMFHead``); every module
+            gets the mode back that it had.
         features: [N, F] of the backbone; moved to the head's device.
         temperature: of the teacher, positive.
         bias: [K] nats added to the logits (the centre's bias), or None.
-        vmf: whether the vMF log-normaliser enters the logits (method dino-vmf).
         threshold: cosine distance below which two prototypes count as duplicates.
 
     Raises:
         ValueError: shapes or the temperature do not fit.
     """
-    logits, prototypes, on_device = _assigned(head, features, bias, vmf=vmf)
+    logits, on_device = _assigned(head, features, bias)
+    prototypes = logits.prototypes
     statistics = _statistics(logits.features, prototypes, temperature, on_device)
     duplicates = unique_prototypes(prototypes.effective_weight(), threshold)
     return HeadReport(
@@ -198,14 +198,15 @@ def report_head(
 
 @torch.no_grad()
 def batch_information(
-    head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, vmf: bool, rows: int
+    head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, rows: int
 ) -> list[float]:
     """Mutual information in nats of every whole batch of ``rows`` images in turn: what a log of such batches would say.
 
     It is at most ``ln rows``, and on average less than that of all images together. Arguments as ``report_head``; no image is
     in two batches, and those left over are in none.
     """
-    logits, prototypes, on_device = _assigned(head, features, bias, vmf=vmf)
+    logits, on_device = _assigned(head, features, bias)
+    prototypes = logits.prototypes
     starts = range(0, len(features) - rows + 1, rows)
     batches = (logits.features[start : start + rows] for start in starts)
     return [float(_statistics(batch, prototypes, temperature, on_device).mutual_information) for batch in batches]
@@ -228,15 +229,12 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _assigned(
-    head: DINOHead, features: Tensor, bias: Tensor | None, *, vmf: bool
-) -> tuple[PrototypeLogits, Prototypes, Tensor | None]:
-    """Logits of features in evaluation mode, the prototypes with the method's normaliser, and the bias beside them."""
+def _assigned(head: DINOHead, features: Tensor, bias: Tensor | None) -> tuple[PrototypeLogits, Tensor | None]:
+    """Logits of features in evaluation mode, and the bias where they are."""
     device = device_of(head)
     with evaluating(head):
         logits: PrototypeLogits = head(features.to(device)).float()
-    prototypes = logits.prototypes.with_vmf() if vmf else logits.prototypes
-    return logits, prototypes, None if bias is None else bias.to(device)
+    return logits, None if bias is None else bias.to(device)
 
 
 def _statistics(
@@ -260,7 +258,7 @@ def _log_prior(prototypes: Prototypes, temperature: float, bias: Tensor | None) 
     norms = prototypes.norms()
     prior = torch.zeros_like(norms) if bias is None else bias.to(norms.dtype)
     if prototypes.has_normalizer:
-        prior = prior + log_vmf_constant(norms / temperature, prototypes.dim)
+        prior = prior + prototypes.log_normalizer(torch.tensor(temperature))
     return prior
 
 

@@ -87,7 +87,7 @@ class Judge:
         tau = training.teacher_temperature(self.config.train.epochs)
         center = training.loss.centering
         assert isinstance(center, LogitCenter | ProbabilityCenter), "the trainer's losses have a running centre"
-        assigned: dict[str, Any] = {"temperature": tau, "bias": center.bias(tau), "vmf": training.uses_vmf}
+        assigned: dict[str, Any] = {"temperature": tau, "bias": center.bias(tau)}
         threshold = self.config.evaluate.duplicate_threshold
         head = report_head(teacher.head, features, **assigned, threshold=threshold)
         kept = self._features(teacher.backbone, self._kept()) if self._labelled else None

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vmf_kernels import DINOHead, PrototypeLogits
+from vmf_kernels import DINOHead, DINOvMFHead, PrototypeLogits
 from vmf_pretrain.config import BackboneConfig, Config
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.network_input import network_input
@@ -42,15 +42,17 @@ def build_networks(config: Config) -> tuple[Network, Network]:
     """
     backbone = _backbone(config, config.backbone.drop_path)
     size = config.head
-    head = DINOHead(
-        int(backbone.num_features),
-        size.prototypes,
-        use_bn=size.batch_norm,
-        norm_last_layer=config.norm_prototypes,
-        nlayers=size.layers,
-        hidden_dim=size.hidden_dim,
-        bottleneck_dim=size.bottleneck_dim,
-    )
+    dims = int(backbone.num_features), size.prototypes
+    options: dict[str, Any] = {
+        "use_bn": size.batch_norm,
+        "nlayers": size.layers,
+        "hidden_dim": size.hidden_dim,
+        "bottleneck_dim": size.bottleneck_dim,
+    }
+    if config.method == "dino-vmf":
+        head: DINOHead = DINOvMFHead(*dims, **options)
+    else:
+        head = DINOHead(*dims, **options, norm_last_layer=config.norm_prototypes)
     student = Network(backbone, head)
     if config.backbone.initialisation == "xavier":
         _xavier(student)

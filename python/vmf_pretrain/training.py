@@ -46,11 +46,6 @@ class Training:
         self.weight_decay = CosineSchedule(optim.weight_decay, optim.final_weight_decay, self.total_steps)
         self.momentum = CosineSchedule(optim.teacher_momentum, optim.final_teacher_momentum, self.total_steps)
 
-    @property
-    def uses_vmf(self) -> bool:
-        """Whether prototypes are von Mises-Fisher components."""
-        return isinstance(self.loss, DINOvMFLoss)
-
     def teacher_temperature(self, epoch: int) -> float:
         """Of the last epoch where ``epoch`` is past the end."""
         schedule = self.loss.teacher_temp_schedule

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tests.measure import allocations_of, relative_error
 from tests.published import exact_log_vmf_constant, log_mean_probability
 from vmf_kernels import LogitCenter, ProbabilityCenter, PrototypeLogits, vmf_prototypes
-from vmf_kernels.centering.running_mean import Center
+from vmf_kernels.centering.running_mean import RunningMean
 
 ROWS, PROTOTYPES, DIM = 70, 301, 24  # more rows than are formed at once from stored logits
 TAU = 0.05
@@ -27,7 +27,7 @@ OUTPUTS = ["unstored", "stored"]
 Batch = tuple[PrototypeLogits | Tensor, float, Tensor | None]
 
 
-def make_center(kind: str, start: str = "zero", momentum: float = 0.9, prototypes: int = PROTOTYPES) -> Center:
+def make_center(kind: str, start: str = "zero", momentum: float = 0.9, prototypes: int = PROTOTYPES) -> RunningMean:
     if kind == "logit":
         return LogitCenter(prototypes, momentum, start=start)
     return ProbabilityCenter(prototypes, momentum, average=kind, start=start)

@@ -29,7 +29,7 @@ from tests.centering.published_sinkhorn import published_sinkhorn_knopp
 from tests.measure import relative_error
 from tests.published import exact_log_vmf_constant
 from vmf_kernels import LogitCenter, ProbabilityCenter, PrototypeLogits
-from vmf_kernels.centering.running_mean import Center
+from vmf_kernels.centering.running_mean import RunningMean
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
 from vmf_kernels.prototypes import Prototypes
 
@@ -89,7 +89,7 @@ def given(spot: Spot, batch: PrototypeLogits, split: Sequence[int], output: str,
     return Given(mine.materialize(), tau, normalizer.to(mine.features.dtype))
 
 
-def make_center(kind: str, start: str, spot: Spot) -> Center:
+def make_center(kind: str, start: str, spot: Spot) -> RunningMean:
     count = len(range(PROTOTYPES)[spot.place.block])
     if kind == "logit":
         return LogitCenter(count, start=start, **spot.groups)

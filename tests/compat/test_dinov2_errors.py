@@ -25,7 +25,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         r"center_momentum is 1.0; expected a number in \[0, 1\)",
     ),
-    (lambda: dinov3.iBOTPatchLoss(0), ValueError, "the number of prototypes is 0"),
+    (lambda: dinov3.iBOTPatchLoss(0), ValueError, "num_prototypes is 0; expected at least 1"),
     (lambda: dinov2.DINOLoss(5, backend="numpy"), ValueError, "unknown backend 'numpy'"),
     (lambda: dinov2.DINOHead(4, 0), ValueError, "in_dim, out_dim, hidden_dim, bottleneck_dim are 4, 0, 2048, 256"),
     (

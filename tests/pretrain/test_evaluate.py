@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vmf_kernels import DINOHead, log_vmf_constant
+from vmf_kernels import DINOHead, DINOvMFHead, log_vmf_constant
 from vmf_pretrain import evaluate
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.evaluate import (
@@ -252,9 +252,9 @@ def test_no_batch_is_an_error() -> None:
 # Heads
 
 
-def some_head(*, use_bn: bool = False) -> DINOHead:
+def some_head(head_class: type[DINOHead] = DINOHead, *, use_bn: bool = False) -> DINOHead:
     """A head with prototypes of unlike norms, of which two point the same way."""
-    head = DINOHead(IN_DIM, PROTOTYPES, use_bn=use_bn, norm_last_layer=False, hidden_dim=16, bottleneck_dim=5)
+    head = head_class(IN_DIM, PROTOTYPES, use_bn=use_bn, hidden_dim=16, bottleneck_dim=5)
     with torch.no_grad():
         for parameter in head.mlp.parameters():
             parameter.normal_()
@@ -263,12 +263,12 @@ def some_head(*, use_bn: bool = False) -> DINOHead:
     return head
 
 
-def written_out(head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, vmf: bool) -> Tensor:
+def written_out(head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
     """[N, K] fp64 probabilities of a head in evaluation mode."""
     with torch.no_grad():
         logits = head.eval()(features).materialize().double() / temperature
         norms = head.last_layer.weight_g.double().abs().flatten()
-    if vmf:
+    if isinstance(head, DINOvMFHead):
         logits = logits + log_vmf_constant(norms / temperature, 5)
     return (logits if bias is None else logits + bias.double()).softmax(dim=1)
 
@@ -279,15 +279,15 @@ def entropy(q: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rows_at_once", [3, 64])
 @pytest.mark.parametrize("biased", [False, True], ids=["uncentred", "centred"])
-@pytest.mark.parametrize("vmf", [False, True], ids=["dino", "dino-vmf"])
+@pytest.mark.parametrize("head_class", [DINOHead, DINOvMFHead])
 def test_a_report_equals_the_probabilities_written_out(
-    vmf: bool, biased: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+    head_class: type[DINOHead], biased: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "LOGIT_ROWS_AT_ONCE", rows_at_once)
-    head, features = some_head(use_bn=True), torch.randn(50, IN_DIM)
+    head, features = some_head(head_class, use_bn=True), torch.randn(50, IN_DIM)
     bias = 2 * torch.randn(PROTOTYPES) if biased else None
-    report = report_head(head, features, TEMPERATURE, bias, vmf=vmf, threshold=0.025)
-    q = written_out(head, features, TEMPERATURE, bias, vmf=vmf)
+    report = report_head(head, features, TEMPERATURE, bias, threshold=0.025)
+    q = written_out(head, features, TEMPERATURE, bias)
     expected = {
         "mutual_information": (entropy(q.mean(0)) - entropy(q).mean()).item(),
         "teacher_entropy": entropy(q).mean().item(),
@@ -305,16 +305,15 @@ def test_a_report_equals_the_probabilities_written_out(
 
 
 def test_normaliser_and_bias_change_which_prototypes_are_used() -> None:
-    head, features = some_head(), torch.randn(50, IN_DIM)
+    heads, features = {kind: some_head(kind) for kind in (DINOHead, DINOvMFHead)}, torch.randn(50, IN_DIM)
+    heads[DINOvMFHead].load_state_dict(heads[DINOHead].state_dict())
     favoured = torch.full((PROTOTYPES,), -1e4)
     favoured[5] = 0.0
 
-    def usage(bias: Tensor | None, vmf: bool) -> Tensor:
-        return report_head(head, features, TEMPERATURE, bias, vmf=vmf, threshold=0.025).usage
-
-    shift = (usage(None, False) - usage(None, True)).abs().max().item()
+    usages = [report_head(head, features, TEMPERATURE, None, threshold=0.025).usage for head in heads.values()]
+    shift = (usages[0] - usages[1]).abs().max().item()
     assert shift > 0.01, f"the normaliser moves usage by only {shift}"
-    alone = report_head(head, features, TEMPERATURE, favoured, vmf=True, threshold=0.025)
+    alone = report_head(heads[DINOvMFHead], features, TEMPERATURE, favoured, threshold=0.025)
     assert alone.prototypes_used == 1, f"{alone.prototypes_used} used"
     assert alone.usage[5].item() == pytest.approx(1.0), f"usage is {alone.usage}"
 
@@ -326,7 +325,7 @@ def report_of_logits(scale: float, features: Tensor) -> HeadReport:
         head.mlp.weight.copy_(torch.eye(5))
         head.last_layer.weight_v.copy_(torch.eye(5))
         head.last_layer.weight_g.fill_(scale)
-    return report_head(head, features, 0.04, None, vmf=False, threshold=0.025)
+    return report_head(head, features, 0.04, None, threshold=0.025)
 
 
 @pytest.mark.parametrize(
@@ -347,10 +346,10 @@ def test_the_report_tells_health_from_both_collapses(
 
 
 def test_a_report_leaves_the_head_alone() -> None:
-    head = some_head(use_bn=True).train()
+    head = some_head(DINOvMFHead, use_bn=True).train()
     before, random_state = {k: v.clone() for k, v in head.state_dict().items()}, torch.get_rng_state()
     features = torch.randn(20, IN_DIM, generator=torch.Generator().manual_seed(1))
-    report = report_head(head, features, TEMPERATURE, torch.zeros(PROTOTYPES), vmf=True, threshold=0.025)
+    report = report_head(head, features, TEMPERATURE, torch.zeros(PROTOTYPES), threshold=0.025)
     assert all(part.training for part in head.modules()), "a part stayed in evaluation mode"
     assert torch.equal(torch.get_rng_state(), random_state), "the global generator moved"
     changed = [name for name, value in head.state_dict().items() if not torch.equal(value, before[name])]
@@ -360,17 +359,17 @@ def test_a_report_leaves_the_head_alone() -> None:
     assert all(parameter.grad is None for parameter in head.parameters()), "a parameter has a gradient"
 
 
-@pytest.mark.parametrize("vmf", [False, True], ids=["dino", "dino-vmf"])
-def test_information_of_batches_equals_the_probabilities_written_out(vmf: bool) -> None:
-    head, features, bias = some_head(use_bn=True), torch.randn(50, IN_DIM), 2 * torch.randn(PROTOTYPES)
-    got = batch_information(head, features, TEMPERATURE, bias, vmf=vmf, rows=20)
-    parts = [written_out(head, features[start : start + 20], TEMPERATURE, bias, vmf=vmf) for start in (0, 20)]
+@pytest.mark.parametrize("head_class", [DINOHead, DINOvMFHead])
+def test_information_of_batches_equals_the_probabilities_written_out(head_class: type[DINOHead]) -> None:
+    head, features, bias = some_head(head_class, use_bn=True), torch.randn(50, IN_DIM), 2 * torch.randn(PROTOTYPES)
+    got = batch_information(head, features, TEMPERATURE, bias, rows=20)
+    parts = [written_out(head, features[start : start + 20], TEMPERATURE, bias) for start in (0, 20)]
     expected = [(entropy(q.mean(0)) - entropy(q).mean()).item() for q in parts]
     assert got == pytest.approx(expected, abs=2e-5), f"got {got}; expected {expected}"
 
 
 @pytest.mark.parametrize(("rows", "batches"), [(50, 1), (51, 0), (7, 7), (1, 50)])
 def test_information_is_of_whole_batches_only(rows: int, batches: int) -> None:
-    got = batch_information(some_head(), torch.randn(50, IN_DIM), TEMPERATURE, None, vmf=False, rows=rows)
+    got = batch_information(some_head(), torch.randn(50, IN_DIM), TEMPERATURE, None, rows=rows)
     assert len(got) == batches
     assert all(abs(value) < 1e-5 for value in got) == (rows == 1 or not got), f"{got} of batches of {rows}"

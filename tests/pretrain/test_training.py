@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.measure import worst_error
 from tests.pretrain.tiny import copied, differing, digits_config, training_on, views_of
 from tests.published import PublishedDINOLoss
-from vmf_kernels import DINOLoss, DINOvMFLoss, KoLeoLoss
+from vmf_kernels import DINOHead, DINOLoss, DINOvMFHead, DINOvMFLoss, KoLeoLoss
 from vmf_pretrain.batches import ViewBatches
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.training import Training
@@ -50,7 +50,7 @@ def test_method_chooses_the_loss_and_whether_norms_learn(method: str) -> None:
         training.step(step, views_of(batches, step))
     moved = (training.student.head.last_layer.weight_g - 1).abs().max().item()
     assert type(training.loss) is (DINOvMFLoss if method == "dino-vmf" else DINOLoss)
-    assert training.uses_vmf == (method == "dino-vmf")
+    assert type(training.teacher.head) is (DINOvMFHead if method == "dino-vmf" else DINOHead)
     assert (moved > 1e-4) == (method == "dino-vmf"), f"norms moved by {moved:.1e} with {method}"
 
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from vmf_kernels.arguments import temperature_tensor
-from vmf_kernels.centering.running_mean import Center
+from vmf_kernels.centering.running_mean import RunningMean
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits, project
 
 
-class LogitCenter(Center):
+class LogitCenter(RunningMean):
     """DINO's centre: the running mean of the teacher's raw logits, subtracted before dividing by the temperature.
 
     The batch mean is ``W mean(x)``: no logits are formed and ranks exchange D + 1 numbers instead of K.
 
-    Arguments as ``Center``; the backend is not needed.
+    Arguments as ``RunningMean``; the backend is not needed.
 
     Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, equation 4.
     """
@@ -31,22 +31,27 @@ class LogitCenter(Center):
 
     @torch.no_grad()
     def _statistic(
-        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        rows = teacher.detach().flatten(0, -2)
-        if isinstance(rows, Tensor):
-            total = self._row_ranks.sum(rows.sum(dim=0, dtype=accumulation_dtype(rows.dtype)))
-            return total, self._row_ranks.sum(total.new_full((), float(rows.shape[0])))
-        features = rows.features
-        summed = features.sum(dim=0, dtype=accumulation_dtype(features.dtype))
-        packed = self._row_ranks.sum(torch.cat([summed, summed.new_full((1,), float(features.shape[0]))]))
-        return project(rows.prototypes, packed[:-1]), packed[-1]
+        flat = teacher.detach().flatten(0, -2)
+        rows = flat if isinstance(flat, Tensor) else flat.features
+        summed, weight = self._weighed(rows.sum(dim=0, dtype=accumulation_dtype(rows.dtype)), rows.shape[0])
+        packed = self._row_ranks.sum(torch.cat([summed, summed.new_full((1,), float(weight))]))
+        total = packed[:-1] if isinstance(flat, Tensor) else project(flat.prototypes, packed[:-1])
+        return total, packed[-1]
 
-    def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return total, rows  # already over all ranks, in D numbers
+    def _weighed(self, summed: Tensor, rows: int) -> tuple[Tensor, int]:
+        """What this rank's sum over its rows, and their number, contribute to those over all ranks: each row as much."""
+        return summed, rows
 
-    def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return one[0] + other[0], one[1] + other[1]
 
-    def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
-        return (total / rows).to(self.center.dtype)
+class RankMeanCenter(LogitCenter):
+    """The running mean of the ranks' means: each rank with rows counts once, however many it has (DINOv2, lightly).
+
+    Arguments as ``LogitCenter``, which weighs by rows: the two agree where all ranks have equally many.
+
+    Source: facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py; lightly-ai/lightly lightly/models/modules/center.py.
+    """
+
+    def _weighed(self, summed: Tensor, rows: int) -> tuple[Tensor, int]:
+        return summed / max(rows, 1), min(rows, 1)

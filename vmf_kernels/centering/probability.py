@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.centering.log_sums import LogSums
-from vmf_kernels.centering.running_mean import Center
+from vmf_kernels.centering.running_mean import RunningMean
 from vmf_kernels.ranks import sum_number_over_ranks
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 AVERAGES = ("log_probability", "probability")
 
 
-class ProbabilityCenter(Center):
+class ProbabilityCenter(RunningMean):
     """DINO-vMF's centre: the running log of the teacher's mean probability, subtracted from the logits over temperature.
 
     A reconstruction from the paper, whose code was not public: with average "log_probability"
@@ -28,12 +28,13 @@ class ProbabilityCenter(Center):
 
     Args:
         average: "log_probability" or "probability".
-        num_prototypes, momentum, start, backend, prototype_group, row_group: as ``Center``; "zero" is uniform, over the
+        num_prototypes, momentum, start, backend, prototype_group, row_group: as ``RunningMean``; "zero" is uniform, over the
             prototypes of all ranks: with a prototype group every rank of it makes its centre together with the others.
 
     Source: Govindarajan et al., ICLR 2023 (arXiv:2405.10939), "probability-space centering".
     """
 
+    over_probabilities = True
     _no_rows = -math.inf
 
     def __init__(
@@ -65,16 +66,18 @@ class ProbabilityCenter(Center):
 
     @torch.no_grad()
     def _statistic(
-        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        if temperature is None:
+            raise ValueError(
+                "a centre of probabilities depends on the teacher's temperature; expected a number > 0, got None"
+            )
         rows = teacher.detach().flatten(0, -2)
         with LogSums(rows, temperature, bias, self.backend, self.prototype_group) as sums:
             total = sums.over_rows(sums.over_prototypes())
-        return total, total.new_full((), float(rows.shape[0]))
-
-    def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         # probabilities are summed over ranks, never their logs
-        return self._row_ranks.log_sum_exp(total), self._row_ranks.sum(rows)
+        count = total.new_full((), float(rows.shape[0]))
+        return self._row_ranks.log_sum_exp(total), self._row_ranks.sum(count)
 
     def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return torch.logaddexp(one[0], other[0]), one[1] + other[1]

@@ -1,8 +1,8 @@
-"""Centres of the teacher: running means that keep its assignments from collapsing, each used as a [K] bias.
+"""The running mean of a teacher's batches: what both centres have in common.
 
-A centre takes in the teacher's batch with ``accumulate`` (once per micro-batch) and moves with ``apply`` (once per optimiser
-step); ``update`` is both. Statistics are weighted by rows, over all ranks when a process group exists; a batch with a
-non-finite value anywhere is ignored, beside others that wait with it as alone, without waiting for the device.
+A centre takes in the teacher's batch with ``accumulate`` (once per micro-batch) and moves with ``apply_pending`` (once per
+optimiser step); ``update`` is both. Statistics are those of all ranks when a process group exists. A batch with a non-finite
+value is ignored, whether it waits alone or with others; nothing waits for the device.
 
 Legend: R rows, K prototypes.
 """
@@ -31,52 +31,10 @@ def check_momentum(value: float, name: str) -> None:
 
 
 class RunningMean(nn.Module):
-    """Keeps its buffer ``center`` in fp32 (fp64 after ``double()``) under ``half()``, ``bfloat16()`` and ``to()``.
+    """A centring rule whose bias follows from a running mean of the batches: the buffer, its start, and its step.
 
-    ``module.center = tensor`` takes the tensor's K values and its device; shape and dtype stay.
-
-    Raises:
-        ValueError: what is assigned is no tensor of K floating-point values.
-    """
-
-    center: Tensor
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "center":
-            self._set_center(value)
-        else:
-            super().__setattr__(name, value)
-
-    @torch.no_grad()
-    def _set_center(self, value: Any) -> None:
-        before: Tensor = self.center
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        # [1, K], [1, 1, K] and [K] are one centre, as K centres of one value would not be
-        fits = isinstance(value, Tensor) and value.numel() == before.numel() and shape[-1:] == before.shape[-1:]
-        if not fits or not value.is_floating_point():
-            got = f"{value.dtype} of shape {shape}" if isinstance(value, Tensor) else shape
-            raise ValueError(f"center is assigned {got}; expected a floating-point tensor {list(before.shape)}, or [K]")
-        new = value.detach().to(before.dtype).reshape(before.shape)
-        if new.device == before.device and not new.is_meta:
-            before.copy_(new)  # in place: a compiled step goes on with it
-        else:
-            self._buffers["center"] = new.clone()
-        self._center_was_set()
-
-    def _center_was_set(self) -> None:
-        """What is known of the centre has to be found out anew."""
-
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        before = self.center
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.center.dtype not in (torch.float32, torch.float64):
-            # at 16 bits, small steps would be rounded away
-            self._buffers["center"] = before.to(self.center.device)
-        return self
-
-
-class Center(RunningMean):
-    """What both centres share: the buffer, its start, and the step of the running mean.
+    ``module.center = tensor`` takes the tensor's K values and its device; shape and dtype stay. The buffer keeps fp32 (fp64
+    after ``double()``) under ``half()``, ``bfloat16()`` and ``to()``.
 
     A loss that was built on the meta device needs each centre's ``reset_parameters()`` after ``to_empty()``, or a checkpoint.
 
@@ -93,6 +51,8 @@ class Center(RunningMean):
             started it.
     """
 
+    center: Tensor
+    over_probabilities = False
     _no_rows = 0.0  # the sum over none
 
     def __init__(
@@ -134,6 +94,28 @@ class Center(RunningMean):
         self._started = not math.isnan(self._start)
         self._pending: tuple[Tensor, Tensor] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "center":
+            self._set_center(value)
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _set_center(self, value: Any) -> None:
+        before: Tensor = self.center
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        # [1, K], [1, 1, K] and [K] are one centre, as K centres of one value would not be
+        fits = isinstance(value, Tensor) and value.numel() == before.numel() and shape[-1:] == before.shape[-1:]
+        if not fits or not value.is_floating_point():
+            got = f"{value.dtype} of shape {shape}" if isinstance(value, Tensor) else shape
+            raise ValueError(f"center is assigned {got}; expected a floating-point tensor {list(before.shape)}, or [K]")
+        new = value.detach().to(before.dtype).reshape(before.shape)
+        if new.device == before.device and not new.is_meta:
+            before.copy_(new)  # in place: a compiled step goes on with it
+        else:
+            self._buffers["center"] = new.clone()
+        self._center_was_set()
+
     def _center_was_set(self) -> None:
         # only one that begins at the first batch can be there without having started: NaN elsewhere is a run that diverged
         self._started = self.center.is_meta or not (math.isnan(self._start) and bool(self.center.isnan().all()))
@@ -151,14 +133,19 @@ class Center(RunningMean):
         if self._started:
             return
         if self.center.isnan().all():
-            batch = self._mean(*self._reduce(*self._statistic(teacher, temperature, bias)))
+            batch = self._mean(*self._statistic(teacher, temperature, bias))
             finite = all_finite(batch, group=self.prototype_group)
             self.center.copy_(torch.where(finite, batch, self.center[0])[None])
         self._started = not bool(self.center.isnan().all())
 
+    @property
+    def pending(self) -> tuple[Tensor, Tensor] | None:
+        """What waits for ``apply_pending``: its [K] sum and what divides it, [], over all ranks; None for nothing."""
+        return self._pending
+
     @outside_transforms
     def accumulate(
-        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None = None
     ) -> None:
         """Take in a batch without moving the centre. Collective: every rank calls it equally often.
 
@@ -175,7 +162,7 @@ class Center(RunningMean):
             raise ValueError(
                 f"teacher has {teacher.shape[-1]} prototypes; expected the center's {self.center.shape[1]}"
             )
-        self._add(*self._reduce(*self._statistic(teacher, temperature, bias)))
+        self._add(*self._statistic(teacher, temperature, bias))
 
     @torch.no_grad()
     def _add(self, total: Tensor, rows: Tensor) -> None:
@@ -214,25 +201,30 @@ class Center(RunningMean):
         raise NotImplementedError
 
     def _statistic(
-        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """([K] sum over this rank's rows, [] number of rows)."""
-        raise NotImplementedError
-
-    def _reduce(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The statistic over all ranks."""
+        """([K] sum over the rows of all ranks, [] what makes it a mean)."""
         raise NotImplementedError
 
     def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The statistic of two micro-batches."""
-        raise NotImplementedError
+        return one[0] + other[0], one[1] + other[1]
 
     def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
         """[K] mean in the units of the centre; not finite for 0 rows."""
-        raise NotImplementedError
+        return (total / rows).to(self.center.dtype)
 
     def _step(self, center: Tensor, batch: Tensor) -> Tensor:
+        """[K] the centre after a batch of this mean."""
         return center * self.momentum + batch * (1 - self.momentum)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        before = self.center
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.center.dtype not in (torch.float32, torch.float64):
+            # at 16 bits, small steps would be rounded away
+            self._buffers["center"] = before.to(self.center.device)
+        return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)

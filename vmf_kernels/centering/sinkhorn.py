@@ -39,6 +39,8 @@ class SinkhornKnopp(nn.Module):
         section 3.1; Oquab et al., "DINOv2", TMLR 2024, section 4.
     """
 
+    over_probabilities = False  # a batch that is not remembered is looked at in no way
+
     def __init__(
         self,
         iterations: int = 3,
@@ -84,8 +86,11 @@ class SinkhornKnopp(nn.Module):
 
     forward = target_bias
 
+    def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
+        """Nothing: no batch is remembered."""
+
     def accumulate(
-        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None = None
     ) -> None:
         """Nothing: no batch is remembered."""
 

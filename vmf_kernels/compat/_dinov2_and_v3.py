@@ -1,4 +1,4 @@
-"""What the drop-ins for DINOv2 and DINOv3 share: targets of the kind that came in, a centre one call late, masked patches.
+"""What only the drop-ins for DINOv2 and DINOv3 share: targets of the kind that came in, a centre one call late, patches.
 
 Legend: R rows, C masked images, N patches of an image, M masked patches, K prototypes.
 """
@@ -8,21 +8,22 @@ from __future__ import annotations
 from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional
 
 from vmf_kernels.arguments import temperature_tensor
-from vmf_kernels.backends.choice import check_backend_name
-from vmf_kernels.centering.running_mean import RunningMean, check_momentum
+from vmf_kernels.centering.logit import LogitCenter, RankMeanCenter
+from vmf_kernels.centering.running_mean import check_momentum
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
+from vmf_kernels.losses.center_state import publish_center
+from vmf_kernels.losses.masked_patches import patch_weights
 from vmf_kernels.losses.stream import check_logits
 from vmf_kernels.losses.temperatures import check_positive
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
 from vmf_kernels.prototypes import accumulation_dtype
-from vmf_kernels.ranks import RowRanks, Shared, all_finite
+from vmf_kernels.ranks import Shared
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.unstored.prototype_logits import PrototypeLogits, outside_transforms, project
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 Logits = PrototypeLogits | Tensor
@@ -37,20 +38,20 @@ class RankOptions(TypedDict, total=False):
     row_group: ProcessGroup | None
 
 
-class LazilyCentered(RunningMean):
+class LazilyCentered(nn.Module):
     """Targets of a teacher, and a centre whose update waits until targets are next asked for, or its state is saved.
 
     Targets are of the kind of the teacher's output: ``TeacherTargets`` for ``PrototypeLogits``, of which nothing is stored, and
     probabilities for stored logits, so that whatever else a loop does with them still works.
 
     Args:
-        center: the centre at the start, [..., K]; NaN for one that ``init_weights`` or a checkpoint fills.
+        num_prototypes: K.
         student_temp: student temperature.
         center_momentum: of the running mean, in [0, 1).
         backend, prototype_group, row_group: as ``Stream``.
 
     Attributes:
-        center: the buffer, the state dict's only entry; fp32, or fp64 after ``double()``. Takes the values of what is assigned.
+        center: the centre, the state dict's only entry; fp32, or fp64 after ``double()``. Takes the values of what is assigned.
         student_temp, center_momentum: may be assigned.
         updated: whether no batch waits. Then ``async_batch_center`` is None, else the sum of what waits over all ranks, in the
             shape of the centre, and the length published with it what divides it; there is nothing to wait for.
@@ -61,9 +62,12 @@ class LazilyCentered(RunningMean):
     Source: facebookresearch/dinov2 dinov2/loss/dino_clstoken_loss.py.
     """
 
+    rule_class: type[LogitCenter] = LogitCenter
+    center_dims = 2
+
     def __init__(
         self,
-        center: Tensor,
+        num_prototypes: int,
         student_temp: float,
         center_momentum: float,
         *,
@@ -74,18 +78,33 @@ class LazilyCentered(RunningMean):
         super().__init__()
         check_positive(student_temp, "student_temp")
         check_momentum(center_momentum, "center_momentum")
-        if center.numel() < 1:
-            raise ValueError("the number of prototypes is 0; expected at least 1")
-        check_backend_name(backend)
         self.student_temp = student_temp
-        self.center_momentum = center_momentum
         options: RankOptions = {"backend": backend, "prototype_group": prototype_group, "row_group": row_group}
         self._options = Shared(options)
-        self.register_buffer("center", center)
-        self._row_ranks = RowRanks.of(prototype_group, row_group)
-        self._pending: tuple[Tensor, Tensor] | None = None  # [K] weighted sum, [] weight
+        self.rule = self.rule_class(num_prototypes, center_momentum, **options)
+        publish_center(self, "center", "rule.center", self.center_dims)
         self._known_to_be_set = False
         self.statistics: AssignmentStatistics | None = None
+
+    @property
+    def center(self) -> Tensor:
+        """[1, K] (of patches [1, 1, K]) the centre; may be assigned."""
+        return self.rule.center.view(*[1] * (self.center_dims - 1), -1)
+
+    @center.setter
+    def center(self, value: Tensor) -> None:
+        self._known_to_be_set = False
+        self.rule.center = value
+
+    @property
+    def center_momentum(self) -> float:
+        """Momentum of the centre; may be assigned."""
+        return self.rule.momentum
+
+    @center_momentum.setter
+    def center_momentum(self, value: float) -> None:
+        check_momentum(value, "center_momentum")
+        self.rule.momentum = value
 
     @property
     def options(self) -> RankOptions:
@@ -95,7 +114,7 @@ class LazilyCentered(RunningMean):
     @property
     def updated(self) -> bool:
         """Whether no batch waits for the next targets."""
-        return self._pending is None
+        return self.rule.pending is None
 
     @property
     def reduce_handle(self) -> None:
@@ -105,13 +124,11 @@ class LazilyCentered(RunningMean):
     @property
     def async_batch_center(self) -> Tensor | None:
         """What waits, summed over all ranks, in the shape of the centre; None for nothing."""
-        return None if self._pending is None else self._pending[0].reshape(self.center.shape)
+        return None if self.rule.pending is None else self.rule.pending[0].reshape(self.center.shape)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Put the centre at 0; what waits is dropped."""
-        self.center.zero_()
-        self._pending = None
+        self.rule.reset_parameters()
         self._known_to_be_set = False
 
     def update_center(self, teacher_output: Logits) -> None:
@@ -125,45 +142,13 @@ class LazilyCentered(RunningMean):
         """
         self.reduce_center_update(teacher_output)
 
-    @torch.no_grad()
-    @outside_transforms
     def reduce_center_update(self, teacher_output: Logits) -> None:
         """As ``update_center``."""
-        total, weight = self._mean_parts(self._checked(teacher_output))
-        kept = (total.new_zeros(()), torch.zeros_like(weight)) if self._pending is None else self._pending
-        merged = kept[0] + total, kept[1] + weight
-        means = [(each / count).to(self.center.dtype) for each, count in ((total, weight), merged)]
-        # agreed on here, where every rank is: the update may be applied on one alone, to save its state
-        finite = all_finite(*means, group=self.options["prototype_group"])
-        self._pending = torch.where(finite, merged[0], kept[0]), torch.where(finite, merged[1], kept[1])
+        self.rule.accumulate(self._checked(teacher_output), None)
 
-    @torch.no_grad()
-    @outside_transforms
     def apply_center_update(self) -> None:
         """Move the centre by what waits, if anything. Not collective."""
-        if self._pending is None:
-            return
-        total, weight = self._pending
-        batch = (total / weight).to(self.center).reshape(self.center.shape)
-        moved = self.center * self.center_momentum + batch * (1 - self.center_momentum)
-        # not finite only where no rows wait, which is so on all ranks
-        self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center))
-        self._pending = None
-
-    def _weight_of(self, rows: int) -> int:
-        """What the mean over this rank's rows counts in the mean over ranks."""
-        raise NotImplementedError
-
-    def _mean_parts(self, teacher: Logits) -> tuple[Tensor, Tensor]:
-        """([K] weighted sum of the ranks' means, [] sum of their weights)."""
-        rows = teacher.detach().flatten(0, -2)
-        stored = rows if isinstance(rows, Tensor) else rows.features
-        weight = self._weight_of(stored.shape[0])
-        summed = stored.sum(dim=0, dtype=accumulation_dtype(stored.dtype)) * (weight / max(stored.shape[0], 1))
-        # unstored, ranks exchange D + 1 numbers rather than K
-        packed = self._row_ranks.sum(torch.cat([summed, summed.new_full((1,), float(weight))]))
-        total = packed[:-1] if isinstance(rows, Tensor) else project(rows.prototypes, packed[:-1])
-        return total, packed[-1]
+        self.rule.apply_pending()
 
     def _centered_targets(self, teacher: Logits, temperature: float | Tensor) -> Targets:
         """``softmax((logits - center) / temperature)``."""
@@ -203,11 +188,8 @@ class LazilyCentered(RunningMean):
             )
         return teacher
 
-    def _center_was_set(self) -> None:
-        self._known_to_be_set = False
-
     def _waiting_weight(self) -> Tensor | None:
-        return None if self._pending is None else self._pending[1]
+        return None if self.rule.pending is None else self.rule.pending[1]
 
     def _check_set(self) -> None:
         if (
@@ -224,7 +206,6 @@ class LazilyCentered(RunningMean):
 
     def _load_from_state_dict(self, *arguments: object) -> None:
         super()._load_from_state_dict(*arguments)
-        self._pending = None
         self._known_to_be_set = False
 
 
@@ -236,9 +217,6 @@ class ClassTokenLoss(LazilyCentered):
         """[] rows of all ranks that ``async_batch_center`` is the sum of; None for nothing."""
         return self._waiting_weight()
 
-    def _weight_of(self, rows: int) -> int:
-        return rows
-
 
 class PatchLoss(LazilyCentered):
     """The part that the patches' losses share: their reductions, and a [1, 1, K] centre over ranks with masked tokens.
@@ -247,6 +225,9 @@ class PatchLoss(LazilyCentered):
 
     Source: Zhou et al., "iBOT", ICLR 2022, equation 2; facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
     """
+
+    rule_class = RankMeanCenter
+    center_dims = 3
 
     @property
     def len_teacher_patch_tokens(self) -> Tensor | None:
@@ -278,7 +259,7 @@ class PatchLoss(LazilyCentered):
                 raise ValueError(
                     f"{name} has shape {tuple(tokens.shape)} and student_masks_flat {shape}; expected [C, N, K] and [C, N]"
                 )
-        weights = _patch_weights(student_masks_flat, student_patch_tokens).reshape(-1)
+        weights = patch_weights(student_masks_flat, accumulation_dtype(student_patch_tokens.dtype)).reshape(-1)
         student, targets = student_patch_tokens.flatten(0, 1), teacher_patch_tokens.flatten(0, 1)
         if isinstance(student, PrototypeLogits):
             masked = weights.nonzero().flatten()
@@ -321,7 +302,8 @@ class PatchLoss(LazilyCentered):
         student = student_patch_tokens_masked.flatten(0, -2)[:n_masked_patches]
         targets = teacher_patch_tokens_masked.flatten(0, -2)[:n_masked_patches]
         if masks_weight is None:
-            masks_weight = _patch_weights(student_masks_flat.flatten(1), student)[student_masks_flat.flatten(1)]
+            masks_CN = student_masks_flat.flatten(1)
+            masks_weight = patch_weights(masks_CN, accumulation_dtype(student.dtype))[masks_CN]
         counts = (student.shape[0], targets.shape[0], masks_weight.numel())
         if len(set(counts)) > 1:
             raise ValueError(
@@ -334,25 +316,12 @@ class PatchLoss(LazilyCentered):
         weights_M = weights_M.to(student.device, accumulation_dtype(student.dtype))
         return self._cross_entropy(student, targets, weights_M.new_ones(1, 1), weights_M)
 
-    def _weight_of(self, rows: int) -> int:
-        return min(rows, 1)
-
-
-def new_center(*shape: int, fill: float) -> Tensor:
-    """A centre of this shape in fp32, whatever torch's default dtype, on its default device."""
-    return torch.full(shape, fill, dtype=torch.float32, device=torch.get_default_device())
-
 
 @torch.no_grad()
 def sinkhorn_targets(teacher: Logits, temperature: float | Tensor, n_iterations: int, options: RankOptions) -> Targets:
     """[..., K] Sinkhorn-Knopp targets, of the kind of the raw logits [..., K], from the rows of all ranks. Collective."""
     rule = SinkhornKnopp(n_iterations, **options)
     return _like(teacher, TeacherTargets(teacher, temperature, rule.target_bias(teacher.flatten(0, -2), temperature)))
-
-
-def unit_rows(hidden: Tensor) -> Tensor:
-    """The L2-normalised bottleneck, with the published eps: 1e-12, which is 0 in fp16, or 1e-6 there."""
-    return functional.normalize(hidden, dim=-1, p=2.0, eps=1e-6 if hidden.dtype == torch.float16 else 1e-12)
 
 
 def check_targets(targets: object) -> None:
@@ -366,9 +335,3 @@ def check_targets(targets: object) -> None:
 
 def _like(teacher: Logits, targets: TeacherTargets) -> Targets:
     return targets.materialize() if isinstance(teacher, Tensor) else targets
-
-
-def _patch_weights(masks_CN: Tensor, rows: Logits) -> Tensor:
-    """[C, N] each masked patch's share of its image's mean."""
-    masks_CN = masks_CN.to(accumulation_dtype(rows.dtype))
-    return masks_CN / masks_CN.sum(dim=-1, keepdim=True).clamp(min=1.0)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vmf_kernels.compat._dinov2_and_v3 import unit_rows
-from vmf_kernels.heads.mlp import init_linears, reset_children
+from vmf_kernels.heads.mlp import init_linears, reset_children, unit_rows
 from vmf_kernels.heads.prototype_layer import PrototypeLayer, outlive
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 

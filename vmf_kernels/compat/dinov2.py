@@ -26,11 +26,9 @@ from vmf_kernels.compat._dinov2_and_v3 import (
     RankOptions,
     Targets,
     check_targets,
-    new_center,
-    unit_rows,
 )
 from vmf_kernels.compat.checkpoints import load_networks
-from vmf_kernels.heads.mlp import check_head_dims, projection_mlp, reset_children
+from vmf_kernels.heads.mlp import check_head_dims, projection_mlp, reset_children, unit_rows
 from vmf_kernels.heads.prototype_layer import PrototypeLayer, outlive
 from vmf_kernels.losses import koleo
 from vmf_kernels.prototypes import accumulation_dtype
@@ -96,8 +94,7 @@ class DINOvMFHead(DINOHead):
 
     def forward(self, x: Tensor) -> PrototypeLogits:
         """[..., in_dim] features to [..., K] logits, in the dtype autocast gives the MLP."""
-        logits = super().forward(x)
-        return PrototypeLogits(logits.features, logits.prototypes.with_vmf())
+        return super().forward(x).with_vmf()
 
 
 class DINOLoss(ClassTokenLoss):
@@ -122,7 +119,7 @@ class DINOLoss(ClassTokenLoss):
     def __init__(
         self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, **options: Unpack[RankOptions]
     ) -> None:
-        super().__init__(new_center(1, out_dim, fill=0.0), student_temp, center_momentum, **options)
+        super().__init__(out_dim, student_temp, center_momentum, **options)
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_output: Logits, teacher_temp: float | Tensor) -> Targets:
@@ -194,7 +191,7 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
         center_momentum: float = 0.9,
         **options: Unpack[RankOptions],
     ) -> None:
-        super().__init__(new_center(1, 1, patch_out_dim, fill=0.0), student_temp, center_momentum, **options)
+        super().__init__(patch_out_dim, student_temp, center_momentum, **options)
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_patch_tokens: Logits, teacher_temp: float | Tensor) -> Targets:

@@ -23,13 +23,11 @@ from vmf_kernels.compat._dinov2_and_v3 import (
     RankOptions,
     Targets,
     check_targets,
-    new_center,
     sinkhorn_targets,
-    unit_rows,
 )
 from vmf_kernels.compat.dinov2 import KoLeoLoss
 from vmf_kernels.heads.fuse import FusedLinear
-from vmf_kernels.heads.mlp import init_linear, init_linears
+from vmf_kernels.heads.mlp import init_linear, init_linears, unit_rows
 from vmf_kernels.heads.prototype_layer import outlive
 from vmf_kernels.losses import koleo
 from vmf_kernels.pairing import multi_crop_weights
@@ -96,7 +94,8 @@ class DINOLoss(ClassTokenLoss):
     def __init__(
         self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, **options: Unpack[RankOptions]
     ) -> None:
-        super().__init__(new_center(1, out_dim, fill=math.nan), student_temp, center_momentum, **options)
+        super().__init__(out_dim, student_temp, center_momentum, **options)
+        self.center.fill_(math.nan)
 
     def init_weights(self) -> None:
         """Set the centre to 0."""
@@ -200,7 +199,8 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
         center_momentum: float = 0.9,
         **options: Unpack[RankOptions],
     ) -> None:
-        super().__init__(new_center(1, 1, patch_out_dim, fill=math.nan), student_temp, center_momentum, **options)
+        super().__init__(patch_out_dim, student_temp, center_momentum, **options)
+        self.center.fill_(math.nan)
         self.sinkhorn_knopp_teacher = SinkhornKnoppTeacher(**options)
 
     def init_weights(self) -> None:

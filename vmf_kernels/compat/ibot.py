@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vmf_kernels.compat.checkpoints import load_networks
-from vmf_kernels.heads.mlp import bottleneck_rows, init_linears, reset_children
+from vmf_kernels.heads.mlp import init_linears, reset_children, unit_rows
 from vmf_kernels.heads.prototype_layer import PrototypeLayer, outlive
 from vmf_kernels.losses.ibot import IBOTLoss, IBOTvMFLoss
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
@@ -109,7 +109,7 @@ class iBOTHead(nn.Module):  # noqa: N801 (the published name)
             )
         # batch norm counts every token as a row, whichever image it is of
         hidden = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        features = bottleneck_rows(hidden)
+        features = unit_rows(hidden)
         if x.ndim == 2:
             return outlive(self, self.last_layer(features))
         return outlive(self, self.last_layer(features[:, 0])), outlive(self, self.last_layer2(features[:, 1:]))

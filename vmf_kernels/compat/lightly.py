@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vmf_kernels.centering.logit import LogitCenter
+from vmf_kernels.centering import logit as centering
+from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.compat._lightly_heads import DINOProjectionHead, DINOv2ProjectionHead
 from vmf_kernels.compat.checkpoints import load_modules as load_checkpoint
 from vmf_kernels.losses import koleo
 from vmf_kernels.losses.center_state import publish_center
+from vmf_kernels.losses.masked_patches import patch_weights
 from vmf_kernels.losses.stream import Stream, StreamLoss, StreamOptions
 from vmf_kernels.losses.temperatures import check_positive
 from vmf_kernels.pairing import multi_crop_weights
-from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.statistics import AssignmentStatistics
-from vmf_kernels.unstored.prototype_logits import PrototypeLogits, project
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 __all__ = ["DINOLoss", "DINOProjectionHead", "DINOv2ProjectionHead", "IBOTPatchLoss", "KoLeoLoss", "RankMeanCenter"]
 __all__ += ["load_checkpoint"]
@@ -33,8 +34,8 @@ __all__ += ["load_checkpoint"]
 CENTER_MODES = ("mean",)
 
 
-class RankMeanCenter(LogitCenter):
-    """The running mean of the ranks' means, each rank counting once however many rows it has; one without rows does not.
+class RankMeanCenter(centering.RankMeanCenter):
+    """The library's ``RankMeanCenter`` under lightly's names.
 
     Arguments as ``LogitCenter``, which weighs by rows: the two agree where all ranks have equally many.
 
@@ -63,19 +64,6 @@ class RankMeanCenter(LogitCenter):
     ) -> None:
         """Move the centre by [..., K] raw teacher logits; the temperature does not matter to them."""
         super().update(x, temperature, bias)
-
-    @torch.no_grad()
-    def _statistic(
-        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        flat = teacher.detach().flatten(0, -2)
-        rows = flat if isinstance(flat, Tensor) else flat.features
-        total = rows.sum(dim=0, dtype=accumulation_dtype(rows.dtype))
-        count = rows.shape[0]
-        mine = torch.cat([total / max(count, 1), total.new_full((1,), float(count > 0))])
-        summed = self._row_ranks.sum(mine)
-        means = summed[:-1] if isinstance(teacher, Tensor) else project(teacher.prototypes, summed[:-1])
-        return means, summed[-1]
 
 
 class _Loss(StreamLoss):
@@ -141,7 +129,7 @@ class DINOLoss(_Loss):
     @property
     def center(self) -> Tensor:
         """[1, 1, K] the running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
-        center: Tensor = self.stream.centering.center  # type: ignore[assignment]
+        center: Tensor = self.stream.centering.center  # type: ignore[attr-defined]
         return center[None]
 
     @center.setter
@@ -258,7 +246,7 @@ class IBOTPatchLoss(_Loss):
         publish_center(self, "center.center", "stream.centering.center")
 
     @property  # type: ignore[override]
-    def center(self) -> nn.Module:
+    def center(self) -> CenteringRule:
         """The centring rule; ``center.value`` is the [1, K] centre."""
         return self.stream.centering
 
@@ -336,16 +324,17 @@ def _stream(output_dim: int, student_temp: float, momentum: float, center_mode: 
     """A stream whose logit centre averages over ranks as lightly's does."""
     if center_mode not in CENTER_MODES:
         raise ValueError(f"center_mode is {center_mode!r}; expected one of {', '.join(CENTER_MODES)}")
-    stream = Stream(output_dim, student_temp, momentum, **options)
-    if isinstance(stream.centering, LogitCenter):
-        stream.centering = RankMeanCenter(
+    if options.get("centering", "logit") == "logit":
+        rule = RankMeanCenter(
             output_dim,
             momentum,
             start=options.get("center_start", "zero"),
+            backend=options.get("backend", "auto"),
             prototype_group=options.get("prototype_group"),
             row_group=options.get("row_group"),
         )
-    return stream
+        options = {**options, "centering": rule}
+    return Stream(output_dim, student_temp, momentum, **options)
 
 
 def _checked_temperature(value: float, name: str) -> float:
@@ -371,8 +360,7 @@ def _patch_weights(mask: Tensor, teacher: PrototypeLogits | Tensor, student: Pro
     if mask.dtype != torch.bool or mask.ndim < 2:
         raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool [images, height, width]")
     mask = mask.flatten(1)
-    share_B = mask.sum(dim=1).clamp(min=1).float().reciprocal()
-    weights = share_B[:, None].expand_as(mask)[mask].to(student.device)
+    weights = patch_weights(mask, torch.float32)[mask].to(student.device)
     for rows, side in ((teacher, "teacher_out"), (student, "student_out")):
         if rows.ndim != 2 or rows.shape[0] != weights.shape[0]:
             raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vmf_kernels.heads.mlp import bottleneck_rows, check_head_dims, projection_mlp, reset_children
+from vmf_kernels.heads.mlp import check_head_dims, projection_mlp, reset_children, unit_rows
 from vmf_kernels.heads.prototype_layer import PrototypeLayer, is_fsdp_unit, outlive
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
@@ -53,5 +53,30 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> PrototypeLogits:
         """[R, in_dim] features to [R, K] logits, in the dtype autocast gives the MLP."""
-        logits: PrototypeLogits = self.last_layer(bottleneck_rows(self.mlp(x)))
+        logits: PrototypeLogits = self.last_layer(unit_rows(self.mlp(x)))
         return logits if is_fsdp_unit(self.last_layer) else outlive(self, logits)
+
+
+class DINOvMFHead(DINOHead):
+    """DINO-vMF's head: its prototypes are von Mises-Fisher components of precision ``||w_k|| / tau``, so their norms are free.
+
+    Its logits say so themselves: any loss and ``prototype_cross_entropy`` add ``log C_D(||w_k|| / tau)`` at their temperature.
+    Parameters and checkpoints are those of ``DINOHead``. Arguments and errors as there, without ``norm_last_layer``.
+
+    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939), section 4.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__(in_dim, out_dim, use_bn, False, nlayers, hidden_dim, bottleneck_dim)
+
+    def forward(self, x: Tensor) -> PrototypeLogits:
+        """[R, in_dim] features to [R, K] logits, in the dtype autocast gives the MLP."""
+        return super().forward(x).with_vmf()

@@ -23,10 +23,10 @@ def check_head_dims(in_dim: int, out_dim: int, hidden_dim: int, bottleneck_dim: 
         )
 
 
-def bottleneck_rows(hidden: Tensor) -> Tensor:
+def unit_rows(hidden: Tensor) -> Tensor:
     """The L2-normalised bottleneck; zero rows stay zero."""
-    # the published eps, 1e-12, is 0 in fp16, where a zero row would divide by it
-    return functional.normalize(hidden, dim=-1, p=2.0, eps=max(1e-12, torch.finfo(hidden.dtype).smallest_normal))
+    # the published eps: 1e-12 is 0 in fp16, where a zero row would be divided by it
+    return functional.normalize(hidden, dim=-1, p=2.0, eps=1e-6 if hidden.dtype == torch.float16 else 1e-12)
 
 
 def projection_mlp(

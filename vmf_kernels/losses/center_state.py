@@ -50,7 +50,7 @@ class _Adopt:
             state[prefix + self.private] = center.reshape(1, -1)
         else:
             warnings.warn(
-                f"{type(module).__name__} with centering='sinkhorn_knopp' keeps no centre: {prefix + self.public!r} of the "
+                f"{type(module).__name__} has a centring rule that keeps no centre: {prefix + self.public!r} of the "
                 "checkpoint is not used",
                 UserWarning,
                 stacklevel=2,

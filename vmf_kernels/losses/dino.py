@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vmf_kernels.centering.logit import LogitCenter
-from vmf_kernels.centering.probability import ProbabilityCenter
-from vmf_kernels.centering.sinkhorn import SinkhornKnopp
+from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.losses.center_state import publish_center
 from vmf_kernels.losses.stream import Stream, StreamLoss, StreamOptions, VMFStream, check_logits
 from vmf_kernels.losses.temperatures import EpochTemperatures, temperature_schedule
@@ -83,7 +81,7 @@ class DINOLoss(StreamLoss):
         self._temperatures.assign(values, "teacher_temp_schedule")
 
     @property
-    def centering(self) -> LogitCenter | ProbabilityCenter | SinkhornKnopp:
+    def centering(self) -> CenteringRule:
         """The centring rule."""
         return self.stream.centering
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.losses.center_state import publish_center
 from vmf_kernels.losses.masked_patches import IBOTPatchLoss, IBOTvMFPatchLoss, vmf_stream
 from vmf_kernels.losses.stream import Outputs, Stream, StreamLoss, StreamOptions, VMFStream, check_logits
@@ -45,6 +46,7 @@ class IBOTLoss(StreamLoss):
         lambda1, lambda2: weights of the two losses.
         mim_start_epoch: epoch at which the warm-up of the patches' temperature starts.
         center_tokens: as ``IBOTPatchLoss``.
+        patch_centering: the rule of the patches; None for one of the same name as that of the class tokens, ``centering=``.
         options: keywords of ``Stream``, for both streams.
 
     Attributes:
@@ -80,6 +82,7 @@ class IBOTLoss(StreamLoss):
         mim_start_epoch: int = 0,
         *,
         center_tokens: str = "all",
+        patch_centering: str | CenteringRule | None = None,
         **options: Unpack[StreamOptions],
     ) -> None:
         super().__init__()
@@ -94,7 +97,9 @@ class IBOTLoss(StreamLoss):
         self._temperatures, self._temperatures2 = EpochTemperatures(schedule), EpochTemperatures(schedule2)
         self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
         self.patch_loss = self.patch_loss_class(
-            patch_out_dim, student_temp, center_momentum2, center_tokens=center_tokens, **options
+            *(patch_out_dim, student_temp, center_momentum2),
+            center_tokens=center_tokens,
+            **_of_patches(options, patch_centering),
         )
         self.statistics: AssignmentStatistics | None = None
         publish_center(self, "center", "stream.centering.center")
@@ -294,6 +299,17 @@ class IBOTvMFLoss(IBOTLoss):
 
     def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
         return vmf_stream(out_dim, student_temp, momentum, options)
+
+
+def _of_patches(options: StreamOptions, centering: str | CenteringRule | None) -> StreamOptions:
+    """The options with the patches' rule."""
+    if centering is not None:
+        return {**options, "centering": centering}
+    if not isinstance(options.get("centering", ""), str):
+        raise ValueError(
+            "centering is a rule of the class tokens; expected another one as patch_centering=, of the patches"
+        )
+    return options
 
 
 def _joined(student: PrototypeLogits | Tensor, local: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:

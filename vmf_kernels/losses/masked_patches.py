@@ -10,7 +10,6 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from vmf_kernels.centering.running_mean import Center
 from vmf_kernels.losses.center_state import publish_center
 from vmf_kernels.losses.stream import Outputs, Stream, StreamLoss, StreamOptions, VMFStream
 from vmf_kernels.prototypes import Prototypes
@@ -115,9 +114,8 @@ class IBOTPatchLoss(StreamLoss):
     def evaluate(self, batch: PatchBatch) -> Tensor:
         """The second half: the loss; moves the centre."""
         masked, averaged, weights, teacher_temp = batch
-        if isinstance(self.stream.centering, Center):
-            # a centre that starts with the first batch starts at the mean that it goes on with
-            self.stream.centering.begin(averaged, teacher_temp, masked.teacher_bias)
+        # a centre that starts with the first batch starts at the mean that it goes on with
+        self.stream.centering.begin(averaged, teacher_temp, masked.teacher_bias)
         result = self.stream(masked, weights.new_ones(1, 1), teacher_temp, weights)
         self.statistics = result.statistics
         self.stream.observe(averaged, teacher_temp, masked.teacher_bias)
@@ -150,14 +148,27 @@ class IBOTvMFPatchLoss(IBOTPatchLoss):
         return vmf_stream(out_dim, student_temp, momentum, options)
 
 
+def patch_weights(mask_CN: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, N] share of each masked patch in its image's mean, one over their number; 0 for the other patches.
+
+    Args:
+        mask_CN: bool or numbers, 0 where a patch is not masked.
+        dtype: of the weights, in which they are formed.
+
+    Source: Zhou et al., "iBOT", ICLR 2022, equation 2; facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
+    """
+    mask_CN = mask_CN.to(dtype)
+    return mask_CN / mask_CN.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+
 def _masked_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     """[M] which of C * N patches are masked, in order, and the weights that make a sum over them the loss's mean, fp64.
 
     That is the mean over each image's, then over all C images. The count is read once.
     """
     image_M, patch_M = mask.nonzero().unbind(1)
-    weight_C = mask.sum(dim=1).clamp(min=1).double().reciprocal() / max(len(mask), 1)
-    return image_M * mask.shape[1] + patch_M, weight_C[image_M]
+    rows_M = image_M * mask.shape[1] + patch_M
+    return rows_M, patch_weights(mask, torch.float64).flatten()[rows_M] / max(len(mask), 1)
 
 
 def _checked_mask(mask: Tensor, student: PrototypeLogits | Tensor, teacher: PrototypeLogits | Tensor) -> Tensor:

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.arguments import temperature_tensor
-from vmf_kernels.bessel import log_vmf_constant
-from vmf_kernels.centering.logit import LogitCenter
-from vmf_kernels.centering.probability import ProbabilityCenter
+from vmf_kernels.centering.choice import RuleOptions, make_rule
+from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.centering.running_mean import check_momentum
-from vmf_kernels.centering.sinkhorn import SinkhornKnopp
 from vmf_kernels.losses.temperatures import check_positive
 from vmf_kernels.ops.prototype_cross_entropy import CrossEntropy
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
@@ -30,7 +28,6 @@ from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 UPDATES = ("forward", "manual")
-RULES = ("logit", "probability", "sinkhorn_knopp")
 FROZEN_NORMS = (
     "DINO-vMF is on but the prototypes' norms are frozen (norm_last_layer=True): with all norms at 1 every component has "
     "the same precision and the loss equals DINO up to centring; use norm_last_layer=False"
@@ -45,7 +42,7 @@ MOVES_TWICE = (
 class StreamOptions(TypedDict, total=False):
     """Keywords that every loss takes and hands to its ``Stream``, whose docstring says what they mean."""
 
-    centering: str
+    centering: str | CenteringRule
     center_average: str
     center_start: str
     center_update: str
@@ -70,15 +67,16 @@ class Stream(nn.Module):
         num_prototypes: K; this rank's own, where ranks share out the prototypes.
         student_temp: student temperature.
         center_momentum: of the centre's running mean, in [0, 1).
-        centering: "logit" (``LogitCenter``, DINO), "probability" (``ProbabilityCenter``, DINO-vMF) or "sinkhorn_knopp"
-            (``SinkhornKnopp``, DINOv2: from each batch alone, without a running mean).
+        centering: "logit" (``LogitCenter``, DINO), "probability" (``ProbabilityCenter``, DINO-vMF), "sinkhorn_knopp"
+            (``SinkhornKnopp``, DINOv2: from each batch alone, without a running mean), or any ``CenteringRule``, which then
+            has its own momentum, start and groups.
         center_average: "log_probability" or "probability", of ``ProbabilityCenter``.
         center_start: "zero" as published, or "first_batch".
         center_update: "forward" moves the centre with each batch, as published; "manual" accumulates until the loss's
             ``update_center()`` (gradient accumulation: once per optimiser step, before the teacher moves and before a
             ``state_dict()``, which holds no pending batches).
         backend: see ``choose_backend``.
-        prototype_group, row_group: ranks that share out the prototypes, and ranks with other rows, as in ``Center``.
+        prototype_group, row_group: ranks that share out the prototypes, and ranks with other rows, as in ``RunningMean``.
 
     Raises:
         ValueError: a temperature is not positive, or an option's value unknown.
@@ -91,7 +89,7 @@ class Stream(nn.Module):
         student_temp: float,
         center_momentum: float,
         *,
-        centering: str = "logit",
+        centering: str | CenteringRule = "logit",
         center_average: str = "log_probability",
         center_start: str = "zero",
         center_update: str = "forward",
@@ -109,21 +107,13 @@ class Stream(nn.Module):
         check_positive(student_temp, "student_temp")
         if center_update not in UPDATES:
             raise ValueError(f"center_update is {center_update!r}; expected one of {', '.join(UPDATES)}")
-        if centering not in RULES:
-            raise ValueError(f"centering is {centering!r}; expected one of {', '.join(RULES)}")
         self.num_prototypes = num_prototypes
         self.student_temp = student_temp
         self.center_update = center_update
         self.backend = backend
-        groups: dict[str, Any] = {"prototype_group": prototype_group, "row_group": row_group, "backend": backend}
-        self.centering: LogitCenter | ProbabilityCenter | SinkhornKnopp
-        if centering == "sinkhorn_knopp":
-            self.centering = SinkhornKnopp(3, **groups)
-        elif centering == "logit":
-            self.centering = LogitCenter(num_prototypes, center_momentum, start=center_start, **groups)
-        else:
-            running: dict[str, Any] = {"average": center_average, "start": center_start}
-            self.centering = ProbabilityCenter(num_prototypes, center_momentum, **running, **groups)
+        running = (center_momentum, center_average, center_start)
+        options = RuleOptions(num_prototypes, *running, backend, prototype_group, row_group)
+        self.centering: CenteringRule = make_rule(centering, options)
 
     def prepare(
         self,
@@ -194,12 +184,12 @@ class Stream(nn.Module):
         """
         if teacher is not None:
             check_logits(teacher, "teacher")
-            if teacher_temp is None and isinstance(self.centering, ProbabilityCenter):
+            if teacher_temp is None and self.centering.over_probabilities:
                 raise ValueError(
                     "update_center moves a centre of probabilities, which depend on the teacher's temperature; expected the "
                     "epoch (or the temperature) beside the logits"
                 )
-            self.centering.accumulate(self._uncentered(teacher), 1.0 if teacher_temp is None else teacher_temp)
+            self.centering.accumulate(self._uncentered(teacher), teacher_temp)
         self.centering.apply_pending()
 
     def set_center(self, value: Tensor) -> None:
@@ -208,7 +198,7 @@ class Stream(nn.Module):
         Raises:
             ValueError: there is no centre, or the tensor does not fit it.
         """
-        self._running().center = value
+        self._with("center").center = value
 
     def set_center_momentum(self, momentum: float) -> None:
         """Of the steps from now on.
@@ -217,11 +207,13 @@ class Stream(nn.Module):
             ValueError: there is no centre, or the momentum is not in [0, 1).
         """
         check_momentum(momentum, "center_momentum")
-        self._running().momentum = momentum
+        self._with("momentum").momentum = momentum
 
-    def _running(self) -> LogitCenter | ProbabilityCenter:
-        if isinstance(self.centering, SinkhornKnopp):
-            raise ValueError("centering='sinkhorn_knopp' keeps no centre; expected centering='logit' or 'probability'")
+    def _with(self, attribute: str) -> Any:
+        """The rule, which has to have this attribute of a running mean."""
+        if not hasattr(self.centering, attribute):
+            name = type(self.centering).__name__
+            raise ValueError(f"{name} keeps no centre; expected centering='logit' or 'probability'")
         return self.centering
 
     def _uncentered(self, teacher: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
@@ -256,7 +248,7 @@ class VMFStream(Stream):
         student, teacher = super().prepare(student, teacher, teacher_temp)[:2]
         if isinstance(student, PrototypeLogits) and isinstance(teacher, PrototypeLogits):
             self._warn_if_frozen(student.prototypes)
-            return Outputs(_with_vmf(student), _with_vmf(teacher))
+            return Outputs(student.with_vmf(), teacher.with_vmf())
         for side, output, given in zip(("student", "teacher"), (student, teacher), prototypes, strict=True):
             if given is None:
                 raise ValueError(
@@ -273,15 +265,13 @@ class VMFStream(Stream):
         assert of_student is not None
         assert of_teacher is not None
         self._warn_if_frozen(of_student)
-        student_bias = _log_normalizer(of_student, self.student_temp, student.dtype)
-        return Outputs(
-            student, teacher, student_bias, _log_normalizer(of_teacher.detach(), teacher_temp, teacher.dtype)
-        )
+        given_at = (of_student, self.student_temp, student.dtype), (of_teacher.detach(), teacher_temp, teacher.dtype)
+        return Outputs(student, teacher, *(_log_normalizer(*at) for at in given_at))
 
     def _uncentered(self, teacher: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
         if isinstance(teacher, PrototypeLogits):
-            return _with_vmf(teacher)
-        if isinstance(self.centering, ProbabilityCenter):
+            return teacher.with_vmf()
+        if self.centering.over_probabilities:
             raise ValueError(
                 f"update_center got plain logits of shape {tuple(teacher.shape)} without the prototypes' norms, which the vMF "
                 "normaliser needs; expected PrototypeLogits, or a call of the loss"
@@ -316,7 +306,7 @@ class StreamLoss(nn.Module):
     @property
     def center_momentum(self) -> float:
         """Momentum of the running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
-        momentum: float = self.stream.centering.momentum  # type: ignore[assignment]
+        momentum: float = self.stream.centering.momentum  # type: ignore[attr-defined]
         return momentum
 
     @center_momentum.setter
@@ -326,7 +316,7 @@ class StreamLoss(nn.Module):
     @property
     def center(self) -> Tensor:
         """[1, K] the running centre; may be assigned, and is absent under Sinkhorn-Knopp."""
-        center: Tensor = self.stream.centering.center  # type: ignore[assignment]
+        center: Tensor = self.stream.centering.center  # type: ignore[attr-defined]
         return center
 
     @center.setter
@@ -345,12 +335,7 @@ def check_logits(output: object, side: str) -> None:
         raise ValueError(f"{side} output has shape {tuple(output.shape)}; expected raw logits [rows, K]")
 
 
-def _with_vmf(output: PrototypeLogits) -> PrototypeLogits:
-    return PrototypeLogits(output.features, output.prototypes.with_vmf())
-
-
 def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
     """[K] log C_D(||w_k|| / tau) relative to 0 for logits of ``dtype``, differentiable in the stored tensors."""
-    norms = prototypes.with_vmf().norms(accumulation_dtype(dtype))
-    tau = temperature_tensor(temperature, "temperature", norms.device).to(norms.dtype)
-    return log_vmf_constant(norms / tau, prototypes.dim)
+    tau = temperature_tensor(temperature, "temperature", prototypes.weight.device)
+    return prototypes.with_vmf().log_normalizer(tau, accumulation_dtype(dtype))

@@ -89,6 +89,10 @@ class PrototypeLogits(UnstoredRows):
         """Cut off from autograd."""
         return PrototypeLogits(self.features.detach(), self.prototypes.detach())
 
+    def with_vmf(self) -> PrototypeLogits:
+        """The same logits of von Mises-Fisher components: ``Prototypes.with_vmf``, which names the error."""
+        return PrototypeLogits(self.features, self.prototypes.with_vmf())
+
     def max(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Any:
         """As ``Tensor.max``: of all logits, or (values, indices) along a dim; values get the gradient of the logit named."""
         return self._ranked("max", dim if axis is None else axis, keepdim)

@@ -1,0 +1,64 @@
+"""Which centring rule a name stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.centering.logit import LogitCenter
+from vmf_kernels.centering.probability import ProbabilityCenter
+from vmf_kernels.centering.rule import CenteringRule
+from vmf_kernels.centering.sinkhorn import SinkhornKnopp
+
+
+class RuleOptions(NamedTuple):
+    """What a loss knows when it makes its rule; ``losses.stream.Stream`` says what each means."""
+
+    num_prototypes: int
+    momentum: float
+    average: str
+    start: str
+    backend: str
+    prototype_group: ProcessGroup | None
+    row_group: ProcessGroup | None
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Keywords that every rule of this folder takes."""
+        return {"backend": self.backend, "prototype_group": self.prototype_group, "row_group": self.row_group}
+
+
+# a rule by its name: one line for each, from the options to the rule
+RULES: dict[str, Callable[[RuleOptions], CenteringRule]] = {
+    "logit": lambda o: LogitCenter(o.num_prototypes, o.momentum, start=o.start, **o.common),
+    "probability": lambda o: ProbabilityCenter(
+        o.num_prototypes, o.momentum, average=o.average, start=o.start, **o.common
+    ),
+    "sinkhorn_knopp": lambda o: SinkhornKnopp(3, **o.common),
+}
+
+
+def make_rule(centering: str | CenteringRule, options: RuleOptions) -> CenteringRule:
+    """The rule of this name, or the rule itself.
+
+    Raises:
+        ValueError: the name is unknown, or an option out of range, or the rule shares its prototypes out over other ranks.
+        TypeError: it is neither a name nor a rule; says what it lacks.
+    """
+    if isinstance(centering, str):
+        if centering not in RULES:
+            raise ValueError(f"centering is {centering!r}; expected one of {', '.join(RULES)}, or a CenteringRule")
+        return RULES[centering](options)
+    if not isinstance(centering, CenteringRule):
+        lacks = [
+            name for name in sorted(vars(CenteringRule)) if not name.startswith("_") and not hasattr(centering, name)
+        ]
+        raise TypeError(
+            f"centering is a {type(centering).__name__} without {', '.join(lacks)}; expected one of {', '.join(RULES)}, or a "
+            "CenteringRule"
+        )
+    if options.prototype_group is not None and centering.prototype_group is not options.prototype_group:
+        raise ValueError("prototype_group is not that of the centring rule; expected one group, given to both")
+    return centering

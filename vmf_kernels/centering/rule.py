@@ -1,0 +1,66 @@
+"""What a loss asks of the rule that makes a teacher's targets.
+
+Legend: R rows, K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from vmf_kernels.unstored.prototype_logits import PrototypeLogits
+
+
+@runtime_checkable
+class CenteringRule(Protocol):
+    """A centring rule: the target is ``softmax(logits / temperature + target_bias)``, with one bias for each prototype.
+
+    Every loss takes any object that has these attributes and methods as ``centering=``, and makes an ``nn.Module`` a part of
+    itself. A class that inherits from this one has to define ``target_bias`` only.
+
+    Attributes:
+        prototype_group: ranks that share out the prototypes; None where each rank has all of them.
+        over_probabilities: whether ``accumulate`` depends on the temperature and the bias, as a mean of probabilities does.
+
+    Example:
+        >>> import torch
+        >>> from vmf_kernels import CenteringRule, DINOLoss
+        >>> class NoCentering(CenteringRule):
+        ...     def target_bias(self, teacher, temperature, bias=None):
+        ...         return teacher.new_zeros(teacher.shape[-1])
+        >>> loss = DINOLoss(8, 2, 0.04, 0.04, 0, 1, centering=NoCentering())
+        >>> loss(torch.zeros(4, 8), torch.zeros(4, 8), epoch=0)  # two uniform distributions over 8 prototypes: log 8 nats
+        tensor(2.0794)
+    """
+
+    over_probabilities: bool = False
+
+    @property
+    def prototype_group(self) -> ProcessGroup | None:
+        """Ranks that share out the prototypes."""
+        return None
+
+    def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
+        """Start from this batch, if the rule has not started; arguments as ``target_bias``."""
+
+    def target_bias(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """[K] nats to add to the logits over temperature of this batch.
+
+        Args:
+            teacher: [..., K] raw teacher logits, not divided by the temperature.
+            temperature: of the teacher, positive.
+            bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
+        """
+        ...
+
+    def accumulate(
+        self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None = None
+    ) -> None:
+        """Take in a batch after its use, without a change of the next bias; arguments as ``target_bias``."""
+
+    def apply_pending(self) -> None:
+        """Let what has been accumulated change the next bias."""
