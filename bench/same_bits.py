@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 THREADS = 1  # sums are formed in another order on more
-IN_PROCESS = ("operators", "elements", "heads", "losses", "drop_ins")  # modules of bench.bits
+IN_PROCESS = ("operators", "elements", "heads", "losses", "drop_ins", "newcomers")  # modules of bench.bits
 ON_RANKS = "ranks"
 DROP_INS = ("dino", "ibot", "dinov2", "dinov3", "lightly", "solo")
 
@@ -75,6 +75,8 @@ def run_everything() -> dict[str, Any]:
         parts = [record.run_cases(cases_of(IN_PROCESS)), ranks.run_on_ranks(THREADS)]
     return {
         "environment": record.environment(),
+        "public": public_names(),
+        "covers": {case.name: case.covers for case in cases_of((*IN_PROCESS, ON_RANKS))},
         "cases": {name: records for part in parts for name, records in part.cases.items()},
         "skipped": {name: reason for part in parts for name, reason in part.skipped.items()},
     }
@@ -105,6 +107,8 @@ def compare_files(before: Path, after: Path) -> int:
     from bench.bits import record
 
     one, other = (json.loads(path.read_text()) for path in (before, after))
+    for line in record.newcomers(one, other):
+        print(line)
     found = record.differences(one, other)
     for line in found:
         print(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,94 +16,40 @@ import vmf_kernels
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 400
 
+README = ROOT / "vmf_kernels" / "README.md"
+ROW = re.compile(r"^\| `([\w./]+\.py)` \|")
+FOLDER = re.compile(r"^### (?:`([\w/]+)/`)?")
+
+
+def order_of(page: str) -> list[str]:
+    """Modules in the order of the tables of files, a folder's own name before its files where no row names ``__init__.py``."""
+    section = page.partition("\n## The files\n")[2].partition("\n## ")[0]
+    folder, paths = "", list[str]()
+    for line in section.splitlines():
+        heading, row = FOLDER.match(line), ROW.match(line)
+        if heading:
+            folder = f"{heading[1]}/" if heading[1] else ""
+        elif row:
+            paths.append(folder + row[1])
+    modules = [path.removesuffix(".py").removesuffix("__init__").rstrip("/").replace("/", ".") for path in paths]
+    order: list[str] = []
+    for module in modules:
+        parents = [module.rsplit(".", depth)[0] for depth in range(module.count("."), 0, -1)]
+        order += [parent for parent in parents if parent not in [*order, *modules]] + [module]
+    return order
+
+
 # Each module imports only from modules above it.
-ORDER = [
-    "tensors",
-    "_debye",
-    "bessel",
-    "prototypes",
-    "prepared",
-    "ranks",
-    "pairing",
-    "statistics",
-    "backends",
-    "backends.contract",
-    "backends.composed",
-    "backends.reference",
-    "backends.streaming",
-    "backends.native.module",
-    "backends.native.chunks",
-    "backends.native.scores",
-    "backends.native.gathering",
-    "backends.native.operator",
-    "backends.native",
-    "backends.triton.launch",
-    "backends.triton.tiles",
-    "backends.triton.blocks",
-    "backends.triton.prototype_kernels",
-    "backends.triton.row_kernels",
-    "backends.triton.column_kernels",
-    "backends.triton.pairing_kernels",
-    "backends.triton.logit_kernels",
-    "backends.triton.prototypes",
-    "backends.triton.passes",
-    "backends.triton.rows",
-    "backends.triton.operator",
-    "backends.triton.logits",
-    "backends.triton",
-    "backends.cuda.measured",
-    "backends.cuda.layouts",
-    "backends.cuda.binding",
-    "backends.cuda.prototypes",
-    "backends.cuda.passes",
-    "backends.cuda",
-    "operators",
-    "assign",
-    "once",
-    "cross_entropy",
-    "dense_cross_entropy",
-    "same_layer",
-    "row_index",
-    "einops_backend",
-    "casts",
-    "unstored",
-    "reductions",
-    "logits",
-    "targets",
-    "log_sums",
-    "centering",
-    "sinkhorn",
-    "diagnostics",
-    "koleo",
-    "layer_keys",
-    "heads",
-    "fuse",
-    "temperatures",
-    "streams",
-    "losses",
-    "masked_patches",
-    "ibot",
-    "",  # vmf_kernels itself, which names what is public
-    "compat",
-    "compat.tensor_file",
-    "compat.checkpoints",
-    "compat._shared",
-    "compat.dino",
-    "compat.ibot",
-    "compat.dinov2",
-    "compat.dinov3",
-    "compat._lightly_heads",
-    "compat.lightly",
-    "compat.solo",
-    "testing",
-]
+ORDER = order_of(README.read_text())
 
 # Every public name. It grows only in the commit that explains why.
 PUBLIC = [
     "AssignmentStatistics",
+    "CenteringRule",
     "CrossEntropy",
     "DINOHead",
     "DINOLoss",
+    "DINOvMFHead",
     "DINOvMFLoss",
     "DistributedKoLeoLoss",
     "IBOTLoss",
@@ -157,12 +104,12 @@ def imports_of_the_library(source: str) -> Iterator[tuple[str, str | None]]:
 
 def layering_faults(sources: dict[str, str]) -> list[str]:
     """What breaks the order, by module name and source; a sentence each."""
-    faults = [f"{name} is not in ORDER of tests/test_layout.py: add it" for name in sources if name not in ORDER]
+    faults = [f"{name} is not in the tables of vmf_kernels/README.md: add it" for name in sources if name not in ORDER]
     for name in sources.keys() & set(ORDER):
         for module, taken in imports_of_the_library(sources[name]):
             target = f"{module}.{taken}".lstrip(".") if f"{module}.{taken}".lstrip(".") in ORDER else module
             if target not in ORDER:
-                faults.append(f"{name} imports {target}, which is not in ORDER of tests/test_layout.py: add it")
+                faults.append(f"{name} imports {target}, which is not in the tables of vmf_kernels/README.md: add it")
             elif ORDER.index(target) >= ORDER.index(name):
                 faults.append(f"{name or 'vmf_kernels'} imports {target or 'vmf_kernels'}, which is not above it")
     return faults
@@ -187,16 +134,20 @@ def test_every_module_imports_only_from_those_above_it() -> None:
     ("name", "source", "said"),
     [
         ("bessel", "from vmf_kernels.prototypes import Keys", "bessel imports prototypes, which is not above it"),
-        ("assign", "def f():\n    from vmf_kernels.backends import streaming, triton", None),
+        ("ops.assignments", "def f():\n    from vmf_kernels.backends import streaming, triton", None),
         (
             "backends.contract",
             "from vmf_kernels.backends import reference",
             "contract imports backends.reference, which",
         ),
-        ("once", "import vmf_kernels.losses", "once imports losses, which is not above it"),
-        ("heads", "from vmf_kernels import DINOLoss", "heads imports vmf_kernels, which is not above it"),
-        ("losses", "from vmf_kernels.newcomer import thing", "losses imports newcomer, which is not in ORDER"),
-        ("newcomer", "", "newcomer is not in ORDER of tests/test_layout.py: add it"),
+        ("ops.assignments", "import vmf_kernels.losses", "ops.assignments imports losses, which is not above it"),
+        ("heads.dino", "from vmf_kernels import DINOLoss", "heads.dino imports vmf_kernels, which is not above it"),
+        (
+            "losses.dino",
+            "from vmf_kernels.newcomer import thing",
+            "losses.dino imports newcomer, which is not in the tables",
+        ),
+        ("newcomer", "", "newcomer is not in the tables of vmf_kernels/README.md: add it"),
     ],
 )
 def test_an_import_against_the_order_is_found(name: str, source: str, said: str | None) -> None:
@@ -208,13 +159,47 @@ def test_an_import_against_the_order_is_found(name: str, source: str, said: str 
 def test_a_relative_import_is_refused() -> None:
     """Negative control."""
     with pytest.raises(AssertionError, match="line 1 has a relative import"):
-        layering_faults({"assign": "from .once import TWICE"})
+        layering_faults({"bessel": "from ._debye import TABLE"})
 
 
-def test_the_order_lists_no_module_that_is_gone() -> None:
+def test_the_tables_list_no_module_that_is_gone() -> None:
     package = ROOT / "vmf_kernels"
     gone = set(ORDER) - {module_name(p, package) for p in package.rglob("*.py")}
-    assert not gone, f"ORDER lists {sorted(gone)}, which do not exist"
+    assert not gone, f"vmf_kernels/README.md lists {sorted(gone)}, which do not exist"
+
+
+def named_places(page: str) -> list[tuple[str, str | None]]:
+    """(path, symbol) of every ``path.py`` or ``path.py::symbol`` between backticks; "<" marks a name to fill in."""
+    found = re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|h|json|md|sh|cu))(?:::(\w+))?`", page)
+    return [(path, symbol or None) for path, symbol in found]
+
+
+def misnamed(page: str, roots: list[Path]) -> list[str]:
+    """Places that a page names and that do not exist below any of the folders; a sentence each."""
+    faults = []
+    for path, symbol in named_places(page):
+        files = [root / path for root in roots if (root / path).is_file()]
+        if not files:
+            faults.append(f"{path} does not exist")
+        elif symbol is not None and not re.search(rf"^(class |def )?{symbol}\b", files[0].read_text(), re.MULTILINE):
+            faults.append(f"{path} has no {symbol}")
+    return faults
+
+
+@pytest.mark.parametrize("page", ["vmf_kernels/ONE_CALL.md", "CONTRIBUTING.md"])
+def test_pages_name_places_that_exist(page: str) -> None:
+    text, package = (ROOT / page).read_text(), ROOT / "vmf_kernels"
+    assert len(named_places(text)) > 20, f"{page} names few places: is the pattern still right?"
+    roots = [ROOT, package, *(package / folder for folder in ("centering", "losses", "backends/triton"))]
+    faults = misnamed(text, roots)
+    assert not faults, f"{page}: " + "\n".join(faults)
+
+
+def test_a_place_that_does_not_exist_is_found() -> None:
+    """Negative control."""
+    page = "See `ops/operators.py::operator`, `ops/operators.py::operators` and `ops/gone.py`."
+    found = misnamed(page, [ROOT / "vmf_kernels"])
+    assert found == ["ops/operators.py has no operators", "ops/gone.py does not exist"], found
 
 
 @pytest.mark.parametrize("folder", ["vmf_kernels", "python"])
@@ -243,8 +228,8 @@ def test_the_trainer_uses_public_names_only() -> None:
         ("from vmf_kernels import DINOLoss", False),
         ("from vmf_kernels.compat.dino import DINOLoss", False),
         ("from vmf_kernels import compat", False),
-        ("from vmf_kernels import assign", True),
-        ("from vmf_kernels.losses import DINOLoss", True),
+        ("from vmf_kernels import bessel", True),
+        ("from vmf_kernels.losses.dino import DINOLoss", True),
         ("import vmf_kernels.losses", True),
         ("import vmf_kernels", True),
     ],

@@ -101,6 +101,11 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     return elsewhere or list(_different_cases(before, after))
 
 
+def newcomers(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """One line for each case that there could not be before, since it exercises a name that was not public."""
+    return [f"{name}: new, as {', '.join(new)} is" for name, new in _new_cases(before, after).items()]
+
+
 def missing_names(cases: Sequence[Case], public: Sequence[str]) -> list[str]:
     """Public names that no case exercises.
 
@@ -127,11 +132,18 @@ def _parts(value: Any) -> dict[Any, Any]:
     raise TypeError(f"a case returned a {type(value).__name__}; expected tensors, numbers, and what holds them")
 
 
+def _new_cases(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names that were not public before, by the cases that exercise them."""
+    known = {*before["public"]}
+    new = {name: [each for each in after["covers"][name] if each not in known] for name in after["cases"]}
+    return {name: names for name, names in new.items() if names}
+
+
 def _different_cases(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     for name, one, other in _pairs(before["skipped"], after["skipped"]):
         if one is None or other is None:
             yield f"{name}: run {'before' if one is None else 'after'} only; on the other side: {one or other}"
-    known = {*before["skipped"], *after["skipped"]}
+    known = {*before["skipped"], *after["skipped"], *_new_cases(before, after)}
     for name, records, others in _pairs(before["cases"], after["cases"]):
         if records is None or others is None:
             if name not in known:

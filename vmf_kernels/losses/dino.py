@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.losses.center_state import publish_center
-from vmf_kernels.losses.stream import Stream, StreamLoss, StreamOptions, VMFStream, check_logits
+from vmf_kernels.losses.stream import StreamLoss, StreamOptions, check_logits
 from vmf_kernels.losses.temperatures import EpochTemperatures, temperature_schedule
+from vmf_kernels.losses.vmf_stream import VMFStream
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.statistics import AssignmentStatistics
@@ -67,7 +68,7 @@ class DINOLoss(StreamLoss):
             raise ValueError(f"ncrops is {ncrops}; expected at least 2, the global crops included")
         self.ncrops = ncrops
         self._temperatures = EpochTemperatures(schedule)
-        self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
+        self.stream = self.stream_class(out_dim, student_temp, center_momentum, **options)
         self.statistics: AssignmentStatistics | None = None
         publish_center(self, "center", "stream.centering.center")
 
@@ -118,9 +119,6 @@ class DINOLoss(StreamLoss):
         """
         self.stream.update_center(teacher_output, None if epoch is None else self._temperatures(epoch))
 
-    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        return Stream(out_dim, student_temp, momentum, **options)
-
     def _evaluate(
         self,
         student: PrototypeLogits | Tensor,
@@ -158,6 +156,8 @@ class DINOvMFLoss(DINOLoss):
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
     """
 
+    stream_class = VMFStream
+
     def forward(
         self,
         student_output: PrototypeLogits | Tensor,
@@ -174,7 +174,3 @@ class DINOvMFLoss(DINOLoss):
                 ones, which have no precision.
         """
         return self._evaluate(student_output, teacher_output, epoch, (student_prototypes, teacher_prototypes))
-
-    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        with_default: StreamOptions = {"centering": "probability", **options}
-        return VMFStream(out_dim, student_temp, momentum, **with_default)

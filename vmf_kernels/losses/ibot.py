@@ -16,9 +16,10 @@ from torch import Tensor
 
 from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.losses.center_state import publish_center
-from vmf_kernels.losses.masked_patches import IBOTPatchLoss, IBOTvMFPatchLoss, vmf_stream
-from vmf_kernels.losses.stream import Outputs, Stream, StreamLoss, StreamOptions, VMFStream, check_logits
+from vmf_kernels.losses.masked_patches import IBOTPatchLoss, IBOTvMFPatchLoss
+from vmf_kernels.losses.stream import Outputs, StreamLoss, StreamOptions, check_logits
 from vmf_kernels.losses.temperatures import EpochTemperatures, temperature_schedule
+from vmf_kernels.losses.vmf_stream import UnstoredVMFStream, VMFStream
 from vmf_kernels.pairing import multi_crop_weights
 from vmf_kernels.statistics import AssignmentStatistics
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
@@ -95,7 +96,7 @@ class IBOTLoss(StreamLoss):
         name2 = "teacher_temp2"
         schedule2 = temperature_schedule(warmup_teacher_temp2, teacher_temp2, *warm_up, mim_start_epoch, name2)
         self._temperatures, self._temperatures2 = EpochTemperatures(schedule), EpochTemperatures(schedule2)
-        self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
+        self.stream = self.stream_class(out_dim, student_temp, center_momentum, **options)
         self.patch_loss = self.patch_loss_class(
             *(patch_out_dim, student_temp, center_momentum2),
             center_tokens=center_tokens,
@@ -273,9 +274,6 @@ class IBOTLoss(StreamLoss):
             )
         return torch.cat([crop.flatten(1) for crop in masks])
 
-    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        return Stream(out_dim, student_temp, momentum, **options)
-
 
 class IBOTvMFLoss(IBOTLoss):
     """iBOT-vMF: both streams' prototypes are von Mises-Fisher components; needs heads that return ``PrototypeLogits``.
@@ -286,6 +284,7 @@ class IBOTvMFLoss(IBOTLoss):
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
     """
 
+    stream_class = UnstoredVMFStream
     patch_loss_class = IBOTvMFPatchLoss
 
     def _prepare_cls(
@@ -296,9 +295,6 @@ class IBOTvMFLoss(IBOTLoss):
         if isinstance(streams[0], VMFStream) and isinstance(streams[1], VMFStream):
             streams[1].warned |= streams[0].warned
         return outputs
-
-    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        return vmf_stream(out_dim, student_temp, momentum, options)
 
 
 def _of_patches(options: StreamOptions, centering: str | CenteringRule | None) -> StreamOptions:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vmf_kernels.losses.center_state import publish_center
-from vmf_kernels.losses.stream import Outputs, Stream, StreamLoss, StreamOptions, VMFStream
-from vmf_kernels.prototypes import Prototypes
+from vmf_kernels.losses.stream import Outputs, StreamLoss, StreamOptions
+from vmf_kernels.losses.vmf_stream import UnstoredVMFStream
 from vmf_kernels.statistics import AssignmentStatistics
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
@@ -63,7 +63,7 @@ class IBOTPatchLoss(StreamLoss):
         if center_tokens not in CENTER_TOKENS:
             raise ValueError(f"center_tokens is {center_tokens!r}; expected one of {', '.join(CENTER_TOKENS)}")
         self.center_tokens = center_tokens
-        self.stream = self._make_stream(out_dim, student_temp, center_momentum, options)
+        self.stream = self.stream_class(out_dim, student_temp, center_momentum, **options)
         self.statistics: AssignmentStatistics | None = None
         publish_center(self, "center", "stream.centering.center")
 
@@ -132,9 +132,6 @@ class IBOTPatchLoss(StreamLoss):
         """
         self.stream.update_center(teacher_patches, teacher_temp)
 
-    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        return Stream(out_dim, student_temp, momentum, **options)
-
 
 class IBOTvMFPatchLoss(IBOTPatchLoss):
     """The same with prototypes of free norm as von Mises-Fisher components; needs heads that return ``PrototypeLogits``.
@@ -144,8 +141,7 @@ class IBOTvMFPatchLoss(IBOTPatchLoss):
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
     """
 
-    def _make_stream(self, out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-        return vmf_stream(out_dim, student_temp, momentum, options)
+    stream_class = UnstoredVMFStream
 
 
 def patch_weights(mask_CN: Tensor, dtype: torch.dtype) -> Tensor:
@@ -183,27 +179,3 @@ def _checked_mask(mask: Tensor, student: PrototypeLogits | Tensor, teacher: Prot
                 "[images, patches, K] and [images, patches]"
             )
     return mask
-
-
-class _UnstoredVMFStream(VMFStream):
-    """``VMFStream`` of a loss that is given no prototypes beside its logits."""
-
-    def prepare(
-        self,
-        student: PrototypeLogits | Tensor,
-        teacher: PrototypeLogits | Tensor,
-        teacher_temp: float | Tensor,
-        prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
-    ) -> Outputs:
-        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
-            raise TypeError(
-                f"outputs are plain logits of shapes {tuple(student.shape)} and {tuple(teacher.shape)}, without the "
-                "prototypes' norms that the vMF normaliser needs; expected heads that return PrototypeLogits"
-            )
-        return super().prepare(student, teacher, teacher_temp, prototypes)
-
-
-def vmf_stream(out_dim: int, student_temp: float, momentum: float, options: StreamOptions) -> Stream:
-    """DINO-vMF's centring unless another was asked for."""
-    with_default: StreamOptions = {"centering": "probability", **options}
-    return _UnstoredVMFStream(out_dim, student_temp, momentum, **with_default)

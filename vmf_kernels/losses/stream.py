@@ -7,14 +7,11 @@ Legend: R rows, S / T student / teacher rows, G / V teacher / student views, B i
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple, TypedDict
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.arguments import temperature_tensor
 from vmf_kernels.centering.choice import RuleOptions, make_rule
 from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.centering.running_mean import check_momentum
@@ -22,16 +19,12 @@ from vmf_kernels.losses.temperatures import check_positive
 from vmf_kernels.ops.prototype_cross_entropy import CrossEntropy
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
 from vmf_kernels.pairing import Pairing, check_pairing
-from vmf_kernels.prototypes import Prototypes, accumulation_dtype
+from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.tensors import inside_function
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 UPDATES = ("forward", "manual")
-FROZEN_NORMS = (
-    "DINO-vMF is on but the prototypes' norms are frozen (norm_last_layer=True): with all norms at 1 every component has "
-    "the same precision and the loss equals DINO up to centring; use norm_last_layer=False"
-)
 MOVES_TWICE = (
     "the loss runs inside the forward pass of an autograd.Function, such as torch.utils.checkpoint with use_reentrant=True, "
     "which runs it again in the backward pass: its centre would move twice, and the gradient be that of another loss; expected "
@@ -42,7 +35,7 @@ MOVES_TWICE = (
 class StreamOptions(TypedDict, total=False):
     """Keywords that every loss takes and hands to its ``Stream``, whose docstring says what they mean."""
 
-    centering: str | CenteringRule
+    centering: str | CenteringRule | None
     center_average: str
     center_start: str
     center_update: str
@@ -69,7 +62,7 @@ class Stream(nn.Module):
         center_momentum: of the centre's running mean, in [0, 1).
         centering: "logit" (``LogitCenter``, DINO), "probability" (``ProbabilityCenter``, DINO-vMF), "sinkhorn_knopp"
             (``SinkhornKnopp``, DINOv2: from each batch alone, without a running mean), or any ``CenteringRule``, which then
-            has its own momentum, start and groups.
+            has its own momentum, start and groups. None is that of the method: "logit", or "probability" for vMF losses.
         center_average: "log_probability" or "probability", of ``ProbabilityCenter``.
         center_start: "zero" as published, or "first_batch".
         center_update: "forward" moves the centre with each batch, as published; "manual" accumulates until the loss's
@@ -83,13 +76,15 @@ class Stream(nn.Module):
         TypeError: an option is unknown.
     """
 
+    default_centering = "logit"
+
     def __init__(
         self,
         num_prototypes: int,
         student_temp: float,
         center_momentum: float,
         *,
-        centering: str | CenteringRule = "logit",
+        centering: str | CenteringRule | None = None,
         center_average: str = "log_probability",
         center_start: str = "zero",
         center_update: str = "forward",
@@ -113,7 +108,7 @@ class Stream(nn.Module):
         self.backend = backend
         running = (center_momentum, center_average, center_start)
         options = RuleOptions(num_prototypes, *running, backend, prototype_group, row_group)
-        self.centering: CenteringRule = make_rule(centering, options)
+        self.centering: CenteringRule = make_rule(centering or self.default_centering, options)
 
     def prepare(
         self,
@@ -122,7 +117,7 @@ class Stream(nn.Module):
         teacher_temp: float | Tensor,
         prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
     ) -> Outputs:
-        """Check what the heads returned, before anything starts a centre; the prototypes matter to ``VMFStream`` only.
+        """Check what the heads returned, before anything starts a centre; the prototypes matter to vMF losses only.
 
         Raises:
             TypeError: one side is stored and the other is not.
@@ -221,76 +216,10 @@ class Stream(nn.Module):
         return teacher
 
 
-class VMFStream(Stream):
-    """The same with prototypes of free norm as von Mises-Fisher components of precision ``||w_k|| / tau``.
-
-    Each network's logits gain ``log C_D(||w_k|| / tau)`` of its own prototypes at its own temperature; gradients flow
-    through the student's.
-
-    Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
-    """
-
-    warned = False  # of frozen norms: once a loss, however many streams it has
-
-    def prepare(
-        self,
-        student: PrototypeLogits | Tensor,
-        teacher: PrototypeLogits | Tensor,
-        teacher_temp: float | Tensor,
-        prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
-    ) -> Outputs:
-        """As there; plain logits need both networks' prototypes.
-
-        Raises:
-            ValueError: as there; or plain logits came without prototypes, with another number of them, or with normalised
-                ones, which have no precision.
-        """
-        student, teacher = super().prepare(student, teacher, teacher_temp)[:2]
-        if isinstance(student, PrototypeLogits) and isinstance(teacher, PrototypeLogits):
-            self._warn_if_frozen(student.prototypes)
-            return Outputs(student.with_vmf(), teacher.with_vmf())
-        for side, output, given in zip(("student", "teacher"), (student, teacher), prototypes, strict=True):
-            if given is None:
-                raise ValueError(
-                    f"{side} output is plain logits of shape {tuple(output.shape)} without the prototypes' norms, which the "
-                    f"vMF normaliser needs; expected {side}_prototypes= (for example "
-                    "weight_norm_prototypes(layer.weight_g, layer.weight_v)), or a head that returns PrototypeLogits"
-                )
-            if given.count != output.shape[-1]:
-                raise ValueError(
-                    f"{side}_prototypes hold {given.count} prototypes but the {side} output has "
-                    f"{output.shape[-1]} columns; both must be K"
-                )
-        of_student, of_teacher = prototypes
-        assert of_student is not None
-        assert of_teacher is not None
-        self._warn_if_frozen(of_student)
-        given_at = (of_student, self.student_temp, student.dtype), (of_teacher.detach(), teacher_temp, teacher.dtype)
-        return Outputs(student, teacher, *(_log_normalizer(*at) for at in given_at))
-
-    def _uncentered(self, teacher: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
-        if isinstance(teacher, PrototypeLogits):
-            return teacher.with_vmf()
-        if self.centering.over_probabilities:
-            raise ValueError(
-                f"update_center got plain logits of shape {tuple(teacher.shape)} without the prototypes' norms, which the vMF "
-                "normaliser needs; expected PrototypeLogits, or a call of the loss"
-            )
-        return teacher
-
-    def _warn_if_frozen(self, prototypes: Prototypes) -> None:
-        magnitude = prototypes.magnitude
-        frozen = magnitude is not None and not magnitude.requires_grad
-        # a warning cannot be traced: a compiled step is warned of only where it runs eagerly first
-        silent = self.warned or torch.compiler.is_compiling()
-        if frozen and prototypes.weight.requires_grad and not silent:
-            warnings.warn(FROZEN_NORMS, UserWarning, stacklevel=4)
-            self.warned = True
-
-
 class StreamLoss(nn.Module):
     """A loss of one stream, of which it shows what the published classes have as attributes of their own."""
 
+    stream_class: type[Stream] = Stream
     stream: Stream
 
     @property
@@ -333,9 +262,3 @@ def check_logits(output: object, side: str) -> None:
         )
     if output.ndim < 2:
         raise ValueError(f"{side} output has shape {tuple(output.shape)}; expected raw logits [rows, K]")
-
-
-def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """[K] log C_D(||w_k|| / tau) relative to 0 for logits of ``dtype``, differentiable in the stored tensors."""
-    tau = temperature_tensor(temperature, "temperature", prototypes.weight.device)
-    return prototypes.with_vmf().log_normalizer(tau, accumulation_dtype(dtype))

@@ -17,7 +17,7 @@ from bench import same_bits
 from bench.bits import record
 from bench.bits.operators import Setting, _evaluate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [ROOT / "bench" / "same_bits.py", *(ROOT / "bench" / "bits").glob("*.py")]
 Files = tuple[dict[str, Any], dict[str, Any]]
 
@@ -35,7 +35,8 @@ def imported_names(source: str) -> Iterator[str]:
 def content_of(case: record.Case) -> dict[str, Any]:
     """What a file with one case holds."""
     results = record.run_cases([case])
-    return {"environment": record.environment(), "cases": results.cases, "skipped": results.skipped}
+    ran = {"cases": results.cases, "skipped": results.skipped, "covers": {case.name: case.covers}}
+    return {"environment": record.environment(), "public": list(case.covers), **ran}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def no_case(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def new_case(before: dict[str, Any], after: dict[str, Any]) -> None:
-    after["cases"]["another"] = {}
+    after["cases"]["another"], after["covers"]["another"] = {}, []
 
 
 def no_quantity(before: dict[str, Any], after: dict[str, Any]) -> None:
