@@ -217,3 +217,19 @@ def test_a_magnitude_that_does_not_fit_is_refused(constructor: Callable[[Tensor,
         constructor(torch.ones(3, 1), torch.randn(4, 2))
     with pytest.raises(ValueError, match=r"direction is torch.float32 of shape \(4,\)"):
         constructor(torch.ones(4), torch.randn(4))
+
+
+@pytest.mark.parametrize("kind", ["linear_vmf", "weight_norm_vmf"])
+def test_the_normalizer_is_that_of_the_density_and_has_its_slope(kind: str) -> None:
+    given, tau = stored(kind), torch.tensor(TEMPERATURE, dtype=torch.float64)
+    norms = plain_weight_and_norms(given)[1]
+    got = given.log_normalizer(tau, torch.float64)
+    assert torch.equal(got, log_vmf_constant(norms / tau, DIM))
+    keys = prepare_keys(given, tau, None, torch.float64)
+    assert keys.bias is not None
+    assert (keys.bias - got).abs().max() <= BUDGET * got.abs().max(), "the operator has another normaliser"
+
+
+def test_prototypes_without_a_normalizer_say_so() -> None:
+    with pytest.raises(ValueError, match=r"linear prototypes have no vMF normaliser; expected prototypes.with_vmf\(\)"):
+        stored("linear").log_normalizer(torch.tensor(0.1))

@@ -135,7 +135,7 @@ def _parts(value: Any) -> dict[Any, Any]:
 def _new_cases(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
     """The names that were not public before, by the cases that exercise them."""
     known = {*before["public"]}
-    new = {name: [each for each in after["covers"][name] if each not in known] for name in after["cases"]}
+    new = {name: [each for each in after["covers"].get(name, ()) if each not in known] for name in after["cases"]}
     return {name: names for name, names in new.items() if names}
 
 

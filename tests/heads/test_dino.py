@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.measure import worst_error
 from tests.published import PublishedDINOHead
-from vmf_kernels import DINOHead, PrototypeLayer, PrototypeLogits
+from vmf_kernels import DINOHead, DINOLoss, DINOvMFHead, DINOvMFLoss, PrototypeLayer, PrototypeLogits
 
 SMALL: dict[str, Any] = {"hidden_dim": 16, "bottleneck_dim": 8}
 VARIANTS = [
@@ -174,3 +174,27 @@ def test_wrong_sizes_are_refused(sizes: dict[str, Any]) -> None:
         ValueError, match=r"in_dim, out_dim, hidden_dim, bottleneck_dim are .* expected at least 1, 1, 1 and 2"
     ):
         DINOHead(**({"in_dim": 5, "out_dim": 7} | SMALL | sizes))
+
+
+def test_a_vmf_head_is_the_same_head_whose_logits_say_that_their_prototypes_are_components() -> None:
+    torch.manual_seed(5)
+    plain = DINOHead(6, 10, norm_last_layer=False, **SMALL)
+    torch.manual_seed(5)
+    head = DINOvMFHead(6, 10, **SMALL)
+    assert all(torch.equal(one, head.state_dict()[name]) for name, one in plain.state_dict().items())
+    assert head.last_layer.weight_g.requires_grad
+    x = torch.randn(8, 6)
+    assert head(x).prototypes.has_normalizer
+    assert not plain(x).prototypes.has_normalizer
+    with torch.no_grad():
+        for each in (plain, head):
+            each.last_layer.weight_g.copy_(torch.linspace(0.3, 3, 10)[:, None])
+    # the normaliser is added once, whoever asks for it
+    schedule = (10, 2, 0.04, 0.04, 0, 1)
+    by_head = DINOLoss(*schedule)(head(x), head(x[:8]), 0)
+    by_loss = DINOvMFLoss(*schedule, centering="logit")(plain(x), plain(x[:8]), 0)
+    by_both = DINOvMFLoss(*schedule, centering="logit")(head(x), head(x[:8]), 0)
+    without = DINOLoss(*schedule)(plain(x), plain(x[:8]), 0)
+    assert torch.equal(by_head, by_loss)
+    assert torch.equal(by_head, by_both)
+    assert abs(by_head - without) > 1e-3, "the normaliser changes nothing"

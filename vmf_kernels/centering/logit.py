@@ -54,4 +54,5 @@ class RankMeanCenter(LogitCenter):
     """
 
     def _weighed(self, summed: Tensor, rows: int) -> tuple[Tensor, int]:
-        return summed / max(rows, 1), min(rows, 1)
+        weight = min(rows, 1)
+        return summed * (weight / max(rows, 1)), weight

@@ -65,6 +65,9 @@ class RankMeanCenter(centering.RankMeanCenter):
         """Move the centre by [..., K] raw teacher logits; the temperature does not matter to them."""
         super().update(x, temperature, bias)
 
+    def _weighed(self, summed: Tensor, rows: int) -> tuple[Tensor, int]:
+        return summed / max(rows, 1), min(rows, 1)  # a quotient, not a product, so that the last bit is that of a mean
+
 
 class _Loss(StreamLoss):
     """What both losses share: a teacher temperature, rounded to fp32 where it is used, as lightly rounds it."""
