@@ -1,8 +1,8 @@
 """Debye coefficients: the table behind the uniform large-order expansion of log I_nu."""
 
 # Entry j - 1 holds D_j of  log sum_k u_k(t)/nu^k = sum_{j>=1} D_j(t)/nu^j, with u_k the polynomials of DLMF 10.41(ii),
-# as the coefficients of t^j, t^(j+2), ..., t^(3j). Each is written as its exact ratio of integers, which Python divides
-# with one rounding; tests/test_bessel.py derives every ratio again from the Riccati equation
+# as the coefficients of t^j, t^(j+2), ..., t^(3j). Each is written as an exact ratio of integers, which Python divides
+# with a single rounding; tests/test_bessel.py derives every ratio from the Riccati equation
 #     D_{j+1}' = ((w D_j')' + w sum_{a+b=j} D_a' D_b') / 2,   w = t^2 (1 - t^2),   D_1' = (1 - 5 t^2)/8.
 DEBYE_LOG_COEFFICIENTS: tuple[tuple[float, ...], ...] = (
     (1 / 8, -5 / 24),

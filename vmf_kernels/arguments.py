@@ -1,4 +1,4 @@
-"""Checks of the arguments that several operators have in common, and the form they are handed on in.
+"""Checks and conversions of arguments that several operators share.
 
 Legend: R rows, K prototypes, D embedding dim.
 """
@@ -16,7 +16,7 @@ def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -
     """[] float64 temperature on ``device``: a tensor, so that a schedule neither recompiles nor re-captures.
 
     Raises:
-        ValueError: not positive (a CUDA tensor is not looked at: that would wait for the device), or not one element.
+        ValueError: not positive (a CUDA tensor is not checked, because that would wait for the device), or not one element.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -65,9 +65,9 @@ def check_bias(bias: Tensor | None, count: int, name: str) -> None:
 
 
 def in_autocast_dtype(features: Tensor) -> Tensor:
-    """The features as the last layer of a head would see them: fp32 ones cast where a region of autocast is on.
+    """The features as a linear last layer would see them: under autocast on a GPU, fp32 features are cast to its dtype.
 
-    Only on a GPU, where 16-bit products are what the region asks for; on a CPU fp32 features keep fp32 products.
+    On a CPU, fp32 features keep fp32 products, also under autocast.
     """
     kind = features.device.type
     if kind == "cuda" and features.dtype == torch.float32 and torch.is_autocast_enabled(kind):

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vmf_kernels._debye import DEBYE_LOG_COEFFICIENTS
 
-# From this order on the uniform expansion is used as it stands; a smaller order is reached from above by recurrence.
+# From this order up, the uniform expansion is used directly; smaller orders are reached from above by recurrence.
 MIN_DEBYE_ORDER = 31
 
-# Terms of the expansion. What they leave out is largest at MIN_DEBYE_ORDER: there, over all kappa, 3.5e-8 of log C
-# after three terms and 2.4e-16 after nine (against mpmath), below what the dtype rounds away.
+# Terms of the expansion. The truncation error is largest at MIN_DEBYE_ORDER: over all kappa, 3.5e-8 of log C after three
+# terms and 2.4e-16 after nine (against mpmath), which is below the rounding of the dtype.
 DEBYE_TERMS = {torch.float32: 3, torch.float64: 9}
 
 
@@ -29,8 +29,8 @@ def log_vmf_constant(kappa: Tensor, dim: int) -> Tensor:
     ``dim < 64``) and 1e-12 in float64.
 
     Args:
-        kappa: [...] concentration, float32 or float64, must be >= 0 and finite. Neither is checked, for that would wait
-            for the device: a negative kappa gives the value at ``abs(kappa)``, NaN and infinity give NaN.
+        kappa: [...] concentration, float32 or float64, must be >= 0 and finite. This is not checked, because a check would
+            wait for the device: a negative kappa gives the value at ``abs(kappa)``; NaN and infinity give NaN.
         dim: dimension of the embedding, >= 2.
 
     Returns:
@@ -54,8 +54,8 @@ def vmf_mean_resultant_length(kappa: Tensor, dim: int) -> Tensor:
     It is minus the slope of ``log_vmf_constant``, and as accurate.
 
     Args:
-        kappa: [...] concentration, float32 or float64, must be >= 0 and finite. Neither is checked, for that would wait
-            for the device: a negative kappa gives minus the value at ``abs(kappa)``, NaN and infinity give NaN.
+        kappa: [...] concentration, float32 or float64, must be >= 0 and finite. This is not checked, because a check would
+            wait for the device: a negative kappa gives minus the value at ``abs(kappa)``; NaN and infinity give NaN.
         dim: dimension of the embedding, >= 2.
 
     Returns:
@@ -102,7 +102,7 @@ class _LogConstant(torch.autograd.Function):
 
 
 class _MeanResultantLength(torch.autograd.Function):
-    """A with the closed form of its slope, which is made of plain torch operations and so differentiable itself."""
+    """A with the closed form of its slope. The slope uses plain torch operations, so it is differentiable itself."""
 
     @staticmethod
     def forward(kappa: Tensor, dim: int) -> Tensor:
@@ -120,11 +120,11 @@ class _MeanResultantLength(torch.autograd.Function):
 
 
 # An order too small for the expansion is reached from above by r_{nu-1} = kappa/(2 nu + kappa r_nu), the recurrence of
-# DLMF 10.29.1 divided by I_nu. Downwards nothing in it cancels, and each step shrinks the error of the one before.
+# DLMF 10.29.1 divided by I_nu. Going down, no terms cancel, and each step shrinks the error of the one before.
 
 
 def orders(dim: int) -> list[float]:
-    """The orders to visit, in steps of one: from the first where the expansion serves down to dim/2 - 1."""
+    """The orders to visit, in steps of one: from the smallest at which the expansion is used down to dim/2 - 1."""
     order = dim / 2 - 1
     steps_up = max(0, math.ceil(MIN_DEBYE_ORDER - order))
     return [order + step for step in range(steps_up, -1, -1)]
@@ -158,7 +158,7 @@ def _mean_resultant_slope(kappa: Tensor, dim: int) -> Tensor:
     visited = orders(dim)
     if len(visited) == 1:
         return _debye_ratio_slope(kappa, visited[0])
-    # float64: the slope's steps, unlike the ratio's, do cancel, and float32 would keep four digits of it at dim = 2
+    # float64: terms of the slope cancel, unlike those of the ratio; float32 would keep only four digits at dim = 2
     k = kappa.double()
     ratio, slope = _debye_ratio(k, visited[0]), _debye_ratio_slope(k, visited[0])
     for order in visited[:-1]:
@@ -172,7 +172,7 @@ def _debye_log_constant(kappa: Tensor, order: float) -> Tensor:
     """log C(kappa) - log C(0) by the uniform expansion, in the dtype of ``kappa``; order >= MIN_DEBYE_ORDER.
 
     ``nu (log1p(d/2) - d) + log1p(d)/2 + x q(t)``, where x = 1 - t and ``x q(t) = sum_j (D_j(1) - D_j(t))/nu^j`` with
-    its root at x = 0 divided out. So every term vanishes like kappa^2, and no large ones cancel to leave a small one.
+    its root at x = 0 divided out. So every term vanishes like kappa^2, and no large terms cancel.
     """
     z = kappa / order
     s = torch.hypot(z, torch.ones_like(z))  # not sqrt(1 + z^2): that square overflows float32 from 2e19 on
@@ -211,7 +211,7 @@ def _expansion_coefficients(order: float, dtype: torch.dtype) -> list[float]:
 
 
 def difference_coefficients(order: float, dtype: torch.dtype) -> list[float]:
-    """Coefficients of q in ``(1 - t) q(t) = sum_j (D_j(1) - D_j(t))/nu^j``: that of t^i sums those of D beyond i."""
+    """Coefficients of q in ``(1 - t) q(t) = sum_j (D_j(1) - D_j(t))/nu^j``; that of t^i is the sum of D's beyond i."""
     expansion = _expansion_coefficients(order, dtype)
     return [math.fsum(expansion[i + 1 :]) for i in range(len(expansion) - 1)]
 
@@ -226,6 +226,6 @@ def _polynomial(t: Tensor, coefficients: list[float]) -> Tensor:
     """Value at ``t`` of the polynomial with these coefficients of t^0, t^1, ... (Horner)."""
     value = torch.full_like(t, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
-        # in place on the fresh product, which autograd does not need: one allocation a step, not two
+        # in place on the new product, which autograd does not need: one allocation per step instead of two
         value = (value * t).add_(coefficient)
     return value

@@ -1,4 +1,4 @@
-"""Duplicates among prototypes: how many a head really has (partial prototype collapse).
+"""Duplicates among prototypes: how many unique ones a head has (partial prototype collapse).
 
 Legend: K prototypes, D embedding dim, C prototypes of a block, M representatives of one, N members of the largest group.
 """
@@ -23,24 +23,24 @@ class UniquePrototypes:
     """Groups of prototypes that lie within eps of their group's first member."""
 
     count: int  # groups
-    largest_share: float  # of all prototypes, in the largest group; 1 / K when none is a duplicate
+    largest_share: float  # share of all prototypes that are in the largest group; 1 / K if there are no duplicates
     group: Tensor  # [K] int64, the group of each prototype
 
     @property
     def largest(self) -> Tensor:
-        """[N] int64, ascending: the prototypes of the largest group, of equally large ones the first."""
+        """[N] int64, ascending: the prototypes of the largest group, or of the first one among equally large groups."""
         return (self.group == self.group.bincount().argmax()).nonzero().flatten()
 
 
 @torch.no_grad()
 def unique_prototypes(weight: Prototypes | Tensor, eps: float = 0.025, metric: str = "cosine") -> UniquePrototypes:
-    """Count prototypes that differ in direction, greedily: each joins the first earlier representative within reach.
+    """Count prototypes of different direction, greedily: each joins the first earlier representative within ``eps``.
 
-    Streaming: besides fp32 (fp64 for fp64 prototypes) directions [K, D] only tiles of similarities are held. On a GPU their
-    products follow ``torch.set_float32_matmul_precision``: below "highest" they are off by up to 1e-3.
+    Only directions [K, D] in fp32 (fp64 for fp64 prototypes) and tiles of similarities are in memory. On a GPU, the products
+    follow ``torch.set_float32_matmul_precision``: with less than "highest" they are off by up to 1e-3.
 
     Args:
-        weight: K prototypes, or a floating-point matrix [K, D] of them; only directions count, zero rows form one group.
+        weight: K prototypes, or a floating-point matrix [K, D]. Only directions matter; rows of zeros form one group.
         eps: largest distance within a group; cosine distance ``1 - <mu_i, mu_j>`` or euclidean ``||mu_i - mu_j||``.
         metric: "cosine" or "euclidean".
 
@@ -48,7 +48,7 @@ def unique_prototypes(weight: Prototypes | Tensor, eps: float = 0.025, metric: s
         ValueError: ``weight`` is not a matrix of at least one row, the metric is unknown or eps negative.
         RuntimeError: the memory of ``weight`` has been freed.
     Source: Govindarajan et al., "On partial prototype collapse in the DINO family of self-supervised methods", BMVC 2024
-        (arXiv:2410.14060); 0.025 is the eps of later tables, the metric and the greedy rule a reconstruction.
+        (arXiv:2410.14060). 0.025 is the eps of later tables; the metric and the greedy rule are reconstructed.
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; expected one of {', '.join(METRICS)}")
@@ -84,7 +84,7 @@ def _greedy_groups(directions_KD: Tensor, least: float) -> Tensor:
     for block_CD in torch.split(directions_KD, BLOCK):
         group_C = _first_within_reach(block_CD, directions_KD[:count], least)
         new = _found_groups(block_CD, group_C, count, least)
-        # representatives move to the front, which never reaches the blocks still to come
+        # representatives move to the front; there are never more of them than rows already visited
         directions_KD[count : count + len(new)] = block_CD[new]
         count += len(new)
         groups.append(group_C)
@@ -92,11 +92,11 @@ def _greedy_groups(directions_KD: Tensor, least: float) -> Tensor:
 
 
 def _first_within_reach(block_CD: Tensor, representatives_MD: Tensor, least: float) -> Tensor:
-    """[C] the first representative within reach of each prototype, int64; -1 where there is none."""
+    """[C] int64: the first representative within reach of each prototype, or -1."""
     group_C = torch.full((block_CD.shape[0],), -1, dtype=torch.int64, device=block_CD.device)
     for start in range(0, representatives_MD.shape[0], BLOCK):
         similarity_CM = block_CD @ representatives_MD[start : start + BLOCK].T
-        # a maximum is cheap; which one is first matters only in rows that it lets through
+        # a maximum is cheap; the first one has to be found only in rows whose maximum is large enough
         found = ((similarity_CM.amax(dim=1) >= least) & (group_C < 0)).nonzero().flatten()
         # argmax of a boolean finds the first true
         group_C[found] = (similarity_CM[found] >= least).int().argmax(dim=1) + start
@@ -104,7 +104,7 @@ def _first_within_reach(block_CD: Tensor, representatives_MD: Tensor, least: flo
 
 
 def _found_groups(block_CD: Tensor, group_C: Tensor, first: int, least: float) -> list[int]:
-    """Give the prototypes without a group new ones from ``first`` on, in place; the members that found them."""
+    """Assign prototypes without a group to new groups, numbered from ``first``, in place; returns the representatives."""
     near_CC = block_CD @ block_CD.T >= least
     new: list[int] = []
     for row in range(block_CD.shape[0]):

@@ -1,8 +1,8 @@
 """Which student rows learn from which teacher rows, and with what weight.
 
 Rows are view-major: row ``v * B + b`` is view v of image b. Teacher view g and student view v of one image are paired
-with weight ``a_gv r_b``; rows of different images never are. B = 1 makes ``a`` an arbitrary matrix between single rows;
-one view on each side makes ``r`` the weights of a one-to-one pairing (masked patches).
+with weight ``a_gv r_b``. Rows of different images are never paired. With B = 1, ``a`` is an arbitrary matrix between single
+rows; with one view on each side, ``r`` are the weights of a one-to-one pairing (masked patches).
 
 Legend: G / V teacher / student views, B images, T = G B teacher rows, S = V B student rows, D any trailing dim.
 """
@@ -27,11 +27,11 @@ class Pairing(NamedTuple):
     image_weights: Tensor | None  # [B] r; None means 1
 
     def student_mass(self, images: int) -> Tensor:
-        """[S] ``n_s = sum_t a_ts`` (equation 3 of the README here)."""
+        """[S] ``n_s = sum_t a_ts`` (equation 3 of vmf_kernels/README.md)."""
         return self._spread(self.view_weights.sum(dim=0), images)
 
     def teacher_mass(self, images: int) -> Tensor:
-        """[T] ``n_t = sum_s a_ts`` (equation 6)."""
+        """[T] ``n_t = sum_s a_ts`` (equation 6 of vmf_kernels/README.md)."""
         return self._spread(self.view_weights.sum(dim=1), images)
 
     def to_students(self, teacher_TD: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def multi_crop_weights(teacher_views: int, student_views: int, *, device: torch.
 
 
 def check_pairing(pairing: Pairing, teacher_rows: int, student_rows: int) -> int:
-    """The number of images B, once the pairing is known to fit the rows.
+    """Check that the pairing fits the rows; returns the number of images B.
 
     Raises:
         ValueError: rows are not divisible by the views, the two sides disagree on B, or the weights have a wrong shape.
@@ -104,12 +104,12 @@ def check_pairing(pairing: Pairing, teacher_rows: int, student_rows: int) -> int
 
 
 def check_weights(pairing: Pairing) -> None:
-    """Raise ValueError unless all weights are finite and not negative; looks only where that waits for no device."""
+    """Raise ValueError unless all weights are finite and not negative. Skips weights whose reading would wait for a device."""
     for weights, name in ((pairing.view_weights, "pair weights"), (pairing.image_weights, "image or row weights")):
         if weights is None or not is_readable(weights) or weights.numel() == 0:
             continue
         if weights.numel() <= FEW:
-            # as Python's numbers, which are there sooner than torch's reduction; NaN fails the comparisons below
+            # as Python numbers, which is faster than torch's reduction; NaN fails the comparisons below
             flat: list[float] = weights.flatten().tolist()
             least, most = (math.nan, math.nan) if any(map(math.isnan, flat)) else (min(flat), max(flat))
         else:

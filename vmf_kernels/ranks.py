@@ -1,7 +1,7 @@
-"""Collectives that also work with one rank, and with no process group at all.
+"""Collectives that also work with one rank, and without a process group.
 
-A group is a ``torch.distributed`` process group; None is the default group where one exists, and this process alone where none
-does. Every rank of a group calls each function equally often, whatever rows it holds.
+A group is a ``torch.distributed`` process group. None means the default group, or this process alone if there is no default
+group. Every rank of a group must call each function equally often, whatever rows it holds.
 
 Legend: P ranks, R rows, D any trailing dim.
 """
@@ -27,7 +27,7 @@ def count_ranks(group: ProcessGroup | None = None) -> int:
 
 
 def rank_in(group: ProcessGroup | None = None) -> int:
-    """This process's place in the group, from 0; 0 without a process group."""
+    """This process's rank in the group, from 0; 0 without a process group."""
     return torch.distributed.get_rank(group) if _exists() else 0
 
 
@@ -42,7 +42,7 @@ def max_over_ranks(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 def gather_objects(mine: T, group: ProcessGroup | None = None) -> list[T]:
-    """Something small of the host's, of every rank in order."""
+    """A small object on the host from every rank, in rank order."""
     everyone = [mine] * count_ranks(group)
     if len(everyone) > 1:
         torch.distributed.all_gather_object(everyone, mine, group)
@@ -50,27 +50,27 @@ def gather_objects(mine: T, group: ProcessGroup | None = None) -> list[T]:
 
 
 def sum_number_over_ranks(number: int, group: ProcessGroup | None = None) -> int:
-    """Sum over ranks of a number of the host's."""
+    """Sum over ranks of a number on the host."""
     return sum(gather_objects(number, group))
 
 
 def log_sum_exp_over_ranks(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """``log sum_ranks exp(values)``, relative to the maximum over ranks, where nothing overflows and none underflows."""
+    """``log sum_ranks exp(values)``, relative to the maximum over ranks, so that it neither overflows nor underflows."""
     if count_ranks(group) == 1:
         return values
-    # a number, not -inf, where every rank has -inf: (-inf) - (-inf) would be NaN
+    # a finite number, not -inf, if every rank has -inf: (-inf) - (-inf) would be NaN
     top = max_over_ranks(values.clone(), group).clamp(min=torch.finfo(values.dtype).min)
     return sum_over_ranks((values - top).exp(), group).log() + top
 
 
 def all_finite(*tensors: Tensor, group: ProcessGroup | None) -> Tensor:
-    """[] bool whether every element is finite on all ranks of the group; None is this rank alone. Waits for no device."""
+    """[] bool: whether every element is finite on all ranks of the group (None: on this rank). Does not wait for a device."""
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     return finite if group is None else max_over_ranks((~finite).float(), group) == 0
 
 
 def gather_counts(count: int, device: torch.device, group: ProcessGroup | None = None) -> list[int]:
-    """Every rank's number, in their order; ``device`` is one that the group's collectives work on, and is waited for."""
+    """The number of every rank, in rank order. Waits for ``device``, which must be one that the group's collectives use."""
     if count_ranks(group) == 1:
         return [count]
     counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(count_ranks(group))]
@@ -81,9 +81,9 @@ def gather_counts(count: int, device: torch.device, group: ProcessGroup | None =
 def gather_rows(
     rows_RD: Tensor, group: ProcessGroup | None = None, counts: list[int] | None = None
 ) -> tuple[Tensor, int]:
-    """The rows of all ranks end to end, and where this rank's own begin; differentiable once, R may differ and be 0.
+    """The rows of all ranks, concatenated, and the index of this rank's first row. R may differ between ranks and be 0.
 
-    The gradient of a row is the sum of what all ranks give it. ``counts`` are the ranks' R, where they are known already.
+    Differentiable once: the gradient of a row is the sum over ranks. ``counts`` are the ranks' R, if already known.
     """
     if count_ranks(group) == 1:
         return rows_RD, 0
@@ -94,18 +94,18 @@ def gather_rows(
 
 
 def name_of(group: ProcessGroup | None) -> str:
-    """A name to hand to a ``torch.library`` op; "" for None."""
+    """A name of the group that a ``torch.library`` op can take; "" for None."""
     return "" if group is None else group.group_name
 
 
 def group_named(name: str) -> ProcessGroup | None:
-    """The group that ``name_of`` has named."""
-    # private, but what torch's own collectives in compiled graphs go by: an op's argument cannot be a group
+    """The group of a name that ``name_of`` returned."""
+    # private, but torch's own collectives in compiled graphs use it: an op's argument cannot be a group
     return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined, arg-type]
 
 
 class Shared(NamedTuple, Generic[T]):
-    """Holds what deep copies of its owner share instead of copying: a process group cannot be copied."""
+    """Holds a value that deep copies share with the original, such as a process group, which cannot be copied."""
 
     value: T
 
@@ -114,17 +114,17 @@ class Shared(NamedTuple, Generic[T]):
 
 
 class RowRanks(NamedTuple):
-    """Ranks whose rows count together; every rank's rows go into a sum once. Deep copies share it."""
+    """The ranks over whose rows a sum is taken; each rank's rows enter once. Deep copies share the group."""
 
     group: ProcessGroup | None
     alone: bool  # this process has all rows
 
     @classmethod
     def of(cls, prototype_group: ProcessGroup | None, row_group: ProcessGroup | None) -> RowRanks:
-        """All ranks by default; ranks that share out the prototypes hold the same rows, which must not count twice.
+        """``row_group``, or all ranks; with a prototype group alone, only this rank, for that group holds the same rows.
 
         Raises:
-            ValueError: there are ranks beyond the prototype group, and no row group says which of them have other rows.
+            ValueError: there are ranks outside the prototype group, and no row group says which of them have other rows.
         """
         alone = prototype_group is not None and row_group is None
         if alone and count_ranks(prototype_group) < count_ranks():
@@ -150,7 +150,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, counts: list[int], mine: int, group: ProcessGroup | None) -> Tensor:
         ctx.span, ctx.group = slice(sum(counts[:mine]), sum(counts[: mine + 1])), group
-        # all_gather wants equal shapes: every rank sends as many rows as the largest has
+        # all_gather needs equal shapes: every rank sends as many rows as the rank with the most
         padded = rows_RD.new_zeros(max(counts), *rows_RD.shape[1:])
         padded[: counts[mine]] = rows_RD
         parts = [torch.empty_like(padded) for _ in counts]

@@ -1,4 +1,4 @@
-"""What a batch says about the health of a head: entropies, divergence, usage, mutual information."""
+"""Statistics of a batch that show whether a head has collapsed: entropies, divergence, usage, mutual information."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class AssignmentStatistics:
     """Detached by-products of the loss, averaged over the pairs of this rank with their weights; entropies in nats.
 
-    ``loss = (teacher_entropy + kl) * sum of pair weights``. A healthy loss may rise; ``mutual_information`` near 0 is a
-    dead head, whatever the loss says: all rows go to one prototype, or every row to all of them.
+    ``loss = (teacher_entropy + kl) * sum of pair weights``. A healthy loss may rise. If ``mutual_information`` is near 0, the
+    head has collapsed, whatever the loss says: all rows go to one prototype, or every row goes to all of them.
     """
 
     teacher_entropy: Tensor  # [] mean H(q)
@@ -35,7 +35,7 @@ class AssignmentStatistics:
 
 @dataclass(frozen=True, eq=False)
 class SharedStatistics(AssignmentStatistics):
-    """The same where ranks share out the prototypes: ``usage`` is that of this rank's own."""
+    """The same if prototypes are split over ranks: ``usage`` is that of this rank's prototypes."""
 
     usage_entropy: Tensor  # [] H(mean q) over the prototypes of all ranks
 
@@ -53,7 +53,7 @@ def weighted_summary(loss: Tensor, teacher_entropy: Tensor, student_entropy: Ten
 
 
 def or_one(total: Tensor) -> Tensor:
-    """``total``, or 1 where it is 0: no pair has weight, and every weighted sum is 0 as well."""
+    """``total``, or 1 if it is 0: then no pair has weight, and every weighted sum is 0 as well."""
     return torch.where(total == 0, torch.ones_like(total), total)
 
 

@@ -1,4 +1,4 @@
-"""What may be done with a tensor from outside: whether it has memory of its own, and whether its values may be looked at."""
+"""What the library may do with a caller's tensor: whether it has its own memory, and whether its values may be read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PLAIN = (Tensor, Parameter)  # the exact types: a subclass may keep its values e
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether it is an eager tensor with memory of its own.
+    """Whether it is an eager tensor with its own memory.
 
-    Traced, fake, meta and other wrapped tensors are not: those of ``torch.compile``, ``torch.func`` and ``torch.export``.
+    Traced, fake, meta and other wrapped tensors (of ``torch.compile``, ``torch.func``, ``torch.export``) are not.
     """
-    # torch.func and torch.vmap wrap without a type of their own
+    # torch.func and torch.vmap wrap tensors without changing their type
     if type(tensor) not in PLAIN or tensor.is_meta or torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
@@ -26,29 +26,29 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether looking at its values neither waits for a device nor breaks a trace."""
+    """Whether reading its values neither waits for a device nor breaks a trace."""
     return tensor.device.type == "cpu" and has_memory(tensor)
 
 
 def is_moved(tensor: Tensor, version: int | None) -> bool:
-    """Whether it was changed in place since ``version_of`` gave this version; False where that is not known."""
+    """Whether it was changed in place since ``version_of`` returned this version; False if that is not known."""
     return version is not None and tensor._version != version
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """What an in-place change raises; None for tensors that do not count, such as those of ``torch.inference_mode``."""
+    """A number that every in-place change increases; None for tensors without one, as in ``torch.inference_mode``."""
     return None if type(tensor) not in PLAIN or tensor.is_inference() else tensor._version
 
 
 def may_require_grad(tensor: Tensor) -> bool:
-    """Whether a gradient at it may be asked for; ``torch.func`` says so at another of its levels."""
+    """Whether a gradient for it may be requested; under ``torch.func`` another level may do so, so this returns True."""
     if tensor.requires_grad or torch.compiler.is_compiling():
         return tensor.requires_grad
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def refuse_gradients(**arguments: object) -> None:
-    """Raise ValueError if one of these requires a gradient, which is not formed for it, in a region that records them."""
+    """Raise ValueError if gradients are enabled and an argument requires one: the library computes none for these."""
     if not torch.is_grad_enabled():
         return
     for name, value in arguments.items():
@@ -60,7 +60,7 @@ def refuse_gradients(**arguments: object) -> None:
 
 
 def is_transforming() -> bool:
-    """Whether ``torch.func`` (grad, vmap, ...) is at work; not asked of a trace, which has its own way with it."""
+    """Whether ``torch.func`` (grad, vmap, ...) is active; False in a trace, which handles it itself."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -68,7 +68,7 @@ def untransformed(tensor: Tensor) -> Tensor:
     """The tensor that ``torch.func`` has wrapped for its gradients.
 
     Raises:
-        RuntimeError: it is one of a batch of ``torch.vmap``, whose members have no value of their own outside.
+        RuntimeError: it is a member of a batch of ``torch.vmap``, which has no value of its own outside.
     """
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(tensor):
@@ -82,14 +82,14 @@ def untransformed(tensor: Tensor) -> Tensor:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A region without autocast, which would round sums to half precision; nothing on devices that have none, such as meta."""
+    """A region without autocast, which would round sums to half precision. No effect on devices without autocast (meta)."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def inside_function() -> bool:
-    """Whether an ``autograd.Function`` is in its forward pass, which gives a graph to the tensors that it returns alone."""
+    """Whether the forward pass of an ``autograd.Function`` is running: it gives a graph only to the tensors it returns."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     entry = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]

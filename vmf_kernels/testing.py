@@ -1,10 +1,10 @@
-"""What the tests measure against: problems, the loss written out densely, and the error budget.
+"""References for the tests: problems, the loss as a dense formula, and the error budget.
 
-The budget (CONTRIBUTING.md): with the truth in fp64 on the already rounded inputs, a result may be off by twice what the
-dense formula in plain torch is off in the same dtype, plus one rounding of every logit and of the result: a band without
-which luck would decide where the dense formula rounds well. It is equations (1) and (2) under autograd; no backend runs.
-A backend that forms 16-bit features' products in 16 bits is held against the dense formula that does so (``products``), and
-on a GPU set to tf32 the dense formula's products of fp32 are torch's own in tf32.
+The budget (CONTRIBUTING.md): the truth is fp64 on the already rounded inputs. A result may be off by twice the error of the
+dense formula in plain torch in the same dtype, plus one rounding of every logit and of the result. Without these roundings,
+chance would decide wherever the dense formula happens to round well. The dense formula is equations (1) and (2) under
+autograd; no backend runs. A backend that multiplies 16-bit features in 16 bits is compared with the dense formula that does
+so too (``products``). On a GPU set to tf32, the dense formula multiplies fp32 in tf32, as torch does.
 
 Legend: S / T student / teacher rows, G / V their views, B images, R rows of either, K prototypes, D embedding dim.
 """
@@ -21,18 +21,18 @@ from vmf_kernels.bessel import log_vmf_constant
 from vmf_kernels.ops.prototype_cross_entropy import CrossEntropy, prototype_cross_entropy
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype
 
-DENSE_ERRORS = 2.0  # how often the dense formula's error a result may be off
-LOSS_SCALE = 2.0**16  # what a GradScaler starts with: without one the dense formula's gradient underflows in fp16
-TF32_EPS = 2.0**-10  # relative spacing of the numbers that tensor cores see of fp32 ones
-FP64_BUDGET = 1e-12  # of the rounding sizes; the truth is no more exact than that
+DENSE_ERRORS = 2.0  # by how many times the dense formula's error a result may be off
+LOSS_SCALE = 2.0**16  # the initial scale of a GradScaler: without it the dense formula's gradient underflows in fp16
+TF32_EPS = 2.0**-10  # relative spacing of fp32 numbers as tensor cores round them
+FP64_BUDGET = 1e-12  # times the rounding sizes; the truth is not more exact
 GRADIENTS = ("feature_gradient", "weight_gradient", "magnitude_gradient")
 
-Outcome = dict[str, Tensor]  # loss, teacher_entropy, student_entropy, kl, usage, and those of GRADIENTS there are
+Outcome = dict[str, Tensor]  # loss, teacher_entropy, student_entropy, kl, usage, and the existing ones of GRADIENTS
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Arguments of one ``prototype_cross_entropy``, under its names; rows are view-major."""
+    """Arguments of one call of ``prototype_cross_entropy``, by name; rows are view-major."""
 
     student_features: Tensor
     student_prototypes: Prototypes
@@ -67,7 +67,7 @@ class Problem:
         )
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """Every tensor converted: up to fp64 for the truth, down to round the inputs of a problem."""
+        """Every tensor converted: up to fp64 for the truth, or down to round the inputs of a problem."""
         student, teacher = (
             replace(p, weight=p.weight.to(dtype), magnitude=None if p.magnitude is None else p.magnitude.to(dtype))
             for p in (self.student_prototypes, self.teacher_prototypes)
@@ -91,11 +91,11 @@ def random_problem(
     """A problem with unit features, signed magnitudes around 1, positive pair and image weights, and a teacher bias.
 
     Args:
-        images: B; with B = 1 the views are single rows and the pair weights an arbitrary [T, S] matrix.
+        images: B; with B = 1 the views are single rows, and the pair weights are an arbitrary [T, S] matrix.
         views, prototypes, dim: (G, V), K and D.
         kind: one of ``vmf_kernels.prototypes.KINDS``, for both networks.
         dtype: of features, prototypes and bias; drawn in fp64 from torch's generator and then rounded.
-        device: of every tensor, and of the generator: another device draws other numbers.
+        device: of every tensor and of the generator; another device draws other numbers.
     """
 
     normal, uniform = (partial(draw, dtype=torch.float64, device=device) for draw in (torch.randn, torch.rand))
@@ -120,19 +120,19 @@ def random_problem(
 
 
 def library_outcome(problem: Problem, backend: str = "auto") -> Outcome:
-    """What ``prototype_cross_entropy`` makes of the problem, gradients included."""
+    """The results of ``prototype_cross_entropy`` for the problem, with gradients."""
     features, prototypes = problem.student_leaves()
     loss, statistics = problem.cross_entropy(features, prototypes, backend)
     return {"loss": loss.detach()} | vars(statistics) | _gradients(loss, features, prototypes)
 
 
 def dense_outcome(problem: Problem, products: torch.dtype | None = None) -> Outcome:
-    """The same by the dense formula and autograd, in the accumulation dtype of the problem; in fp64 it is the truth.
+    """The same results by the dense formula and autograd, in the accumulation dtype of the problem; in fp64, the truth.
 
     Args:
         problem: what to compute.
-        products: dtype of the products of rows and prototypes, logits and their gradient included, as under autocast;
-            None for the accumulation dtype.
+        products: dtype of the products of rows and prototypes, in the logits and in their gradient, as under autocast; None
+            means the accumulation dtype.
     """
     features, prototypes = problem.student_leaves()
     terms = _Terms.of(problem, features, prototypes, products)
@@ -150,9 +150,10 @@ def dense_outcome(problem: Problem, products: torch.dtype | None = None) -> Outc
 
 
 def rounding_sizes(problem: Problem) -> Outcome:
-    """By how much each quantity moves, elementwise, per relative change of its logits' terms and of its own two parts.
+    """By how much each quantity changes, elementwise, per relative change of the logits' terms and of its own two parts.
 
-    Those are what students are drawn to and pushed from; a logit of size s moves its probability by s such changes.
+    The two parts are the pull to the targets and the push from the normaliser. A relative change of a logit of size s changes
+    its probability by s times as much.
     """
     features, prototypes = problem.student_leaves()
     terms = _Terms.of(problem, features, prototypes)
@@ -163,7 +164,7 @@ def rounding_sizes(problem: Problem) -> Outcome:
     teacher_TK = terms.q_TK * terms.sizes_TK
     student, teacher = 1 + n_S @ student_S / total, 1 + (n_T @ teacher_TK).sum() / total
     loss = n_S @ (student_S + log_z_S.detach().abs()) + (terms.pairs_TS * (terms.q_TK @ terms.sizes_SK.T)).sum()
-    # a target that moves costs the difference of its student's logits from their mean
+    # a target that changes costs the difference of its student's logits from their mean
     drawn_TK = terms.pairs_TS @ terms.l_SK.detach()
     loss = loss + (teacher_TK * (drawn_TK - (terms.q_TK * drawn_TK).sum(dim=1, keepdim=True)).abs()).sum()
     teacher_entropy = teacher + n_T @ log_z_T.abs() / total
@@ -180,13 +181,17 @@ def rounding_sizes(problem: Problem) -> Outcome:
 def assert_within_budget(
     actual: Outcome, problem: Problem, products: torch.dtype | None = None, *, logit_roundings: float = 1.0
 ) -> dict[str, float]:
-    """The used share of the budget by quantity, in [0, 1]; ``products`` as in ``dense_outcome``.
+    """Assert that every error is within the budget; returns the used share of it by quantity, in [0, 1].
 
-    ``logit_roundings`` are those of every logit that count, 2 for kernels that form it in base 2: their logits are 1.44 times
-    as large, and so is up to twice their rounding.
+    Args:
+        actual: the results to check.
+        problem: what they are results of.
+        products: as in ``dense_outcome``.
+        logit_roundings: how many roundings of every logit to allow. 2 for kernels that compute logits in base 2: these are 1.44
+            times as large, and their rounding is up to twice as large.
 
     Raises:
-        AssertionError: a quantity is missing, of a wrong shape or dtype, not finite, or off by more, with the numbers.
+        AssertionError: a quantity is missing, of a wrong shape or dtype, not finite, or off by more; the text has the numbers.
     """
     exact_problem = problem.to(torch.float64)
     truth, dense, sizes = dense_outcome(exact_problem), dense_outcome(problem, products), rounding_sizes(exact_problem)
@@ -211,7 +216,7 @@ def assert_within_budget(
 
 
 def _products_eps(problem: Problem, products: torch.dtype | None) -> float | None:
-    """Relative spacing of the operands of the dense formula's products, where it is wider than that of their sums."""
+    """Relative spacing of the operands of the dense formula's products, if they are rounded more than their sums."""
     if products is not None:
         return torch.finfo(products).eps
     features = problem.student_features
@@ -220,9 +225,9 @@ def _products_eps(problem: Problem, products: torch.dtype | None) -> float | Non
 
 
 def _chance(problem: Problem, eps: float) -> dict[str, float]:
-    """How far the sums over rows move when every logit is rounded on its own: three standard deviations.
+    """How far the sums over rows move if every logit is rounded independently: three standard deviations.
 
-    The dense formula's own error in such a sum is one draw of this, and may happen to be next to nothing.
+    The dense formula's own error in such a sum is one draw of this distribution, and may happen to be near 0.
     """
     terms = _Terms.of(problem, *problem.student_leaves())
     n_S, n_T, total = terms.masses()
@@ -269,7 +274,7 @@ class _Terms:
         )
 
     def masses(self) -> tuple[Tensor, Tensor, Tensor]:
-        """n_S, n_T and their sum, or 1 for it where there are no pairs."""
+        """n_S, n_T, and the sum of the pair weights, or 1 if no pair has weight."""
         n_T = self.pairs_TS.sum(dim=1)
         return self.pairs_TS.sum(dim=0), n_T, n_T.sum() if n_T.any() else n_T.new_ones(())
 

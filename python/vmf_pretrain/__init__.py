@@ -2,7 +2,7 @@
 
 from vmf_pretrain.torchvision_import import import_torchvision
 
-# before any module of the package imports torchvision, timm or lightning, which import it themselves
+# before any module of the package imports torchvision, or timm and lightning, which import torchvision
 TORCHVISION_DECLARATIONS = import_torchvision()
 
 __all__ = ["TORCHVISION_DECLARATIONS", "import_torchvision"]

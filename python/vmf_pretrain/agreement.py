@@ -1,12 +1,12 @@
-"""Whether a run's log and its summary tell the same of the mutual information between images and prototypes.
+"""Whether the log and the summary of a run agree about the mutual information between images and prototypes.
 
 Legend: B images of a training batch.
 
-The log holds it for training batches, each of B images seen twice; the summary for images as they are judged. A batch of few
-rows tells less than one of many, at most the logarithm of their number. If the images judged are to the network what views
-in training are, a batch's value lies between those of B and of 2 B images judged: the usage of two views of each image is
-averaged over at least as many, and at most twice as many, independent rows. What lies further off than batches differ from
-one another is a network that is judged on something else than it was trained on.
+The log has the value of training batches, each of B images seen twice; the summary has the value of evaluated images. The
+value grows with the number of rows and is at most the logarithm of that number. If the network responds to evaluated images
+as to training views, the value of a training batch lies between those of B and of 2 B evaluated images: with two views of
+each image, usage is averaged over at least B and at most 2 B independent rows. A value that lies further off than batches
+differ from one another means that the network is evaluated on other inputs than it was trained on.
 """
 
 import math
@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BATCHES_LOGGED = 10  # the newest lines of the log that are compared
-SPREADS = 4.0  # deviations of single batches that still count as the same
+SPREADS = 4.0  # standard deviations of single batches within which log and summary agree
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Mutual information of the log's last batches beside that of judged images in batches of the same size, nats.
+    """Mutual information of the log's last batches, and of evaluated images in batches of the same size, nats.
 
     Attributes:
-        logged: mean of the log's last batches.
-        judged: means over batches of B and of 2 B images judged.
+        logged: mean over the log's last batches.
+        judged: means over batches of B and of 2 B evaluated images.
         tolerance: how far ``logged`` may lie outside ``judged``.
     """
 
@@ -44,12 +44,12 @@ class Agreement:
 
 
 def agreement(logged: Sequence[float], once: Sequence[float], twice: Sequence[float]) -> Agreement | None:
-    """Compare a log with what is judged; None where either is too short to have a spread, or is not finite.
+    """Compare a log with evaluated images; None if either has too few batches for a spread, or a non-finite value.
 
     Args:
-        logged: of the last training batches.
-        once: of batches of B images judged.
-        twice: of batches of 2 B images judged.
+        logged: mutual information of the last training batches, nats.
+        once: that of batches of B evaluated images.
+        twice: that of batches of 2 B evaluated images.
     """
     if len(logged) < 2 or len(once) < 2 or not twice or not all(map(math.isfinite, (*logged, *once, *twice))):
         return None

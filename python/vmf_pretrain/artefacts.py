@@ -1,4 +1,4 @@
-"""What a run leaves to look at and to load: weights and plots."""
+"""The results of a run to load or to look at: weights and plots."""
 
 import json
 import os
@@ -24,8 +24,8 @@ SAMPLE_IMAGES = 6
 
 
 def save_weights(folder: RunFolder, name: str, teacher: Network, fed: NetworkInput, facts: Mapping[str, Any]) -> None:
-    """``weights/<name>.safetensors`` with the teacher's ``backbone.`` and ``head.``; beside it, as JSON, what it is fed
-    (``input``) and the facts."""
+    """Write ``weights/<name>.safetensors`` with the teacher's ``backbone.`` and ``head.``, and beside it a JSON file with
+    its network input (``input``) and the facts."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in teacher.state_dict().items()}
     path = folder.weights / f"{name}.safetensors"
     _replace(path, lambda temporary: save_file(tensors, str(temporary)))
@@ -34,10 +34,10 @@ def save_weights(folder: RunFolder, name: str, teacher: Network, fed: NetworkInp
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], NetworkInput]:
-    """The tensors of a ``weights/<name>.safetensors`` and what its network is fed.
+    """The tensors of a ``weights/<name>.safetensors`` file and the input of its network.
 
     Raises:
-        PretrainError: a file cannot be read, or the JSON beside the weights does not say what they were trained on.
+        PretrainError: a file cannot be read, or the JSON beside the weights lacks ``input``.
     """
     beside = path.with_suffix(".json")
     try:
@@ -73,7 +73,7 @@ def draw_plots(
 
 
 def _spread(count: int) -> list[int]:
-    """Indices of a few images, evenly over all."""
+    """Indices of a few images, evenly spread over all."""
     shown = min(SAMPLE_IMAGES, count)
     return [place * count // shown for place in range(shown)]
 

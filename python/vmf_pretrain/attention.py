@@ -1,4 +1,4 @@
-"""What the class token looks at: attention maps of the last block.
+"""The attention of the class token: attention maps of the last block.
 
 Legend: N images, T tokens, P prefix tokens (the class token first), h x w patches.
 """
@@ -18,18 +18,18 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     """Attention of the class token to every patch in the last block, after the softmax over all tokens.
 
     Args:
-        backbone: a timm ``VisionTransformer`` with a class token; left in the mode it had.
+        backbone: a timm ``VisionTransformer`` with a class token; its mode is restored.
         images: [N, C, H, W], any size the backbone takes; moved to the backbone's device.
 
     Returns:
-        [N, heads, h, w] float32 on the CPU; a map sums to 1 minus what goes to the prefix tokens.
+        [N, heads, h, w] float32 on the CPU; a map sums to 1 minus the attention to the prefix tokens.
 
     Raises:
-        PretrainError: the backbone has no class token or no such block.
+        PretrainError: the backbone has no class token, or its last block has no plain attention.
     """
     vit: Any = backbone
     attention: Any = getattr(vit.blocks[-1], "attn", None) if isinstance(vit, VisionTransformer) else None
-    # by name: the class has moved between timm's modules, and its kin with other arithmetic have other names
+    # by name: the class has moved between timm's modules, and similar classes with other arithmetic have other names
     if type(attention).__name__ != "Attention" or not vit.has_class_token:
         raise PretrainError(
             "Attention maps need a timm VisionTransformer with a class token and plain attention, "

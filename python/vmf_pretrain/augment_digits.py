@@ -1,4 +1,4 @@
-"""Views of digits: one affine map, gain and noise per view, a whole batch at a time.
+"""Views of digits: each has one affine map, a gain and noise. A whole batch is computed at once.
 
 Legend: B images, S side of the canvas, s side of a view.
 """
@@ -16,7 +16,7 @@ DIGIT_SIDE = 8  # pixels; scikit-learn's digits before they are put on a canvas
 
 
 def ink_middles(images_BSS: Tensor) -> Tensor:
-    """[B, 2] middle of each image's ink, (x, y) in pixels from the canvas's middle; found from the pixels alone."""
+    """[B, 2] centre of mass of each image's ink, (x, y) in pixels from the middle of the canvas."""
     side = images_BSS.shape[-1]
     places = torch.arange(side, dtype=images_BSS.dtype) - (side - 1) / 2
     ink = images_BSS.sum(dim=(1, 2)).clamp(min=torch.finfo(images_BSS.dtype).tiny)
@@ -26,7 +26,7 @@ def ink_middles(images_BSS: Tensor) -> Tensor:
 
 
 def draw(seed: int, epoch: int, indices: list[int], view: int, side: int) -> tuple[Tensor, Tensor]:
-    """Each image's random numbers for one view: [B, UNIFORM_DRAWS] in [-1, 1) and [B, side, side] standard normal."""
+    """The random numbers of one view of each image: [B, UNIFORM_DRAWS] in [-1, 1) and [B, side, side] standard normal."""
     uniform = torch.empty(len(indices), UNIFORM_DRAWS)
     normal = torch.empty(len(indices), side * side)
     for row, index in enumerate(indices):
@@ -39,7 +39,7 @@ def draw(seed: int, epoch: int, indices: list[int], view: int, side: int) -> tup
 def affine_views(images_BSS: Tensor, middles_B2: Tensor, uniform: Tensor, config: DigitViewConfig, side: int) -> Tensor:
     """[B, side, side] views: the digit magnified and turned about its own middle.
 
-    A view as large as the canvas is global: the digit lands anywhere it fits. A smaller one is local: it looks at a part.
+    A view as large as the canvas is global: the digit is put anywhere it fits. A smaller view is local: it shows a part.
     """
     canvas = images_BSS.shape[-1]
     low, high = config.global_zoom if side == canvas else config.local_zoom
@@ -47,7 +47,7 @@ def affine_views(images_BSS: Tensor, middles_B2: Tensor, uniform: Tensor, config
     angle_B = torch.deg2rad(config.rotation * uniform[:, 1])
     reach = (canvas - DIGIT_SIDE) / 2 if side == canvas else config.local_shift
     shift_B2 = uniform[:, 2:4] * reach
-    # grid_sample wants the map from the view's to the canvas's coordinates, both scaled to [-1, 1].
+    # grid_sample needs the map from the view's to the canvas's coordinates, both scaled to [-1, 1].
     cos_B, sin_B = angle_B.cos() / zoom_B, angle_B.sin() / zoom_B
     linear_B22 = torch.stack([cos_B, -sin_B, sin_B, cos_B], dim=1).view(-1, 2, 2)
     offset_B2 = middles_B2 - (linear_B22 @ shift_B2.unsqueeze(2)).squeeze(2)
@@ -67,7 +67,7 @@ def digit_view(
     side: int,
     config: DigitViewConfig,
 ) -> Tensor:
-    """[B, 1, side, side] view number ``view`` of the images, a pure function of (seed, epoch, index, view) row by row."""
+    """[B, 1, side, side] view number ``view`` of the images; row b is a pure function of (seed, epoch, indices[b], view)."""
     uniform, normal = draw(seed, epoch, indices, view, side)
     views_Bss = affine_views(images_BSS, middles_B2, uniform, config, side)
     gain_B11 = (1 + config.gain * uniform[:, 4]).view(-1, 1, 1)

@@ -40,7 +40,7 @@ def photo_view(image: Tensor, view: int, side: int, config: PhotoViewConfig, gen
 
 
 def _crop_box(height: int, width: int, area: tuple[float, float], generator: Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random share of the image's area; the whole image where no try fits."""
+    """(top, left, height, width) of a crop with a random share of the area; the whole image if no try fits."""
     for _ in range(CROP_TRIES):
         pixels = height * width * _uniform(*area, generator)
         aspect = math.exp(_uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), generator))

@@ -1,6 +1,6 @@
-"""Training batches as a pure function of the step: the order of the images and every view follow from the seed.
+"""Training batches as a pure function of the step: the seed determines the order of the images and every view.
 
-Nothing of a worker is ever saved: a run that starts at step n asks for batch n, and gets what any other run gets.
+So no state of a worker is saved: a run that starts at step n asks for batch n and gets the same batch as any other run.
 """
 
 import signal
@@ -21,7 +21,7 @@ from vmf_pretrain.randomness import DATA_ORDER, VIEW, generator_for
 
 @dataclass(frozen=True)
 class ViewBatches(Dataset[list[Tensor] | PretrainError]):
-    """Batch ``step`` as one tensor [B, C, side, side] for each view, the two global ones first."""
+    """Batch ``step`` is one tensor [B, C, side, side] for each view; the two global views come first."""
 
     images: Images
     config: Config
@@ -35,14 +35,14 @@ class ViewBatches(Dataset[list[Tensor] | PretrainError]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; the images left over wait for the next order."""
+        """Whole batches in an epoch; the images left over are not used in that epoch."""
         return len(self.images) // self.config.data.batch_size
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.config.train.epochs
 
     def __getitem__(self, step: int) -> list[Tensor] | PretrainError:
-        """The views, or the error of an unreadable image: raised in a worker it would arrive as a traceback."""
+        """The views, or the error of an unreadable image: an error raised in a worker would arrive as a traceback."""
         epoch, place = divmod(step, self.steps_per_epoch)
         size = self.config.data.batch_size
         try:
@@ -55,12 +55,11 @@ class ViewBatches(Dataset[list[Tensor] | PretrainError]):
         return torch.randperm(len(self.images), generator=generator_for(self.config.seed, DATA_ORDER, epoch))
 
     def views(self, epoch: int, indices: list[int]) -> list[Tensor]:
-        """Each view [B, C, side, side] of some images, as the network is fed it; row b of it depends on
-        (seed, epoch, indices[b], view) only."""
+        """One network input [B, C, side, side] per view; its row b depends only on (seed, epoch, indices[b], view)."""
         return [network_input(self.config).of(pixels) for pixels in self._pixels(epoch, indices)]
 
     def _pixels(self, epoch: int, indices: list[int]) -> list[Tensor]:
-        """The views as pixels in [0, 1], but for the noise of digits."""
+        """The views as pixels in [0, 1]; the noise of digits may leave that range."""
         chosen, seed = self.config.views, self.config.seed
         sides = [chosen.global_size] * GLOBAL_VIEWS + [chosen.local_size] * chosen.local_count
         if isinstance(self.images, DigitImages):
@@ -79,7 +78,7 @@ class ViewBatches(Dataset[list[Tensor] | PretrainError]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Workers outlive a Ctrl-C at the terminal, which reaches them too: the training process ends them in its own time."""
+    """Ctrl-C at a terminal reaches workers too; they ignore it, and the training process ends them when it is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -1,7 +1,7 @@
-"""Checkpoints as folders of safetensors files and one JSON file: written whole or not at all, verified when read, no pickle.
+"""Checkpoints: folders of safetensors files and one JSON file. They are written whole or not at all, and verified when read.
 
 ``step_00000123/`` holds ``<group>.safetensors`` for every group of tensors and ``state.json`` with the SHA-256 of each file and
-of itself. ``LATEST`` names the newest one, for people and scripts; loading looks at the folders themselves.
+of itself. ``LATEST`` names the newest one, for people and scripts; loading reads the folders themselves.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from vmf_pretrain.errors import PretrainError
 LATEST = "LATEST"
 STATE_FILE = "state.json"
 TEMPORARY = ".tmp-"  # a checkpoint or LATEST that is not yet whole; never read
-REPLACED = ".old-"  # a whole checkpoint that gives way to another one of its step; read if the other never arrived
+REPLACED = ".old-"  # a whole checkpoint that another one of its step replaces; read if that one was never completed
 STEP_FOLDER = re.compile(rf"(?P<replaced>{re.escape(REPLACED)})?step_(?P<step>\d{{8,}})")
 GROUP_NAME = re.compile(r"[A-Za-z0-9_]+")
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -40,7 +40,7 @@ class Checkpoint:
         path: its folder.
         step: optimizer steps done when it was written.
         tensors: by group, then by name; on the CPU.
-        state: the state as JSON gives it back: tuples as lists, keys as strings, floats exact.
+        state: the state as read from JSON: tuples have become lists, keys strings; floats are exact.
     """
 
     path: Path
@@ -58,22 +58,22 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step_<step>``, point ``LATEST`` at it and remove older ones.
 
-    At every moment, whatever kills the process, the folder holds a whole checkpoint if it held one before. One process at a
-    time may save into a folder.
+    Even if the process is killed at any moment, the folder holds a whole checkpoint if it held one before. Only one process
+    at a time may save into a folder.
 
     Args:
-        folder: the run's folder of checkpoints; made if missing.
+        folder: the run's folder of checkpoints; created if missing.
         step: optimizer steps done, >= 0; a checkpoint of the same step is replaced.
-        tensors: by group, each a file; any strides, devices and shared storage.
-        state: what JSON can hold.
-        keep: checkpoints of this step and before to keep, >= 1; later ones stay.
+        tensors: by group, one file each; any strides and devices, and storage may be shared.
+        state: anything that JSON can hold.
+        keep: how many checkpoints up to this step to keep, >= 1; later ones stay.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        PretrainError: the disk refused (full, read-only); earlier checkpoints and ``LATEST`` are as they were.
-        ValueError: ``step`` or ``keep`` is out of range, or a group's name is no plain word.
+        PretrainError: the disk is full or read-only; earlier checkpoints and ``LATEST`` are unchanged.
+        ValueError: ``step`` or ``keep`` is out of range, or a group's name is not a plain word.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step is {step} and keep is {keep}; expected step >= 0 and keep >= 1")
@@ -104,7 +104,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """The newest checkpoint in ``folder`` whose hashes verify, with a warning for every newer one that is damaged.
 
     Raises:
-        PretrainError: there is no checkpoint, or every one is damaged; says which and why.
+        PretrainError: there is no checkpoint, or all are damaged; the error names them and says why.
     """
     candidates = _newest_first(folder)
     if not candidates:
@@ -126,9 +126,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as ``"<index>.<name>"`` with the index of the parameter over all groups and a name of ``ADAMW_STATE``.
+    """AdamW's state by ``"<index>.<name>"``: the parameter's index over all groups, and a name of ``ADAMW_STATE``.
 
-    A parameter that has had no step yet has no entry. The tensors are the optimizer's own, not copies.
+    A parameter that has not been updated yet has no entry. The tensors are the optimizer's own, not copies.
 
     Raises:
         ValueError: the state is not AdamW's (or is AMSGrad's, which has more).
@@ -143,10 +143,10 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give AdamW the state that ``flatten_optimizer`` took, bit for bit; parameters without entries end up without state.
+    """Restore the state that ``flatten_optimizer`` returned, bit for bit; parameters without entries have no state then.
 
     Raises:
-        PretrainError: names, shapes or dtypes do not fit the optimizer's parameters; lists them and changes nothing.
+        PretrainError: names, shapes or dtypes do not fit the optimizer's parameters; the error lists them, nothing changes.
     """
     parameters = _parameters(optimizer)
     faults = _optimizer_faults([parameter for parameter, _ in parameters], tensors)
@@ -172,7 +172,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str
 
 
 def _optimizer_faults(parameters: list[Tensor], tensors: dict[str, Tensor]) -> list[str]:
-    """What keeps ``tensors`` from being the state of ``parameters``, each fault with its name."""
+    """Why ``tensors`` cannot be the state of ``parameters``: one text per fault, which names the tensor."""
     expected = {f"{index}.{name}": parameter for index, parameter in enumerate(parameters) for name in ADAMW_STATE}
     faults = [f"{name} belongs to none of the {len(parameters)} parameters" for name in tensors if name not in expected]
     for name, parameter in expected.items():
@@ -189,7 +189,7 @@ def _optimizer_faults(parameters: list[Tensor], tensors: dict[str, Tensor]) -> l
 
 
 def _write_contents(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """All files of a checkpoint, on disk when this returns."""
+    """Write all files of a checkpoint; they are on disk when this returns."""
     hashes = {}
     for group, named in tensors.items():
         # a copy of each: safetensors refuses strided and shared storage
@@ -198,14 +198,14 @@ def _write_contents(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         hashes[f"{group}.safetensors"] = hashlib.sha256(content).hexdigest()
         _write_durably(folder / f"{group}.safetensors", content)
     described = {"step": step, "torch_version": torch.__version__, "files": hashes, "state": state}
-    described = json.loads(json.dumps(described))  # as it will be read: keys as strings, tuples as lists
+    described = json.loads(json.dumps(described))  # hash it as it will be read: keys as strings, tuples as lists
     text = json.dumps({**described, "sha256": _hash_of(described)}, indent=1)
     _write_durably(folder / STATE_FILE, text.encode())
     _sync_folder(folder)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a whole checkpoint to its final name; one that has the name keeps being readable until then."""
+    """Rename a whole checkpoint to its final name; until then, an older one of that name stays readable."""
     replaced = path.with_name(f"{REPLACED}{path.name}")
     if path.exists():
         os.replace(path, replaced)
@@ -216,11 +216,11 @@ def _put_in_place(temporary: Path, path: Path) -> None:
             os.replace(replaced, path)
         raise
     _sync_folder(path.parent)
-    _remove(replaced)  # what withstands, the next save tries again
+    _remove(replaced)  # if this fails, the next save tries again
 
 
 def _clear_up(folder: Path) -> None:
-    """Finish what a killed process left: remove half-written checkpoints, give a replaced one its name back or remove it."""
+    """Clean up after a killed process: remove half-written checkpoints; rename a replaced one back, or remove it."""
     for unfinished in folder.glob(f"{TEMPORARY}step_*"):
         _remove(unfinished)
     for replaced in folder.glob(f"{REPLACED}step_*"):
@@ -232,7 +232,7 @@ def _clear_up(folder: Path) -> None:
 
 
 def _remove_older(folder: Path, step: int, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints of ``step`` and before; one that cannot be removed is only warned of."""
+    """Remove all but the ``keep`` newest checkpoints up to ``step``; warn about one that cannot be removed."""
     until_now = [path for path in _newest_first(folder) if _step_of(path) <= step]
     for path in until_now[keep:]:
         try:
@@ -242,7 +242,7 @@ def _remove_older(folder: Path, step: int, keep: int) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """Every checkpoint, whole or not; of two of one step the replaced one comes last."""
+    """Every checkpoint, whole or not; of two of the same step, the replaced one comes last."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
@@ -256,7 +256,7 @@ def _step_of(path: Path) -> int:
 
 
 def _promised(folder: Path) -> str | None:
-    """The name in ``LATEST``; None without one, or where it names no checkpoint."""
+    """The name in ``LATEST``; None if there is no such file, or if it does not name a checkpoint."""
     try:
         name = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -268,7 +268,7 @@ def _read(path: Path) -> Checkpoint:
     """The checkpoint at ``path``; every file is hashed before any tensor is parsed.
 
     Raises:
-        _DamagedError: with the file and the reason.
+        _DamagedError: the checkpoint is damaged; the text names the file and the reason.
     """
     described = _read_description(path)
     contents = {}
@@ -290,7 +290,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """The contents of ``state.json``, whose own hash verifies."""
+    """The contents of ``state.json``, verified by its own hash."""
     try:
         described = json.loads(_read_bytes(path / STATE_FILE))
     except ValueError as error:
@@ -319,7 +319,7 @@ def _hash_of(described: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """``path``, whose file or folder is gone afterwards unless it was renamed."""
+    """Yields ``path``; on exit, its file or folder is removed unless it was renamed."""
     try:
         yield path
     finally:

@@ -1,4 +1,4 @@
-"""Checks of configuration values, each a one-sentence error."""
+"""Checks of configuration values; each raises an error of one sentence."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The command ``vmf-pretrain``: a demo on bundled digits, and runs on a folder of images."""
+"""The command ``vmf-pretrain``: a demo on bundled digits, or a run on a folder of images."""
 
 import argparse
 import itertools
@@ -19,14 +19,14 @@ METHODS = ("dino-vmf", "dino")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code: 0 done, 2 bad input, 130 or 143 stopped by a signal after a checkpoint."""
+    """Run the command. Returns its exit code: 0 done, 2 bad input, 130 or 143 stopped by a signal after a checkpoint."""
     chosen = _parser().parse_args(arguments)
     try:
         return _run(chosen)
     except PretrainError as error:
         print(f"vmf-pretrain: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:  # before or after the training itself, which saves first
+    except KeyboardInterrupt:  # only before or after the training; during it, a signal first writes a checkpoint
         print("vmf-pretrain: stopped; a run that has begun goes on with --resume.", file=sys.stderr)
         return INTERRUPTED
 
@@ -70,13 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vmf-pretrain", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="pretrain a small ViT on bundled digits: a few minutes on a CPU")
-    fit = commands.add_parser("fit", help="pretrain as a configuration file says")
-    fit.add_argument("--config", type=Path, metavar="FILE", help="YAML; see vmf_pretrain/recipes")
+    fit = commands.add_parser("fit", help="pretrain with a configuration file")
+    fit.add_argument("--config", type=Path, metavar="FILE", help="YAML file; vmf_pretrain/recipes has examples")
     for command in (demo, fit):
-        command.add_argument("--out", type=Path, help="run folder, new (default: the next free runs/demo or runs/fit)")
-        command.add_argument("--seed", type=int, help="of initialisation, data order and augmentation")
-        command.add_argument("--method", choices=METHODS, help="default: what the configuration says")
-        command.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+        command.add_argument("--out", type=Path, help="new run folder (default: the next free runs/demo or runs/fit)")
+        command.add_argument("--seed", type=int, help="seed of initialisation, data order and augmentation")
+        command.add_argument("--method", choices=METHODS, help="the method (default: that of the configuration)")
+        command.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
     return parser
 
 

@@ -11,14 +11,14 @@ DIGIT_CANVAS = 16  # pixels: side of the canvas that a digit is put on
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they are fed.
+    """Which images a run trains on, and in what batches.
 
     Attributes:
         kind: "digits" (scikit-learn's bundled handwritten digits on a 16 x 16 canvas) or "folder" (a folder of images).
-        folder: the folder of images for kind "folder", searched recursively; its sub-folders are classes of the k-NN check.
+        folder: the folder of images for kind "folder", searched recursively; its sub-folders are the classes of k-NN.
         batch_size: images per optimizer step.
-        workers: processes that prepare batches; 0 prepares them in the training process. Never changes a result.
-        held_out: share of the images kept out of training for the k-NN check; used for a folder with class sub-folders only.
+        workers: processes that prepare batches; 0 prepares them in the training process. It never changes a result.
+        held_out: share of the images held out for k-NN and linear accuracy; used only if the folder has class sub-folders.
     """
 
     kind: Literal["digits", "folder"] = "folder"
@@ -164,9 +164,9 @@ class HeadConfig:
         hidden_dim: width of the hidden layers.
         bottleneck_dim: dimension D in which prototypes are compared.
         layers: linear layers before the prototypes.
-        batch_norm: put batch normalisation after each hidden layer; needed by small backbones.
-        norm_prototypes: keep every prototype at norm 1; null does so for dino and leaves the norms free for dino-vmf,
-            whose concentrations they are.
+        batch_norm: put batch normalisation after each hidden layer; small backbones need it.
+        norm_prototypes: keep every prototype at norm 1; null means true for dino and false for dino-vmf, where the norms
+            are the concentrations.
     """
 
     prototypes: int = 65536
@@ -189,12 +189,12 @@ class LossConfig:
     Attributes:
         student_temp: the student's temperature.
         warmup_teacher_temp: the teacher's temperature in the first epoch.
-        teacher_temp: the teacher's temperature after its warm-up; below the student's, or the run collapses to uniform.
+        teacher_temp: the teacher's temperature after its warm-up; must be below the student's, or the run collapses to uniform.
         warmup_teacher_temp_epochs: epochs of the teacher temperature's linear warm-up.
         center_momentum: momentum of the teacher's centre.
         center_start: "zero" as published, or "first_batch", which spares a small model some steps toward a constant.
         centering: "probability" or "logit", for dino-vmf; dino always centres logits.
-        koleo_weight: weight of the KoLeo regulariser on the student's features of each global view; 0 leaves it out.
+        koleo_weight: weight of the KoLeo regulariser on the student's features of each global view; 0 disables it.
     """
 
     student_temp: float = 0.1
@@ -266,11 +266,11 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training images.
-        device: "auto" takes a GPU where there is one.
+        device: "auto" uses a GPU if there is one.
         precision: "32-true", or "bf16-mixed" for autocast.
         log_every: optimizer steps between two lines of metrics.jsonl.
         checkpoint_every: epochs between two checkpoints; one is always written at the end and on Ctrl-C.
-        keep_checkpoints: newest checkpoints kept; an older one is what a corrupt one falls back to.
+        keep_checkpoints: how many of the newest checkpoints are kept; if one is damaged, a run resumes from the one before.
     """
 
     epochs: int = 100
@@ -292,13 +292,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How features are judged while and after training.
+    """How features are evaluated during and after training.
 
     Attributes:
-        every: epochs between two evaluations; one is always made before the first and after the last step.
+        every: epochs between two evaluations; there is always one before the first and one after the last step.
         neighbours: k of the k-NN classifier.
         temperature: temperature of its votes exp(cosine / temperature).
-        max_images: most images of each split that are looked at.
+        max_images: largest number of images of each split that is evaluated.
         duplicate_threshold: cosine distance below which two prototypes count as duplicates.
     """
 

@@ -1,4 +1,4 @@
-"""Configurations as YAML files: read strictly, written resolved."""
+"""Configurations as YAML files. Reading refuses unknown keys; writing includes every field."""
 
 import difflib
 from collections.abc import Mapping

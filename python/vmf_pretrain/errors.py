@@ -1,5 +1,5 @@
-"""Errors a user can mend, told in one sentence."""
+"""Errors that a user can correct, each of one sentence."""
 
 
 class PretrainError(Exception):
-    """What was got and what was expected, in one sentence; the command line prints it without a traceback and exits with 2."""
+    """One sentence: what was given and what was expected. The command prints it without a traceback and exits with 2."""

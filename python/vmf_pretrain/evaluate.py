@@ -1,4 +1,4 @@
-"""How good features are, and how alive a head is: k-NN, linear probe, RankMe, and what the prototypes do.
+"""How good features are, and whether a head has collapsed: k-NN, linear probe, RankMe, usage of the prototypes.
 
 Legend: N training rows (or images), M test rows, F feature dim, C classes, K prototypes, D bottleneck dim.
 """
@@ -33,15 +33,15 @@ PROBE_ITERATIONS = 1000  # of L-BFGS; a warning says if that was too few
 
 @dataclass(frozen=True, eq=False)
 class HeadReport:
-    """What a head does with a set of images; entropies in nats, at most ``ln K``.
+    """How a head assigns a set of images to prototypes; entropies in nats, at most ``ln K``.
 
     Attributes:
-        mutual_information: between images and prototypes, ``usage_entropy - teacher_entropy``; near 0 is a dead head.
+        mutual_information: between images and prototypes, ``usage_entropy - teacher_entropy``; near 0, the head has collapsed.
         teacher_entropy: mean entropy of an image's distribution over prototypes; near 0 is one-hot, near ``ln K`` uniform.
         usage: [K] mean probability of each prototype over the images, float32; sums to 1.
         usage_entropy: entropy of ``usage``.
         prototypes_used: prototypes that are the most probable one of at least one image.
-        unique_prototypes: prototypes left when near-duplicates in direction count once.
+        unique_prototypes: prototypes, counting each set of near-duplicates in direction once.
         largest_duplicate_share: share of all prototypes in the largest group of duplicates; 1 / K without any.
         norms: [K] norms of the prototypes, float32; divided by the temperature they are the vMF concentrations.
     """
@@ -67,8 +67,8 @@ def knn_accuracy(
         train: [N, F] features, floating point, of any norm.
         train_labels: [N] integers.
         test: [M, F] features.
-        test_labels: [M] integers; a class that is not among the training labels counts as wrong.
-        neighbours: k; all N where there are fewer.
+        test_labels: [M] integers; a row whose class is not among the training labels counts as wrong.
+        neighbours: k; if N is smaller, all N.
         temperature: positive.
 
     Raises:
@@ -98,7 +98,7 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
     Arguments and errors as ``knn_accuracy``.
 
     Raises:
-        PretrainError: the training labels hold one class only.
+        PretrainError: the training labels have only one class.
     """
     _check_split(train, train_labels, test, test_labels)
     if torch.unique(train_labels).shape[0] < 2:
@@ -107,7 +107,7 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
         )
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=PROBE_ITERATIONS))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # said in our own words below
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the warning below says it
         probe.fit(train.double().cpu().numpy(), train_labels.cpu().numpy())
     if int(probe[-1].n_iter_.max()) >= PROBE_ITERATIONS:
         warnings.warn(
@@ -125,7 +125,7 @@ def rankme(features: Tensor) -> float:
         features: [N, F] floating point, as they are (not centred).
 
     Returns:
-        Between 1 and min(N, F), in dimensions; 0 where every feature is 0.
+        Between 1 and min(N, F), in dimensions; 0 if every feature is 0.
 
     Raises:
         ValueError: ``features`` is not a matrix with at least one row.
@@ -141,10 +141,10 @@ def rankme(features: Tensor) -> float:
 
 
 def extract_features(backbone: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """[N, F] float32 on the CPU: what the backbone gives for every image, in evaluation mode, without random numbers.
+    """[N, F] float32 on the CPU: the backbone's features of every image, in evaluation mode, without random numbers.
 
     Args:
-        backbone: maps [B, C, H, W] to [B, F]; every module gets the mode back that it had.
+        backbone: maps [B, C, H, W] to [B, F]; the mode of every module is restored.
         batches: [B, C, H, W] images; moved to the backbone's device.
 
     Raises:
@@ -167,13 +167,13 @@ def extract_features(backbone: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 def report_head(
     head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, threshold: float
 ) -> HeadReport:
-    """What the head does with ``features``, every image weighing the same, in evaluation mode.
+    """How the head assigns ``features`` to prototypes, in evaluation mode; every image has the same weight.
 
     Args:
-        head: the projection head, whose prototypes bring their vMF normaliser if they have one (``DINOvMFHead``); every module
-            gets the mode back that it had.
+        head: the projection head; its prototypes add the vMF normaliser if they have one (``DINOvMFHead``). The mode of every
+            module is restored.
         features: [N, F] of the backbone; moved to the head's device.
-        temperature: of the teacher, positive.
+        temperature: the teacher's, positive.
         bias: [K] nats added to the logits (the centre's bias), or None.
         threshold: cosine distance below which two prototypes count as duplicates.
 
@@ -200,10 +200,10 @@ def report_head(
 def batch_information(
     head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, rows: int
 ) -> list[float]:
-    """Mutual information in nats of every whole batch of ``rows`` images in turn: what a log of such batches would say.
+    """Mutual information, in nats, of each consecutive batch of ``rows`` images, as a log of such batches would have it.
 
-    It is at most ``ln rows``, and on average less than that of all images together. Arguments as ``report_head``; no image is
-    in two batches, and those left over are in none.
+    It is at most ``ln rows``, and on average less than that of all images together. Arguments as ``report_head``. No image
+    is in two batches; images left over are not used.
     """
     logits, on_device = _assigned(head, features, bias)
     prototypes = logits.prototypes
@@ -214,7 +214,7 @@ def batch_information(
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for ``module`` and all its parts, each of which gets its own mode back."""
+    """Evaluation mode for ``module`` and all its parts; on exit, the mode of each part is restored."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -230,7 +230,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def _assigned(head: DINOHead, features: Tensor, bias: Tensor | None) -> tuple[PrototypeLogits, Tensor | None]:
-    """Logits of features in evaluation mode, and the bias where they are."""
+    """Logits of features in evaluation mode, and the bias on their device."""
     device = device_of(head)
     with evaluating(head):
         logits: PrototypeLogits = head(features.to(device)).float()
@@ -240,7 +240,7 @@ def _assigned(head: DINOHead, features: Tensor, bias: Tensor | None) -> tuple[Pr
 def _statistics(
     rows_ND: Tensor, prototypes: Prototypes, temperature: float, bias: Tensor | None
 ) -> AssignmentStatistics:
-    """What rows and prototypes do with each other: of the teacher with itself, for only the statistics are wanted."""
+    """Statistics of the teacher's rows: it is passed as both networks, because only the statistics are wanted."""
     return prototype_cross_entropy(
         rows_ND,
         prototypes,
@@ -254,7 +254,7 @@ def _statistics(
 
 
 def _log_prior(prototypes: Prototypes, temperature: float, bias: Tensor | None) -> Tensor:
-    """[K] nats that an image's logits get whatever the image: log-normaliser and bias."""
+    """[K] nats that are added to the logits of every image: log-normaliser and bias."""
     norms = prototypes.norms()
     prior = torch.zeros_like(norms) if bias is None else bias.to(norms.dtype)
     if prototypes.has_normalizer:

@@ -1,4 +1,4 @@
-"""Where images come from: the bundled digits, or a folder.
+"""The images of a run: the bundled digits, or a folder.
 
 Legend: N images, S side of the canvas, C channels.
 """
@@ -26,7 +26,7 @@ TRAIN_DIGITS = 1297  # the other 500 are held out
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # more pixels than any photograph has
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-SPLIT_SEED = 0  # of splits and placements, never the run's seed: runs are compared on the same data
+SPLIT_SEED = 0  # of splits and placements; not the run's seed, so that all runs are compared on the same data
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DigitImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files, decoded when asked for."""
+    """Image files, decoded when they are needed."""
 
     paths: list[Path]
     labels: Tensor | None  # [N] int64 classes by sub-folder, None where there are none
@@ -92,14 +92,14 @@ SomeImages = TypeVar("SomeImages", DigitImages, FolderImages)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """A 16-bit grayscale image on the scale of 8 bits, which ``convert`` would clip to white; others as they are."""
+    """A 16-bit grayscale image scaled to 8 bits, because ``convert`` would clip it to white; other images unchanged."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).astype(np.float64) / SIXTEEN_BIT).clip(0, 255).round().astype(np.uint8))
 
 
 def digits() -> tuple[DigitImages, DigitImages]:
-    """Training and held-out digits; the split and each digit's place never change."""
+    """Training and held-out digits; the split and the place of each digit never change."""
     bundled = load_digits()
     ink = torch.from_numpy((bundled.images / FULL_INK).astype(np.float32))
     free = DIGIT_CANVAS - DIGIT_SIDE + 1
@@ -112,7 +112,7 @@ def digits() -> tuple[DigitImages, DigitImages]:
 
 
 def folder_images(folder: Path, size: int, held_out: float) -> tuple[FolderImages, FolderImages | None]:
-    """Training images of a folder, searched recursively, and held-out ones where sub-folders name classes.
+    """Training images of a folder, searched recursively; also held-out images, if sub-folders name classes.
 
     Raises:
         PretrainError: the folder does not exist or holds no image.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that the loop looks at between steps; a second signal ends the program at once."""
+"""Ctrl-C and SIGTERM set a flag that the loop reads between steps; a second signal ends the program at once."""
 
 import signal
 from types import FrameType, TracebackType
@@ -8,7 +8,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Context in which the first signal sets ``requested`` and nothing else: nothing is saved inside a handler."""
+    """Context in which the first signal only sets ``requested``: nothing is saved inside a handler."""
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None

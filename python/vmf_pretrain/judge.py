@@ -1,4 +1,4 @@
-"""How good the teacher's frozen features are, while a run goes on and at its end."""
+"""How good the teacher's frozen features are, during a run and at its end."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ from vmf_pretrain.training import Training
 
 BASELINES = ("knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels")
 BATCH = 256  # images a forward pass
-PIXEL_SIDE = 32  # of the pixels that k-NN compares: photographs as they are would fill the memory
-PROBED_SIDE = 16  # of those that the linear probe sees: at 32 it takes a minute for 800 photographs, and is no better
+PIXEL_SIDE = 32  # side of the images whose pixels k-NN compares: full photographs would fill the memory
+PROBED_SIDE = 16  # the same for the linear probe: at 32 it takes a minute for 800 photographs, and is no better
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What the end of a run is judged to be.
+    """The evaluation at the end of a run.
 
     Attributes:
-        figures: the summary's, as far as the teacher decides them.
-        head: what the head does with the training images.
-        information: mutual information, nats, of judged images in batches as large as in training, and twice as large.
+        figures: the numbers of the summary that depend on the teacher.
+        head: how the head assigns the training images.
+        information: mutual information, nats, of evaluated images in batches as large as in training, and twice as large.
     """
 
     figures: dict[str, Any]
@@ -47,7 +47,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Judge:
-    """The images that features are judged on; held-out ones exist only where there are labels."""
+    """Evaluates features on these images; there are held-out images only if there are labels."""
 
     train: Images
     held_out: Images | None
@@ -62,7 +62,7 @@ class Judge:
     def baselines(self, untrained: nn.Module) -> dict[str, float | None]:
         """k-NN and linear accuracy, percent, of an untrained backbone's features and of raw pixels; None without labels.
 
-        Pixels are averaged to at most PIXEL_SIDE a side for k-NN, to at most PROBED_SIDE for the probe.
+        Images are averaged to at most PIXEL_SIDE pixels a side for k-NN, and to at most PROBED_SIDE for the probe.
         """
         if not self._labelled:
             return dict.fromkeys(BASELINES)
@@ -77,11 +77,11 @@ class Judge:
         }
 
     def inputs(self, images: Images) -> Iterator[Tensor]:
-        """What a network that is judged is fed: batches [B, C, size, size] of the images looked at."""
+        """Network inputs of the evaluated images: batches [B, C, size, size]."""
         return map(network_input(self.config).of, self._pixels(images))
 
     def report(self, training: Training) -> Report:
-        """Judge the teacher with its head."""
+        """Evaluate the teacher with its head."""
         teacher = training.teacher
         features = self._features(teacher.backbone, self.train)
         tau = training.teacher_temperature(self.config.train.epochs)
@@ -107,7 +107,7 @@ class Judge:
     def _information(
         self, head: DINOHead, features: Tensor, assigned: dict[str, Any]
     ) -> tuple[list[float], list[float]]:
-        """Of batches of the training's size and of twice that, or of all images where they are fewer; in a fixed order."""
+        """Mutual information of batches as large as in training, and twice as large (at most all images); fixed order."""
         shuffled = features[torch.randperm(len(features), generator=generator_for(SPLIT_SEED, JUDGED_ORDER))]
         size = self.config.data.batch_size
         once = batch_information(head, shuffled, **assigned, rows=size)
@@ -128,7 +128,7 @@ class Judge:
 
     def _linear(self, train: Tensor, kept: Tensor) -> float | None:
         labels = self._labels(self.train)
-        if bool((labels == labels[0]).all()):  # a probe has nothing to tell apart
+        if bool((labels == labels[0]).all()):  # with one class there is nothing to distinguish
             return None
         return float(linear_accuracy(train, labels, kept, self._labels(self._kept())))
 
@@ -144,7 +144,7 @@ class Judge:
             yield images.evaluation_pixels(chosen[start : start + BATCH])
 
     def _chosen(self, images: Images) -> list[int]:
-        """Indices of the images looked at, evenly over all: files are sorted by class."""
+        """Indices of the evaluated images, evenly spread over all, because files are sorted by class."""
         count = min(len(images), self.config.evaluate.max_images)
         return [place * len(images) // count for place in range(count)]
 

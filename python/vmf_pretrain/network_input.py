@@ -1,4 +1,4 @@
-"""The one way from an image's pixels to what a network is fed, and back, in training, judging, plots and export alike.
+"""The only way from an image's pixels to the input of a network, and back: used in training, evaluation, plots and export.
 
 Legend: C channels, H x W pixels.
 """
@@ -13,7 +13,7 @@ from vmf_pretrain.checks import require, require_positive
 from vmf_pretrain.config import Config
 
 FULL_BYTE = 255.0
-# Mean and deviation of each channel by kind of data: ink as it is; ImageNet's, as the published networks expect.
+# Mean and deviation of each channel by kind of data: digits stay as they are; photographs use ImageNet's, as published.
 SCALES = {
     "digits": ((0.0,), (1.0,)),
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -22,12 +22,12 @@ SCALES = {
 
 @dataclass(frozen=True)
 class NetworkInput:
-    """Size and scale of what a network is trained on: kept beside its weights, for they are worth nothing without.
+    """Size and scale of a network's input. It is stored beside the weights, which are useless without it.
 
     Attributes:
-        size: side of a global view, and of the square on which an image is judged, pixels.
-        mean: of each channel; subtracted from pixels in [0, 1].
-        deviation: of each channel; what is left is divided by it.
+        size: side of a global view, and of the square that is evaluated, pixels.
+        mean: one number per channel, subtracted from pixels in [0, 1].
+        deviation: one number per channel, by which the difference is divided.
     """
 
     size: int
@@ -50,30 +50,30 @@ class NetworkInput:
         return len(self.mean)
 
     def of(self, pixels: Tensor) -> Tensor:
-        """[..., C, H, W] float32: what the network is fed for ``pixels`` of that shape, uint8 or floating in [0, 1].
+        """[..., C, H, W] float32 input of the network for ``pixels`` of the same shape, uint8 or floating in [0, 1].
 
         Raises:
-            ValueError: the channels are not those that the network takes.
+            ValueError: the number of channels differs from the network's.
         """
         scaled = pixels.float() if pixels.is_floating_point() else pixels.float() / FULL_BYTE
         mean, deviation = self._scale(scaled)
         return scaled.sub(mean).div_(deviation)
 
     def pixels(self, inputs: Tensor) -> Tensor:
-        """[..., C, H, W] the pixels that ``of`` was given, in [0, 1], for a picture of what the network saw."""
+        """[..., C, H, W] pixels in [0, 1]: the inverse of ``of``, for pictures of the network's input."""
         mean, deviation = self._scale(inputs)
         return inputs.mul(deviation).add_(mean)
 
     def facts(self) -> dict[str, Any]:
-        """What JSON holds of it."""
+        """This input as JSON holds it."""
         return {**asdict(self), "mean": list(self.mean), "deviation": list(self.deviation), "channels": self.channels}
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> "NetworkInput":
-        """Read what ``facts`` wrote.
+        """The inverse of ``facts``.
 
         Raises:
-            PretrainError: a part is missing, or the numbers make no sense.
+            PretrainError: an entry is missing, or the numbers make no sense.
         """
         missing = [name for name in ("size", "channels", "mean", "deviation") if name not in facts]
         require(not missing, f"input lacks {', '.join(missing)}; expected size, channels, mean and deviation.")
@@ -85,7 +85,7 @@ class NetworkInput:
         return read
 
     def _scale(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[C, 1, 1] mean and deviation, where the images are."""
+        """[C, 1, 1] mean and deviation, on the device of the images."""
         if images.ndim < 3 or images.shape[-3] != self.channels:
             raise ValueError(f"images have shape {tuple(images.shape)}; expected [..., {self.channels}, H, W]")
         mean, deviation = images.new_tensor(self.mean), images.new_tensor(self.deviation)
@@ -93,6 +93,6 @@ class NetworkInput:
 
 
 def network_input(config: Config) -> NetworkInput:
-    """What the network of a configuration is fed."""
+    """The network input of a configuration."""
     mean, deviation = SCALES[config.data.kind]
     return NetworkInput(config.views.global_size, mean, deviation)

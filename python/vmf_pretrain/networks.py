@@ -1,4 +1,4 @@
-"""Student and teacher: a timm vision transformer with a DINO head each.
+"""Student and teacher: each is a timm vision transformer with a DINO head.
 
 Legend: B images, F features of the backbone.
 """
@@ -20,7 +20,7 @@ from vmf_pretrain.optim import update_average
 
 
 class Network(nn.Module):
-    """Backbone and head over the views of a batch."""
+    """Backbone and head, applied to the views of a batch."""
 
     def __init__(self, backbone: nn.Module, head: DINOHead) -> None:
         super().__init__()
@@ -28,17 +28,17 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, PrototypeLogits]:
-        """Views [B, C, side, side] to class features [views * B, F], view-major, and their logits; one pass a size."""
+        """Class features [views * B, F], view-major, of views [B, C, side, side], and their logits; one pass per size."""
         groups = (torch.cat(list(group)) for _, group in groupby(views, key=lambda view: view.shape[-1]))
         features = torch.cat([self.backbone(group) for group in groups])
         return features, self.head(features)
 
 
 def build_networks(config: Config) -> tuple[Network, Network]:
-    """Student, and teacher with the same weights, no gradient and no stochastic depth.
+    """The student, and a teacher with the same weights, without gradients and without stochastic depth.
 
     Raises:
-        PretrainError: timm does not know the backbone, or it is no vision transformer of the asked shape.
+        PretrainError: timm does not know the backbone, or it is not a vision transformer of the configured shape.
     """
     backbone = _backbone(config, config.backbone.drop_path)
     size = config.head
@@ -62,7 +62,7 @@ def build_networks(config: Config) -> tuple[Network, Network]:
 
 
 def follow(teacher: Network, student: Network, momentum: float) -> None:
-    """Move the teacher: a running mean of the student's parameters; buffers are its own."""
+    """Update the teacher's parameters, a moving average of the student's; its buffers are not changed."""
     update_average(teacher.parameters(), student.parameters(), momentum)
 
 
@@ -92,7 +92,7 @@ def _unfit(chosen: BackboneConfig, reason: str) -> str:
 
 
 def _xavier(network: Network) -> None:
-    """Uniform initialisation by fan of every linear layer but the prototypes."""
+    """Xavier's uniform initialisation of every linear layer except the prototypes."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -9,7 +9,7 @@ CLIP_EPSILON = 1e-6  # keeps the clip coefficient finite where a gradient is exa
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
-    """Two AdamW groups, "decayed" and "plain": biases and other one-dimensional parameters take no weight decay.
+    """Two AdamW groups, "decayed" and "plain". Biases and other one-dimensional parameters are "plain": no weight decay.
 
     Parameters with ``requires_grad`` False are in neither group.
     """
@@ -36,7 +36,7 @@ def gradients_of(module: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def clip_each(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Scale every gradient by itself, in place, to an L2 norm of at most ``max_norm``; 0 leaves them as they are.
+    """Scale each gradient separately, in place, to an L2 norm of at most ``max_norm``; 0 changes nothing.
 
     Returns:
         0-dim float32: the L2 norm of all gradients together before clipping; not finite if any of them is not.
@@ -49,7 +49,7 @@ def clip_each(gradients: list[Tensor], max_norm: float) -> Tensor:
 
 
 def drop_last_layer_gradients(module: nn.Module) -> None:
-    """Leave the prototypes untouched by this step, as DINO does at first: no gradient, so no weight decay either."""
+    """Exclude the prototypes from this step, as DINO does at first: without a gradient there is no weight decay either."""
     for name, parameter in module.named_parameters():
         if "last_layer" in name:
             parameter.grad = None

@@ -48,10 +48,10 @@ def plot_loss(records: Sequence[Mapping[str, float]], prototypes: int, path: Pat
 
 
 def plot_knn(evaluations: Sequence[Mapping[str, Any]], baselines: Mapping[str, float], path: Path) -> None:
-    """k-NN accuracy over the steps beside accuracies that need no training.
+    """k-NN accuracy over the steps, and accuracies that need no training.
 
     Args:
-        evaluations: with the keys "step" and "knn" (percent); those without "knn" are left out, and without any the figure
+        evaluations: with the keys "step" and "knn" (percent); entries without "knn" are ignored. If none has it, the figure
             says that there are no labels.
         baselines: percent by name.
         path: file to write.
@@ -106,11 +106,11 @@ def plot_kappa(kappa: Tensor, path: Path) -> None:
 
 
 def plot_attention(images: Tensor, maps: Tensor, path: Path) -> None:
-    """Each image beside the class token's attention: the mean over heads, then every head.
+    """Each image with the class token's attention beside it: the mean over heads, then every head.
 
     Args:
         images: [N, 1 or 3, H, W]; each is stretched to the full range of brightness.
-        maps: [N, heads, h, w] shares of attention; one colour scale per image, from 0 to its highest share.
+        maps: [N, heads, h, w] shares of attention; each image has one colour scale, from 0 to its highest share.
         path: file to write.
 
     Raises:
@@ -147,7 +147,7 @@ def _draw_attention(figure: Figure, row: list[Axes], image_CHW: Tensor, maps_Hhw
 
 
 def _displayable(image_CHW: Tensor) -> Tensor:
-    """[H, W] or [H, W, 3] in [0, 1]; an image of one brightness is black."""
+    """[H, W] or [H, W, 3] in [0, 1]; an image of uniform brightness becomes black."""
     image = image_CHW.detach().float().cpu()
     low, high = image.min(), image.max()
     stretched = (image - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
@@ -175,7 +175,7 @@ def _legend_below(figure: Figure) -> None:
 
 
 def _say(axes: Axes, text: str) -> None:
-    """Put ``text`` where the curves would be, without the steps they would have."""
+    """Write ``text`` in place of the curves, and remove the ticks of the steps."""
     axes.set_xticks([])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=12)
 

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of a run: a bar on a terminal, a line now and then elsewhere."""
 
 from types import TracebackType
 from typing import Self
@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunProgress:
-    """Context that shows the step, the newest figures and the time left."""
+    """Context that shows the step, the newest numbers and the time left."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
         self._console = console
@@ -27,11 +27,11 @@ class RunProgress:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
-        """``step`` steps are done."""
+        """Show that ``step`` steps are done."""
         self._bar.update(self._task, completed=step)
 
     def tell(self, step: int, figures: dict[str, float]) -> None:
-        """Show figures: beside the bar, or as a line."""
+        """Show numbers: beside the bar, or as a line."""
         text = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
         if self._console.is_terminal:
             self._bar.update(self._task, description=text)

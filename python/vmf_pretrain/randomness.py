@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of what they are for, so that no generator's state is ever saved.
+"""Random numbers as pure functions of a seed and of their use, so that no generator's state is ever saved.
 
 Legend: a stream is named by a seed and a tuple of integers such as (epoch, index, view).
 """

@@ -34,12 +34,12 @@ class Run:
 
     Args:
         config: the whole run.
-        out: its folder; new, or with ``resume`` one that holds a checkpoint.
-        resume: go on from the newest checkpoint.
-        console: where progress and summary go.
+        out: the run's folder; new, or with ``resume`` one that holds a checkpoint.
+        resume: continue from the newest checkpoint.
+        console: where progress and summary are printed.
 
     Raises:
-        PretrainError: the folder, the data or the checkpoint do not fit; says what was got and what was expected.
+        PretrainError: the folder, the data or the checkpoint do not fit; the error says what was given and expected.
     """
 
     def __init__(self, config: Config, out: Path, *, resume: bool, console: Console) -> None:
@@ -63,10 +63,10 @@ class Run:
             self.facts |= self._judged_before_training()
             self.folder = RunFolder.create(out)
             write_config(config, self.folder.config)
-            self.save()  # step 0: whatever stops the first epoch, --resume has something to go on from
+            self.save()  # step 0: so that --resume works even if something stops the first epoch
 
     def train(self) -> int:
-        """Train to the end, or to a signal; the program's exit code."""
+        """Train to the end, or until a signal; returns the program's exit code."""
         log = MetricsLog(self.folder, self.step)
         if self.step == 0:
             log.write({"step": 0, "knn": self.facts["knn_untrained"]})
@@ -97,7 +97,7 @@ class Run:
         save_checkpoint(self.folder.checkpoints, self.step, self.training.tensors(), state, keep=kept)
 
     def finish(self) -> None:
-        """Judge the teacher, draw, and say how it went."""
+        """Evaluate the teacher, draw the plots, and print the summary."""
         report = self.judge.report(self.training)
         teacher, train = self.training.teacher, self.judge.train
         if self.facts["best_knn"] is None:  # without labels, the last weights are the best known
@@ -120,7 +120,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the run, interrupted parts added up."""
+        """Wall time of the run in seconds, added up over interruptions."""
         return float(self.facts["seconds_before"]) + time.perf_counter() - self.started
 
     def _advance(self, views: list[torch.Tensor], log: MetricsLog, progress: RunProgress) -> None:
@@ -140,7 +140,7 @@ class Run:
             self._keep()
 
     def _keep(self) -> None:
-        """A checkpoint, and the teacher's weights of the same step."""
+        """Write a checkpoint, and the teacher's weights of the same step."""
         self.save()
         self._save_weights("last", None)
 
@@ -159,7 +159,7 @@ class Run:
 
     @property
     def _epoch(self) -> int:
-        """Epochs done, the running one counted."""
+        """Epochs done, including the current one."""
         return -(-self.step // self.batches.steps_per_epoch)
 
     def _save_weights(self, name: str, knn: float | None) -> None:
@@ -167,13 +167,13 @@ class Run:
         save_weights(self.folder, name, self.training.teacher, self.fed, facts)
 
     def _judged_before_training(self) -> dict[str, Any]:
-        """What a checkpoint holds of the input, and of accuracies that need no training; the networks are still untrained."""
+        """The network input and the accuracies of the untrained network, for checkpoints; call before the first step."""
         return {"input": self.fed.facts(), **self.judge.baselines(self.training.teacher.backbone)}
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step, self.facts = checkpoint.step, checkpoint.state
         if "input" not in self.facts:
-            # the first version: trained on the same scale, but judged photographs on another
+            # the first version trained on the same scale, but evaluated photographs on another
             self.facts |= {**self._judged_before_training(), "best_knn": None}
             self.console.print(
                 f"Checkpoint {checkpoint.path.name} does not say what its network is fed, so it was judged by an earlier "
@@ -188,7 +188,7 @@ class Run:
         self.training.restore(checkpoint)
 
     def _compared(self, judged: tuple[list[float], list[float]]) -> dict[str, Any]:
-        """What the log says of the mutual information beside what is judged, for the summary; nulls where it cannot be said."""
+        """The summary's comparison of mutual information in the log and in evaluated images; nulls if it is impossible."""
         lines = [record["mutual_information"] for record in read_metrics(self.folder) if "mutual_information" in record]
         logged = [math.nan if value is None else value for value in lines[-BATCHES_LOGGED:]]
         found = agreement(logged, *judged)

@@ -1,4 +1,4 @@
-"""The folder of one run: where everything is, and the metrics as they come."""
+"""The folder of one run: its paths, and the log of metrics."""
 
 import json
 import math
@@ -31,16 +31,16 @@ class RunFolder:
 
     @classmethod
     def refuse_existing(cls, path: Path) -> None:
-        """Raise PretrainError where ``path`` is taken; makes nothing."""
+        """Raise PretrainError if ``path`` is taken; creates nothing."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise PretrainError(f"run folder {path} already exists; choose another with --out, or go on with --resume.")
 
     @classmethod
     def reopen(cls, path: Path) -> "RunFolder":
-        """The folder of a run to go on with.
+        """The folder of a run to continue.
 
         Raises:
-            PretrainError: there is no run in it.
+            PretrainError: the folder holds no run.
         """
         if not (path / "config.yaml").is_file():
             raise PretrainError(f"run folder {path} holds no run to resume; expected a config.yaml in it.")
@@ -63,12 +63,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
+        """One JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
     def summary(self) -> Path:
-        """The end of the run in numbers."""
+        """The numbers at the end of the run."""
         return self.path / "summary.json"
 
     @property
@@ -83,23 +83,23 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """What ``--resume`` goes on from."""
+        """Where ``--resume`` continues from."""
         return self.path / "checkpoints"
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events; records of steps that a resumed run repeats are dropped."""
+    """metrics.jsonl and TensorBoard events. On resume, records of steps that will run again are removed."""
 
     def __init__(self, folder: RunFolder, from_step: int) -> None:
         self._path = folder.metrics
         kept = [record for record in read_metrics(folder) if record["step"] <= from_step]
         rewritten = self._path.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(rewritten, self._path)  # whole or not at all: the history outlives a crash here
+        os.replace(rewritten, self._path)  # atomic, so that a crash here does not lose the history
         self._events = SummaryWriter(str(folder.path / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; every number but the step becomes a TensorBoard scalar too."""
+        """Append one record; every number except the step also becomes a TensorBoard scalar."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         with self._path.open("a") as lines:
             lines.write(json.dumps(finite) + "\n")
@@ -113,7 +113,7 @@ class MetricsLog:
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    """Every record so far; a last line cut short by a crash is left out."""
+    """Every record so far; a last line cut short by a crash is ignored."""
     if not folder.metrics.exists():
         return []
     records = []

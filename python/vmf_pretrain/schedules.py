@@ -10,9 +10,9 @@ class CosineSchedule:
 
     Attributes:
         start: value right after the warm-up.
-        end: value that the last step approaches; held after ``total_steps``.
+        end: value that the last step approaches, and the value after ``total_steps``.
         total_steps: length of the whole schedule in optimizer steps, warm-up included.
-        warmup_steps: steps of the warm-up; step 0 then has value 0.
+        warmup_steps: steps of the warm-up; if there are any, step 0 has value 0.
     """
 
     start: float

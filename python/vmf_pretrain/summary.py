@@ -1,4 +1,4 @@
-"""The end of a run in numbers and in words."""
+"""The numbers at the end of a run, and what they mean."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def verdict(figures: Mapping[str, Any], prototypes: int) -> str:
 
 
 def comparison(figures: Mapping[str, Any]) -> str:
-    """Whether the log and the summary tell the same mutual information, in words."""
+    """Whether the log and the summary agree about the mutual information, in words."""
     if figures["mutual_information_agrees"] is None:
         return "Log and summary were not compared: too few batches were logged, or too few images judged."
     logged, tolerance = figures["mutual_information_logged"], figures["mutual_information_tolerance"]
@@ -58,7 +58,7 @@ def write_summary(path: Path, figures: Mapping[str, Any]) -> None:
 def print_summary(
     console: Console, figures: Mapping[str, Any], prototypes: int, folder: Path, next_command: str
 ) -> None:
-    """The table a user reads at the end, the verdict, where everything is, and what to type next."""
+    """Print the table at the end of a run, the verdict, where the files are, and what to type next."""
     table = Table(
         title=f"{figures['method']}, seed {figures['seed']}, {figures['seconds']:.0f} s", title_justify="left"
     )

@@ -1,9 +1,9 @@
-"""Imports torchvision, on a CPU build of torch too.
+"""Imports torchvision, also on a CPU build of torch.
 
 The published torchvision wheels are linked against CUDA libraries. On a CPU build of torch their compiled operators do not
-load, and the import stops at the first Python-side registration for one of them, although nothing here calls an operator.
-Declaring the missing schema lets that registration, and so the import, go through. lightning, torchmetrics and timm import
-torchvision where it is installed, so the package does this before anything else.
+load, and the import fails at the first Python-side registration for an operator, although nothing here calls one. With the
+missing schemas declared, the registration and the import succeed. lightning, torchmetrics and timm import torchvision if it
+is installed, so the package does this before anything else.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The state of a run and one step of it: DINO's algorithm 1, with KoLeo, clipping and schedules.
+"""The state of a run, and one training step: DINO's algorithm 1 with KoLeo, clipping and schedules.
 
 Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, and its published trainer.
 """
@@ -47,17 +47,17 @@ class Training:
         self.momentum = CosineSchedule(optim.teacher_momentum, optim.final_teacher_momentum, self.total_steps)
 
     def teacher_temperature(self, epoch: int) -> float:
-        """Of the last epoch where ``epoch`` is past the end."""
+        """The teacher's temperature in ``epoch``; after the end, that of the last epoch."""
         schedule = self.loss.teacher_temp_schedule
         return float(schedule[min(epoch, len(schedule) - 1)])
 
     def step(self, step: int, views: list[Tensor]) -> dict[str, Tensor]:
-        """One optimizer step; the numbers to log, as [] tensors still on the device.
+        """Take one optimizer step; returns the numbers to log, as [] tensors on the device.
 
         Raises:
             PretrainError: the loss or a gradient is not finite; no weight has been changed by this step.
         """
-        # stochastic depth draws from the global generator: seeded by the step, so that nothing of it is ever saved
+        # stochastic depth draws from the global generator; seeding it by the step makes saving its state unnecessary
         torch.manual_seed(stream_seed(self.config.seed, TRAINING_STEP, step))
         epoch = step // self.steps_per_epoch
         views = [view.to(self.fabric.device, non_blocking=True) for view in views]
@@ -75,7 +75,7 @@ class Training:
         return {**self._statistics(), "loss": loss.detach(), "koleo": koleo.detach(), "gradient_norm": norm}
 
     def rates(self, step: int) -> dict[str, float]:
-        """What the schedules say at a step."""
+        """The values of the schedules at a step."""
         return {
             "learning_rate": self.learning_rate.at(step),
             "weight_decay": self.weight_decay.at(step),

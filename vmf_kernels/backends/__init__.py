@@ -1,1 +1,1 @@
-"""Implementations of the operators: ``contract`` says what each computes, ``choice`` which one runs."""
+"""Implementations of the operators. ``contract`` says what each computes; ``choice`` selects the one that runs."""

@@ -25,23 +25,23 @@ BACKENDS: dict[str, Backend] = {
 PREFERENCE = {
     "cuda": ("cuda", "triton", "streaming"),
     "cpu": ("native", "streaming"),
-}  # of "auto", best first; other devices go as "cpu"
-MEASURED = {"cuda": _CUDA.wins, "native": _NATIVE.wins}  # these "auto" takes only where that says so of the tensors
-ONE_DIM = ("cuda", "triton")  # their kernels give both networks' rows one width
+}  # order in which "auto" tries them; other devices use the entry of "cpu"
+MEASURED = {"cuda": _CUDA.wins, "native": _NATIVE.wins}  # "auto" takes these only if the function returns True
+ONE_DIM = ("cuda", "triton")  # their kernels need the same D for both networks
 
 
 def choose_backend(backend: str, rows: Tensor, *weights: Tensor) -> Backend:
-    """The one that computes the operator on these tensors.
+    """The backend that computes the operator on these tensors.
 
     Args:
-        backend: "auto" takes the first that can run, "cuda" and "native" only where measurements show that it is the fastest;
-            a name takes that one or raises.
+        backend: "auto" takes the first that can run, but "cuda" and "native" only where measurements show that they are
+            fastest. A name takes that backend or raises.
         rows: [R, D] features.
         weights: [K, D] prototypes of each network.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the backend asked for cannot run on these tensors, or the prototypes' memory has been freed; says why.
+        RuntimeError: the named backend cannot run on these tensors (the text says why), or the prototypes have been freed.
     """
     refuse_freed(*weights)
     if backend == "auto":
@@ -49,7 +49,7 @@ def choose_backend(backend: str, rows: Tensor, *weights: Tensor) -> Backend:
         found = next((name for name in candidates if _auto_takes(name, rows, weights)), None)
         if found is not None:
             return BACKENDS[found]
-        backend = candidates[-1]  # which takes everything, and would say why not below
+        backend = candidates[-1]  # it supports everything; if not, the error below says why
     check_backend_name(backend)
     reason = _unsupported(backend, rows, weights)
     if reason is not None:
@@ -58,7 +58,7 @@ def choose_backend(backend: str, rows: Tensor, *weights: Tensor) -> Backend:
 
 
 def check_backend_name(backend: str) -> None:
-    """Raise ValueError unless ``backend`` is "auto" or the name of one."""
+    """Raise ValueError unless ``backend`` is "auto" or the name of a backend."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(('auto', *BACKENDS))}")
 

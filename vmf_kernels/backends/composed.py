@@ -1,6 +1,6 @@
 """Backends made of a soft assignment and a column log-sum-exp in plain torch.
 
-Numbers in brackets are the equations of the README of the package.
+Numbers in brackets are equations of vmf_kernels/README.md.
 
 Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim.
 """
@@ -22,10 +22,10 @@ from vmf_kernels.statistics import or_one, weighted_summary
 
 
 class Assign(Protocol):
-    """Soft assignments, one a query: adds to the queries' sums, writes the vectors.
+    """Soft assignments, one per query. Adds to the sums of the queries and overwrites ``vectors_KD``.
 
-    ``vectors_KD[k] = sum over queries and rows of p_rk cotangent_r`` is the operator's backward pass, equation (5). Ranks of a
-    group share out the prototypes: every result over them is that over all ranks'.
+    ``vectors_KD[k] = sum over queries and rows of p_rk cotangent_r`` is the operator's backward pass, equation (5). If the
+    prototypes are split over the ranks of a group, results reduced over prototypes include those of all ranks.
     """
 
     def __call__(  # noqa: D102
@@ -45,7 +45,7 @@ class ColumnLogSumExp(Protocol):
 
 @dataclass(frozen=True)
 class ComposedBackend:
-    """``contract.Backend`` from its two passes; any floating dtype, any device."""
+    """A ``contract.Backend`` made of two passes; any floating dtype, any device."""
 
     assign: Assign
     columns: ColumnLogSumExp
@@ -69,7 +69,7 @@ class ComposedBackend:
         group = inputs.prototype_group
         if inputs.feature_gradient or inputs.prototype_gradient:
             by_teacher, by_student = self.assign([answered, asked], student_keys, sums.vectors, group)
-        else:  # the student's barycentre, half its work, serves gradients only
+        else:  # only gradients need the student's barycentre, which is half of its work
             (by_student,) = self.assign([asked], group=group)
             (by_teacher,) = self.assign([answered], student_keys, group=group)
 
@@ -134,13 +134,13 @@ class _ColumnBuffers(NamedTuple):
         return self.mass_2K[0] - self.mass_2K[1]
 
     def usage(self, n_T: Tensor) -> Tensor:
-        """[K] mean teacher probability; zeros where no pair has weight."""
+        """[K] mean teacher probability; zeros if no pair has weight."""
         return self.mass_2K[1] / or_one(n_T.sum())
 
     def mean_bias(self, bias_K: Tensor, group: ProcessGroup | None) -> Tensor:
         """[] fp64 ``sum_t n_t e_t / sum_t n_t`` of equation (3), over the prototypes of all ranks.
 
-        The masses' own sum is divided by, not that of the weights: what rounds all of them alike falls out.
+        The divisor is the sum of the masses, not that of the weights, so that a common rounding error of all masses cancels.
         """
         mass_K = self.mass_2K[1].double()
         sums = torch.stack([mass_K @ bias_K.double(), mass_K.sum()])
@@ -158,7 +158,7 @@ class _ColumnBuffers(NamedTuple):
 
 
 def _loss(student: Assignment, n_S: Tensor, alignment_S: Tensor, scale: Tensor) -> Tensor:
-    """[] equation (3) but for its biases, in fp64: the three terms nearly cancel when the logits share a large offset."""
+    """[] equation (3) without its biases, in fp64: the terms nearly cancel if the logits share a large offset."""
     return (n_S.double() * student.log_sum_exp.double() - alignment_S.double() * scale.double()).sum()
 
 

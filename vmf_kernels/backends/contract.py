@@ -1,8 +1,8 @@
-"""What every backend computes, and what those made of a soft assignment have in common.
+"""The interface of a backend, and the types of backends that are made of a soft assignment.
 
-Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim, J column weightings. With logits
-``l_rk = scale gain_k <x_r, weight_k> + bias_k`` and ``p_r = softmax_k(l_r)``. With a group, its ranks hold the same rows and a
-part of the prototypes each: K counts a rank's own, and softmax runs over those of all ranks.
+Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim, J column weightings; logits
+``l_rk = scale gain_k <x_r, weight_k> + bias_k`` and ``p_r = softmax_k(l_r)``. With a prototype group, each rank holds the same
+rows and a part of the prototypes: K is the number of this rank's prototypes, and softmax runs over those of all ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vmf_kernels.prototypes import Keys, Prototypes
 
 
 class LossInputs(NamedTuple):
-    """Arguments of the loss, checked: see ``prototype_cross_entropy``."""
+    """Checked arguments of the loss; see ``prototype_cross_entropy``."""
 
     student_features: Tensor  # [S, D]
     student: Prototypes
@@ -29,21 +29,21 @@ class LossInputs(NamedTuple):
     teacher_temperature: Tensor  # [] float64
     feature_gradient: bool
     prototype_gradient: bool
-    prototype_group: ProcessGroup | None = None  # ranks that share out the prototypes
+    prototype_group: ProcessGroup | None = None  # ranks over which the prototypes are split
 
 
 class RowInputs(NamedTuple):
-    """Arguments of the sums over one network's soft assignments, checked: see ``prototype_usage``."""
+    """Checked arguments of the sums over one network's soft assignments; see ``prototype_usage``."""
 
     features: Tensor  # [R, D]
     prototypes: Prototypes
     temperature: Tensor  # [] float64
     bias: Tensor | None = None  # [K] nats
-    prototype_group: ProcessGroup | None = None  # ranks that share out the prototypes
+    prototype_group: ProcessGroup | None = None  # ranks over which the prototypes are split
 
 
 class LossOutputs(NamedTuple):
-    """The loss and what comes with it; fp32 (fp64 for fp64 features). A gradient not asked for has 0 elements."""
+    """The loss, its statistics and gradients; fp32 (fp64 for fp64 features). A gradient not requested has 0 elements."""
 
     loss: Tensor  # [] nats
     summary: Tensor  # [3] mean teacher entropy, student entropy and KL, nats
@@ -54,13 +54,13 @@ class LossOutputs(NamedTuple):
 
 
 class Backend(Protocol):
-    """One way to compute the operator. None but ``reference``, the definition of correct, stores all rows' [R, K] values."""
+    """One way to compute the operator. Only ``reference``, the definition of correct, stores the [R, K] values of all rows."""
 
     def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
         """Why it cannot run on these tensors, or None."""
 
     def cross_entropy(self, inputs: LossInputs) -> LossOutputs:
-        """Equations (3)-(7) of the README."""
+        """Equations (3)-(7) of vmf_kernels/README.md."""
 
     def usage(self, inputs: RowInputs) -> Tensor:
         """[K] mean probability of each prototype."""
@@ -69,15 +69,15 @@ class Backend(Protocol):
         """[R] ``log sum_k exp(l_rk)``."""
 
     def column_log_sum_exp(self, inputs: RowInputs, offset: Tensor) -> Tensor:
-        """[K] ``log sum_r exp(l_rk - offset_r)``; -inf for 0 rows. Each prototype stands alone: the group is not needed."""
+        """[K] ``log sum_r exp(l_rk - offset_r)``; -inf for 0 rows. Ignores the group: prototypes do not interact."""
 
 
 class Query(NamedTuple):
-    """Rows against one network's prototypes, and the sums over the rows that are wanted of them."""
+    """Rows against one network's prototypes, and the sums over these rows that are wanted."""
 
     rows: Tensor  # [R, D]
     keys: Keys
-    cotangents: Tensor | None = None  # [R, D], needed when vectors_KD is asked for
+    cotangents: Tensor | None = None  # [R, D], needed if vectors_KD is requested
     weights: Tensor | None = None  # [J, R]
     sums: Tensor | None = None  # [J, K] sums_jk += sum_r weights_jr p_rk
 

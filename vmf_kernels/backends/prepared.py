@@ -1,6 +1,7 @@
-"""What a backend has made of prototypes, kept for the other sums that one call takes over them.
+"""Prototypes as a backend has prepared them, kept for the other sums over them in the same call.
 
-Only inside a call of the library: between two calls weights often change through ``.data``, of which no version tells.
+They are kept only inside one call of the library: between calls weights often change through ``.data``, which does not
+change a tensor's version.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from typing import Any
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.tensors import has_memory
 
-ATTRIBUTE = "_vmf_kernels_prepared"  # of the weight, which goes through torch's dispatcher as the same object
+ATTRIBUTE = "_vmf_kernels_prepared"  # of the weight, which stays the same object in torch's dispatcher
 
 
 def keep_prepared(prototypes: Prototypes) -> None:
-    """From here to ``drop_prepared`` nobody changes these prototypes: what is prepared for one pass serves the next."""
-    if has_memory(prototypes.weight):  # a traced tensor has no place for it
+    """Until ``drop_prepared``, later passes reuse prepared prototypes; nobody may change the prototypes in between."""
+    if has_memory(prototypes.weight):  # a traced tensor cannot hold them
         setattr(prototypes.weight, ATTRIBUTE, {})
 
 
 def prepared_of(prototypes: Prototypes) -> dict[Any, Any] | None:
-    """Where to keep what is prepared, by what tells it from others; None where it would not be used again."""
+    """The store of prepared prototypes, by a key of how they were prepared; None if they would not be used again."""
     return getattr(prototypes.weight, ATTRIBUTE, None)
 
 

@@ -19,7 +19,7 @@ def assign(
     vectors_KD: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> list[Assignment]:
-    """Soft assignments as in ``composed.Assign``, each through its whole [R, K] matrix of logits."""
+    """Soft assignments as in ``composed.Assign``, each from its whole [R, K] matrix of logits."""
     if vectors_KD is not None:
         vectors_KD.zero_()
     return [_assign(query, values, vectors_KD, group) for query in queries]
@@ -34,7 +34,7 @@ def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None, group:
         vectors_KD.add_(p_RK.T @ query.cotangents)
     return Assignment(
         log_sum_exp=lse_R,
-        # -inf, of logits near the largest finite number, times a probability of 0 would be NaN
+        # logits near the largest finite number can give -inf, which times a probability of 0 would be NaN
         entropy=_total(-(p_RK * log_p_RK.clamp(min=LOWEST_BIAS)).sum(dim=1), group),
         barycentre=None if values is None else _total(p_RK @ effective_weight(values, p_RK.dtype), group),
     )
@@ -43,10 +43,10 @@ def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None, group:
 def _log_softmax(logits_RK: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """([R, K] log-probabilities, [R] log-sum-exp) over the prototypes of all ranks."""
     if group is None or count_ranks(group) == 1:
-        # NaN, not inf, where a logit is inf: log-probabilities and every other result are NaN there
+        # NaN, not inf, if a logit is inf: then log-probabilities and every other result are NaN
         lse_R = logits_RK.logsumexp(dim=1)
         return logits_RK.log_softmax(dim=1), lse_R.masked_fill(lse_R.isposinf(), torch.nan)
-    # from the mass, not from the ranks' log-sum-exps: those are rounded where they are large
+    # from the mass, not from the ranks' log-sum-exps, which lose digits if they are large
     top_R = max_over_ranks(logits_RK.amax(dim=1), group)
     logits_RK = logits_RK - top_R[:, None]
     log_mass_R = sum_over_ranks(logits_RK.exp().sum(dim=1), group).log()

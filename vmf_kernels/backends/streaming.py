@@ -1,9 +1,8 @@
 """Streaming backend in plain torch: blocks of prototypes, an online softmax, and a workspace of bounded size.
 
-Blocks are laid out [prototypes, rows]: both products with the prototypes then run on tall matrices, which is where a
-CPU BLAS is fast when there are few rows. Rows of all queries go through together, in chunks whose unnormalised
-probabilities fit the workspace, so that the column sums need no second product for the logits; nothing grows with
-rows x prototypes.
+Blocks are laid out [prototypes, rows]: both products with the prototypes then run on tall matrices, which a CPU BLAS
+multiplies fast even with few rows. Rows of all queries are processed together, in chunks whose unnormalised probabilities
+fit the workspace, so that the column sums need no second product for the logits. No memory grows with rows x prototypes.
 
 Legend: R rows of a chunk, K prototypes, B prototypes of a block, D embedding dim.
 """
@@ -26,13 +25,13 @@ from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
-LEAST_SHIFT = -1e30  # of a maximum: 2^it is 0, and its product with a mass finite
+LEAST_SHIFT = -1e30  # lower bound of a maximum's shift: 2^LEAST_SHIFT is 0, and its product with a mass is finite
 # Measured with bench/bench_head.py on 2 cores of an EPYC 9004 at K = 65,536, D = 256, fp32:
-BLOCK_PROTOTYPES = 2048  # with 160 rows 1.3 MiB: fits L2
-# 96 rows of probabilities: 32 MiB or more the allocator would map anew each time, fewer rows make the products slower
+BLOCK_PROTOTYPES = 2048  # with 160 rows, 1.3 MiB: fits L2
+# 96 rows of probabilities. The allocator maps 32 MiB or more anew each time; fewer rows make the products slower
 WORKSPACE_BYTES = 24 * 2**20
-WORKSPACE_SHARE = 0.5  # of what the logits of all rows would take: a small batch must save memory too
-LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading the prototypes
+WORKSPACE_SHARE = 0.5  # of the memory of all rows' logits: a small batch must save memory too
+LEAST_WORKSPACE_BYTES = 16 * 2**20  # with less, reading the prototypes limits the products
 LEAST_CHUNK_ROWS = 16
 
 
@@ -42,7 +41,7 @@ def assign(
     vectors_KD: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> list[Assignment]:
-    """Soft assignments as in ``composed.Assign``, chunk by chunk of the queries' rows laid end to end."""
+    """Soft assignments as in ``composed.Assign``, computed in chunks of the queries' concatenated rows."""
     parts: list[list[Assignment]] = [[] for _ in queries]
     shared = _Shared.of(queries[0].keys, group)
     overwrite = True
@@ -69,10 +68,10 @@ def column_log_sum_exp(rows_RD: Tensor, keys: Keys, offset_R: Tensor) -> Tensor:
 
 
 class _Shared(NamedTuple):
-    """What the ranks that share out the prototypes have to agree on; alone, this process's own."""
+    """What all ranks of the prototype group must agree on."""
 
     group: ProcessGroup | None  # None for one rank
-    prototypes: int  # the most that a rank has: chunks of rows must be the same everywhere
+    prototypes: int  # the largest number that a rank has: chunks of rows must be the same on every rank
 
     @classmethod
     def of(cls, keys: Keys, group: ProcessGroup | None) -> _Shared:
@@ -103,14 +102,14 @@ class _OnlineSoftmax:
         )
 
     def absorb(self, logits_BR: Tensor, out_BR: Tensor) -> Tensor:
-        """Take in a block of logits (overwritten); write 2^(l - max) to ``out_BR`` and return it."""
+        """Add a block of logits (overwritten); write 2^(l - max) to ``out_BR`` and return it."""
         new_max = torch.maximum(self.max_R, logits_BR.amax(dim=0))
         shift = (self.max_R - new_max).clamp(min=LEAST_SHIFT)
         decay = shift.exp2()
         deviation_BR = logits_BR.sub_(new_max)
         p_BR = torch.exp2(deviation_BR, out=out_BR)
-        # nansum: a logit that is -inf beside the maximum adds nothing, where -inf times its probability of 0 is NaN; a logit
-        # that is NaN itself makes the mass NaN
+        # nansum: a logit of -inf must add nothing, but -inf times its probability of 0 is NaN. A logit that is NaN itself
+        # makes the mass NaN
         moment_R = deviation_BR.mul_(p_BR).nansum(dim=0)
         self.deviation_R = decay * (self.deviation_R + shift * self.mass_R) + moment_R
         self.mass_R = decay * self.mass_R + p_BR.sum(dim=0)
@@ -125,17 +124,17 @@ class _OnlineSoftmax:
             self.barycentre_DR.addmm_(values_BD.T, p_BR)
 
     def merge_over_ranks(self, group: ProcessGroup) -> None:
-        """Make the sums those over the prototypes of all ranks: one maximum and D + 2 sums a row are exchanged."""
+        """Extend the sums to the prototypes of all ranks; ranks exchange one maximum and D + 2 sums per row."""
         top_R = max_over_ranks(self.max_R.clone(), group)
         shift = self.max_R - top_R
         decay = shift.exp2()
-        # a rank far below the others weighs 0, and its shift is too large to multiply with
+        # a rank far below the others has weight 0, and its shift may be too large for a product
         deviation_R = decay * (self.deviation_R + torch.where(decay > 0, shift, 0.0) * self.mass_R)
         parts = [decay * self.mass_R, deviation_R]
         if self.barycentre_DR is not None:
             parts.extend(decay * self.barycentre_DR)
         sums = sum_over_ranks(torch.stack(parts), group)
-        self.max_R = top_R  # itself, not max - shift: every rank has to have the same bits
+        self.max_R = top_R  # not max - shift: every rank must have the same bits
         self.mass_R, self.deviation_R = sums[0], sums[1]
         if self.barycentre_DR is not None:
             self.barycentre_DR = sums[2:]
@@ -153,10 +152,10 @@ class _OnlineSoftmax:
 
 
 class _Vectors(NamedTuple):
-    """Where a chunk's share of the gradient at the prototypes goes."""
+    """The buffer of the prototypes' gradient, to which each chunk adds its share."""
 
     vectors_KD: Tensor
-    overwrite: bool  # the first chunk writes, so that [K, D] is neither cleared nor read for it
+    overwrite: bool  # the first chunk writes instead of adding, so that [K, D] need not be cleared or read
 
     def add(self, block: slice, p_BR: Tensor, cotangents_RD: Tensor) -> None:
         target = self.vectors_KD[block]
@@ -200,7 +199,7 @@ def _score(keys: Keys, block: slice, b_keys: Tensor, x_DR: Tensor, out_BR: Tenso
     """Write a block of base-2 logits."""
     if out_BR.is_contiguous():
         torch.mm(b_keys, x_DR, out=out_BR)
-    else:  # mm into a strided out would go through a copy of its own
+    else:  # mm into a strided out would make a copy anyway
         out_BR.copy_(b_keys @ x_DR)
     if keys.bias is not None:
         out_BR.add_((keys.bias[block] * LOG2_E)[:, None])
@@ -234,7 +233,7 @@ def _blocks(keys: Keys) -> Iterator[slice]:
 
 
 def _chunks(queries: Sequence[Query], prototypes: int) -> Iterator[dict[int, Query]]:
-    """Chunks of the queries' rows, each from query index to the rows it holds; a query of 0 rows is in the first."""
+    """Chunks of the queries' rows, each a map from query index to the rows it holds. Queries of 0 rows are in the first."""
     ends = list(itertools.accumulate(query.rows.shape[0] for query in queries))
     for chunk in _row_chunks(ends[-1], prototypes, queries[0].keys.scale.dtype):
         segments = {}

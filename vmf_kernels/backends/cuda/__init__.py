@@ -1,8 +1,8 @@
 """CUDA backend: the streaming operator in CUDA C++ for Hopper GPUs, compute capability 9.0.
 
-Prototypes are prepared and read by the kernels of csrc/cuda: the row pass, the column pass, and the gradient's way back to what
-is stored. What lies between (rows packed, parts merged, losses summed) is small, and runs on Triton's kernels. The compiled
-module and Triton are imported when they are first wanted: the library works where either is absent.
+The kernels of csrc/cuda prepare the prototypes, run the row pass and the column pass, and pull the gradient back to the stored
+prototypes. The steps between them (packing rows, merging parts, summing losses) are small and run on Triton's kernels. The
+compiled module and Triton are imported at first use, so the library works if either is absent.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from vmf_kernels.backends.triton import TritonBackend, launch
 
 
 class CudaBackend(TritonBackend):
-    """``contract.Backend`` on csrc/cuda: no logits in memory, no atomics, no host synchronisation.
+    """A ``contract.Backend`` on csrc/cuda: no logits in memory, no atomics, no host synchronisation.
 
-    The first call of each width, dtype and mode (which gradients, usage or log sums) on a device must not be inside the capture
-    of a CUDA graph: code is loaded and given its shared memory then, and Triton compiles what lies between.
+    The first call of each width, dtype and mode (which gradients, usage or log sums) on a device must not happen while a CUDA
+    graph is captured: it loads code and reserves its shared memory, and Triton compiles the steps between.
     """
 
     def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
-        """Dtypes and embedding dims there are no kernels for, other devices, and what is not built or installed."""
+        """Why it cannot run, or None: no kernel for the dtype or D, another device, or the module or Triton is absent."""
         if rows.dtype not in binding.ELEMENTS:
             return f"it computes in bfloat16 or float16, but the features are {rows.dtype}"
         if weight.shape[1] > MAX_DIM:
@@ -32,10 +32,10 @@ class CudaBackend(TritonBackend):
         return binding.unsupported_device(rows.device)
 
     def wins(self, rows: Tensor, weight: Tensor) -> bool:
-        """Whether measurements show that it is faster than Triton on such tensors, which it can run on.
+        """Whether measurements show that it is faster than Triton on such tensors. Call if it can run on them.
 
-        They are of the loss, forward and backward, at the K they record; it decides for all four operations. With less than
-        half of that K the answer is no.
+        Only the loss was measured, forward and backward; the answer is used for all four operations. It is no if K is less
+        than half of the measured K.
         """
         arch, (prototypes, dim) = launch.target_of(rows.device).arch, weight.shape
         return measured.wins(arch, binding.ELEMENTS[rows.dtype], width_of(dim), rows.shape[0], prototypes)

@@ -1,6 +1,6 @@
-"""The compiled module ``vmf_kernels._cuda``: whether it is there, where it runs, and what its functions are handed.
+"""The compiled module ``vmf_kernels._cuda``: whether it is there, where it runs, and the arguments of its functions.
 
-Its functions take addresses as integers, 0 for none, and check no shape: ``address`` does, for whoever calls them.
+Its functions take addresses as integers (0 for no tensor) and check no shapes; ``address`` checks them for all callers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ NAME = "vmf_kernels._cuda"
 ARCH, CODE = (
     90,
     "90a",
-)  # what the streaming passes are written for: compute capability * 10, and the name nvcc has for it
-MAJOR = 1000  # of a version as CUDA has it: 1000 major + 10 minor
+)  # the target of the streaming passes: compute capability * 10, and nvcc's name of it
+MAJOR = 1000  # CUDA's version numbers are 1000 major + 10 minor
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # of the products
 
 
 @functools.cache
 def module() -> Any:
-    """The compiled module, imported when it is first wanted; None where ``missing`` says why."""
+    """The compiled module, imported at first use; None if it is absent, for which ``missing`` gives the reason."""
     return None if missing() is not None else importlib.import_module(NAME)
 
 
@@ -37,7 +37,7 @@ def missing() -> str | None:
         return f"{NAME} has not been built; install the package where nvcc is found, with {CODE} among VMF_CUDA_ARCHS"
     try:
         importlib.import_module(NAME)
-    except ImportError as error:  # of another Python, or a library that it needs is not here
+    except ImportError as error:  # built for another Python, or a library that it needs is absent
         return f"{NAME} cannot be loaded ({error}); install the package again on this machine"
     return None
 
@@ -55,14 +55,14 @@ def unsupported_device(device: torch.device) -> str | None:
 
 
 def unusable() -> str | None:
-    """Why the compiled module is of no use beside this machine's driver, or None."""
+    """Why the compiled module cannot be used with this machine's driver, or None."""
     if (reason := missing()) is not None:
         return reason
     if CODE not in module().archs:
         archs = " ".join(module().archs)
         return f"{NAME} has been built for {archs}; install the package again with {CODE} among VMF_CUDA_ARCHS"
     runtime, driver = module().runtime_version(), module().driver_version()
-    if driver // MAJOR < runtime // MAJOR:  # within one major version older drivers serve
+    if driver // MAJOR < runtime // MAJOR:  # within one major version, older drivers work
         return (
             f"{NAME} has been built with CUDA {dotted(runtime)}, but the driver is for {dotted(driver)}; update either"
         )
@@ -92,15 +92,16 @@ def address(
     dtype: torch.dtype = torch.float32,
     adjacent: int | None = None,
 ) -> int:
-    """Of the first of ``count`` elements of a dtype on a device; 0 for no tensor.
+    """Address of the first of ``count`` elements of a dtype on a device; 0 for None.
 
-    Every pointer that the module gets comes from here: what does not fit is an error, not a read or write beyond the memory.
+    Every pointer that the module gets comes from here. So a tensor that does not fit is an error, not an access beyond its
+    memory.
 
     Args:
         tensor: contiguous, or a matrix whose rows have ``adjacent`` elements side by side.
 
     Raises:
-        RuntimeError: it is anything else.
+        RuntimeError: the tensor is anything else.
     """
     if tensor is None:
         return 0

@@ -9,18 +9,18 @@ import torch
 
 from vmf_kernels.backends.triton.tiles import Layout, precision_of
 
-WIDTHS = (64, 128, 192, 256, 384)  # of the embedding dim, that the passes are compiled for
+WIDTHS = (64, 128, 192, 256, 384)  # padded embedding dims that the passes are compiled for
 MAX_DIM = WIDTHS[-1]
-PAD_TO = 256  # prototypes; a multiple of every tile
+PAD_TO = 256  # prototypes are padded to this, a multiple of every tile
 
 
 def width_of(dim: int) -> int:
-    """D with its padding; D is at most ``MAX_DIM``."""
+    """D with its padding. D must be at most ``MAX_DIM``."""
     return next(width for width in WIDTHS if dim <= width)
 
 
 def layout_of(dim: int, dtype: torch.dtype) -> Layout:
-    """That width, cut for Triton's merge into chunks of the largest power of two that divides it."""
+    """The width of D, cut for Triton's merge into chunks of the largest power of two that divides it."""
     width = width_of(dim)
     chunk = width & -width
     return Layout(chunk, width // chunk, precision_of(dtype))

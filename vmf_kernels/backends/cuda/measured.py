@@ -1,7 +1,7 @@
-"""Where measurements show that these kernels beat Triton's: what "auto" goes by.
+"""Where measurements show that these kernels are faster than Triton's; "auto" follows this table.
 
-The table is ``measured.json`` beside this file, ``{compute capability * 10: {"bf16" or "fp16": {width: [measurement, ...]}}}``,
-written by a command of bench/ from a committed result file. Nothing is taken that nobody measured: the table starts empty.
+The table is ``measured.json`` beside this file, ``{compute capability * 10: {"bf16" or "fp16": {width: [measurement, ...]}}}``.
+A command of bench/ writes it from a committed result file. It starts empty: "auto" takes nothing that was not measured.
 
 Legend: R rows, K prototypes, D embedding dim.
 """
@@ -15,29 +15,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TABLE_PATH = Path(__file__).parent / "measured.json"
-MOST_TIMES = 2  # the prototypes at hand, in a measurement that still tells something of them: a choice, not measured
+MOST_TIMES = 2  # a measurement with more than so many times the prototypes is ignored; chosen, not measured
 
 
 class Measurement(NamedTuple):
-    """One forward and backward pass of both backends, measured side by side; an entry of the table has these fields."""
+    """A forward and backward pass of both backends, measured side by side. Entries of the table have these fields."""
 
     rows: int  # the student's
     prototypes: int
     cuda_ms: float
     triton_ms: float
-    source: str  # the result file in bench/results that it is from
+    source: str  # the result file in bench/results
 
     @property
     def won(self) -> bool:
-        """Whether these kernels were the faster ones."""
+        """Whether these kernels were faster."""
         return self.cuda_ms < self.triton_ms
 
 
 def wins(arch: int, element: str, width: int, rows: int, prototypes: int) -> bool:
-    """Whether these kernels were faster at the nearest measured numbers of rows on either side.
+    """Whether these kernels were faster at the nearest measured numbers of rows, below and above ``rows``.
 
-    Beyond the most rows that were measured those decide; below the fewest nothing is known, and the answer is no. Measurements
-    of more than twice the prototypes tell nothing: with fewer, launches and what lies between the passes weigh more.
+    Above the largest measured number of rows, that one decides. Below the smallest, the answer is no. Measurements with more
+    than twice the prototypes are ignored: with fewer prototypes, launches and the steps between the passes weigh more.
 
     Args:
         arch: compute capability * 10.

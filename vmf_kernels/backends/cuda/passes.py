@@ -1,6 +1,6 @@
-"""The row pass and the column pass of csrc/cuda, launched.
+"""Launches of the row pass and the column pass of csrc/cuda.
 
-Legend: R rows, K prototypes, D embedding dim; all but results padded to whole tiles.
+Legend: R rows, K prototypes, D embedding dim; everything except results is padded to whole tiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CudaKernels:
     """``Kernels`` of the operator, from csrc/cuda.
 
     Args:
-        blocks_in_cluster: 1, or 2 for two blocks of threads at a time that stream keys and values together, where they pair up
+        blocks_in_cluster: 1, or 2: then pairs of blocks of threads stream keys and values together where possible
             (csrc/cuda/stream.h). The results are the same.
     """
 
@@ -36,11 +36,11 @@ class CudaKernels:
         self.blocks_in_cluster = blocks_in_cluster
 
     def tile(self, name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
-        """The same for every pass, so that the rows or prototypes of one serve all."""
+        """The same tile for every pass, so that all passes can share packed rows and prototypes."""
         return Tile(binding.module().row_tile(), PAD_TO)
 
     def column_name(self, inputs: LossInputs, layout: Layout) -> str:
-        """There is but one."""
+        """Always "columns": there is only one column pass."""
         return "columns"
 
     def row_pass(
@@ -116,7 +116,7 @@ class CudaKernels:
 
 
 CUDA = CudaKernels()
-CUDA_CLUSTERS = CudaKernels(blocks_in_cluster=2)  # no backend takes them until they were measured
+CUDA_CLUSTERS = CudaKernels(blocks_in_cluster=2)  # no backend uses them until they have been measured
 
 
 def _side(side: Side | None) -> Any:

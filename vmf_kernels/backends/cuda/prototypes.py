@@ -1,4 +1,4 @@
-"""Prototypes as the passes read them, and the gradient's way back to what is stored, by csrc/cuda/prototypes.cu.
+"""Packs prototypes for the passes and pulls gradients back to the stored tensors, with csrc/cuda/prototypes.cu.
 
 Legend: K prototypes, D embedding dim.
 """
@@ -41,7 +41,7 @@ def pack_networks(
     teacher_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[PackedPrototypes, PackedPrototypes]:
-    """Both networks' in one launch: as ``vmf_kernels.backends.triton.prototypes.pack_networks``."""
+    """Pack the prototypes of both networks in one launch; as ``vmf_kernels.backends.triton.prototypes.pack_networks``."""
     one = _Network(student, temperatures[0], None, dtype)
     other = _Network(teacher, temperatures[1], teacher_bias, dtype)
     binding.module().pack_prototypes([one.packing(), other.packing()], binding.queue(one.weight))
@@ -49,7 +49,7 @@ def pack_networks(
 
 
 class _Network:
-    """One network's prototypes and what they become; it holds what it points to until the launch."""
+    """One network's stored and packed prototypes. It keeps the tensors that it points to alive until the launch."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class _Network:
         self.magnitude, self.extra_bias = _vector(prototypes.magnitude), _vector(extra_bias)
 
     def packing(self) -> Any:
-        """The module's description of it."""
+        """The module's description of this network."""
         packed, at = self.packed, self.weight.device
         padded, width = packed.weight.shape
         return binding.module().Packing(
@@ -95,7 +95,7 @@ class _Network:
 def pull_back(
     prototypes: Prototypes, temperature: Tensor, gradient_KD: Tensor, bias_gradient_K: Tensor
 ) -> Tensor | None:
-    """Gradient at ``w_k`` -> at the stored tensors; as ``vmf_kernels.prototypes.pull_back_to_stored``, in one pass."""
+    """From the gradient at ``w_k`` to that at the stored tensors, in one pass; as ``prototypes.pull_back_to_stored``."""
     if prototypes.kind == "linear":
         return None
     assert gradient_KD.is_contiguous(), "gradients are formed contiguous"
@@ -128,7 +128,7 @@ def _stored(prototypes: Prototypes, weight: Tensor, magnitude: Tensor | None, te
 
 @functools.cache
 def _expansion(dim: int) -> Any:
-    """What the normaliser is formed with: first order, steps down from it, coefficients."""
+    """The constants of the normaliser: first order, number of steps down from it, coefficients."""
     visited = orders(dim)
     return binding.module().Expansion(
         order=visited[0],
@@ -139,7 +139,7 @@ def _expansion(dim: int) -> Any:
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    """The matrix with elements of a row side by side, in a dtype that the kernels read: a copy where they are not."""
+    """The matrix with adjacent elements in a row, in a dtype that the kernels read; a copy if it is not so already."""
     matrix = matrix if matrix.dtype in STORED else matrix.float()
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 

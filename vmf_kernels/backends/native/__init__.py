@@ -1,4 +1,4 @@
-"""Native backend: the streaming operator in C++ (csrc/cpu), for CPUs, chosen by "auto" there."""
+"""Native backend: the streaming operator in C++ (csrc/cpu), for CPUs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vmf_kernels.backends.native.module import STORED, instruction_sets, why_abs
 
 
 class NativeBackend:
-    """``contract.Backend`` on packed micro-kernels for AVX-512, AVX2 or any other CPU; workspace of bounded size."""
+    """A ``contract.Backend`` on packed micro-kernels for AVX-512, AVX2 or any other CPU; workspace of bounded size."""
 
     def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
-        """Where the module is absent; devices and dtypes it does not know."""
+        """Why it cannot run on these tensors, or None: another device or dtype, or the module is absent."""
         for name, tensor in (("features", rows), ("prototypes", weight)):
             if tensor.device.type != "cpu":
                 return f"it runs on CPUs, but the {name} are on {tensor.device}"
@@ -21,9 +21,9 @@ class NativeBackend:
         return why_absent()
 
     def wins(self, rows: Tensor, weight: Tensor) -> bool:
-        """Whether it is faster than plain torch here, asked where it can run: with AVX2 or better, not with portable code.
+        """Whether it is faster than plain torch here: with AVX2 or better, not with portable code. Call if it can run.
 
-        Measured by ``bench/bench_head.py`` (bench/results/cpu/head.json) and, for each instruction set, bench/LOG.md.
+        Measured by ``bench/bench_head.py`` (bench/results/cpu/head.json); for each instruction set, see bench/LOG.md.
         """
         return instruction_sets()[-1] != "portable"
 

@@ -1,4 +1,4 @@
-"""Which rows of both networks go through together: whole images where they fit the workspace, else some of their views.
+"""Which rows of both networks form a chunk: whole images if they fit the workspace, else some of an image's views.
 
 Legend: G / V teacher / student views, B images, S / T student / teacher rows.
 """
@@ -13,18 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 72 * 2**20  # of logits, less their padding; with more, 640 rows were no faster (bench/LOG.md)
-WORKSPACE_SHARE = 0.5  # of what the logits of all rows would take: a small batch must save memory too
-LEAST_WORKSPACE_BYTES = 16 * 2**20  # below, the products are bound by reading the prototypes
+WORKSPACE_BYTES = 72 * 2**20  # of logits, without their padding; with more, 640 rows were not faster (bench/LOG.md)
+WORKSPACE_SHARE = 0.5  # of the memory of all rows' logits: a small batch must save memory too
+LEAST_WORKSPACE_BYTES = 16 * 2**20  # with less, reading the prototypes limits the products
 MOST_ROWS = 768  # the block of G and the panels of rows have to stay in cache
 LEAST_ROWS = 16
-ROW_PADDING = 16  # of either network's rows among the columns of logits; the module's own
+ROW_PADDING = 16  # the logits of each network take a multiple of this many columns; fixed by the module
 
 
 class Chunk(NamedTuple):
-    """Views and images of one step; every pair of views of every image is in exactly one.
+    """Views and images of one step. Every pair of views of every image is in exactly one chunk.
 
-    A row whose pairs are in several counts in each with the weight of the pairs there.
+    If the pairs of a row are in several chunks, its weight in each is that of the pairs in that chunk.
     """
 
     images: slice
@@ -46,8 +46,9 @@ def chunks_of(views: tuple[int, int], images: int, prototypes: int, first_column
     Args:
         views: of teacher and student.
         images: B.
-        prototypes: K, of the rank that has most.
-        first_columns: of logits that have room elsewhere, for the first chunk alone; used where no more chunks come of it.
+        prototypes: K of the rank with the most.
+        first_columns: columns of logits that fit memory outside the workspace, for the first chunk only; used if this does
+            not lead to more chunks.
     """
     most = rows_at_once(sum(views) * images, prototypes) // sum(views)
     if most == 0:
@@ -65,17 +66,17 @@ def chunks_of(views: tuple[int, int], images: int, prototypes: int, first_column
 
 
 def columns_of(views: tuple[int, int], images: int) -> int:
-    """Columns of logits that a chunk of so many views and images takes: each network's rows with their padding."""
+    """Columns of logits of a chunk with so many views and images: each network's rows with their padding."""
     return sum(padded(count * images) for count in views)
 
 
 def padded(rows: int) -> int:
-    """Columns that the logits of ``rows`` take."""
+    """Columns of the logits of ``rows`` rows."""
     return -(-rows // ROW_PADDING) * ROW_PADDING
 
 
 def rows_at_once(rows: int, prototypes: int) -> int:
-    """How many rows' logits the workspace holds."""
+    """The number of rows whose logits the workspace holds."""
     row_bytes = prototypes * torch.float32.itemsize
     budget = min(WORKSPACE_BYTES, max(LEAST_WORKSPACE_BYTES, int(WORKSPACE_SHARE * rows * row_bytes)))
     return min(MOST_ROWS, max(budget // row_bytes, LEAST_ROWS))
@@ -87,7 +88,7 @@ def row_ranges(rows: int, prototypes: int) -> Iterator[slice]:
 
 
 def _chunks_of_views(views: tuple[int, int], images: int, rows: int) -> list[Chunk]:
-    """One image after the other, and of each some views of either network: ``rows`` of them at most."""
+    """One image after the other, each with some views of either network: ``rows`` rows at most."""
     teachers, students = (list(_ranges(count, _even(count, max(1, rows // 2)))) for count in views)
     return [
         Chunk(slice(image, image + 1), student, teacher)
@@ -96,7 +97,7 @@ def _chunks_of_views(views: tuple[int, int], images: int, rows: int) -> list[Chu
 
 
 def _even(count: int, most: int) -> int:
-    """Size of the fewest parts of at most ``most``, all of nearly one size."""
+    """The size of the parts if ``count`` is cut into as few as possible, of at most ``most`` and nearly equal size."""
     return max(1, math.ceil(count / max(1, math.ceil(count / most))))
 
 

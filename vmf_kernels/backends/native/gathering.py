@@ -1,4 +1,4 @@
-"""From the stored logits of a chunk to the sums over its rows, as the module takes it.
+"""The gathering pass, in the form that the module takes: from the stored logits of a chunk to the sums over its rows.
 
 Legend: S / T student / teacher rows, G / V their views, B images, K prototypes, D embedding dim.
 """
@@ -18,16 +18,16 @@ from vmf_kernels.backends.native.scores import Logits, NativeKeys, Softmax
 
 @dataclass(frozen=True)
 class PullBack:
-    """Equation (7) of a whole call."""
+    """Pulls the gradient back to the stored prototypes, with equation (7); once per call."""
 
     kind: str
-    norm: Tensor  # [K] of the stored rows
+    norm: Tensor  # [K] norms of the stored rows
     magnitude: Tensor | None  # [K]
-    slope: Tensor | None  # [K] slope of the bias in the norm
+    slope: Tensor | None  # [K] derivative of the bias by the norm
     magnitude_gradient: Tensor | None  # [K]
 
     def for_module(self) -> Any:
-        """As the module takes it; this must outlive the result."""
+        """The module's form of it; this object must outlive the result."""
         norms, count = module.built().Norms, len(self.norm)
         kinds = {"linear": norms.free, "normalized": norms.fixed, "weight_norm": norms.magnitude}
         return module.built().PullBack(
@@ -51,7 +51,7 @@ class Pairs(NamedTuple):
 class Students:
     """The student's side of a gathering pass."""
 
-    features: Tensor  # [S, D] times the second factor of 1 / tau_s
+    features: Tensor  # [S, D], multiplied by the second factor of 1 / tau_s (``split_scale``)
     feature_gradient: Tensor  # [S, D]
     weight_gradient: Tensor | None  # [K, D]
     bias_gradient: Tensor  # [K]
@@ -62,12 +62,12 @@ class Students:
 class Teachers(NamedTuple):
     """The teacher's side of a gathering pass."""
 
-    column: int  # of the logits, that its rows start at
-    usage: Tensor  # [K] added to
+    column: int  # the first column of its rows among the logits
+    usage: Tensor  # [K], to which the pass adds
 
 
 class Gathering(NamedTuple):
-    """From stored logits to the sums over rows; without students the usage alone."""
+    """From stored logits to the sums over rows; without students, only the usage."""
 
     keys: NativeKeys
     logits: Logits
@@ -84,7 +84,7 @@ class Gathering(NamedTuple):
         return sums
 
     def task(self, by_teacher: Softmax | None = None, by_student: Softmax | None = None) -> Any:
-        """As the module takes it; what it points to must outlive it."""
+        """The module's form of it; the tensors that it points to must outlive it."""
         address, mine, (by_view, by_image, images) = module.address, self.students, self.pairs
         count, dim = self.keys.weight.shape
         teacher_views, student_views = by_view.shape

@@ -1,4 +1,4 @@
-"""The compiled module, and tensors as it takes them.
+"""The compiled module, and the conversion of tensors for it.
 
 Legend: R rows, K prototypes, D embedding dim.
 """
@@ -19,20 +19,20 @@ from vmf_kernels.tensors import PLAIN
 MODULE = "vmf_kernels._native"
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-LEAST_WORK = 1 << 18  # products of a thread; fewer are done before another one is awake (python -m bench.least_work)
+LEAST_WORK = 1 << 18  # products per thread: fewer are faster than waking another one (python -m bench.least_work)
 MISFIT = "the native module was about to get {got}; expected {expected} (a fault of vmf_kernels: please report it)"
 STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @functools.cache
 def native() -> ModuleType | None:
-    """The module, or None where it was not built or cannot be loaded: ``why_absent`` says which."""
+    """The module, or None if it was not built or cannot be loaded; ``why_absent`` says which."""
     return None if why_absent() is not None else importlib.import_module(MODULE)
 
 
 @functools.cache
 def why_absent() -> str | None:
-    """Why there is no module, or None."""
+    """Why the module is absent, or None if it is there."""
     if importlib.util.find_spec(MODULE) is None:
         return "its module was not built: install vmf_kernels again where a C++17 compiler is found"
     try:
@@ -43,7 +43,7 @@ def why_absent() -> str | None:
 
 
 def built() -> ModuleType:
-    """The module, which is known to be there."""
+    """The module; call only if it is there."""
     module = native()
     assert module is not None, "unsupported() was not asked first"
     return module
@@ -51,12 +51,12 @@ def built() -> ModuleType:
 
 @functools.cache
 def instruction_sets() -> tuple[str, ...]:
-    """What this machine can run, the best last."""
+    """The instruction sets that this machine can run, the best last."""
     return tuple(built().available())
 
 
 def execution(products: torch.dtype) -> Any:
-    """How a call runs: best instruction set, torch's number of threads."""
+    """How a call runs: with the best instruction set and torch's number of threads."""
     return _execution(products, torch.get_num_threads(), LEAST_WORK, instruction_sets())
 
 
@@ -70,7 +70,7 @@ def _execution(products: torch.dtype, threads: int, least_work: int, sets: tuple
 
 
 def has_bf16_products() -> bool:
-    """Whether the machine multiplies pairs of bf16 numbers at once."""
+    """Whether the machine has instructions that multiply bf16 numbers."""
     return instruction_sets()[-1] == "avx512bf16"
 
 
@@ -80,7 +80,7 @@ def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def weight_of(weight_KD: Tensor) -> Any:
-    """Prototypes as stored; the tensor must outlive the result and have the elements of a row side by side."""
+    """Stored prototypes for the module; the tensor must outlive the result, and elements of a row must be adjacent."""
     module = built()
     plain = weight_KD.is_cpu and _is_plain(weight_KD)
     if not plain or weight_KD.ndim != 2 or weight_KD.dtype not in STORED or weight_KD.data_ptr() == 0:
@@ -101,13 +101,13 @@ def weight_of(weight_KD: Tensor) -> Any:
 
 
 def address(tensor: Tensor | None, count: int) -> int:
-    """Of the first of ``count`` fp32 numbers side by side; 0 for None.
+    """Address of the first of ``count`` adjacent fp32 numbers; 0 for None.
 
-    Every pointer that the module gets comes from here or from ``weight_of``: what does not fit is an error, not a read or
-    write beyond the memory.
+    Every pointer that the module gets comes from here or from ``weight_of``. So a tensor that does not fit is an error, not
+    an access beyond its memory.
 
     Raises:
-        RuntimeError: it holds anything else.
+        RuntimeError: the tensor is anything else.
     """
     if tensor is None:
         return 0
@@ -128,13 +128,13 @@ def fp32(values: Tensor) -> Tensor:
 
 
 def workspace(bytes_needed: int) -> tuple[Tensor, int]:
-    """Memory for a call, to be kept until it is over, and where its first whole cache line is."""
+    """Memory for one call, to be kept until it returns, and the address of its first whole cache line."""
     memory = new(bytes_needed + ALIGNMENT, dtype=torch.uint8)
     return memory, -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory holds its values: a subclass with a dispatch of its own may keep them elsewhere."""
+    """Whether its memory holds its values: a subclass with its own dispatch may keep them elsewhere."""
     return type(tensor) in PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 

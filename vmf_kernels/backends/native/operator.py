@@ -1,7 +1,8 @@
-"""The operator on the compiled module, chunk of rows by chunk.
+"""The operator on the compiled module, one chunk of rows after the other.
 
-Of every chunk the logits are stored, both networks' beside each other, [K, rows]; from them and the softmax of each row comes
-``G = n p - A^T q``, and with it both gradients, ``dz = G W / tau`` and ``dW = G^T z / tau``: equation (12) of the README.
+The logits of a chunk are stored as [K, rows], with both networks side by side. They and the softmax of each row give
+``G = n p - A^T q``, and G gives both gradients, ``dz = G W / tau`` and ``dW = G^T z / tau``: equation (12) of
+vmf_kernels/README.md.
 
 Legend: R rows, S / T student / teacher rows, G / V their views, B images, K prototypes, D embedding dim.
 """
@@ -34,7 +35,7 @@ from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 
 def products_of(*rows: Tensor) -> torch.dtype:
-    """Dtype of the products: bf16 for rows that all are, where the machine has the instructions, else fp32."""
+    """Dtype of the products: bf16 if all rows are bf16 and the machine has the instructions, else fp32."""
     same = all(x.dtype == torch.bfloat16 for x in rows)
     return torch.bfloat16 if same and module.has_bf16_products() else torch.float32
 
@@ -81,7 +82,7 @@ def row_log_sum_exp(inputs: RowInputs) -> Tensor:
 
 
 def column_log_sum_exp(inputs: RowInputs, offset: Tensor) -> Tensor:
-    """[K] ``log sum_r exp(l_rk - offset_r)``: rows and prototypes change places."""
+    """[K] ``log sum_r exp(l_rk - offset_r)``, computed with rows and prototypes exchanged."""
     features, prototypes = inputs.features, inputs.prototypes
     products = products_of(features)
     own = native_keys(prototypes, inputs.temperature, inputs.bias, products)
@@ -100,7 +101,7 @@ def column_log_sum_exp(inputs: RowInputs, offset: Tensor) -> Tensor:
 
 @dataclass
 class _Step:
-    """One loss: what every chunk reads, and what the chunks add up to."""
+    """One call of the loss: what every chunk reads, and the sums to which the chunks add."""
 
     inputs: LossInputs
     views: tuple[int, int]  # G, V
@@ -149,15 +150,15 @@ class _Step:
 
     @property
     def free_columns(self) -> int:
-        """Of logits that have room in the prototypes' gradient, for as long as nothing has been written there.
+        """Columns of logits that fit into the buffer of the prototypes' gradient, before the first chunk writes to it.
 
-        A block's logits are read before its gradient is written.
+        The logits of a block are read before its gradient is written.
         """
         dim = int(self.student.weight.shape[1])
         return 0 if self.weight_gradient is None or dim != padded(dim) else dim
 
     def rooms_for(self, chunks: list[Chunk]) -> list[Logits]:
-        """Where each chunk's logits go."""
+        """Memory for the logits of each chunk."""
         columns = [sum(_columns_of(chunk)) for chunk in chunks]
         rooms = []
         if columns and columns[0] <= self.free_columns and self.weight_gradient is not None:
@@ -166,7 +167,7 @@ class _Step:
         return rooms + (len(rest) * [Logits.empty(self.student.prototypes, max(rest))] if rest else [])
 
     def run(self, chunk: Chunk, logits: Logits, *, first: bool, last: bool) -> None:
-        """Add a chunk's share to every sum; the last one makes the prototypes' gradient that of what is stored."""
+        """Add a chunk's share to every sum; the last one pulls the gradient back to the stored prototypes."""
         whole = _sizes(chunk) == (*self.views, self.images)
         students = self.student_rows if whole else chunk.students_of(self.student_rows)
         teachers = self.teacher_rows if whole else chunk.teachers_of(self.teacher_rows)
@@ -205,15 +206,15 @@ class _Step:
             x_gradient.mul_(rest)
         if not whole:
             part, mine = x_gradient.view_as(students), chunk.students_of(self.feature_gradient)
-            # a student row's pairs may lie in several chunks, where its image has too many views for one
+            # the pairs of a student row may be in several chunks, if its image has too many views for one
             (mine.copy_ if self._is_new(chunk) else mine.add_)(part)
 
     def _is_new(self, chunk: Chunk) -> bool:
-        """Whether no chunk before this one had its student rows: it has the first of the teacher's views."""
+        """Whether no earlier chunk had its student rows: then it has the first of the teacher's views."""
         return bool(chunk.teacher_views.start == 0)
 
     def _pairs(self, chunk: Chunk) -> Pairs:
-        """Of this chunk alone, so that p and q meet before G is rounded for the products."""
+        """The pairs of this chunk only, so that p - q is formed before G is rounded for the products."""
         by_view, sizes = self.view_weights, _sizes(chunk)
         if sizes[:2] != self.views:
             by_view = by_view[chunk.teacher_views, chunk.student_views].contiguous()
@@ -221,7 +222,7 @@ class _Step:
         return Pairs(by_view, by_image, sizes[2])
 
     def _pull_back(self) -> PullBack | None:
-        """None where what is stored is the effective prototypes and nothing else depends on their norms."""
+        """None if the stored prototypes are the effective ones and nothing else depends on their norms."""
         prototypes = self.inputs.student
         if prototypes.kind == "linear":
             return None
@@ -234,7 +235,7 @@ class _Step:
         return PullBack(prototypes.without_vmf().kind, norm, magnitude, slope, self.magnitude_gradient)
 
     def outputs(self) -> LossOutputs:
-        """Equation (12), and what comes with it."""
+        """The loss by equation (12), its statistics and gradients."""
         inputs, group = self.inputs, self.inputs.prototype_group
         shared = group is not None and count_ranks(group) > 1
         if shared:
@@ -254,7 +255,7 @@ class _Step:
             self.weight_gradient.zero_()
             if self.magnitude_gradient is not None:
                 self.magnitude_gradient.zero_()
-        total = total or 1.0  # no pair has weight, and every weighted sum is 0 as well
+        total = total or 1.0  # if no pair has weight, every weighted sum is 0 as well
         means = teacher_entropy / total, student_entropy / total, (loss - teacher_entropy) / total
         return LossOutputs(
             torch.tensor(loss, dtype=torch.float32, device=module.CPU),
@@ -267,7 +268,7 @@ class _Step:
 
 
 def _columns_of(chunk: Chunk) -> tuple[int, int]:
-    """Columns of the logits that a chunk's students and teachers take."""
+    """How many columns of the logits a chunk's student rows and teacher rows take."""
     teacher, student, images = _sizes(chunk)
     return padded(student * images), padded(teacher * images)
 
@@ -281,7 +282,7 @@ def _sizes(chunk: Chunk) -> tuple[int, int, int]:
 
 
 def _most_prototypes(count: int, group: ProcessGroup | None) -> int:
-    """K of the rank that has most: chunks of rows must be the same everywhere."""
+    """K of the rank with the most: chunks of rows must be the same on every rank."""
     if group is None or count_ranks(group) == 1:
         return count
     return int(max_over_ranks(torch.tensor(count, dtype=torch.float64, device=module.CPU), group))

@@ -20,19 +20,19 @@ from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LOG2_E = 1.4426950408889634
 LN_2 = math.log(2.0)
-LEAST_FACTOR, LARGEST_FACTOR = 2.0**-40, 2.0**40  # of temperatures that are used, with much to spare
-PIECE_BYTES = 24 * 2**20  # glibc keeps what is below 32 MiB; 96 MiB in one piece cost 27 ms of page faults a step
-MOST_PIECES = 64  # that the module takes
+LEAST_FACTOR, LARGEST_FACTOR = 2.0**-40, 2.0**40  # far beyond the inverse temperatures that are used in practice
+PIECE_BYTES = 24 * 2**20  # glibc keeps memory below 32 MiB; 96 MiB in one piece cost 27 ms of page faults per step
+MOST_PIECES = 64  # the module takes no more
 
 
 class NativeKeys(NamedTuple):
     """Prepared prototypes: base-2 ``logit_k(x) = multiplier_k <weight_k, row_factor x> + bias_k``."""
 
-    weight: Tensor  # [K, D] fp32, bf16 or fp16, elements of a row side by side
+    weight: Tensor  # [K, D] fp32, bf16 or fp16, elements of a row adjacent
     gain: Tensor | None  # [K] w_k = gain_k weight_k
     row_factor: float
     factor: float  # of the multiplier
-    multiplier: Tensor | None  # [K] gain_k factor; None for the factor alone
+    multiplier: Tensor | None  # [K] gain_k factor; None if it is the factor for every prototype
     bias: Tensor | None  # [K] nats, as ``Keys.bias``
     bias_base_2: Tensor | None  # [K]
     scale: tuple[float, float]  # two factors of the inverse temperature, as ``split_scale``
@@ -54,19 +54,19 @@ class Softmax(NamedTuple):
         return self.sums[0] + self.sums[1].log2()
 
     def merged_over_ranks(self, group: ProcessGroup | None) -> Softmax:
-        """The same over the prototypes of all ranks: one maximum and two sums a row are exchanged."""
+        """The same over the prototypes of all ranks; ranks exchange one maximum and two sums per row."""
         if group is None or count_ranks(group) == 1:
             return self
         own_top, mass, moment = self.sums
         top = max_over_ranks(own_top.clone(), group)
         shift = own_top - top
         decay = shift.exp2()
-        # a rank far below the others weighs 0, and its shift is too large to multiply with
+        # a rank far below the others has weight 0, and its shift may be too large for a product
         moment = decay * (moment + torch.where(decay > 0, shift, 0.0) * mass)
         return Softmax(torch.cat([top[None], sum_over_ranks(torch.stack([decay * mass, moment]), group)]))
 
     def for_module(self, rows: int) -> tuple[int, int, int]:
-        """Addresses of top, mass and moment of so many rows; this must outlive them."""
+        """Addresses of top, mass and moment of so many rows; this object must outlive their use."""
         first = module.address(self.sums, 3 * rows)
         return first, first + 4 * rows, first + 8 * rows
 
@@ -83,20 +83,20 @@ def native_keys(
         keys = prepare_keys(prototypes, temperature, extra_bias, torch.float32)
         gain, bias = keys.gain, keys.bias
         base_2 = None if bias is None else bias * LOG2_E
-    # in the rows the roundings of the scale average out over the dims; but bf16 rows are exact as they are
+    # scale the rows, where its rounding errors average out over the dims; but not bf16 rows, which are exact as they are
     row_factor, factor = split_scale(scale * LOG2_E)
     if products == torch.bfloat16:
         row_factor, factor = 1.0, row_factor * factor
     if gain is not None:
-        # NaN for an infinite gain: the effective prototype has infinities of both signs, and its products are NaN
+        # NaN for an infinite gain: such an effective prototype has infinities of both signs, and its products are NaN
         multiplier = (gain + 0 * gain) * factor
     return NativeKeys(weight, gain, row_factor, factor, multiplier, bias, base_2, split_scale(scale))
 
 
 def split_scale(number: float) -> tuple[float, float]:
-    """(factor, power of two) whose product a scale is: itself and 1, or of order one and the rest where it is extreme.
+    """(factor, power of two) whose product is ``number``: itself and 1, or, for an extreme number, a factor of order one.
 
-    What is multiplied by an extreme number on the way to a moderate result overflows, and divided by it comes out as 0 or NaN.
+    Multiplying or dividing by an extreme number on the way to a moderate result would overflow, or give 0 or NaN.
     """
     if LEAST_FACTOR <= number <= LARGEST_FACTOR or not math.isfinite(number):
         return number, 1.0
@@ -107,13 +107,13 @@ def split_scale(number: float) -> tuple[float, float]:
 
 
 class Logits(NamedTuple):
-    """Base-2 logits of a chunk of rows, [K, columns], in pieces that hold so many prototypes each.
+    """Base-2 logits of a chunk of rows, [K, columns], in pieces with an equal number of prototypes.
 
-    An allocator gives large pieces back to the system and maps them anew each time, with a page fault for every 4 KiB.
+    An allocator returns larger pieces to the system and maps them again each time, with a page fault for every 4 KiB.
     """
 
     pieces: list[Tensor]
-    first: int  # column that the rows in question start at
+    first: int  # the first column of the rows in question
 
     @classmethod
     def empty(cls, prototypes: int, columns: int) -> Logits:
@@ -129,7 +129,7 @@ class Logits(NamedTuple):
         return self._replace(first=first)
 
     def for_module(self, prototypes: int, columns: int) -> Any:
-        """As the module takes them, for so many prototypes and columns from the first on; this must outlive the result."""
+        """The module's form of so many prototypes and columns from the first; this object must outlive the result."""
         if not self.pieces:
             return _no_logits()
         size, stride = self.pieces[0].shape
@@ -154,7 +154,7 @@ def _no_logits() -> Any:
 
 
 def score_task(rows_RD: Tensor, keys: NativeKeys, softmax: Softmax | None, logits: Logits = NOT_STORED) -> Any:
-    """A score as the module takes it; what it points to must outlive it. Without a softmax, for the module's ``step``."""
+    """The module's form of a score; its tensors must outlive it. Without a softmax, it is for the module's ``step``."""
     rows, prototypes = len(rows_RD), keys.prototypes
     top, mass, moment = (0, 0, 0) if softmax is None else softmax.for_module(rows)
     return module.built().Score(
@@ -179,7 +179,7 @@ def score(rows_RD: Tensor, keys: NativeKeys, products: torch.dtype, logits: Logi
         rows_RD: [R, D] fp32 contiguous.
         keys: K prototypes.
         products: torch.float32 or torch.bfloat16.
-        logits: where the base-2 logits go, ``padded(R)`` columns of them.
+        logits: receives the base-2 logits, in ``padded(R)`` columns.
     """
     native, run = module.built(), module.execution(products)
     result = Softmax(module.new(3, len(rows_RD)))

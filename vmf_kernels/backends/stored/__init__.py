@@ -1,1 +1,1 @@
-"""The loss on stored logits: ``contract`` says what a backend of it computes, ``choice`` which one runs."""
+"""The loss on stored logits. ``contract`` says what a backend computes; ``choice`` selects the one that runs."""

@@ -11,19 +11,19 @@ STORED_BACKENDS: dict[str, StoredBackend] = {"torch": _STREAMING, "streaming": _
 
 
 def choose_stored_backend(backend: str, inputs: StoredInputs) -> StoredBackend:
-    """The one that computes the loss on these logits.
+    """The backend that computes the loss on these logits.
 
     Args:
-        backend: "auto" takes "triton" on GPUs where it can run, else "torch"; a name takes that one or raises.
+        backend: "auto" takes "triton" on GPUs where it can run, else "torch"; a name takes that backend or raises.
         inputs: of the loss.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the backend asked for cannot run on these tensors; says why.
+        RuntimeError: the named backend cannot run on these tensors; the text says why.
     """
     check_stored_backend_name(backend)
     if backend == "auto":
-        # never where Triton is interpreted, on the CPU
+        # never on the CPU, where Triton is only interpreted
         on_gpu = inputs.student.logits.device.type == "cuda"
         backend = "triton" if on_gpu and STORED_BACKENDS["triton"].unsupported(inputs) is None else "torch"
     chosen = STORED_BACKENDS[backend]
@@ -34,7 +34,7 @@ def choose_stored_backend(backend: str, inputs: StoredInputs) -> StoredBackend:
 
 
 def check_stored_backend_name(backend: str) -> None:
-    """Raise ValueError unless ``backend`` is "auto" or the name of one; the others compute from features and prototypes."""
+    """Raise ValueError unless ``backend`` is "auto" or a backend for stored logits; others need features and prototypes."""
     if backend != "auto" and backend not in STORED_BACKENDS:
         names = ", ".join(("auto", *STORED_BACKENDS))
         raise ValueError(f"backend {backend!r} has no pass over stored logits; expected one of {names}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Side(NamedTuple):
-    """One network: stored logits, and what turns them into log-probabilities."""
+    """One network: stored logits, with the bias and temperature that turn them into log-probabilities."""
 
     logits: Tensor  # [views * B, K]
     bias: Tensor | None  # K elements, nats
@@ -19,7 +19,7 @@ class Side(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the forward pass leaves."""
+    """The results of the forward pass."""
 
     terms: Tensor  # [3] float64, nats: loss, teacher entropy and student entropy, weighted sums over the rows
     usage: Tensor  # [K] weighted sum of the teachers' probabilities
@@ -28,7 +28,7 @@ class Sums(NamedTuple):
 
 
 class StoredInputs(NamedTuple):
-    """Arguments of the loss, checked: see ``logit_cross_entropy``."""
+    """Checked arguments of the loss; see ``logit_cross_entropy``."""
 
     student: Side
     teacher: Side

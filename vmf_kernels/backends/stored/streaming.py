@@ -1,4 +1,4 @@
-"""The loss on stored logits in plain torch: images go through in chunks that fit the cache.
+"""The loss on stored logits in plain torch: images are processed in chunks that fit the cache.
 
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
 """
@@ -21,7 +21,7 @@ CHUNK_BYTES = 8 * 2**20  # of logits at once: a few such copies stay in a 32 MiB
 
 
 class _Logits(NamedTuple):
-    """One network's stored logits and what turns them into base-2 log-probabilities."""
+    """One network's stored logits, with the scale and bias that turn them into base-2 log-probabilities."""
 
     rows: Tensor  # [views, B, K]
     scale: Tensor  # [] log2(e) / tau
@@ -35,13 +35,13 @@ class _Logits(NamedTuple):
         return cls(_by_view(side.logits, views), (LOG2_E / side.temperature).to(dtype), scaled)
 
     def chunk(self, images: slice) -> Tensor:
-        """[b, views, K] base-2 logits of some images, a fresh tensor."""
+        """[b, views, K] base-2 logits of some images, a new tensor."""
         out = self.rows[:, images].transpose(0, 1).to(self.scale.dtype, copy=True).mul_(self.scale)
         return out if self.bias is None else out.add_(self.bias)
 
 
 class _Softmax(NamedTuple):
-    """Softmax of a chunk over its last dim, with what the loss needs of it; base 2."""
+    """Softmax of a chunk over its last dim, in the form that the loss needs; base 2."""
 
     deviation: Tensor  # [b, views, K] logits minus their maximum
     unnormalized: Tensor  # [b, views, K] 2^deviation
@@ -93,7 +93,7 @@ class StreamingStored:
         for chunk in _image_chunks(images, (views + teacher_views) * count * dtype.itemsize):
             s, t = _Softmax.of(student.chunk(chunk)), _Softmax.of(teacher.chunk(chunk))
             q = t.unnormalized / t.mass[..., None]
-            # log p relative to the row's maximum: an offset common to the row never enters
+            # log p relative to the row's maximum, so that a common offset of the row has no effect
             cross = s.mass.log2()[:, None, :] - q @ s.deviation.transpose(1, 2)
             weight_bGV = weight_B[chunk, None, None] * view_weights
             teacher_mass, student_mass = weight_bGV.sum(dim=2), weight_bGV.sum(dim=1)

@@ -1,6 +1,6 @@
 """Triton backend: the streaming operator on NVIDIA GPUs from compute capability 8.0 up.
 
-The kernels are imported when they are first wanted: the library works where Triton is absent.
+The kernels are imported at first use, so the library works without Triton.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class TritonBackend:
     """``contract.Backend`` on fused kernels: no logits in memory, no atomics, no host synchronisation."""
 
     def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
-        """Devices, dtypes and embedding dims there are no kernels for."""
+        """Why it cannot run, or None: no kernel for the device, the dtype or D."""
         if rows.dtype not in DTYPES:
             return f"it computes in bfloat16, float16 or float32, but the features are {rows.dtype}"
         if weight.shape[1] > MAX_DIM:

@@ -1,8 +1,8 @@
-"""What the row pass and the column pass share: blocks of rows and prototypes, cut into chunks of the embedding dim.
+"""Blocks of rows and prototypes, cut into chunks of the embedding dim; used by the row pass and the column pass.
 
-A block [N, D] is a tuple of CHUNKS tiles [N, CHUNK], because a tile's sides are powers of two and D = 384 must not cost what
-512 does. Everything is padded to whole tiles before these kernels run (``prototype_kernels``, ``pairing_kernels``), so
-that no load here needs a mask.
+A block [N, D] is a tuple of CHUNKS tiles [N, CHUNK]: the sides of a tile are powers of two, and D = 384 must not cost as much
+as 512. Everything is padded to whole tiles before these kernels run (``prototype_kernels``, ``pairing_kernels``), so no load
+here needs a mask.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1e38)  # a first running maximum: finite, for (-inf) - (-inf) would be NaN
+LOWEST = tl.constexpr(-1e38)  # the first running maximum; finite, because (-inf) - (-inf) would be NaN
 
 
 @triton.jit
@@ -26,9 +26,9 @@ def load_block(
     WIDTH: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """CHUNKS tiles [N, CHUNK] of a [., WIDTH] matrix, from row ``i_row`` and column ``i_column`` on.
+    """CHUNKS tiles [N, CHUNK] of a [., WIDTH] matrix, starting at row ``i_row`` and column ``i_column``.
 
-    ``source`` is a pointer, or with TMA the descriptor of tiles [N, CHUNK].
+    ``source`` is a pointer, or, with TMA, the descriptor of tiles [N, CHUNK].
     """
     block = ()
     for chunk in tl.static_range(CHUNKS):
@@ -36,7 +36,7 @@ def load_block(
         if TMA:
             block = block + (source.load([i_row, column]),)
         else:
-            # 64-bit: a million prototypes of dim 4096 pass 2^31 elements
+            # 64-bit: a million prototypes of dim 4096 have more than 2^31 elements
             tile = source + tl.cast(i_row, tl.int64) * WIDTH + column
             o_tile = tl.arange(0, N)[:, None] * WIDTH + tl.arange(0, CHUNK)[None, :]
             block = block + (tl.load(tile + o_tile),)
@@ -45,7 +45,7 @@ def load_block(
 
 @triton.jit
 def zero_block(N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """CHUNKS tiles [N, CHUNK] of zeros: fp32, the dtype every sum is formed in."""
+    """CHUNKS tiles [N, CHUNK] of zeros, in fp32, the dtype of every sum."""
     block = ()
     for _ in tl.static_range(CHUNKS):
         block = block + (tl.zeros([N, CHUNK], tl.float32),)
@@ -63,7 +63,7 @@ def inner_products(left, right, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_products(total, weights, block, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + weights @ block``, tile by tile: weights [N, M] are rounded to the block's dtype, sums stay fp32."""
+    """``total + weights @ block``, tile by tile. Weights [N, M] are rounded to the block's dtype; sums stay fp32."""
     result = ()
     b_weights = weights.to(block[0].dtype)
     for chunk in tl.static_range(CHUNKS):

@@ -1,9 +1,9 @@
 """The column pass: sums over rows for each prototype, equations (5) and (6); one program owns a block of prototypes.
 
-No program writes where another does, and each walks over the rows in their order: no atomics, bitwise repeatable.
+Programs write to separate memory, each in the order of the rows and without atomics, so results are bitwise repeatable.
 
-Legend: S / T student / teacher rows, K prototypes, D embedding dim, all padded to whole tiles. Row r weighs in through its
-offset: ``2^(l - offset_r) = unit n_r p_r`` with ``offset_r = lse_r - log2(unit n_r)``, so a row without weight has offset +inf.
+Legend: S / T student / teacher rows, K prototypes, D embedding dim, all padded to whole tiles. The offset of row r contains its
+weight: ``2^(l - offset_r) = unit n_r p_r`` with ``offset_r = lse_r - log2(unit n_r)``; a row without weight has offset +inf.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def store_vectors(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """``factor * vectors`` into [K, D] without the padding."""
+    """Store ``factor * vectors`` into [K, D], without the padding."""
     o_k = i_k + tl.arange(0, N_PROTOTYPES)
     vectors = scale_block(vectors, factor, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
@@ -105,7 +105,7 @@ def store_masses(
     N_PROTOTYPES: tl.constexpr,
     HAS_STUDENTS: tl.constexpr,
 ):
-    """[K] mean teacher probability and, with students, [K] beta of equation (6)."""
+    """Store [K] mean teacher probability and, with students, [K] beta of equation (6)."""
     o_k = i_k + tl.arange(0, N_PROTOTYPES)
     m_k = o_k < prototype_count
     total = tl.load(p_total)
@@ -149,8 +149,8 @@ def gather_columns_kernel(
     """Equations (5) and (6): students push the block's prototypes, teachers pull them.
 
     Grid (blocks of prototypes, parts of the vectors' columns). Writes [K, D]
-    ``(sum_s n_s p_s z_s + sum_t n_t q_t cotangent_t) / tau_s``, cotangents being minus the mean student row of each teacher
-    row; [K] beta; [K] mean teacher probability. Without students only the last.
+    ``(sum_s n_s p_s z_s + sum_t n_t q_t cotangent_t) / tau_s``, where a cotangent is minus the mean student row of a teacher
+    row; [K] beta; [K] mean teacher probability. Without students, only the last.
     """
     i_k, i_part = tl.program_id(0) * N_PROTOTYPES, tl.program_id(1)
     i_column = i_part * (CHUNK * VALUE_CHUNKS)
@@ -247,9 +247,9 @@ def gather_matched_columns_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """The column pass where row r of the student learns from row r of the teacher: ``(P - Q)^T z`` as one product.
+    """The column pass for a one-to-one pairing (row r learns from row r): ``(P - Q)^T z`` as one product.
 
-    The difference is formed in fp32, before it is rounded for the product. Grid and results as ``gather_columns_kernel``.
+    The difference is taken in fp32 and then rounded for the product. Grid and results as ``gather_columns_kernel``.
     """
     i_k = tl.program_id(0) * N_PROTOTYPES
     width: tl.constexpr = CHUNK * CHUNKS

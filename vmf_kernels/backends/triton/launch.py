@@ -1,6 +1,6 @@
-"""Where kernels are launched: the device they run on, and one function through which every launch goes.
+"""The launch of kernels: their device, and the one function that makes every launch.
 
-Everything here waits until a kernel is wanted before it imports Triton, which a machine without a GPU may lack.
+Nothing here imports Triton before a kernel is needed: a machine without a GPU may lack it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ INTERPRETER_ARCH = 0
 
 
 class Target(NamedTuple):
-    """What kernels are tuned for."""
+    """The device properties that kernels are tuned for."""
 
     arch: int  # compute capability times 10, for example 90; INTERPRETER_ARCH under Triton's interpreter
     multiprocessors: int
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on CPU tensors: TRITON_INTERPRET=1 before its first import."""
+    """Whether Triton runs kernels in Python, on CPU tensors: if TRITON_INTERPRET=1 was set before its first import."""
     if importlib.util.find_spec("triton") is None:
         return False
     from triton import knobs
@@ -57,11 +57,11 @@ def _cuda_target(device: torch.device) -> Target:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launches inside go to the tensor's device, on torch's current stream of it."""
+    """A region whose launches go to the tensor's device, on torch's current stream there."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch ``kernel`` over ``grid``; nothing for an empty grid. Reports of what is launched replace this function."""
+    """Launch ``kernel`` over ``grid``, unless the grid is empty. Reports of launches replace this function."""
     if all(grid):
         kernel[grid](*args, **options)

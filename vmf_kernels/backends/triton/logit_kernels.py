@@ -1,8 +1,9 @@
 """Kernels of the cross-entropy from stored logits; ``backends.triton.logits`` launches them.
 
 A program owns one tile of prototypes and a group of images. So every sum over rows (usage, bias gradient) stays in its
-registers, and every sum over prototypes leaves as one partial a tile, merged by a second kernel in the order of the tiles:
-no atomics, the same bits every time. One warp a program in the forward: its sums over a tile are shuffles, with no barrier.
+registers. Every sum over prototypes is written as one partial sum per tile, which a second kernel merges in the order of the
+tiles: no atomics, the same bits every time. A program of the forward pass is one warp, so its sums over a tile are shuffles
+without a barrier.
 
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes. Row v * B + b is view v of image
 b. Everything logarithmic is base 2; sums are fp32.
@@ -29,7 +30,7 @@ def load_scale(p_temperature):
 
 @triton.jit
 def load_bias(p_bias, o_k, m_k):
-    """[BLOCK_K] base-2 bias, or 0 where there is none; -inf becomes LOWEST."""
+    """[BLOCK_K] base-2 bias, or 0 without a bias; -inf becomes LOWEST."""
     if p_bias is None:
         b_scaled = 0.0
     else:
@@ -41,7 +42,7 @@ def load_bias(p_bias, o_k, m_k):
 @triton.jit
 def load_scores(p_logits, row, stride, o_k, m_k, scale, b_bias, WHOLE: tl.constexpr):
     """[BLOCK_K] base-2 scores of a tile of one row, fp32; -inf past the last prototype."""
-    p_row = p_logits + tl.cast(row, tl.int64) * stride  # rows * K may pass 2^31
+    p_row = p_logits + tl.cast(row, tl.int64) * stride  # rows * K may exceed 2^31
     b_logits = tl.load(p_row + o_k) if WHOLE else tl.load(p_row + o_k, mask=m_k, other=-float("inf"))
     return b_logits.to(tl.float32) * scale + b_bias
 
@@ -49,7 +50,7 @@ def load_scores(p_logits, row, stride, o_k, m_k, scale, b_bias, WHOLE: tl.conste
 @triton.jit
 def moments(b_scores, m_k, WHOLE: tl.constexpr):
     """A tile's maximum and, relative to it, [BLOCK_K] scores, their mass ``sum 2^score`` and spread ``sum 2^score score``."""
-    # NaN must pass: a broken logit gives a broken loss
+    # propagate NaN: a NaN logit must make the loss NaN
     b_scores = tl.maximum(b_scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     if not WHOLE:
         b_scores = tl.where(m_k, b_scores, OUTSIDE)
@@ -63,9 +64,9 @@ def moments(b_scores, m_k, WHOLE: tl.constexpr):
 def load_teachers(
     p_logits, stride, p_top, p_log_mass, i_b, images, o_k, m_k, scale, b_bias, G: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Probabilities of one image's teachers in a tile: a tuple of G times [BLOCK_K].
+    """Probabilities of one image's teacher rows in a tile: a tuple of G times [BLOCK_K].
 
-    Either from maximum and log-mass, or from their sum in ``p_top`` alone, which is rounded to the offset common to a row.
+    Computed from maximum and log-mass, or from their sum in ``p_top``, whose rounding depends on the row's common offset.
     """
     q = ()
     for g in tl.static_range(G):
@@ -79,7 +80,7 @@ def load_teachers(
 
 @triton.jit
 def weighted_teachers(q, p_pair_weights, v, views, G: tl.constexpr):
-    """[BLOCK_K] ``sum_g w_gv q_g``: what student view v is to learn from."""
+    """[BLOCK_K] ``sum_g w_gv q_g``: the target of student view v."""
     b_target = tl.load(p_pair_weights + v) * q[0]
     for g in tl.static_range(1, G):
         b_target += tl.load(p_pair_weights + g * views + v) * q[g]
@@ -99,7 +100,7 @@ def teacher_tiles_kernel(
     WHOLE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """What each tile of a teacher's row contributes to its softmax. Grid (tiles, groups of rows)."""
+    """The contribution of each tile of a teacher row to its softmax. Grid (tiles, groups of rows)."""
     i_tile, tiles = tl.program_id(0), tl.num_programs(0)
     o_k = i_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < prototypes
@@ -140,10 +141,10 @@ def student_tiles_kernel(
     WHOLE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """What each tile of a student's row contributes to its softmax and to its loss. Grid (tiles, groups of images).
+    """The contribution of each tile of a student row to its softmax and to its loss. Grid (tiles, groups of images).
 
-    The teachers' log-sum-exp is final, so their probabilities are: this second read of the teacher serves the loss and the
-    usage alike. The student is read once.
+    The teacher's log-sum-exp is final, and so are its probabilities: this second read of the teacher gives both loss and
+    usage. The student is read once.
     """
     i_tile, tiles = tl.program_id(0), tl.num_programs(0)
     o_k = i_tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -168,7 +169,7 @@ def student_tiles_kernel(
             tl.store(p_row + step, mass)
             tl.store(p_row + 2 * step, spread)
             tl.store(p_row + 3 * step, alignment)
-        # after the students, whose loads no compiler moves above a store
+        # after the students, because a compiler moves no loads above a store
         weight = tl.load(p_image_weights + i_b)
         for g in tl.static_range(G):
             b_usage += (weight * tl.load(p_teacher_mass + g)) * q[g]
@@ -178,7 +179,7 @@ def student_tiles_kernel(
 
 @triton.jit
 def merged_moments(p_row, step, tiles, BLOCK_T: tl.constexpr):
-    """A row's maximum and, relative to it, mass and spread, from its tiles in their order."""
+    """A row's maximum and, relative to it, mass and spread, merged from its tiles in a fixed order."""
     o_t = tl.arange(0, BLOCK_T)
     b_top = tl.full([BLOCK_T], LOWEST, tl.float32)
     for i_t in tl.range(0, tiles, BLOCK_T):
@@ -246,7 +247,7 @@ def merge_student_kernel(
     b_alignment = tl.zeros([BLOCK_T], tl.float32)
     for i_t in tl.range(0, tiles, BLOCK_T):
         m_t = i_t + o_t < tiles
-        # a tile's alignment is relative to its own maximum: sum_k target (score - top) needs the target's sum there
+        # a tile's alignment is relative to the tile's maximum: sum_k target (score - top) needs the target's sum in the tile
         b_target = tl.zeros([BLOCK_T], tl.float32)
         for g in tl.static_range(G):
             p_sums = p_teacher_sums + tl.cast(g * images + i_b, tl.int64) * tiles + i_t
@@ -254,7 +255,7 @@ def merge_student_kernel(
         b_shift = tl.load(p_row + i_t + o_t, mask=m_t, other=LOWEST) - top
         b_alignment += tl.load(p_row + 3 * step + i_t + o_t, mask=m_t, other=0.0) + b_shift * b_target
     weight, student_mass = tl.load(p_image_weights + i_b), tl.load(p_student_mass + i_v)
-    # log p relative to the row's maximum: an offset common to the row never enters
+    # log p relative to the row's maximum, so that a common offset of the row has no effect
     cross = student_mass * tl.log2(mass) - tl.sum(b_alignment, axis=0)
     tl.store(p_lse + tl.cast(i_b, tl.int64) * views + i_v, top + tl.log2(mass))
     tl.store(p_terms + row, weight * cross * LN_2)

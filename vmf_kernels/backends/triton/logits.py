@@ -1,4 +1,4 @@
-"""Triton passes of the cross-entropy from stored logits: each student logit is read once forward and once backward.
+"""Triton passes of the cross-entropy from stored logits: each student logit is read once in forward and once in backward.
 
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes. Rows are view-major.
 """
@@ -15,27 +15,28 @@ from vmf_kernels.backends.stored.contract import Side, StoredInputs, Sums
 from vmf_kernels.backends.triton import launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_TEACHER_VIEWS = 8  # each keeps a tile of probabilities in registers, and more are a matrix product
+MOST_TEACHER_VIEWS = 8  # each keeps a tile of probabilities in registers; for more, a matrix product would be better
 
 
 class Tile(NamedTuple):
-    """What one program works on: registers a thread are about the sum of its fp32 arrays [prototypes], over its threads."""
+    """The work of one program. Registers per thread are about the sum of its fp32 arrays [prototypes] over its threads."""
 
     prototypes: int
     warps: int
 
 
 class Tiles(NamedTuple):
-    """Tiles of the passes; chosen from registers and instructions that ptxas reports, not from time: no GPU was at hand."""
+    """Tiles of the passes, chosen from the registers and instructions that ptxas reports; not measured on a GPU yet."""
 
     teacher: Tile
     student: Tile
     gradient: Tile
 
 
-# Forward: one warp a tile, because its sums are then shuffles, 40 instructions a row. 16 prototypes a thread make that a
-# sixth of the student's, in G + 3 arrays of registers (96 of them at G = 2, 20 warps a multiprocessor); 32 prototypes would
-# save 17% of the instructions for half the warps. The teacher has 1 array. The gradient sums nothing over prototypes.
+# Forward: one warp per tile, because its sums are then shuffles, 40 instructions per row. With 16 prototypes per thread, these
+# are a sixth of the student's instructions, in G + 3 arrays of registers (at G = 2, 96 registers and 20 warps per
+# multiprocessor). 32 prototypes would save 17% of the instructions but halve the warps. The teacher has 1 array. The gradient
+# sums nothing over prototypes.
 TILES = {
     1: Tiles(Tile(1024, 1), Tile(512, 1), Tile(1024, 2)),
     2: Tiles(Tile(1024, 1), Tile(512, 1), Tile(1024, 2)),
@@ -43,16 +44,16 @@ TILES = {
     8: Tiles(Tile(1024, 1), Tile(256, 1), Tile(512, 2)),
 }
 MERGED_TILES = 128  # tiles merged at once: K = 65,536 has 64 or 128
-PROGRAMS_PER_MULTIPROCESSOR = 64  # 20 to 32 are resident: two waves and more even out their ends
+PROGRAMS_PER_MULTIPROCESSOR = 64  # 20 to 32 are resident: with two or more waves, programs that end early cost little
 ROWS_PER_GROUP = 4  # at least, to share the loading of biases and temperatures
-ROWS_PER_SUM = 16  # at least, where a group writes an fp32 sum for each prototype: 4 bytes for 32 that it reads in bf16
+ROWS_PER_SUM = 16  # at least, if a group writes an fp32 sum for each prototype: 4 bytes for 32 that it reads in bf16
 
 
 class TritonStored:
-    """``contract.StoredBackend`` on Triton's kernels; logits have a unit last stride, weights are fp32."""
+    """A ``contract.StoredBackend`` on Triton's kernels; logits must have a last stride of 1, weights must be fp32."""
 
     def unsupported(self, inputs: StoredInputs) -> str | None:
-        """Devices, dtypes, strides and numbers of teacher views there are no kernels for."""
+        """Why it cannot run, or None: no kernel for the device, dtype, strides or number of teacher views."""
         reason = launch.unsupported_device(inputs.student.logits.device)
         if reason is not None:
             return reason
@@ -110,7 +111,7 @@ class TritonStored:
 
 
 def _teacher_pass(teacher: Side, pairs: Tensor, image_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp [B, G] of the teacher's rows, the maximum and log-mass [2, B, G] it is the sum of, weighted entropy [T]."""
+    """Log-sum-exp [B, G] of the teacher's rows, its summands maximum and log-mass [2, B, G], and weighted entropy [T]."""
     from vmf_kernels.backends.triton import logit_kernels as kernels
 
     (rows, count), teacher_views = teacher.logits.shape, pairs.shape[0]
@@ -174,7 +175,7 @@ def _student_pass(
 
 
 def _pointers(side: Side) -> tuple[Tensor, int, Tensor | None, Tensor]:
-    """A side as the kernels take it: logits, row stride, bias, temperature."""
+    """The kernels' arguments for one network: logits, row stride, bias, temperature."""
     bias = None if side.bias is None else side.bias.reshape(-1).contiguous()
     return side.logits, side.logits.stride(0), bias, side.temperature
 
@@ -188,12 +189,12 @@ def _tile_count(prototypes: int, tile: Tile) -> int:
 
 
 def _groups(items: int, least: float, tile: Tile, logits: Tensor) -> tuple[int, int]:
-    """(items in a group, groups): enough programs for the device, few enough that what each adds of its own is little.
+    """(items in a group, groups): enough programs for the device, but so few that the overhead of each stays small.
 
     Args:
-        items: images, or rows.
-        least: items in a group, but for the last.
-        tile: what each program of a group works on.
+        items: number of images, or of rows.
+        least: smallest number of items in a group, except the last.
+        tile: of each program of a group.
         logits: [rows, K], on the device.
     """
     multiprocessors = launch.target_of(logits.device).multiprocessors

@@ -1,4 +1,4 @@
-"""The operator, launch by launch, on Triton's kernels or with others in the place of those that read the prototypes.
+"""The operator as a sequence of launches, on Triton's kernels, or with other kernels in place of those that read prototypes.
 
 Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim.
 """
@@ -46,7 +46,7 @@ LOG2_E = 1.4426950408889634
 
 
 class Kernels(Protocol):
-    """The kernels that read prototypes; what lies between them, and is small beside them, is Triton's for everyone."""
+    """The kernels that read prototypes. All implementations share Triton's kernels for the smaller steps between them."""
 
     def pack_prototypes(
         self,
@@ -75,7 +75,7 @@ class Kernels(Protocol):
         """See ``prototypes.pull_back``."""
 
     def tile(self, name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
-        """What rows and prototypes of a pass are padded to; ``rows`` where it does not run over the features."""
+        """The tile of a pass, to which rows and prototypes are padded; ``rows`` if the pass does not run over the features."""
 
     def column_name(self, inputs: LossInputs, layout: Layout) -> str:
         """Which column pass: "columns", or "matched" for Triton's ``matched_column_pass``."""
@@ -119,7 +119,7 @@ class TritonKernels:
         return tile_of(name, target, layout.precision, layout.width, features.shape[0] if rows is None else rows)
 
     def column_name(self, inputs: LossInputs, layout: Layout) -> str:
-        """ "matched" for a one-to-one pairing, where the table says that it is faster, else "columns"."""
+        """ "matched" for a one-to-one pairing if the table says that it is faster, else "columns"."""
         one_to_one = tuple(inputs.pairing.view_weights.shape) == (1, 1) and inputs.prototype_gradient
         target = launch.target_of(inputs.student_features.device)
         return "matched" if one_to_one and has_tile("matched", target, layout.precision, layout.width) else "columns"
@@ -213,7 +213,7 @@ def row_log_sum_exp(inputs: RowInputs, kernels: Kernels = TRITON) -> Tensor:
 
 
 def column_log_sum_exp(inputs: RowInputs, offset: Tensor, kernels: Kernels = TRITON) -> Tensor:
-    """[K] ``log sum_r exp(l_rk - offset_r)``: the row pass with the roles of rows and prototypes swapped."""
+    """[K] ``log sum_r exp(l_rk - offset_r)``, by the row pass with rows and prototypes exchanged."""
     features, dtype = inputs.features, product_dtype(inputs.features)
     with launch.on_device(features):
         keys = prepared(inputs, dtype, kernels)
@@ -236,7 +236,7 @@ def product_dtype(*rows: Tensor) -> torch.dtype:
 
 
 def prepared(inputs: RowInputs, dtype: torch.dtype, kernels: Kernels) -> PackedPrototypes:
-    """Prototypes as the passes read them; kept where other sums over them follow (``backends.prepared``)."""
+    """Packed prototypes; kept if other sums over them follow (``backends.prepared``)."""
     _, prototypes, temperature, bias, _ = inputs
     room, key = prepared_of(prototypes), (type(kernels), dtype)
     if room is None:
@@ -248,7 +248,7 @@ def prepared(inputs: RowInputs, dtype: torch.dtype, kernels: Kernels) -> PackedP
 
 
 def _column_buffers(inputs: LossInputs, like: Tensor) -> Columns:
-    """Room for the results of the column pass, fp32."""
+    """Empty buffers for the results of the column pass, fp32."""
     new, (count, dim) = like.new_empty, inputs.student.weight.shape
     if not inputs.prototype_gradient:
         return Columns(None, None, new(count))

@@ -1,7 +1,7 @@
-"""What happens to rows before and after the passes: cast and padding, pairing of views, the loss and its feature gradient.
+"""Kernels for rows before and after the passes: cast and padding, pairing of views, the loss and its feature gradient.
 
-Legend: S / T student / teacher rows, G / V teacher / student views, B images, D embedding dim. Rows are view-major, and view
-g of the teacher meets view v of the student of the same image with weight ``a_gv r_b`` (``vmf_kernels/pairing.py``).
+Legend: S / T student / teacher rows, G / V teacher / student views, B images, D embedding dim. Rows are view-major. Teacher
+view g and student view v of the same image are paired with weight ``a_gv r_b`` (``vmf_kernels/pairing.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from vmf_kernels.backends.triton.blocks import LN_2
 from vmf_kernels.backends.triton.row_kernels import merged_chunk, merged_statistics, row_offset
 
-# Numbers that change from step to step (masked patches): one compiled kernel has to serve them all.
+# Numbers that change from step to step (masked patches); one compiled kernel must work for all values.
 VARYING = ["images", "student_views", "teacher_views", "student_padded", "row_count", "splits"]
 
 
@@ -49,10 +49,10 @@ def pack_rows_kernel(
     HAS_IMAGE_WEIGHTS: tl.constexpr,
     HAS_COTANGENTS: tl.constexpr,
 ):
-    """One row, cast and padded with zeros, and its weight ``n``: 0 for padding. Grid: padded student rows, then teacher rows.
+    """Cast one row, pad it with zeros, write its weight ``n`` (0 for padding). Grid: padded student rows, then teacher rows.
 
-    A teacher row also gets its cotangent ``-sum_v a_gv z_vb / sum_v a_gv``, minus the mean student row it is paired with: of
-    order one whatever the weights, so that it survives fp16. Writes ``unit`` = 1.
+    For a teacher row it also writes the cotangent ``-sum_v a_gv z_vb / sum_v a_gv``, minus the mean of its student rows. This
+    is of order one for any weights, so it stays in the range of fp16. Writes ``unit`` = 1.
     """
     i_program = tl.program_id(0)
     o_column = tl.arange(0, COLUMNS)
@@ -167,7 +167,7 @@ def finish_students_kernel(
             b_gradient = (weight * (b_own / mass) - b_target) * scale.to(tl.float32)
             m_column = (o_column < dim) & exists
             tl.store(p_feature_gradient + i_row.to(tl.int64) * dim + o_column, b_gradient, mask=m_column)
-    # fp64: the three terms nearly cancel when the logits share a large offset
+    # fp64: the three terms nearly cancel if the logits share a large offset
     drawn = alignment.to(tl.float64) * scale + (bias * image_factor).to(tl.float64)
     tl.store(p_loss + i_row, weight.to(tl.float64) * (top + log_mass).to(tl.float64) * LN_2 - drawn)
 

@@ -1,6 +1,6 @@
-"""The row pass and the column pass, launched.
+"""Launches of the row pass and the column pass.
 
-Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim; all but results padded to whole tiles.
+Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim; all except results padded to whole tiles.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from vmf_kernels.backends.triton.row_kernels import assign_rows_kernel
 from vmf_kernels.backends.triton.tiles import NO_TENSOR_CORES, PROTOTYPES_A_PART, Layout, Tile, split_count
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
-WORKSPACE_BYTES = 64 * 2**20  # of unmerged barycentres: what splitting rows over many programs may take
-SPLITS_AT_ONCE = 16  # that a merging program loads together
+WORKSPACE_BYTES = 64 * 2**20  # of unmerged barycentres; bounds the number of splits
+SPLITS_AT_ONCE = 16  # splits that a merging program loads together
 
 
 class Parts(NamedTuple):
-    """What a row pass leaves behind, one part for each split of the prototypes."""
+    """The unmerged results of a row pass, one part for each split of the prototypes."""
 
     statistics: Tensor  # [4, N, R] running maximum, mass, first moment, summed value bias
-    barycentre: Tensor  # [N, R, D] unnormalised; a stand-in without values
+    barycentre: Tensor  # [N, R, D] unnormalised; without values, any tensor that is not read
 
     @property
     def splits(self) -> int:
@@ -57,14 +57,14 @@ def padded_rows(rows: int, tiles: list[Tile]) -> int:
 
 
 def shared_out(rows: Tensor, keys: PackedPrototypes, values: PackedPrototypes | None, tile: Tile) -> tuple[int, int]:
-    """(N, prototypes of each split but the last) of a row pass with this tile, all of whose parts are launched."""
+    """(N, prototypes of each split except the last) of a row pass with this tile; no split is empty."""
     prototypes, width = keys.weight.shape
     multiprocessors = launch.target_of(rows.device).multiprocessors
     return splits_of(rows.shape[0], prototypes, tile, multiprocessors, width if values is not None else 0)
 
 
 def splits_of(rows: int, prototypes: int, tile: Tile, multiprocessors: int, width: int) -> tuple[int, int]:
-    """As ``shared_out``, of padded sizes.
+    """As ``shared_out``, from padded sizes.
 
     Args:
         width: columns of the barycentre; 0 without one.
@@ -81,7 +81,7 @@ def splits_of(rows: int, prototypes: int, tile: Tile, multiprocessors: int, widt
 
 
 def empty_parts(rows: Tensor, splits: int, values: PackedPrototypes | None) -> Parts:
-    """Room for what a row pass leaves behind."""
+    """Empty buffers for the results of a row pass."""
     count = rows.shape[0]
     statistics = torch.empty(4, splits, count, dtype=torch.float32, device=rows.device)
     barycentre = statistics if values is None else statistics.new_empty(splits, count, values.layout.width)
@@ -96,9 +96,9 @@ def row_pass(
     tile: Tile,
     group: ProcessGroup | None = None,
 ) -> Parts:
-    """Soft assignment of ``rows`` to ``keys`` with the barycentre of ``values``, unmerged; ``name`` is of the pass.
+    """Soft assignment of ``rows`` to ``keys`` with the barycentre of ``values``, unmerged; ``name`` is that of the pass.
 
-    Ranks of a group share out the prototypes: the parts are then one, the sums over all ranks.
+    If the prototypes are split over the ranks of a group, the result is one part with the sums over all ranks.
     """
     layout = keys.layout
     splits, split_size = shared_out(rows, keys, values, tile)
@@ -129,9 +129,9 @@ def row_pass(
 
 
 def merged_over_ranks(parts: Parts, group: ProcessGroup | None, *, has_values: bool) -> Parts:
-    """One part whose sums run over all splits of all ranks; one maximum and D + 3 sums a row are exchanged.
+    """One part with the sums over all splits of all ranks; ranks exchange one maximum and D + 3 sums per row.
 
-    The parts as they are where no ranks share out the prototypes.
+    Without a group, the parts unchanged.
     """
     if group is None or count_ranks(group) == 1:
         return parts
@@ -139,14 +139,14 @@ def merged_over_ranks(parts: Parts, group: ProcessGroup | None, *, has_values: b
     top_R = max_over_ranks(top_NR.amax(dim=0), group)
     shift_NR = top_NR - top_R
     weight_NR = shift_NR.exp2()
-    # a split far below the others weighs 0, and its shift is too large to multiply with
+    # a split far below the others has weight 0, and its shift may be too large for a product
     moment_NR = moment_NR + torch.where(weight_NR > 0, shift_NR, 0.0) * mass_NR
     sums_R3 = torch.stack([(weight_NR * part).sum(dim=0) for part in (mass_NR, moment_NR, bias_NR)], dim=1)
     if not has_values:
         sums = sum_over_ranks(sums_R3, group)
         return Parts(torch.stack([top_R, *sums.unbind(1)])[:, None], parts.barycentre)
     width = parts.barycentre.shape[2]
-    # in place and not as a product, which tf32 would round where torch is set to it
+    # in place and not as a matrix product, which would be rounded if torch is set to tf32
     barycentre_RD = parts.barycentre.mul_(weight_NR[:, :, None]).sum(dim=0)
     sums = sum_over_ranks(torch.cat([barycentre_RD, sums_R3], dim=1), group)
     barycentre_RD, sums_R3 = sums[:, :width].contiguous(), sums[:, width:]
@@ -156,7 +156,7 @@ def merged_over_ranks(parts: Parts, group: ProcessGroup | None, *, has_values: b
 def column_pass(
     student: Side | None, teacher: Side, cotangents: Tensor, unit: Tensor, total: Tensor, out: Columns, tile: Tile
 ) -> None:
-    """Equations (5) and (6) over both networks' rows; without a student only the usage."""
+    """Equations (5) and (6) over both networks' rows; without a student, only the usage."""
     layout = teacher.keys.layout
     asked = teacher if student is None else student
     blocks = [
@@ -186,7 +186,7 @@ def column_pass(
 
 
 def matched_column_pass(student: Side, teacher: Side, unit: Tensor, total: Tensor, out: Columns, tile: Tile) -> None:
-    """``column_pass`` where row r of the student learns from row r of the teacher."""
+    """``column_pass`` for a one-to-one pairing: row r of the student learns from row r of the teacher."""
     layout = teacher.keys.layout
     blocks = [
         _blocks(matrix, size, layout, tile)
@@ -238,7 +238,7 @@ def _common(layout: Layout, tile: Tile) -> dict[str, Any]:
 
 
 def _blocks(matrix: Tensor, rows: int, layout: Layout, tile: Tile) -> Any:
-    """What a kernel loads tiles [rows, chunk] of the matrix through: the pointer, or a tensor descriptor."""
+    """The kernel's argument for loading tiles [rows, chunk] of the matrix: the pointer, or a tensor descriptor."""
     if not tile.tma:
         return matrix
     from triton.tools.tensor_descriptor import TensorDescriptor

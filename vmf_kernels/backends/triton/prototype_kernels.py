@@ -1,4 +1,4 @@
-"""Preparation of the prototypes in one pass over the weights, and its backward pass, both at the speed of memory.
+"""Preparation of the prototypes in one pass over the weights, and its backward pass; memory speed limits both.
 
 Legend: K prototypes, D embedding dim; kappa concentration, nu order of the Bessel functions (``vmf_kernels/bessel.py``).
 """
@@ -73,7 +73,7 @@ def mean_resultant_length(kappa, ORDER: tl.constexpr, STEPS: tl.constexpr, SLOPE
 
 @triton.jit
 def reciprocal_or_zero(norm):
-    """1/norm; 0 for a zero row, which has no direction, stays zero and gets no gradient."""
+    """1/norm; 0 for a row of zeros, which has no direction: it stays zero and gets no gradient."""
     return tl.where(norm > 0, 1.0 / norm, 0.0)
 
 
@@ -92,7 +92,7 @@ def base_2_bias(
     COEFFICIENTS: tl.constexpr,
     SLOPES: tl.constexpr,
 ):
-    """``log2(e) (extra bias + log C_D(||w_k||/tau))`` of prototypes ``o_k``; the padding's is lower than any."""
+    """``log2(e) (extra bias + log C_D(||w_k||/tau))`` of prototypes ``o_k``; that of the padding is lower than any other."""
     m_k = o_k < prototype_count
     bias = tl.zeros(o_k.shape, tl.float32)
     if HAS_EXTRA_BIAS:
@@ -101,7 +101,7 @@ def base_2_bias(
         kappa = norm * (1.0 / tl.load(p_temperature).to(tl.float32))
         bias += log_vmf_constant(kappa, ORDER, STEPS, COEFFICIENTS, SLOPES)
     bias = tl.where(bias < lowest_bias, lowest_bias, bias)  # not maximum, which would hide a NaN
-    return tl.where(m_k, bias, 2 * lowest_bias) * LOG2_E  # padding weighs nothing beside a prototype that is left out
+    return tl.where(m_k, bias, 2 * lowest_bias) * LOG2_E  # far below the bias of a prototype that a -inf excludes
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def effective_block(
     WIDTH: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """Writes [., WIDTH] ``w_k`` of prototypes ``o_k``, cast, padded with zeros; returns their norms. README, equation (1)."""
+    """Write [., WIDTH] ``w_k`` of prototypes ``o_k``, cast, padded with zeros; return their norms. README, equation (1)."""
     o_column = tl.arange(0, COLUMNS)
     m_k = o_k < prototype_count
     o_row = o_k.to(tl.int64)[:, None]
@@ -160,9 +160,9 @@ def pack_prototypes_kernel(
     COEFFICIENTS: tl.constexpr,
     SLOPES: tl.constexpr,
 ):
-    """N prototypes as stored -> as the passes read them: effective, cast, padded with zeros to whole tiles, and their bias.
+    """Pack N stored prototypes for the passes: effective, cast, padded with zeros to whole tiles, with their bias.
 
-    Writes [K padded, WIDTH] ``w_k``, [K padded] ``base_2_bias`` and, where they are kept, [K padded] norms. KIND: "linear",
+    Writes [K padded, WIDTH] ``w_k``, [K padded] ``base_2_bias`` and, if KEEPS_NORMS, [K padded] norms. KIND: "linear",
     "normalized" or "weight_norm".
     """
     o_k = tl.program_id(0) * N + tl.arange(0, N)
@@ -217,7 +217,7 @@ def pack_networks_kernel(
     COEFFICIENTS: tl.constexpr,
     SLOPES: tl.constexpr,
 ):
-    """``pack_prototypes_kernel`` for both networks, which have one K and D: grid (blocks of prototypes, networks)."""
+    """``pack_prototypes_kernel`` for both networks, of the same K and D. Grid (blocks of prototypes, networks)."""
     o_k = tl.program_id(0) * N + tl.arange(0, N)
     if tl.program_id(1) == 0:
         norm = effective_block(
@@ -293,7 +293,7 @@ def bias_kernel(
     COEFFICIENTS: tl.constexpr,
     SLOPES: tl.constexpr,
 ):
-    """[K padded] ``base_2_bias`` of prototypes whose norms [K padded] have been kept: another bias, another temperature."""
+    """[K padded] ``base_2_bias`` at another bias or temperature, from norms [K padded] that have been kept."""
     o_k = tl.program_id(0) * N + tl.arange(0, N)
     bias = base_2_bias(
         tl.load(p_norm + o_k),
@@ -331,7 +331,7 @@ def pull_back_kernel(
     STEPS: tl.constexpr,
     SLOPES: tl.constexpr,
 ):
-    """N rows of the gradient at ``w_k`` -> at the stored weight, in place, and [K] at the magnitude: equation (7)."""
+    """From N rows of the gradient at ``w_k`` to the stored weight, in place, and [K] to the magnitude: equation (7)."""
     o_k = tl.program_id(0) * N + tl.arange(0, N)
     o_column = tl.arange(0, COLUMNS)
     m_k = o_k < prototype_count
@@ -365,7 +365,7 @@ def pull_back_kernel(
 
 @triton.jit
 def scale_kernel(p_values, p_factor, count, N: tl.constexpr):
-    """Values times a factor, in place; for a factor of 1, the usual gradient of a loss, they are not touched."""
+    """Values times a factor, in place. If the factor is 1, the usual gradient of a loss, they are not touched."""
     factor = tl.load(p_factor).to(tl.float32)
     if factor != 1.0:
         o_value = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)

@@ -1,4 +1,4 @@
-"""Prototypes as the passes read them, and the gradient's way back to what is stored.
+"""Packs prototypes for the passes and pulls gradients back to the stored tensors.
 
 Legend: K prototypes, D embedding dim.
 """
@@ -22,7 +22,7 @@ from vmf_kernels.backends.triton.tiles import Layout, layout_of, pad_to, precisi
 from vmf_kernels.bessel import difference_coefficients, orders, slope_coefficients
 from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 
-# [prototypes, D] fp32 elements of a program: 16 a thread and array, enough 16-byte loads in flight to reach memory speed
+# [prototypes, D] fp32 elements per program: 16 per thread and array, enough 16-byte loads in flight for full memory speed
 BLOCK_ELEMENTS = 2048
 WARPS = 4
 SCALED_AT_ONCE = 4096
@@ -33,12 +33,12 @@ class PackedPrototypes(NamedTuple):
     """Effective prototypes, cast to the dtype of the products and padded to whole tiles."""
 
     weight: Tensor  # [K padded, D padded]
-    bias: Tensor  # [K padded] fp32, base 2; the padding's is lower than any
+    bias: Tensor  # [K padded] fp32, base 2; that of the padding is lower than any other
     temperature: Tensor  # [] float64
     prototypes: int  # K
     layout: Layout
     has_bias: bool  # whether the bias is more than zeros and padding
-    norm: Tensor | None = None  # [K padded] fp32, where it is kept for other biases: ``with_bias``
+    norm: Tensor | None = None  # [K padded] fp32, if it is kept for other biases (``with_bias``)
 
 
 def pack_prototypes(
@@ -87,7 +87,7 @@ def pack_networks(
     teacher_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[PackedPrototypes, PackedPrototypes]:
-    """``pack_prototypes`` of the student's and the teacher's, whose K and D are the same, in one launch.
+    """``pack_prototypes`` of student and teacher in one launch; both must have the same K and D.
 
     Args:
         temperatures: of the student and of the teacher, [] each.
@@ -132,7 +132,7 @@ def pack_networks(
 def with_bias(
     packed: PackedPrototypes, prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None
 ) -> PackedPrototypes:
-    """The same prototypes, whose norms were kept, at another temperature or with another bias: a pass over K numbers."""
+    """The same prototypes at another temperature or with another bias: a pass over K numbers. Norms must have been kept."""
     assert packed.norm is not None, "packed without keeping the norms"
     bias = torch.empty_like(packed.bias)
     block = min(BIASES_AT_ONCE, pad_to(launch.target_of(bias.device)))  # divides the padding
@@ -158,7 +158,7 @@ def with_bias(
 def pull_back(
     prototypes: Prototypes, temperature: Tensor, gradient_KD: Tensor, bias_gradient_K: Tensor
 ) -> Tensor | None:
-    """Gradient at ``w_k`` -> at the stored tensors; as ``vmf_kernels.prototypes.pull_back_to_stored``, in one pass."""
+    """From the gradient at ``w_k`` to that at the stored tensors, in one pass; as ``prototypes.pull_back_to_stored``."""
     kind = prototypes.without_vmf().kind
     if kind == "linear" and not prototypes.has_normalizer:
         return None
@@ -189,7 +189,7 @@ def pull_back(
 
 
 def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
-    """``gradient`` (fp32, contiguous) times ``factor`` []; where that is 1 its memory is not touched, nor waited for."""
+    """``gradient`` (fp32, contiguous) times ``factor`` [], in place. If the factor is 1, its memory is not touched."""
     assert gradient.is_contiguous(), "gradients are formed contiguous"
     with launch.on_device(gradient):
         launch.run(
@@ -207,7 +207,7 @@ def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
 def _empty(
     prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
 ) -> PackedPrototypes:
-    """Room for what is packed."""
+    """Empty buffers for packed prototypes."""
     layout, device = layout_of(prototypes.dim, precision_of(dtype)), prototypes.weight.device
     align = pad_to(launch.target_of(device))
     padded = -(-prototypes.count // align) * align
@@ -222,18 +222,18 @@ def _empty(
 
 
 def _block(packed: PackedPrototypes) -> int:
-    """Prototypes of a program that packs them; divides the padding."""
+    """Number of prototypes per packing program; divides the padding."""
     align = pad_to(launch.target_of(packed.weight.device))
     return min(align, max(1, BLOCK_ELEMENTS // _power_of_two(packed.layout.width)))
 
 
 def _constant(dim: int) -> dict[str, Any]:
-    """Compile-time numbers of the normaliser itself."""
+    """Compile-time constants of the normaliser."""
     return {"COEFFICIENTS": tuple(difference_coefficients(orders(dim)[0], torch.float32)), **_expansion(dim)}
 
 
 def _expansion(dim: int) -> dict[str, Any]:
-    """Compile-time numbers of the normaliser: first order, steps down from it, coefficients of the ratio."""
+    """Compile-time constants of its derivative: first order, number of steps down from it, coefficients of the ratio."""
     visited = orders(dim)
     return {
         "ORDER": visited[0],
@@ -243,12 +243,12 @@ def _expansion(dim: int) -> dict[str, Any]:
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    """The matrix with elements of a row side by side: a copy where they are not."""
+    """The matrix with adjacent elements in a row; a copy if they are not."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _vector(values: Tensor | None, stand_in: Tensor) -> Tensor:
-    """[K] contiguous; a pointer that is not read where there are none."""
+    """[K] contiguous; for None, ``stand_in``, which the kernel does not read."""
     return stand_in if values is None else values.reshape(-1).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The row pass: soft assignment of rows to prototypes with an online softmax, in parts that ``merge`` puts together.
+"""The row pass: soft assignment of rows to prototypes with an online softmax, in parts that ``merge_kernel`` merges.
 
 Legend: R rows, K prototypes, D embedding dim, all padded to whole tiles; N splits of the prototypes. Base-2 logits
 ``l = scale <x, w> + bias`` throughout.
@@ -44,7 +44,7 @@ def assign_rows_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One block of rows against one split of the prototypes: equation (2) of the README, unnormalised.
+    """One block of rows against one split of the prototypes: equation (2) of vmf_kernels/README.md, unnormalised.
 
     Grid (row blocks, splits, parts of the values' columns). Writes [4, N, R] running maximum, mass ``sum 2^(l - max)``, its
     first moment and the summed value bias, and [N, R, D] ``sum 2^(l - max) values``. VALUES: "none", "keys" or "own".
@@ -116,7 +116,7 @@ def merged_statistics(p_statistics, i_row, row_count, splits, SPLITS: tl.constex
         shift = tl.load(p_mine, mask=m_split, other=LOWEST) - top
         weight = tl.exp2(shift)
         b_mass = tl.load(p_mine + step, mask=m_split, other=0.0)
-        # a split far below the others weighs 0, and its shift is too large to multiply with
+        # a split far below the others has weight 0, and its shift may be too large for a product
         b_moment = tl.load(p_mine + 2 * step, mask=m_split, other=0.0) + tl.where(weight > 0, shift, 0.0) * b_mass
         mass += tl.sum(weight * b_mass, 0)
         moment += tl.sum(weight * b_moment, 0)
@@ -137,7 +137,7 @@ def merged_chunk(
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """[CHUNK] columns of one row's barycentre, summed over the splits in their order, relative to ``top``."""
+    """[CHUNK] columns of one row's barycentre, summed over the splits in a fixed order, relative to ``top``."""
     o_column = i_column + tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)
     for first in tl.range(0, splits, SPLITS):
@@ -173,7 +173,7 @@ def merge_kernel(
     HAS_VALUES: tl.constexpr,
     HAS_VALUE_BIAS: tl.constexpr,
 ):
-    """One row: its parts put together.
+    """Merge the parts of one row.
 
     Writes [R] the offset of the column pass and, with values, [R] the entropy times the row's weight and the expected value
     bias (nats), and [R, D] the barycentre.

@@ -1,4 +1,4 @@
-"""Rows before and after the passes: packed with their weights, and their parts merged.
+"""Launches for rows before and after the passes: packing them with their weights, merging their parts.
 
 Legend: S / T student / teacher rows, R rows of either, K prototypes, D embedding dim.
 """
@@ -19,10 +19,10 @@ from vmf_kernels.backends.triton.tiles import Layout
 
 MERGE_WARPS = 4
 SUMS_AT_ONCE = 1024
-# 2^this times the largest weight of a row is about the largest fp16 holds: probabilities of a row spread over 65,536
-# prototypes would otherwise be subnormal there
+# The unit makes the largest weight of a row about 2^FP16_HEADROOM, near the largest fp16 number: otherwise the probabilities
+# of a row that is spread over 65,536 prototypes would be subnormal in fp16
 FP16_HEADROOM = 14
-LEAST_LARGEST = 2.0**-100  # of the rows' weights, where all of them are 0: the unit must stay finite
+LEAST_LARGEST = 2.0**-100  # lower bound of the largest weight: if all weights are 0, the unit must stay finite
 
 
 class PackedRows(NamedTuple):
@@ -41,7 +41,7 @@ class Merged(NamedTuple):
 
     offset: Tensor  # [T] base 2, of the column pass
     entropy: Tensor  # [T] n_t H(q_t), nats
-    expected_bias: Tensor  # [T] nats; a stand-in where the student's prototypes have no bias
+    expected_bias: Tensor  # [T] nats; not written if the student's prototypes have no bias
     barycentre: Tensor  # [T, D padded]
 
 
@@ -51,7 +51,7 @@ class Finished(NamedTuple):
     offset: Tensor  # [S] base 2, of the column pass
     loss: Tensor  # [S] float64 shares of the loss, nats
     entropy: Tensor  # [S] n_s H(p_s), nats
-    feature_gradient: Tensor  # [S rows, D]; 0 elements where not asked for
+    feature_gradient: Tensor  # [S rows, D]; 0 elements if not requested
 
 
 class Totals(NamedTuple):
@@ -116,7 +116,7 @@ def padded_features(features: Tensor, count: int, dtype: torch.dtype, layout: La
 
 
 def merge_teachers(parts: Parts, weight: Tensor, unit: Tensor, layout: Layout, *, has_value_bias: bool) -> Merged:
-    """Put the parts of a row pass with values together; ``weight`` is [T]."""
+    """Merge the parts of a row pass with values; ``weight`` is [T]."""
     count, width = weight.shape[0], layout.width
     offset, entropy, expected_bias = weight.new_empty(3, count).unbind()
     merged = Merged(offset, entropy, expected_bias, weight.new_empty(count, width))

@@ -19,9 +19,9 @@ import torch
 from vmf_kernels.backends.triton.launch import INTERPRETER_ARCH, Target
 
 TABLE_PATH = Path(__file__).parent / "tiles.json"
-WIDTHS = (64, 128, 192, 256, 384, 512, 768, 1024)  # of the embedding dim, that the table has entries for
+WIDTHS = (64, 128, 192, 256, 384, 512, 768, 1024)  # embedding dims that the table has entries for
 MAX_DIM = WIDTHS[-1]
-FEW_ROWS = 64  # up to here a smaller block of rows wastes less than it costs
+FEW_ROWS = 64  # with at most so many rows, a smaller block of rows saves more padding than it costs
 # student and scores read one matrix (keys = values, or no values), teacher two
 PASSES = ("student", "teacher", "scores", "columns", "matched")
 ROW_PASSES = PASSES[:3]
@@ -33,8 +33,8 @@ NOTES = ("chosen_by", "used")  # of an entry, beside the fields of its tile
 INTERPRETER_PAD = 64
 MAX_WIDTH_OF_ANY_CHUNKS = 384
 MOST_SPLITS = 128  # of the prototypes: about one a multiprocessor
-# What a part costs beside its products, in prototypes that a program could pass over in that time: its fp32 barycentre is
-# written and read back, 8 bytes a number, where a prototype takes 4 operations; at 600 TFLOP/s and 4.3 TB/s.
+# The cost of a part besides its products, in prototypes that a program could process in that time: its fp32 barycentre is
+# written and read back, 8 bytes a number, while a prototype takes 4 operations; at 600 TFLOP/s and 4.3 TB/s.
 PROTOTYPES_A_PART = 280
 # As wide as can be, because between the products of two chunks the compiler waits for the tensor cores; but wider tiles of
 # fp32 do not fit the registers: products without tensor cores are unrolled over the whole chunk.
@@ -42,7 +42,7 @@ WIDEST_CHUNK = {"16-bit": 256, "tf32": 64, NO_TENSOR_CORES: 32}
 
 
 class Layout(NamedTuple):
-    """How the embedding dim is cut into tiles whose sides are powers of two, and how their products are formed."""
+    """How the embedding dim is cut into tiles whose sides are powers of two, and the precision of their products."""
 
     chunk: int
     chunks: int
