@@ -318,7 +318,6 @@ def test_a_lost_tile_exceeds_the_budget(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 def test_a_cuda_graph_replays_the_same_bits() -> None:
     given = problem(5, 1000, (2, 10), torch.bfloat16)
     student = given.student_logits.requires_grad_()
