@@ -46,6 +46,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """One thread for each worker of ``pytest -n``: numpy's products run in Triton's interpreter."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``pytest -n``, tests of a file stay on one worker, for they share what they set up; files go in the usual order."""
+    if config.getvalue("dist") != "load":
+        return None  # asked for by name
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # the files with the fewest tests would go last, which may take the longest
+    return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Every worker collects all tests: the last one's count is the count."""
     node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get(COUNT, 0)

@@ -22,7 +22,7 @@ from bench.cuda.toolchain import MissingToolError, build, find_nvcc, readable
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "bench" / "results" / "compiled"
-SMALLEST = ROOT / "tests" / "smallest_passes.cu"
+SMALLEST = ROOT / "tests" / "csrc" / "smallest_passes.cu"
 ARCHITECTURES = (80, 90, 100)
 LAUNCHES = 2 * 2 * 5 * (4 + 3) + 1  # alone and in clusters, elements, widths, modes of rows and columns; an odd one
 ASKS = "cudaFuncSetAttribute(pass_kernel<64>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STAND_INS = ROOT / "tests" / "cuda_on_host"
+STAND_INS = ROOT / "tests" / "csrc" / "cuda_on_host"
 PASSES = ROOT / "csrc" / "cuda"
 TAKEN = ("stream.h", "tile.cuh", "descriptor.cuh", "cluster.cuh", "stream.cuh", "launch.cuh", "rows.cu", "columns.cu")
 CASES = {"rows": 7, "columns": 3}  # by pass: a program each, which prints a line a case

@@ -1,4 +1,4 @@
-"""csrc/cpu under AddressSanitizer and UndefinedBehaviorSanitizer: tests/sanitize.cpp, on every instruction set of this machine.
+"""csrc/cpu under AddressSanitizer and UndefinedBehaviorSanitizer: tests/csrc/sanitize.cpp, on every instruction set of this machine.
 
 The control hands over a weight that lacks its last row, on the heap (the sanitizer's red zones) and in front of a page that
 nothing may touch.
@@ -35,7 +35,7 @@ def program() -> Path:
         pytest.skip(f"{compiler[0]} has no sanitizers, or no OpenMP")
     is_x86 = builder.compiles(compiler, builder.IS_X86)
     units = [unit for unit in builder.native_units(is_x86) if unit.source.stem != "bindings"]
-    units.append(builder.Unit(ROOT / "tests" / "sanitize.cpp", "sanitize.o", [f"-I{ROOT / 'csrc' / 'cpu'}"]))
+    units.append(builder.Unit(ROOT / "tests" / "csrc" / "sanitize.cpp", "sanitize.o", [f"-I{ROOT / 'csrc' / 'cpu'}"]))
     plan = builder.Plan(compiler, FLAGS, units, [*SANITIZERS, "-fopenmp"])
     return Path(builder.run_ninja(plan, builder.BUILD / "sanitizers", "sanitize"))
 
