@@ -1,7 +1,7 @@
 """The kernels for stored logits against the fp64 truth: tile edges, splits, hard values, strides, repeats, refusals.
 
 On a machine without a GPU, Triton's interpreter runs them on the CPU. The truth is the plain path in fp64, which
-``tests/test_dense_cross_entropy.py`` holds against the formula.
+``tests/ops/test_logit_cross_entropy.py`` holds against the formula.
 
 Legend: G / V teacher / student views, B images, K prototypes.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,11 @@ def missing_tool() -> str | None:
     return None
 
 
-needs_nvcc = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
+def needs_nvcc(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that compiles with it."""
+    skip = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
+    marked: Callable[..., None] = pytest.mark.compiles(skip(test))
+    return marked
 
 
 def stand_ins(folder: Path, *changes: tuple[str, str, str]) -> Path:
