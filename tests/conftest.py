@@ -1,12 +1,14 @@
 """What every test starts from: one seed, and one thread, for two that wait for each other on a busy machine crawl.
 
-Without a GPU, Triton's kernels run under its interpreter, which is chosen before any of them is imported.
+Without a GPU, Triton's kernels run under its interpreter, which is chosen before any of them is imported; tests that need one
+are left out, in one line of the report.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,61 @@ if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for
 else:
     os.environ["TRITON_INTERPRET"] = "1"
+
+LEFT_OUT = pytest.StashKey[int]()  # tests that need a GPU
+COUNT = "tests that need a GPU"  # the same, as a worker of pytest-xdist tells it
+
+
+def why_no_gpu() -> str | None:
+    """Why tests that need a GPU cannot run, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    from vmf_kernels.backends.triton.launch import unsupported_device
+
+    return unsupported_device(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.hookimpl(tryfirst=True)  # what -m leaves out afterwards is counted neither way
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu and why_no_gpu() is not None:
+        items[:] = [item for item in items if item not in for_gpu]
+        config.hook.pytest_deselected(items=for_gpu)
+        config.stash[LEFT_OUT] = len(for_gpu)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[COUNT] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """One thread for each worker of ``pytest -n``: numpy's products run in Triton's interpreter."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``pytest -n``, tests of a file stay on one worker, for they share what they set up; files go in the usual order."""
+    if config.getvalue("dist") != "load":
+        return None  # asked for by name
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # the files with the fewest tests would go last, which may take the longest
+    return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker collects all tests: the last one's count is the count."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get(COUNT, 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} GPU tests did not run: {why_no_gpu()}")
 
 
 @pytest.fixture(autouse=True)

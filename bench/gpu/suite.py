@@ -21,11 +21,11 @@ from bench.gpu.settings import Settings
 CUDA_TESTS = ("tests/gpu/test_cuda.py",)
 MEMORY_TESTS = ("tests/gpu/test_memory.py",)  # takes up to 40 GB at once, and counts what others must not touch
 OTHER_TESTS = tuple(f"tests/gpu/test_{name}.py" for name in ("accuracy", "capture", "devices", "losses", "training"))
-OTHER_TESTS += ("tests/backends/test_triton_logits.py", "tests/test_bench_gpu.py")  # where some lie beside others
+OTHER_TESTS += ("tests/backends/test_triton_logits.py", "tests/bench/test_gpu.py")  # where some lie beside others
 PATHS = {"cuda": CUDA_TESTS, "gpu": OTHER_TESTS, "memory": MEMORY_TESTS}
 PROCESSES = {"cuda": 8, "gpu": 7, "memory": 1}  # "gpu" runs beside two processes that compile and one of errors
 TEST_GB, CONTEXT_GB = 6.9, 0.6  # most of one test, of one process
-DRY_RUN_TESTS = ("tests/test_once.py",)  # has none for a GPU: pytest says so in seconds
+DRY_RUN_TESTS = ("tests/test_pairing.py",)  # has none for a GPU: pytest says so in seconds
 TEST_SECONDS = 25.0  # most for one test: Triton compiles an fp32 pass in 2 to 12 s
 MOST_STARTS = 8  # of one share
 NO_TESTS = 5  # exit code of pytest when none is selected

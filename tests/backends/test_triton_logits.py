@@ -1,7 +1,7 @@
 """The kernels for stored logits against the fp64 truth: tile edges, splits, hard values, strides, repeats, refusals.
 
 On a machine without a GPU, Triton's interpreter runs them on the CPU. The truth is the plain path in fp64, which
-``tests/test_dense_cross_entropy.py`` holds against the formula.
+``tests/ops/test_logit_cross_entropy.py`` holds against the formula.
 
 Legend: G / V teacher / student views, B images, K prototypes.
 """
@@ -318,7 +318,6 @@ def test_a_lost_tile_exceeds_the_budget(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 def test_a_cuda_graph_replays_the_same_bits() -> None:
     given = problem(5, 1000, (2, 10), torch.bfloat16)
     student = given.student_logits.requires_grad_()

@@ -100,13 +100,13 @@ def hopper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Run(done.returncode, done.stdout + done.stderr, json.loads(path.read_text()) if path.exists() else {})
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 def test_the_kernels_compile_without_a_fault(hopper: Run) -> None:
     assert hopper.exit_code == 0, hopper.printed
     assert "no spill, all fit, tensor cores where they should be" in hopper.printed
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 def test_every_kernel_keeps_its_limits(hopper: Run) -> None:
     worst = {name: max(row[name] for row in hopper.report["kernels"]) for name in ("spills", "shared", "registers")}
     assert worst["spills"] == 0, f"{worst}"
@@ -114,7 +114,7 @@ def test_every_kernel_keeps_its_limits(hopper: Run) -> None:
     assert worst["registers"] <= 255, f"{worst}"
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 def test_every_pass_uses_tensor_cores_and_asynchronous_copies(hopper: Run) -> None:
     passes = [row for row in hopper.report["kernels"] if row["kernel"] in WITH_PRODUCTS]
     without = [row for row in passes if not row["matrix"] or not row["asynchronous_copies"] + row["bulk_copies"]]
@@ -122,7 +122,7 @@ def test_every_pass_uses_tensor_cores_and_asynchronous_copies(hopper: Run) -> No
     assert not without, f"{without}"
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 def test_a_report_says_what_it_is_of(hopper: Run) -> None:
     assert hopper.report.keys() == {"arch", "triton", "source", "kernels"}
     assert hopper.report["arch"] == 90
@@ -130,7 +130,7 @@ def test_a_report_says_what_it_is_of(hopper: Run) -> None:
     assert all(row.keys() == FIELDS for row in hopper.report["kernels"])
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 def test_every_kernel_of_the_package_is_compiled(hopper: Run) -> None:
     compiled = {row["kernel"] for row in hopper.report["kernels"]}
     written = {
@@ -145,7 +145,7 @@ def test_every_kernel_of_the_package_is_compiled(hopper: Run) -> None:
     assert not missing, f"never compiled: {sorted(missing)}"
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 def test_a_tile_that_cannot_fit_is_reported(tmp_path: Path) -> None:
     """Negative control."""
     done = in_own_process(tmp_path, "-c", TOO_LARGE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from bench.cuda.toolchain import MissingToolError, build, find_nvcc, readable
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "bench" / "results" / "compiled"
-SMALLEST = ROOT / "tests" / "smallest_passes.cu"
+SMALLEST = ROOT / "tests" / "csrc" / "smallest_passes.cu"
 ARCHITECTURES = (80, 90, 100)
 LAUNCHES = 2 * 2 * 5 * (4 + 3) + 1  # alone and in clusters, elements, widths, modes of rows and columns; an odd one
 ASKS = "cudaFuncSetAttribute(pass_kernel<64>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);"
@@ -61,7 +62,11 @@ def missing_tool() -> str | None:
     return None
 
 
-needs_nvcc = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
+def needs_nvcc(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that compiles with it."""
+    skip = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
+    marked: Callable[..., None] = pytest.mark.compiles(skip(test))
+    return marked
 
 
 def stand_ins(folder: Path, *changes: tuple[str, str, str]) -> Path:

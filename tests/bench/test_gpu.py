@@ -292,7 +292,6 @@ def test_a_step_that_the_host_holds_up_shows(host_ms: float, met: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_probes_measure_on_a_gpu() -> None:
     device, buffer_mib = torch.device("cuda"), 64
     inputs = HeadInputs.of(TOY_HEAD_SHAPES[0], device=device)

@@ -1,4 +1,4 @@
-// The functions of csrc/cpu/operator.h over sizes that straddle vectors, tiles and blocks, for tests/test_sanitizers.py:
+// The functions of csrc/cpu/operator.h over sizes that straddle vectors, tiles and blocks, for tests/csrc/test_sanitizers.py:
 //
 //   sanitize                prints the instruction sets that this machine has
 //   sanitize ISA            prints how many cases ran; every output has been written, and is finite

@@ -18,6 +18,8 @@ pytest.importorskip("setuptools", reason="setup.py needs setuptools")
 
 from tests.csrc.building import ROOT, copy_of_the_tree, setup_module
 
+pytestmark = pytest.mark.compiles
+
 MODULES = ("native", "cuda")
 SYSTEM_LIBRARIES = {
     "libstdc++",

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).parents[2]
-STAND_INS = ROOT / "tests" / "cuda_on_host"
+STAND_INS = ROOT / "tests" / "csrc" / "cuda_on_host"
 PASSES = ROOT / "csrc" / "cuda"
 TAKEN = ("stream.h", "tile.cuh", "descriptor.cuh", "cluster.cuh", "stream.cuh", "launch.cuh", "rows.cu", "columns.cu")
 CASES = {"rows": 7, "columns": 3}  # by pass: a program each, which prints a line a case
@@ -264,7 +266,6 @@ def test_other_inputs_give_other_bits(results: Results) -> None:
     assert len(digests) == expected, f"{len(digests)} digests, expected {expected}: one for each width and case"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("width", "element"), [pair for pair in WIDTHS if pair[0] in (64, 256)])
 @pytest.mark.parametrize("of_pass", CASES)
 def test_both_elements_match_under_more_schedules(built: Path, of_pass: str, width: int, element: str) -> None:

@@ -1,4 +1,4 @@
-"""csrc/cpu under AddressSanitizer and UndefinedBehaviorSanitizer: tests/sanitize.cpp, on every instruction set of this machine.
+"""csrc/cpu under AddressSanitizer and UndefinedBehaviorSanitizer: sanitize.cpp beside it, on this machine's instruction sets.
 
 The control hands over a weight that lacks its last row, on the heap (the sanitizer's red zones) and in front of a page that
 nothing may touch.
@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("setuptools", reason="setup.py, which says how csrc/cpu is compiled, needs setuptools")
 
 from tests.csrc.building import ROOT, setup_module
+
+pytestmark = pytest.mark.compiles
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # Not optimised: with -O1, instrumented intrinsics of AVX-512 take six times as long to compile, and the cases run 4 s faster.
@@ -35,7 +37,7 @@ def program() -> Path:
         pytest.skip(f"{compiler[0]} has no sanitizers, or no OpenMP")
     is_x86 = builder.compiles(compiler, builder.IS_X86)
     units = [unit for unit in builder.native_units(is_x86) if unit.source.stem != "bindings"]
-    units.append(builder.Unit(ROOT / "tests" / "sanitize.cpp", "sanitize.o", [f"-I{ROOT / 'csrc' / 'cpu'}"]))
+    units.append(builder.Unit(ROOT / "tests" / "csrc" / "sanitize.cpp", "sanitize.o", [f"-I{ROOT / 'csrc' / 'cpu'}"]))
     plan = builder.Plan(compiler, FLAGS, units, [*SANITIZERS, "-fopenmp"])
     return Path(builder.run_ninja(plan, builder.BUILD / "sanitizers", "sanitize"))
 
@@ -53,7 +55,6 @@ def skip_unless_available(program: Path, instruction_set: str) -> None:
         pytest.skip(f"this machine has no {instruction_set}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_no_sanitizer_complains(program: Path, instruction_set: str) -> None:
     skip_unless_available(program, instruction_set)
@@ -62,7 +63,6 @@ def test_no_sanitizer_complains(program: Path, instruction_set: str) -> None:
     assert (code, printed) == (0, f"{CASES * kinds} cases\n"), printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["heap", "page"])
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_a_read_behind_the_prototypes_is_reported(program: Path, instruction_set: str, place: str) -> None:

@@ -1,4 +1,4 @@
-// One of csrc/cuda's streaming passes on the host, for tests/test_cuda_on_host.py:
+// One of csrc/cuda's streaming passes on the host, for tests/csrc/test_cuda_on_host.py:
 //
 //   rows ELEMENT WIDTH TIMING SEED        e.g. rows bf16 256 late 1
 //   columns ELEMENT WIDTH TIMING SEED
