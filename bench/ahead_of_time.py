@@ -61,7 +61,7 @@ def recording(arch: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        names = [parameter.name for parameter in kernel.params]
+        names = list(kernel.arg_names)
         by_name = {name: value for name, value in options.items() if name not in OPTIONS}
         given = [*names[: len(args)], *(f"positional {i}" for i in range(len(names), len(args))), *by_name]
         wrong = {name for name in {*names, *given} if (name in names) + given.count(name) != 2}

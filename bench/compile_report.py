@@ -3,6 +3,9 @@
     python -m bench.compile_report --arch 90 --json bench/results/compiled/sm_90.json
     python -m bench.compile_report --arch 90 --kernels cuda --json ...    only those of csrc/cuda, the others' report is kept
 
+Each row says by a digest what it was made from (``bench.launch_digest``), and only launches whose digest the file does not have
+are compiled; ``--all`` compiles every one.
+
 A report names the Triton that compiled it. The one that GPUs with torch 2.11 have, 3.6.0, has reports of its own:
 
     python -m venv other && sed 's/^triton==.*/triton==3.6.0/' constraints.txt > other/constraints.txt
@@ -20,14 +23,12 @@ Legend: S / T student / teacher rows, K prototypes, D embedding dim.
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ import torch
 import bench.cuda.report as cuda
 from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, Compiled, Launch, compile_launch, recording
 from bench.cuda.toolchain import MissingToolError
+from bench.launch_digest import digest_of
+from bench.machine_code import Loop
 from bench.pass_case import DTYPES, MANY_ROWS, PROTOTYPES, PassCase
 from vmf_kernels.backends.contract import LossInputs, RowInputs
 from vmf_kernels.backends.prepared import drop_prepared, keep_prepared
@@ -47,7 +50,6 @@ from vmf_kernels.backends.triton.tiles import (
     NO_TENSOR_CORES,
     PRECISIONS,
     ROW_PASSES,
-    TABLE_PATH,
     WIDTHS,
     has_tile,
     tile_of,
@@ -55,8 +57,6 @@ from vmf_kernels.backends.triton.tiles import (
 from vmf_kernels.pairing import Pairing
 from vmf_kernels.prototypes import Prototypes
 
-KERNELS = Path(TABLE_PATH).parent
-COEFFICIENTS = [KERNELS.parents[1] / name for name in ("_debye.py", "bessel.py")]
 AROUND_DIMS = (256, 384)  # that the kernels around the passes are compiled for; they have no tiles to choose
 WITH_PRODUCTS = ("assign_rows_kernel", "gather_columns_kernel", "gather_matched_columns_kernel")
 VIEWS = (2, 10)  # of teacher and student in a multi-crop step
@@ -103,14 +103,33 @@ def shipped_launches(arch: int, configuration: Configuration) -> list[Launch]:
             scale_in_place(torch.empty(PROTOTYPES, configuration.dim), torch.ones(()))
     different: dict[str, Launch] = {}
     for launch in launches:
-        different.setdefault(_key(launch), launch)
+        different.setdefault(digest_of(launch), launch)
     return list(different.values())
 
 
-def report(job: tuple[int, Configuration]) -> list[dict[str, Any]]:
-    """One row for each launch of a configuration."""
-    arch, configuration = job
-    return [row_of(launch, configuration, compile_launch(launch, arch), arch) for launch in shipped_launches(*job)]
+def report(job: tuple[int, Configuration, Mapping[str, Compiled]]) -> list[dict[str, Any]]:
+    """One row for each launch of a configuration; those whose digest is among the known are not compiled again."""
+    arch, configuration, known = job
+    rows = []
+    for launch in shipped_launches(arch, configuration):
+        compiled = known.get(digest_of(launch)) or compile_launch(launch, arch)
+        rows.append(row_of(launch, configuration, compiled, arch))
+    return rows
+
+
+def known_in(content: Mapping[str, Any]) -> dict[str, Compiled]:
+    """What a report says the compiler made, by digest; nothing if another version of Triton compiled it."""
+    import triton
+
+    if content.get("triton") != triton.__version__:
+        return {}
+    names = {field.name for field in fields(Compiled)}
+    found = {}
+    for row in content["kernels"]:
+        if names | {"digest"} <= row.keys():
+            values = {name: row[name] for name in names} | {"loops": tuple(Loop(**loop) for loop in row["loops"])}
+            found[row["digest"]] = Compiled(**values)
+    return found
 
 
 def faults(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -138,33 +157,6 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         columns += [f"{row['shared'] / 1024:.0f}", row["limit"] // 1024, row["matrix"], loads]
         lines.append("| " + " | ".join(str(column) for column in columns) + " |")
     return "\n".join(lines)
-
-
-def source_digest() -> str:
-    """Of the kernels' code, their coefficients and the tile table; comments, docstrings and formatting do not count."""
-    digest = hashlib.sha256(json.dumps(_tiles_only(json.loads(TABLE_PATH.read_text())), sort_keys=True).encode())
-    for path in [*sorted(KERNELS.glob("*.py")), *COEFFICIENTS]:
-        digest.update(json.dumps(_code(ast.parse(path.read_text()))).encode())
-    return digest.hexdigest()
-
-
-def _code(node: Any) -> Any:
-    """A syntax tree as nested lists, without docstrings and what is empty: some versions of Python have more such fields."""
-    if isinstance(node, list):
-        return [_code(element) for element in node]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    values = dict(ast.iter_fields(node))
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-        values["body"] = node.body[1:]
-    return [type(node).__name__, *([name, _code(value)] for name, value in values.items() if value not in (None, []))]
-
-
-def _tiles_only(value: Any) -> Any:
-    """The table without what chose its entries."""
-    if not isinstance(value, dict):
-        return value
-    return {key: _tiles_only(entry) for key, entry in value.items() if key != "chosen_by"}
 
 
 def _passes(arch: int, configuration: Configuration) -> None:
@@ -220,21 +212,13 @@ def _stored_logits(configuration: Configuration) -> None:
         loss.backward()
 
 
-def _key(launch: Launch) -> str:
-    """What makes two launches the same kernel: constants, dtypes, divisibility."""
-    arguments = {name: _kind(value) for name, value in launch.arguments.items()}
-    return f"{launch.name} {arguments} {launch.options}"
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        return str(getattr(value, "block_shape", value))
-    return "1" if value == 1 else "16 n" if value % 16 == 0 else "n"
-
-
 def row_of(launch: Launch, configuration: Configuration, compiled: Compiled, arch: int) -> dict[str, Any]:
+    """What a report says of a launch."""
+    return label_of(launch, configuration, arch) | asdict(compiled)
+
+
+def label_of(launch: Launch, configuration: Configuration, arch: int) -> dict[str, Any]:
+    """What is known of a launch before it is compiled."""
     sizes = [launch.arguments.get(name) for name in ("N_ROWS", "N_PROTOTYPES")]
     mode = next((str(launch.arguments[name]) for name in ("VALUES", "COTANGENTS") if name in launch.arguments), "")
     return {
@@ -246,29 +230,31 @@ def row_of(launch: Launch, configuration: Configuration, compiled: Compiled, arc
         "tile": " x ".join(str(size) for size in sizes if size is not None),
         "num_warps": launch.options.get("num_warps", 4),
         "num_stages": launch.options.get("num_stages", 3),
-        **asdict(compiled),
         "limit": SHARED_MEMORY[arch],
+        "digest": digest_of(launch),
     }
 
 
-def triton_section(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+def triton_section(options: argparse.Namespace, kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The report of the Triton kernels that the options ask for, printed, and its faults."""
     import triton
 
     asked = configurations(options.dims, options.precisions, whole=not options.passes)
+    known = {} if options.all else known_in(kept)
     jobs = []
     for configuration in asked:
         if is_served(options.arch, configuration):
-            jobs.append((options.arch, configuration))
+            jobs.append((options.arch, configuration, known))
         else:
             print(f"no tiles for D = {configuration.dim} in {configuration.precision} on sm_{options.arch}")
     with ProcessPoolExecutor(options.workers) as pool:
         rows = [row for found in pool.map(report, jobs) for row in found]
     print(table(rows))
-    return {"triton": triton.__version__, "source": source_digest(), "kernels": rows}, faults(rows)
+    print(f"compiled {sum(row['digest'] not in known for row in rows)} of {len(rows)}; the report had the others")
+    return {"triton": triton.__version__, "kernels": rows}, faults(rows)
 
 
-def cuda_section(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+def cuda_section(options: argparse.Namespace, kept: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The report of the kernels of ``csrc/cuda``, printed, and its faults; without nvcc only that there is none."""
     try:
         found = cuda.section(options.arch, workers=options.workers)
@@ -312,12 +298,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernels", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="which to compile")
     parser.add_argument("--dims", type=int, nargs="+", default=list(WIDTHS), help="embedding dims")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the products")
+    parser.add_argument("--all", action="store_true", help="compile also those Triton kernels that the report has")
     parser.add_argument("--passes", action="store_true", help="only the passes, without the kernels around them")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     options = parser.parse_args(arguments)
     content, found = _kept(options), list[str]()
     for name in options.kernels:
-        section, wrong = SECTIONS[name](options)
+        section, wrong = SECTIONS[name](options, content)
         content, found = content | section, found + wrong
     count = sum(len(part.get("kernels", [])) for part in (content, content.get("cuda", {})))
     print(

@@ -6,9 +6,9 @@ Here kernels are interpreted, so they are compiled in processes of their own, wi
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton
 
 from bench import compile_report
-from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, recording
+from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, Compiled, Launch, recording
 from bench.compile_report import (
     COLUMNS,
     WITH_PRODUCTS,
@@ -27,7 +28,10 @@ from bench.compile_report import (
     configurations,
     faults,
     is_served,
-    source_digest,
+    known_in,
+    label_of,
+    report,
+    shipped_launches,
     table,
     written,
 )
@@ -35,13 +39,15 @@ from tests.backends.test_triton_tiles import UNSERVED
 from vmf_kernels.backends.triton import launch, tiles
 from vmf_kernels.backends.triton.tiles import NEEDED, PRECISIONS, TABLE_PATH, WIDTHS
 
+KERNELS = TABLE_PATH.parent
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "bench" / "results" / "compiled"
 ARCHITECTURES = (80, 90, 100)
 PINNED = next(line[8:] for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("triton=="))
 VERSIONS = {PINNED: COMMITTED, "3.6.0": COMMITTED / "triton_3.6.0"}  # Triton's, and where its reports are
 ENTRY = {"rows": 64, "prototypes": 64, "chosen_by": "a test"}
-FIELDS = {"kernel", "mode", "dim", "products", "dtype", "tile", "num_warps", "num_stages", "limit"} | {
+LABELS = {"kernel", "mode", "dim", "products", "dtype", "tile", "num_warps", "num_stages", "limit", "digest"}
+FIELDS = LABELS | {
     "registers",
     "spills",
     "shared",
@@ -124,9 +130,8 @@ def test_every_pass_uses_tensor_cores_and_asynchronous_copies(hopper: Run) -> No
 
 @pytest.mark.compiles
 def test_a_report_says_what_it_is_of(hopper: Run) -> None:
-    assert hopper.report.keys() == {"arch", "triton", "source", "kernels"}
+    assert hopper.report.keys() == {"arch", "triton", "kernels"}
     assert hopper.report["arch"] == 90
-    assert hopper.report["source"] == source_digest()
     assert all(row.keys() == FIELDS for row in hopper.report["kernels"])
 
 
@@ -135,7 +140,7 @@ def test_every_kernel_of_the_package_is_compiled(hopper: Run) -> None:
     compiled = {row["kernel"] for row in hopper.report["kernels"]}
     written = {
         node.name
-        for path in compile_report.KERNELS.glob("*_kernels.py")
+        for path in KERNELS.glob("*_kernels.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
@@ -202,7 +207,7 @@ def test_the_table_has_a_cell_for_every_column() -> None:
     assert lines[0].count("|") == len(COLUMNS) + 6, lines[0]
 
 
-KERNEL = SimpleNamespace(__name__="some_kernel", params=[SimpleNamespace(name=name) for name in ("p_x", "count", "N")])
+KERNEL = SimpleNamespace(__name__="some_kernel", arg_names=("p_x", "count", "N"))
 
 
 def test_a_launch_is_recorded_instead_of_run() -> None:
@@ -229,38 +234,46 @@ def test_a_launch_with_wrong_arguments_is_refused(positional: list[Any], by_name
         launch.run(KERNEL, (1,), *positional, **by_name)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "changes"),
-    [
-        ("# not maximum", "# by no means maximum", False),
-        ('"""Preparation', '"""The preparation', False),
-        ("1.0 + x\n", "(1.0\n         + x)\n", False),
-        ("1.0 + x\n", "1.0 - x\n", True),
-    ],
-    ids=["comment", "docstring", "formatting", "code"],
+PASSES = Configuration(256, "16-bit", torch.bfloat16, False)
+MADE = Compiled(
+    registers=99, spills=0, shared=1, tensor_memory=0, matrix=1, bulk_copies=0, asynchronous_copies=1, loops=()
 )
-def test_only_code_changes_the_digest(
-    old: str, new: str, changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = shutil.copytree(compile_report.KERNELS, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(compile_report, "KERNELS", copy)
-    before, path = source_digest(), copy / "prototype_kernels.py"
-    source = path.read_text()
-    assert old in source
-    path.write_text(source.replace(old, new))
-    assert (source_digest() != before) is changes
 
 
-@pytest.mark.parametrize(("field", "changes"), [("chosen_by", False), ("stages", True)])
-def test_only_sizes_of_the_table_change_the_digest(
-    field: str, changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, content = source_digest(), json.loads(TABLE_PATH.read_text())
-    content["tiles"]["90"]["16-bit"]["256"]["student"][field] = 7
-    path = tmp_path / "tiles.json"
-    path.write_text(json.dumps(content))
-    monkeypatch.setattr(compile_report, "TABLE_PATH", path)
-    assert (source_digest() != before) is changes
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches that were compiled, by one that is fast."""
+    seen: list[Launch] = []
+
+    def fake(launch: Launch, arch: int) -> Compiled:
+        seen.append(launch)
+        return MADE
+
+    monkeypatch.setattr(compile_report, "compile_launch", fake)
+    return seen
+
+
+def test_only_what_the_report_does_not_have_is_compiled(compiler: list[Launch]) -> None:
+    rows = report((90, PASSES, {}))
+    assert [launch.name for launch in compiler] == [row["kernel"] for row in rows]
+    compiler.clear()
+    another = rows[2]["digest"]
+    rows[2]["digest"] = "of another version"
+    read_back = json.loads(json.dumps({"triton": triton.__version__, "kernels": rows}))
+    again = report((90, PASSES, known_in(read_back)))
+    assert len(compiler) == 1
+    assert again[2]["digest"] == another
+    assert again[:2] + again[3:] == rows[:2] + rows[3:]
+
+
+def test_what_another_triton_compiled_or_an_older_report_lacks_is_not_known(compiler: list[Launch]) -> None:
+    rows = report((90, PASSES, {}))
+    assert len(known_in({"triton": triton.__version__, "kernels": rows})) == len(rows)
+    assert not known_in({"triton": "3.5.0", "kernels": rows})
+    assert not known_in({})
+    for name in ("digest", "loops"):
+        older = [{key: value for key, value in row.items() if key != name} for row in rows]
+        assert not known_in({"triton": triton.__version__, "kernels": older})
 
 
 def regenerate(arch: int, version: str) -> str:
@@ -282,10 +295,35 @@ def committed(request: pytest.FixtureRequest) -> dict[str, Any]:
     return report
 
 
+@functools.cache
+def labels_of_today(arch: int) -> list[dict[str, Any]]:
+    """Of every launch that a whole report of this part has, in its order; recorded, not compiled."""
+    return [
+        label_of(launch, configuration, arch)
+        for configuration in configurations()
+        if is_served(arch, configuration)
+        for launch in shipped_launches(arch, configuration)
+    ]
+
+
 def test_the_committed_report_is_of_this_code(committed: dict[str, Any]) -> None:
-    assert committed["source"] == source_digest(), (
-        f"changed since; {regenerate(committed['arch'], committed['triton'])}"
+    labels = [{name: row[name] for name in LABELS} for row in committed["kernels"]]
+    today = labels_of_today(committed["arch"])
+    lacking, outdated = ([row for row in one if row not in other] for one, other in ((today, labels), (labels, today)))
+    assert labels == today, (
+        f"{len(lacking)} launches are not in it, such as {lacking[:1]}; {len(outdated)} of its rows are none of today's; "
+        f"{regenerate(committed['arch'], committed['triton'])}"
     )
+
+
+def test_equal_digests_were_compiled_to_equal_kernels(committed: dict[str, Any]) -> None:
+    """Launches of two embedding dims may be one kernel: were a digest too coarse, they would differ here."""
+    made: dict[str, list[dict[str, Any]]] = {}
+    for row in committed["kernels"]:
+        made.setdefault(row["digest"], []).append({name: row[name] for name in FIELDS - LABELS})
+    assert any(len(rows) > 1 for rows in made.values()), "no digest occurs twice"
+    differ = {digest: rows for digest, rows in made.items() if any(row != rows[0] for row in rows)}
+    assert not differ, f"{differ}"
 
 
 def test_the_committed_report_has_no_fault(committed: dict[str, Any]) -> None:
