@@ -70,6 +70,11 @@ class DINOvMFHead(DINOHead):
     Parameters and checkpoints are those of ``DINOHead``. Arguments and errors as there, without ``norm_last_layer``.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939), section 4.
+
+    Example:
+        >>> head = DINOvMFHead(in_dim=8, out_dim=512, hidden_dim=16, bottleneck_dim=4)
+        >>> head(torch.randn(3, 8)).prototypes.has_normalizer, head.last_layer.weight_g.requires_grad
+        (True, True)
     """
 
     def __init__(
