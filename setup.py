@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -248,6 +249,16 @@ def run_ninja(plan: Plan, folder: Path, target: str) -> Path:
     return folder / target
 
 
+class BuildPackages(build_py):
+    """Copies the packages as they are now: a module left from an earlier build and gone since would get into the wheel."""
+
+    def run(self) -> None:
+        """Copy them to where nothing is; compiled modules come afterwards."""
+        for package in {name.partition(".")[0] for name in self.packages}:
+            shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        super().run()
+
+
 class BuildModules(build_ext):
     """Builds each module by its plan; leaves one out that cannot be built."""
 
@@ -277,4 +288,4 @@ class BuildModules(build_ext):
 
 if __name__ == "__main__":
     modules = [Extension(f"vmf_kernels._{name}", sources=[], optional=True) for name in ("native", "cuda")]
-    setup(ext_modules=modules, cmdclass={"build_ext": BuildModules})
+    setup(ext_modules=modules, cmdclass={"build_ext": BuildModules, "build_py": BuildPackages})

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from bench.report import table
+from tests.readme_blocks import python_blocks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PYTHON_BLOCKS = python_blocks(ROOT / "README.md")
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))

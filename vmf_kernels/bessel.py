@@ -41,6 +41,11 @@ def log_vmf_constant(kappa: Tensor, dim: int) -> Tensor:
         ValueError: ``dim < 2``.
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939); the expansion
         is that of DLMF 10.41(ii).
+
+    Example:
+        >>> kappa = torch.tensor([1.0, 10.0])
+        >>> torch.allclose(log_vmf_constant(kappa, dim=3), torch.log(kappa / torch.sinh(kappa)))  # its closed form in R^3
+        True
     """
     _check_arguments(kappa, dim)
     log_constant: Tensor = _LogConstant.apply(kappa, dim)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
@@ -66,6 +71,11 @@ def vmf_mean_resultant_length(kappa: Tensor, dim: int) -> Tensor:
         TypeError: ``kappa`` is neither float32 nor float64, or ``dim`` is not an int.
         ValueError: ``dim < 2``.
     Source: Mardia and Jupp, "Directional Statistics", Wiley 2000, for the density; DLMF 10.29.1 and 10.41(ii).
+
+    Example:
+        >>> kappa = torch.tensor([1.0, 10.0])
+        >>> torch.allclose(vmf_mean_resultant_length(kappa, dim=3), 1 / torch.tanh(kappa) - 1 / kappa, rtol=1e-4)
+        True
     """
     _check_arguments(kappa, dim)
     length: Tensor = _MeanResultantLength.apply(kappa, dim)  # type: ignore[no-untyped-call]  # torch leaves apply untyped

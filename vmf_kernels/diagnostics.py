@@ -20,7 +20,13 @@ BLOCK = 1024  # prototypes a side of a tile of similarities: 4 MiB of fp32, stay
 
 @dataclass(frozen=True, eq=False)
 class UniquePrototypes:
-    """Groups of prototypes that lie within eps of their group's first member."""
+    """Groups of prototypes that lie within eps of their group's first member.
+
+    Example:
+        >>> found = unique_prototypes(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]))
+        >>> found.count, found.largest_share, found.group.tolist(), found.largest.tolist()
+        (2, 0.5, [0, 1, 0, 1], [0, 2])
+    """
 
     count: int  # groups
     largest_share: float  # share of all prototypes that are in the largest group; 1 / K if there are no duplicates
@@ -49,6 +55,11 @@ def unique_prototypes(weight: Prototypes | Tensor, eps: float = 0.025, metric: s
         RuntimeError: the memory of ``weight`` has been freed.
     Source: Govindarajan et al., "On partial prototype collapse in the DINO family of self-supervised methods", BMVC 2024
         (arXiv:2410.14060). 0.025 is the eps of later tables; the metric and the greedy rule are reconstructed.
+
+    Example:
+        >>> weight = torch.randn(100, 64)
+        >>> unique_prototypes(weight).count, unique_prototypes(torch.cat([weight, 2 * weight])).count
+        (100, 100)
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; expected one of {', '.join(METRICS)}")

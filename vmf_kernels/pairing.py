@@ -60,6 +60,10 @@ def multi_crop_weights(teacher_views: int, student_views: int, *, device: torch.
     Raises:
         ValueError: no pair of different views is left.
     Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, equation 3.
+
+    Example:
+        >>> multi_crop_weights(2, 3).tolist()  # two global crops against them and a local one
+        [[0.0, 0.25, 0.25], [0.25, 0.0, 0.25]]
     """
     weights = torch.ones(teacher_views, student_views, dtype=torch.float64, device=device)
     weights.fill_diagonal_(0.0)

@@ -42,6 +42,11 @@ class Prototypes:
         magnitude: [K, 1] or [K] signed norms ``g`` under weight norm, else None.
         kind: one of ``KINDS``; the suffix ``_vmf`` adds ``log C_D(||w_k|| / tau)`` to the logits.
         severed: whether their head ran where its outputs have lost their gradient unseen: ``refuse_severed``.
+
+    Example:
+        >>> prototypes = linear_prototypes(torch.randn(512, 4)).with_vmf()
+        >>> prototypes.count, prototypes.dim, prototypes.has_normalizer, tuple(prototypes.norms().shape)
+        (512, 4, True, (512,))
     """
 
     weight: Tensor
@@ -144,12 +149,22 @@ def linear_prototypes(weight: Tensor) -> Prototypes:
 
     Raises:
         ValueError: ``weight`` is not a floating-point matrix with K >= 1 and D >= 2.
+
+    Example:
+        >>> weight = torch.nn.Linear(4, 512, bias=False).weight
+        >>> linear_prototypes(weight).effective_weight() is weight
+        True
     """
     return Prototypes(_checked_weight(weight, "weight"), None, "linear")
 
 
 def normalized_prototypes(weight: Tensor) -> Prototypes:
-    """Prototypes of norm 1: ``w_k = weight_k / ||weight_k||``; arguments and errors as ``linear_prototypes``."""
+    """Prototypes of norm 1: ``w_k = weight_k / ||weight_k||``; arguments and errors as ``linear_prototypes``.
+
+    Example:
+        >>> normalized_prototypes(torch.tensor([[0.0, 5.0]])).effective_weight().tolist()
+        [[0.0, 1.0]]
+    """
     return Prototypes(_checked_weight(weight, "weight"), None, "normalized")
 
 
@@ -163,6 +178,11 @@ def weight_norm_prototypes(magnitude: Tensor, direction: Tensor) -> Prototypes:
     Raises:
         ValueError: ``direction`` is not a floating-point matrix, or ``magnitude`` has not K elements.
     Source: Salimans & Kingma, "Weight Normalization", NeurIPS 2016, equation 2.
+
+    Example:
+        >>> prototypes = weight_norm_prototypes(magnitude=torch.tensor([2.0]), direction=torch.tensor([[0.0, 5.0]]))
+        >>> prototypes.effective_weight().tolist(), prototypes.norms().tolist()
+        ([[0.0, 2.0]], [2.0])
     """
     direction = _checked_weight(direction, "direction")
     if tuple(magnitude.shape) not in ((direction.shape[0], 1), (direction.shape[0],)):
@@ -177,12 +197,23 @@ def vmf_prototypes(weight: Tensor) -> Prototypes:
     """Free-norm prototypes as vMF components; arguments and errors as ``linear_prototypes``.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+
+    Example:
+        >>> prototypes = vmf_prototypes(torch.randn(512, 4))
+        >>> usage = prototype_usage(torch.randn(3, 4), prototypes, temperature=0.1)  # the normaliser enters here
+        >>> prototypes.has_normalizer, tuple(usage.shape)
+        (True, (512,))
     """
     return linear_prototypes(weight).with_vmf()
 
 
 def weight_norm_vmf_prototypes(magnitude: Tensor, direction: Tensor) -> Prototypes:
-    """Weight-norm prototypes as vMF components; arguments and errors as ``weight_norm_prototypes``."""
+    """Weight-norm prototypes as vMF components; arguments and errors as ``weight_norm_prototypes``.
+
+    Example:
+        >>> weight_norm_vmf_prototypes(torch.ones(512, 1), torch.randn(512, 4)).kind
+        'weight_norm_vmf'
+    """
     return weight_norm_prototypes(magnitude, direction).with_vmf()
 
 

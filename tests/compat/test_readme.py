@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.readme_blocks import python_blocks
+
 COMPAT = Path(__file__).parents[2] / "vmf_kernels" / "compat"
 README = (COMPAT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = python_blocks(COMPAT / "README.md")
 SHARED = ("checkpoints", "tensor_file")
 MODULES = sorted(path.stem for path in COMPAT.glob("[!_]*.py") if path.stem not in SHARED)
 

@@ -21,6 +21,14 @@ READ = (
     "python",
 )
 
+# The shape of csrc/cpu in a tenth of a second: a module of Python that needs no pybind11, and kernels.
+TOY = {
+    "bindings.cpp": '#include <Python.h>\n#include "toy.h"\nstatic PyModuleDef toy{PyModuleDef_HEAD_INIT, "_native"};\n'
+    "PyMODINIT_FUNC PyInit__native() { return portable::kernel() == 42 ? PyModule_Create(&toy) : nullptr; }\n",
+    "toy.h": "namespace portable { int kernel(); }\n",
+    "kernels.cpp": "namespace VMF_ISA { int kernel() { return 42; } }\n",
+}
+
 
 def setup_module() -> ModuleType:
     """setup.py, imported; nothing is set up."""
@@ -42,4 +50,25 @@ def copy_of_the_tree(folder: Path) -> Path:
         else:
             folder.mkdir(exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def has_tools(name: str) -> bool:
+    """Whether this machine has the compilers of a module."""
+    builder = setup_module()
+    try:
+        builder.host_compiler()
+        if name == "cuda":
+            builder.find_nvcc()
+    except builder.CannotBuildError:
+        return False
+    return True
+
+
+def with_toy_module(folder: Path) -> Path:
+    """A copy of the tree whose csrc/cpu is made one that compiles in no time."""
+    shutil.rmtree(folder / "csrc" / "cpu")
+    (folder / "csrc" / "cpu").mkdir()
+    for name, text in TOY.items():
+        (folder / "csrc" / "cpu" / name).write_text(text)
     return folder

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("setuptools", reason="setup.py needs setuptools")
 
-from tests.csrc.building import ROOT, copy_of_the_tree, setup_module
+from tests.csrc.building import ROOT, copy_of_the_tree, has_tools, setup_module, with_toy_module
 
 pytestmark = pytest.mark.compiles
 
@@ -46,25 +46,6 @@ import torch
 from vmf_kernels import linear_prototypes, prototype_usage
 print(prototype_usage(torch.randn(3, 8), linear_prototypes(torch.randn(5, 8)), temperature=0.1).sum().item())
 """
-# The shape of csrc/cpu in a tenth of a second: a module of Python that needs no pybind11, and kernels.
-TOY = {
-    "bindings.cpp": '#include <Python.h>\n#include "toy.h"\nstatic PyModuleDef toy{PyModuleDef_HEAD_INIT, "_native"};\n'
-    "PyMODINIT_FUNC PyInit__native() { return portable::kernel() == 42 ? PyModule_Create(&toy) : nullptr; }\n",
-    "toy.h": "namespace portable { int kernel(); }\n",
-    "kernels.cpp": "namespace VMF_ISA { int kernel() { return 42; } }\n",
-}
-
-
-def has_tools(name: str) -> bool:
-    """Whether this machine has the compilers of a module."""
-    builder = setup_module()
-    try:
-        builder.host_compiler()
-        if name == "cuda":
-            builder.find_nvcc()
-    except builder.CannotBuildError:
-        return False
-    return True
 
 
 def module_path(name: str) -> Path:
@@ -155,11 +136,7 @@ def toy_tree(tmp_path: Path) -> Iterator[Path]:
     pytest.importorskip("pybind11", reason="a requirement of the build")
     if not has_tools("native"):
         pytest.skip("no compiler")
-    folder = copy_of_the_tree(tmp_path / "tree")
-    shutil.rmtree(folder / "csrc" / "cpu")
-    (folder / "csrc" / "cpu").mkdir()
-    for name, text in TOY.items():
-        (folder / "csrc" / "cpu" / name).write_text(text)
+    folder = with_toy_module(copy_of_the_tree(tmp_path / "tree"))
     yield folder
     shutil.rmtree(folder)
 
@@ -239,6 +216,16 @@ def test_a_source_distribution_holds_csrc_and_nothing_built(tmp_path: Path) -> N
     assert len(sources) >= 10, sources
     assert not sources - names, f"not in the archive: {sources - names}"
     assert not [name for name in names if name.endswith(".so")]
+
+
+def test_packages_are_copied_without_what_an_earlier_build_left(tmp_path: Path) -> None:
+    folder = copy_of_the_tree(tmp_path / "tree")
+    stale = folder / "build" / "lib" / "vmf_kernels" / "gone.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    done = build(folder, "setup.py", "--quiet", "build_py", "--build-lib", "build/lib")
+    assert (stale.parent / "__init__.py").exists(), done.stdout
+    assert not stale.exists(), "a wheel from here would hold vmf_kernels/gone.py"
 
 
 @pytest.mark.parametrize("setting", ["9.0", "hopper", "80 90a 7", "75", "80,90a", "90b", ""])

@@ -22,6 +22,12 @@ class LogitCenter(RunningMean):
     Arguments as ``RunningMean``; the backend is not needed.
 
     Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, equation 4.
+
+    Example:
+        >>> center = LogitCenter(3, momentum=0.5)
+        >>> center.update(torch.tensor([[2.0, 0.0, 0.0], [0.0, 4.0, 0.0]]), temperature=0.04)  # two rows of teacher logits
+        >>> center.center.tolist()
+        [[0.5, 1.0, 0.0]]
     """
 
     def bias(self, temperature: float | Tensor) -> Tensor:

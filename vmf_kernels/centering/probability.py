@@ -32,6 +32,12 @@ class ProbabilityCenter(RunningMean):
             prototypes of all ranks: with a prototype group every rank of it makes its centre together with the others.
 
     Source: Govindarajan et al., ICLR 2023 (arXiv:2405.10939), "probability-space centering".
+
+    Example:
+        >>> center = ProbabilityCenter(2, momentum=0.0)
+        >>> center.update(torch.tensor([[0.75, 0.25]]).log(), temperature=1.0)
+        >>> [round(probability, 2) for probability in center.center[0].exp().tolist()]
+        [0.75, 0.25]
     """
 
     over_probabilities = True

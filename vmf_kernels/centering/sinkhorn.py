@@ -37,6 +37,13 @@ class SinkhornKnopp(nn.Module):
         ValueError: fewer than one iteration, or an unknown backend.
     Source: Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments", NeurIPS 2020 (SwAV),
         section 3.1; Oquab et al., "DINOv2", TMLR 2024, section 4.
+
+    Example:
+        >>> teacher = torch.randn(64, 8)
+        >>> bias = SinkhornKnopp(iterations=50)(teacher, temperature=1.0)
+        >>> usage = (teacher + bias).softmax(dim=1).mean(dim=0)
+        >>> torch.allclose(usage, torch.full((8,), 1 / 8), rtol=1e-2)
+        True
     """
 
     over_probabilities = False  # a batch that is not remembered is looked at in no way

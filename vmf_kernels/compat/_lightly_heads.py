@@ -25,6 +25,11 @@ class DINOv2ProjectionHead(nn.Module):
     Raises:
         ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
     Source: lightly-ai/lightly lightly/models/modules/heads.py.
+
+    Example:
+        >>> head = DINOv2ProjectionHead(8, 16, 4, output_dim=512)
+        >>> tuple(head(torch.randn(3, 8)).shape)
+        (3, 512)
     """
 
     def __init__(
@@ -67,6 +72,13 @@ class DINOProjectionHead(DINOv2ProjectionHead):
         norm_last_layer: freeze the prototypes' norms at 1.
 
     Source: lightly-ai/lightly lightly/models/modules/heads.py.
+
+    Example:
+        >>> head = DINOProjectionHead(8, 16, 4, output_dim=512, freeze_last_layer=1)
+        >>> head(torch.randn(3, 8)).sum().backward()
+        >>> head.cancel_last_layer_gradients(current_epoch=0)
+        >>> head.last_layer.weight_v.grad is None
+        True
     """
 
     def __init__(

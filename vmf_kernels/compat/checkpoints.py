@@ -77,6 +77,13 @@ def load_modules(checkpoint: str | PathLike[str] | Mapping[str, Any], modules: M
             which names there are.
         OSError: the file cannot be opened; FileNotFoundError where there is none.
         RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
+
+    Example:
+        >>> saved, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> run = {"state_dict": {f"student_head.{key}": value for key, value in saved.state_dict().items()}}  # or a path
+        >>> load_checkpoint(run, {"student_head": head})
+        >>> torch.equal(head.weight, saved.weight)
+        True
     """
     with _opened(checkpoint, "state_dict") as entries:
         state = next((entries[name] for name in WHOLE if isinstance(entries.get(name), Mapping)), entries)

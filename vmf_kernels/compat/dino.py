@@ -43,5 +43,12 @@ def load_checkpoint(
             says which it has.
         OSError: the file cannot be opened; FileNotFoundError where there is none.
         RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
+
+    Example:
+        >>> saved, head = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4) for _ in range(2))
+        >>> run = {"teacher": {f"head.{key}": value for key, value in saved.state_dict().items()}}  # or the path of a file
+        >>> load_checkpoint(run, network="teacher", head=head)
+        >>> torch.equal(head.last_layer.weight, saved.last_layer.weight)
+        True
     """
     load_networks(checkpoint, network, {"backbone.": backbone, "head.": head}, {"dino_loss": loss})

@@ -53,6 +53,11 @@ class DINOHead(nn.Module):
     Raises:
         ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
     Source: facebookresearch/dinov2 dinov2/layers/dino_head.py.
+
+    Example:
+        >>> head = DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)
+        >>> tuple(head(torch.randn(3, 8)).shape), head.last_layer.weight_g.requires_grad
+        ((3, 512), True)
     """
 
     def __init__(
@@ -90,6 +95,11 @@ class DINOvMFHead(DINOHead):
     under Sinkhorn-Knopp as under the centre, which stays one of raw logits. Arguments and keys as ``DINOHead``.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+
+    Example:
+        >>> head = DINOvMFHead(8, 512, hidden_dim=16, bottleneck_dim=4)
+        >>> head(torch.randn(3, 8)).prototypes.has_normalizer
+        True
     """
 
     def forward(self, x: Tensor) -> PrototypeLogits:
@@ -114,6 +124,15 @@ class DINOLoss(ClassTokenLoss):
     Raises:
         ValueError: a temperature is not positive, or an option out of range.
     Source: facebookresearch/dinov2 dinov2/loss/dino_clstoken_loss.py.
+
+    Example:
+        >>> student, teacher = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)(torch.randn(2 * 3, 8)) for _ in range(2))
+        >>> criterion = DINOLoss(512)
+        >>> targets = criterion.softmax_center_teacher(teacher, teacher_temp=0.04)
+        >>> criterion.update_center(teacher)
+        >>> loss = criterion(student.chunk(2), targets.chunk(2))  # 2 crops of 3 images, each against each
+        >>> type(targets).__name__, tuple(targets.shape), loss.requires_grad
+        ('TeacherTargets', (6, 512), True)
     """
 
     def __init__(
@@ -182,6 +201,15 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
     Raises:
         ValueError: a temperature is not positive, or an option out of range.
     Source: facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
+
+    Example:
+        >>> masks = torch.eye(3).bool().expand(2, 3, 3).flatten(1)  # 3 of the 9 patches of each of 2 images
+        >>> student, teacher = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)(torch.randn(6, 8)) for _ in range(2))
+        >>> criterion = iBOTPatchLoss(512)
+        >>> targets = criterion.softmax_center_teacher(teacher.unsqueeze(0), teacher_temp=0.04).squeeze(0)
+        >>> criterion.update_center(teacher.unsqueeze(0))
+        >>> criterion.forward_masked(student, targets, masks).requires_grad
+        True
     """
 
     def __init__(
@@ -223,6 +251,10 @@ class KoLeoLoss(nn.Module):
         pdist: the distance, as published.
 
     Source: facebookresearch/dinov2 dinov2/loss/koleo_loss.py.
+
+    Example:
+        >>> round(KoLeoLoss()(torch.eye(4)).item(), 2)  # every nearest neighbour is sqrt(2) away: -log(2) / 2
+        -0.35
     """
 
     def __init__(self) -> None:
@@ -269,6 +301,13 @@ def load_checkpoint(
             checkpoint lacks an entry or prefix; says which it has.
         OSError: the file cannot be opened; FileNotFoundError where there is none.
         RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
+
+    Example:
+        >>> saved, head = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4) for _ in range(2))
+        >>> run = {"teacher": {f"dino_head.{key}": value for key, value in saved.state_dict().items()}}  # or the path of a file
+        >>> load_checkpoint(run, network="teacher", dino_head=head)
+        >>> torch.equal(head.last_layer.weight, saved.last_layer.weight)
+        True
     """
     modules = {"backbone.": backbone, "dino_head.": dino_head, "ibot_head.": ibot_head}
     load_networks(checkpoint, network, modules, {"dino_loss": dino_loss, "ibot_patch_loss": ibot_patch_loss})

@@ -51,6 +51,13 @@ class DINOHead(dinov2.DINOHead):
     Arguments and errors as ``compat.dinov2.DINOHead``.
 
     Source: facebookresearch/dinov3 dinov3/layers/dino_head.py.
+
+    Example:
+        >>> head = DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)
+        >>> head.init_weights()
+        >>> x = torch.randn(3, 8)
+        >>> tuple(head(x).shape), tuple(head(x, no_last_layer=True).shape)
+        ((3, 512), (3, 4))
     """
 
     def init_weights(self) -> None:
@@ -89,6 +96,14 @@ class DINOLoss(ClassTokenLoss):
     Raises:
         ValueError: a temperature is not positive, or an option out of range.
     Source: facebookresearch/dinov3 dinov3/loss/dino_clstoken_loss.py.
+
+    Example:
+        >>> student, teacher = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)(torch.randn(2 * 3, 8)) for _ in range(2))
+        >>> criterion = DINOLoss(512)
+        >>> criterion.init_weights()
+        >>> targets = criterion.sinkhorn_knopp_teacher(teacher, teacher_temp=0.04)
+        >>> criterion(student.unflatten(0, (2, 3)), targets.unflatten(0, (2, 3)), ignore_diagonal=True).requires_grad
+        True
     """
 
     def __init__(
@@ -155,6 +170,12 @@ class SinkhornKnoppTeacher(nn.Module):
         options: as ``DINOLoss``.
 
     Source: facebookresearch/dinov3 dinov3/loss/ibot_patch_loss.py.
+
+    Example:
+        >>> teacher = DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)(torch.randn(6, 8))  # of 6 masked patches
+        >>> targets = SinkhornKnoppTeacher()(teacher, teacher_temp=0.04, n_masked_patches_tensor=torch.tensor([6]))
+        >>> type(targets).__name__, tuple(targets.shape)
+        ('TeacherTargets', (6, 512))
     """
 
     def __init__(self, **options: Unpack[RankOptions]) -> None:
@@ -190,6 +211,15 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
     Raises:
         ValueError: a temperature is not positive, or an option out of range.
     Source: facebookresearch/dinov3 dinov3/loss/ibot_patch_loss.py.
+
+    Example:
+        >>> masks = torch.eye(3).bool().expand(2, 3, 3).flatten(1)  # 3 of the 9 patches of each of 2 images
+        >>> student, teacher = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)(torch.randn(6, 8)) for _ in range(2))
+        >>> criterion = iBOTPatchLoss(512)
+        >>> criterion.init_weights()
+        >>> targets = criterion.sinkhorn_knopp_teacher(teacher, teacher_temp=0.04, n_masked_patches_tensor=masks.sum()[None])
+        >>> criterion.forward_masked(student, targets, masks).requires_grad
+        True
     """
 
     def __init__(
@@ -227,6 +257,10 @@ class KoLeoLossDistributed(nn.Module):
     Raises:
         ValueError: ``topk`` or ``loss_group_size`` is below 1.
     Source: facebookresearch/dinov3 dinov3/loss/koleo_loss.py.
+
+    Example:
+        >>> round(KoLeoLossDistributed()(torch.eye(4)).item(), 2)  # every nearest neighbour is sqrt(2) away: -log(2) / 2
+        -0.35
     """
 
     def __init__(self, topk: int = 1, loss_group_size: int | None = None) -> None:

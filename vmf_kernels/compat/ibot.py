@@ -55,6 +55,12 @@ class iBOTHead(nn.Module):  # noqa: N801 (the published name)
     Raises:
         ValueError: a dim is below 1, ``bottleneck_dim`` below 2, or an option is not one of those above.
     Source: Zhou et al., "iBOT: image BERT pre-training with online tokenizer", ICLR 2022, section 3.2.
+
+    Example:
+        >>> head = iBOTHead(8, 512, patch_out_dim=256, hidden_dim=16, bottleneck_dim=4)
+        >>> cls, patches = head(torch.randn(3, 1 + 4, 8))  # class token and 4 patches of 3 images
+        >>> tuple(cls.shape), tuple(patches.shape), tuple(head(torch.randn(3, 8)).shape)
+        ((3, 512), (3, 4, 256), (3, 512))
     """
 
     def __init__(
@@ -139,6 +145,13 @@ def load_checkpoint(
             says which it has.
         OSError: the file cannot be opened; FileNotFoundError where there is none.
         RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
+
+    Example:
+        >>> saved, head = (iBOTHead(8, 512, hidden_dim=16, bottleneck_dim=4, shared_head=True) for _ in range(2))
+        >>> run = {"teacher": {f"head.{key}": value for key, value in saved.state_dict().items()}}  # or the path of a file
+        >>> load_checkpoint(run, network="teacher", head=head)
+        >>> torch.equal(head.last_layer.weight, saved.last_layer.weight)
+        True
     """
     load_networks(checkpoint, network, {"backbone.": backbone, "head.": head}, {"ibot_loss": loss})
 

@@ -45,6 +45,12 @@ class RankMeanCenter(centering.RankMeanCenter):
         size, dim: shape of the centre, and its dims that are averaged over.
 
     Source: lightly-ai/lightly lightly/models/modules/center.py.
+
+    Example:
+        >>> center = RankMeanCenter(3, momentum=0.5)
+        >>> center.update(torch.tensor([[2.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))  # two rows of teacher logits
+        >>> center.value.tolist()
+        [[0.5, 1.0, 0.0]]
     """
 
     dim = (0,)
@@ -105,6 +111,12 @@ class DINOLoss(_Loss):
     Raises:
         ValueError: a temperature is not positive, or an option unknown.
     Source: lightly-ai/lightly lightly/loss/dino_loss.py; Caron et al., ICCV 2021.
+
+    Example:
+        >>> student, teacher = (DINOProjectionHead(8, 16, 4, output_dim=512) for _ in range(2))
+        >>> views, criterion = [torch.randn(2, 8) for _ in range(4)], DINOLoss(512)  # features of 4 views of 2 images
+        >>> criterion([teacher(view) for view in views[:2]], [student(view) for view in views], epoch=0).requires_grad
+        True
     """
 
     def __init__(
@@ -231,6 +243,13 @@ class IBOTPatchLoss(_Loss):
     Raises:
         ValueError: a temperature is not positive, or an option unknown.
     Source: lightly-ai/lightly lightly/loss/ibot_loss.py; Zhou et al., "iBOT", ICLR 2022.
+
+    Example:
+        >>> student, teacher = (DINOProjectionHead(8, 16, 4, output_dim=512) for _ in range(2))
+        >>> mask, patches = torch.eye(2).bool().expand(3, 2, 2), torch.randn(6, 8)  # 2 of the 4 patches of each of 3 images
+        >>> criterion = IBOTPatchLoss(512)
+        >>> criterion(teacher(patches), student(patches), mask).requires_grad, tuple(criterion.center.value.shape)
+        (True, (1, 512))
     """
 
     def __init__(
@@ -305,6 +324,10 @@ class KoLeoLoss(koleo.KoLeoLoss):
     Raises:
         ValueError: ``p`` or ``eps`` is not positive; when called, fewer than two rows, which have no neighbour.
     Source: lightly-ai/lightly lightly/loss/koleo_loss.py.
+
+    Example:
+        >>> round(KoLeoLoss()(torch.eye(4)).item(), 2)  # every nearest neighbour is sqrt(2) away: -log(2) / 2
+        -0.35
     """
 
     def __init__(self, p: float = 2, eps: float = 1e-8) -> None:

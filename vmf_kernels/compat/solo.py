@@ -37,6 +37,11 @@ class DINOHead(heads.DINOHead):
     Raises:
         ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
     Source: vturrisi/solo-learn solo/methods/dino.py.
+
+    Example:
+        >>> head = DINOHead(in_dim=8, num_prototypes=512, hidden_dim=16, bottleneck_dim=4)
+        >>> tuple(head(torch.randn(3, 8)).shape), type(head.mlp[1]).__name__
+        ((3, 512), 'BatchNorm1d')
     """
 
     def __init__(
@@ -74,6 +79,14 @@ class DINOLoss(losses.DINOLoss):
     Raises:
         ValueError: a temperature is not positive, ``num_large_crops`` < 2, or an option unknown.
     Source: vturrisi/solo-learn solo/losses/dino.py; Caron et al., ICCV 2021.
+
+    Example:
+        >>> student, teacher = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4) for _ in range(2))
+        >>> criterion = DINOLoss(512, 0.04, 0.07, warmup_teacher_temp_epochs=2, num_epochs=10)
+        >>> criterion.epoch = 1
+        >>> features = torch.randn(2 * 3, 8)  # of 2 crops of 3 images, crop by crop
+        >>> criterion(student(features), teacher(features)).requires_grad, bool(criterion.center.any())
+        (True, True)
     """
 
     epoch_now: Tensor

@@ -30,6 +30,12 @@ class DINOHead(nn.Module):
     Raises:
         ValueError: a dim is below 1, or ``bottleneck_dim`` below 2.
     Source: Caron et al., ICCV 2021, "Projection head" in section 3.2.
+
+    Example:
+        >>> head = DINOHead(in_dim=8, out_dim=512, hidden_dim=16, bottleneck_dim=4)
+        >>> logits = head(torch.randn(3, 8))
+        >>> type(logits).__name__, tuple(logits.shape)
+        ('PrototypeLogits', (3, 512))
     """
 
     def __init__(
@@ -64,6 +70,11 @@ class DINOvMFHead(DINOHead):
     Parameters and checkpoints are those of ``DINOHead``. Arguments and errors as there, without ``norm_last_layer``.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939), section 4.
+
+    Example:
+        >>> head = DINOvMFHead(in_dim=8, out_dim=512, hidden_dim=16, bottleneck_dim=4)
+        >>> head(torch.randn(3, 8)).prototypes.has_normalizer, head.last_layer.weight_g.requires_grad
+        (True, True)
     """
 
     def __init__(

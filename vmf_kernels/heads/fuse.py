@@ -83,6 +83,14 @@ def fuse_head(module: nn.Module, layer: str | None = None) -> nn.Module:
     Raises:
         ValueError: the last layer is not a linear one without bias, plain or with weight norm over dim 0, or several
             submodules have a ``last_layer``; says what was found. Nothing is changed then.
+
+    Example:
+        >>> head = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 512, bias=False))
+        >>> x = torch.randn(3, 8)
+        >>> stored = head(x)
+        >>> unstored = fuse_head(head)(x)
+        >>> type(unstored).__name__, torch.allclose(unstored.materialize(), stored, atol=1e-6)
+        ('PrototypeLogits', True)
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"cannot fuse {module!r}; expected a head, an nn.Module")

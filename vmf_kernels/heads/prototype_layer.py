@@ -123,6 +123,12 @@ class PrototypeLayer(WeightNormed, nn.Module):
         weight_g: [K, 1] signed norms, 1 at the start.
         weight_v: [K, D] directions, initialised as ``nn.Linear``.
         weight: [K, D] effective weight, computed at each access; no parameter.
+
+    Example:
+        >>> layer = PrototypeLayer(4, 512)
+        >>> x = torch.randn(3, 4)
+        >>> torch.allclose(layer(x).materialize(), x @ layer.weight.T, atol=1e-6)
+        True
     """
 
     def __init__(self, dim: int, num_prototypes: int, *, frozen_norm: bool = False) -> None:

@@ -48,6 +48,15 @@ class DINOLoss(StreamLoss):
     Raises:
         ValueError: a temperature is not positive, ncrops < 2, or an option unknown.
     Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, algorithm 1.
+
+    Example:
+        >>> student, teacher = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4) for _ in range(2))
+        >>> criterion = DINOLoss(512, 4, 0.04, 0.07, 30, 100)  # prototypes, crops, teacher temperatures, their epochs, epochs
+        >>> crops = torch.randn(4 * 2, 8)  # features of 4 crops of 2 images, view-major; the first 2 crops are global
+        >>> loss = criterion(student(crops), teacher(crops[: 2 * 2]), epoch=0)
+        >>> loss.backward()
+        >>> tuple(loss.shape), bool(criterion.center.any()), tuple(criterion.statistics.usage.shape)
+        ((), True, (512,))
     """
 
     def __init__(
@@ -154,6 +163,14 @@ class DINOvMFLoss(DINOLoss):
             has it unless given.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+
+    Example:
+        >>> student, teacher = (DINOvMFHead(8, 512, hidden_dim=16, bottleneck_dim=4) for _ in range(2))
+        >>> criterion = DINOvMFLoss(512, 4, 0.04, 0.07, 30, 100)
+        >>> crops = torch.randn(4 * 2, 8)
+        >>> criterion(student(crops), teacher(crops[: 2 * 2]), epoch=0).backward()
+        >>> student.last_layer.weight_g.grad.isfinite().all().item()  # norms learn: they are the components' precisions
+        True
     """
 
     stream_class = VMFStream

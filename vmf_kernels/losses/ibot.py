@@ -59,6 +59,15 @@ class IBOTLoss(StreamLoss):
     Raises:
         ValueError: a temperature is not positive, there are fewer than two crops, or an option is unknown.
     Source: Zhou et al., "iBOT: image BERT pre-training with online tokenizer", ICLR 2022, section 3 and algorithm 1.
+
+    Example:
+        >>> student, teacher = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4) for _ in range(2))
+        >>> criterion = IBOTLoss(512, 512, 2, 0, 0.04, 0.07, 0.04, 0.07, 30, 100)
+        >>> x = torch.randn(2 * 3, 1 + 4, 8)  # class token and 2 x 2 patches, of 2 global crops of 3 images, view-major
+        >>> masks = [torch.eye(2).bool().expand(3, 2, 2) for _ in range(2)]
+        >>> output, targets = ((head(x[:, 0]), head(x[:, 1:])) for head in (student, teacher))
+        >>> sorted(criterion(output, targets, None, masks, epoch=0))
+        ['cls', 'loss', 'patch']
     """
 
     patch_loss_class = IBOTPatchLoss
@@ -282,6 +291,15 @@ class IBOTvMFLoss(IBOTLoss):
     centering is "probability" unless given. A reconstruction (README of this folder).
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+
+    Example:
+        >>> student, teacher = (DINOvMFHead(8, 512, hidden_dim=16, bottleneck_dim=4) for _ in range(2))
+        >>> criterion = IBOTvMFLoss(512, 512, 2, 0, 0.04, 0.07, 0.04, 0.07, 30, 100)
+        >>> x = torch.randn(2 * 3, 1 + 4, 8)  # class token and 2 x 2 patches, of 2 global crops of 3 images, view-major
+        >>> masks = [torch.eye(2).bool().expand(3, 2, 2) for _ in range(2)]
+        >>> output, targets = ((head(x[:, 0]), head(x[:, 1:])) for head in (student, teacher))
+        >>> criterion(output, targets, None, masks, epoch=0)["loss"].isfinite().item()
+        True
     """
 
     stream_class = UnstoredVMFStream

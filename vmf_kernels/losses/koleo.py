@@ -34,6 +34,10 @@ class KoLeoLoss(nn.Module):
         ValueError: ``eps`` is not positive, or ``topk`` or ``crops`` below 1.
     Source: Sablayrolles et al., "Spreading vectors for similarity search", ICLR 2019, section 3.2; top-k:
         facebookresearch/dinov3 dinov3/loss/koleo_loss.py; sum over crops: facebookresearch/dinov2.
+
+    Example:
+        >>> round(KoLeoLoss()(torch.eye(4)).item(), 2)  # every nearest neighbour is sqrt(2) away: -log(2) / 2
+        -0.35
     """
 
     _whose = "rows"
@@ -112,6 +116,11 @@ class DistributedKoLeoLoss(KoLeoLoss):
         ValueError: as ``KoLeoLoss``; what the rows are counted over is all ranks, and all raise where one's do not fit.
         RuntimeError: it is differentiated twice on more than one rank.
     Source: facebookresearch/dinov3 dinov3/loss/koleo_loss.py (its groups of ranks are ``group`` here).
+
+    Example:
+        >>> features = torch.randn(6, 4)
+        >>> torch.equal(DistributedKoLeoLoss()(features), KoLeoLoss()(features))  # one rank
+        True
     """
 
     _whose = "rows over all ranks"

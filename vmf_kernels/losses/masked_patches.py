@@ -48,6 +48,14 @@ class IBOTPatchLoss(StreamLoss):
     Raises:
         ValueError: a temperature is not positive, or an option unknown.
     Source: Zhou et al., "iBOT: image BERT pre-training with online tokenizer", ICLR 2022, equation 2.
+
+    Example:
+        >>> student, teacher = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4) for _ in range(2))
+        >>> criterion, patches = IBOTPatchLoss(512), torch.randn(3, 4, 8)  # 2 x 2 patches of 3 images
+        >>> mask = torch.eye(2).bool().expand(3, 2, 2)
+        >>> criterion(student(patches), teacher(patches), mask, teacher_temp=0.04).backward()
+        >>> tuple(criterion.center.shape), bool(criterion.center.any())
+        ((1, 512), True)
     """
 
     def __init__(
@@ -139,6 +147,12 @@ class IBOTvMFPatchLoss(IBOTPatchLoss):
     Arguments as ``IBOTPatchLoss``; centering is "probability" unless given. A reconstruction (README of this folder).
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
+
+    Example:
+        >>> student, teacher = (DINOvMFHead(8, 512, hidden_dim=16, bottleneck_dim=4) for _ in range(2))
+        >>> patches, mask = torch.randn(3, 4, 8), torch.eye(2).bool().expand(3, 2, 2)
+        >>> IBOTvMFPatchLoss(512)(student(patches), teacher(patches), mask, teacher_temp=0.04).isfinite().item()
+        True
     """
 
     stream_class = UnstoredVMFStream

@@ -50,6 +50,12 @@ class PrototypeKoLeoLoss(nn.Module):
         ValueError: ``eps`` is not positive.
     Source: Govindarajan et al., "On partial prototype collapse in the DINO family of self-supervised methods", BMVC 2024
         (arXiv:2410.14060); the formula is a reconstruction from KoLeo's.
+
+    Example:
+        >>> head = DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)
+        >>> PrototypeKoLeoLoss()(head.last_layer.prototypes()).backward()
+        >>> tuple(head.last_layer.weight_v.grad.shape)
+        (512, 4)
     """
 
     def __init__(self, eps: float = 1e-8, *, group: ProcessGroup | None = None) -> None:

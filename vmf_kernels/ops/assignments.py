@@ -43,6 +43,11 @@ def prototype_usage(
 
     Raises:
         ValueError: shapes, temperature or backend name do not fit; says what was got and expected.
+
+    Example:
+        >>> usage = prototype_usage(torch.randn(3, 4), linear_prototypes(torch.randn(512, 4)), temperature=0.1)
+        >>> tuple(usage.shape), round(usage.sum().item(), 4)
+        ((512,), 1.0)
     """
     _check_rows(features, prototypes, bias)
     features = in_autocast_dtype(features)

@@ -59,6 +59,13 @@ def logit_cross_entropy(
         ValueError: shapes, weights, temperatures or the backend's name do not fit; says what was got and what was expected.
         RuntimeError: differentiated twice, or the backend asked for cannot run.
     Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, section 3.1.
+
+    Example:
+        >>> student, teacher = torch.randn(6, 512, requires_grad=True), torch.randn(4, 512)  # 3 and 2 views of 2 images
+        >>> result = logit_cross_entropy(student, teacher, multi_crop_weights(2, 3) / 2)
+        >>> result.loss.backward()
+        >>> tuple(student.grad.shape), tuple(result.statistics.usage.shape)
+        ((6, 512), (512,))
     """
     check_stored_backend_name(backend)
     _check_logits(student_logits, teacher_logits)

@@ -39,7 +39,14 @@ NAME = "prototype_cross_entropy"
 
 
 class CrossEntropy(NamedTuple):
-    """A loss and its detached by-products."""
+    """A loss and its detached by-products.
+
+    Example:
+        >>> rows, prototypes = torch.randn(3, 4), vmf_prototypes(torch.randn(512, 4))
+        >>> loss, statistics = prototype_cross_entropy(rows, prototypes, rows, prototypes, torch.ones(1, 1))
+        >>> tuple(loss.shape), torch.allclose(loss, 3 * (statistics.teacher_entropy + statistics.kl))
+        ((), True)
+    """
 
     loss: Tensor  # [] nats, fp32 (fp64 for fp64 student features), differentiable
     statistics: AssignmentStatistics
@@ -92,6 +99,14 @@ def prototype_cross_entropy(
         RuntimeError: differentiated twice, or the backend asked for cannot run, or the student's head ran where its gradient
             is lost.
     Source: Caron et al., ICCV 2021 (DINO), section 3.1; Govindarajan et al., ICLR 2023 (DINO-vMF), section 4.
+
+    Example:
+        >>> student, teacher, weight = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4), torch.randn(512, 4)
+        >>> pairs, prototypes = torch.rand(2, 3), linear_prototypes(weight)
+        >>> loss, statistics = prototype_cross_entropy(student, prototypes, teacher, prototypes, pairs)
+        >>> q, log_p = (teacher @ weight.T / 0.04).softmax(1), (student @ weight.T / 0.1).log_softmax(1)
+        >>> torch.allclose(loss, -(pairs * (q @ log_p.T)).sum(), rtol=1e-4)
+        True
     """
     _check_sides(student_features, student_prototypes, teacher_features, teacher_prototypes)
     refuse_severed(student_prototypes)
@@ -161,6 +176,14 @@ def matched_prototype_cross_entropy(
         student_prototypes, teacher_prototypes, student_temperature, teacher_temperature, teacher_bias, backend,
             prototype_group: as there, and so are the result and the errors.
     Source: Zhou et al., "iBOT", ICLR 2022, equation 2.
+
+    Example:
+        >>> student, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)  # masked patches
+        >>> prototypes = vmf_prototypes(torch.randn(512, 4))
+        >>> loss, _ = matched_prototype_cross_entropy(student, prototypes, teacher, prototypes, torch.full((5,), 1 / 5))
+        >>> loss.backward()
+        >>> tuple(student.grad.shape)
+        (5, 4)
     """
     return prototype_cross_entropy(
         student_features,

@@ -55,6 +55,15 @@ def target_cross_entropy(
         ValueError: as there; or ``student_bias`` came with an unstored student, or ``prototype_group`` with a stored one,
             or probabilities on the CPU are negative (elsewhere looking would wait for the device).
     Source: Caron et al., ICCV 2021 (DINO), section 3.1; Zhou et al., "iBOT", ICLR 2022, equation 2.
+
+    Example:
+        >>> student, teacher = (DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)(torch.randn(3, 8)) for _ in range(2))
+        >>> result = target_cross_entropy(student, TeacherTargets(teacher, temperature=0.04), torch.ones(1, 1) / 3)
+        >>> stored = target_cross_entropy(
+        ...     student.materialize(), TeacherTargets(teacher, 0.04).materialize(), torch.ones(1, 1) / 3
+        ... )
+        >>> torch.allclose(result.loss, stored.loss, rtol=1e-4)
+        True
     """
     _check_kinds(student, targets)
     if isinstance(student, PrototypeLogits):

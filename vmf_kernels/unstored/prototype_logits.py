@@ -45,6 +45,12 @@ class PrototypeLogits(UnstoredRows):
     Raises:
         ValueError: the features' last dim is not D.
         RuntimeError: the prototypes' memory has been freed (``refuse_freed``).
+
+    Example:
+        >>> head = DINOHead(in_dim=8, out_dim=512, hidden_dim=16, bottleneck_dim=4)
+        >>> logits = torch.cat([head(torch.randn(2, 8)), head(torch.randn(4, 8))])[1:]  # rows, as of a tensor
+        >>> tuple(logits.shape), torch.equal(logits.argmax(dim=1), logits.materialize().argmax(dim=1))
+        ((5, 512), True)
     """
 
     # a dataclass, because DistributedDataParallel looks for the tensors of a module's output in the fields of one

@@ -36,6 +36,12 @@ class TeacherTargets(UnstoredRows):
     Raises:
         ValueError: the logits are not [..., K] floating point, the bias has not K elements, bias or temperature require a
             gradient, or the temperature is not positive; that of a tensor on a GPU is not looked at, which would wait for it.
+
+    Example:
+        >>> logits = DINOHead(in_dim=8, out_dim=512, hidden_dim=16, bottleneck_dim=4)(torch.randn(3, 8))
+        >>> targets = TeacherTargets(logits, temperature=0.04, bias=torch.zeros(512))
+        >>> torch.allclose(targets.materialize(), (logits.materialize() / 0.04).softmax(dim=1), atol=1e-5)
+        True
     """
 
     logits: PrototypeLogits | Tensor
