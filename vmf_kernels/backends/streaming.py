@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from vmf_kernels.backends.base_two import LN_2, LOG2_E
 from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.prototypes import Keys
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
-LOG2_E = 1.4426950408889634
-LN_2 = math.log(2.0)
 LEAST_SHIFT = -1e30  # lower bound of a maximum's shift: 2^LEAST_SHIFT is 0, and its product with a mass is finite
 # Measured with bench/bench_head.py on 2 cores of an EPYC 9004 at K = 65,536, D = 256, fp32:
 BLOCK_PROTOTYPES = 2048  # with 160 rows, 1.3 MiB: fits L2

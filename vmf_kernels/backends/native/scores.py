@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from vmf_kernels.backends.base_two import LOG2_E
 from vmf_kernels.backends.native import module
 from vmf_kernels.backends.native.chunks import padded
 from vmf_kernels.prototypes import Prototypes, prepare_keys
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
-LOG2_E = 1.4426950408889634
-LN_2 = math.log(2.0)
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-40, 2.0**40  # far beyond the inverse temperatures that are used in practice
 PIECE_BYTES = 24 * 2**20  # glibc keeps memory below 32 MiB; 96 MiB in one piece cost 27 ms of page faults per step
 MOST_PIECES = 64  # the module takes no more

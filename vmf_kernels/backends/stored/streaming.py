@@ -5,18 +5,16 @@ Legend: S / T student / teacher rows, G / V teacher / student views, B images, K
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vmf_kernels.backends.base_two import LN_2, LOG2_E
 from vmf_kernels.backends.stored.contract import Side, StoredInputs, Sums
 from vmf_kernels.prototypes import accumulation_dtype
 
-LOG2_E = 1.4426950408889634
-LN_2 = math.log(2.0)
 CHUNK_BYTES = 8 * 2**20  # of logits at once: a few such copies stay in a 32 MiB L3
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from vmf_kernels.backends.base_two import LOG2_E
 from vmf_kernels.backends.contract import LossInputs, LossOutputs, RowInputs
 from vmf_kernels.backends.prepared import prepared_of
 from vmf_kernels.backends.triton import launch
@@ -41,8 +42,6 @@ from vmf_kernels.backends.triton.rows import (
 )
 from vmf_kernels.backends.triton.tiles import Layout, Tile, has_tile, tile_of
 from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
-
-LOG2_E = 1.4426950408889634
 
 
 class Kernels(Protocol):
