@@ -30,7 +30,7 @@ class LogSums:
         logits: [R, K] raw, detached, not divided by the temperature; R may be 0.
         temperature: positive.
         bias: [K] nats that stored logits lack (the vMF log-normaliser), or None; None for logits that are not stored.
-        backend: of the streaming passes, see ``choose_backend``.
+        backend: of the passes over unstored logits, see ``choose_backend``. Stored ones are summed in plain torch.
         prototype_group: ranks that share out the prototypes, or None.
 
     Raises:

@@ -42,7 +42,7 @@ class RunningMean(nn.Module):
         num_prototypes: K; this rank's own, where ranks share out the prototypes.
         momentum: of the running mean, in [0, 1).
         start: "zero", or "first_batch" to begin at the first batch's mean instead of drifting there.
-        backend: of streaming passes over the teacher, see ``choose_backend``.
+        backend: of passes over unstored teacher logits, see ``choose_backend``. Stored ones are summed in plain torch.
         prototype_group: ranks that share out the prototypes and hold the same rows, or None.
         row_group: ranks whose rows count together; None for all ranks, or, with a prototype group, for this rank alone.
 

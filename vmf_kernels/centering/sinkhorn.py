@@ -29,7 +29,7 @@ class SinkhornKnopp(nn.Module):
 
     Args:
         iterations: rounds, at least 1; 3 is what is published.
-        backend: of the streaming passes, see ``choose_backend``.
+        backend: of passes over unstored logits, see ``choose_backend``. Stored ones are summed in plain torch.
         prototype_group: ranks that share out the prototypes and hold the same rows, or None.
         row_group: ranks whose rows are one batch; None for all ranks, or, with a prototype group, for this rank alone.
 

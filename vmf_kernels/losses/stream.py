@@ -68,7 +68,7 @@ class Stream(nn.Module):
         center_update: "forward" moves the centre with each batch, as published; "manual" accumulates until the loss's
             ``update_center()`` (gradient accumulation: once per optimiser step, before the teacher moves and before a
             ``state_dict()``, which holds no pending batches).
-        backend: see ``choose_backend``.
+        backend: see ``choose_backend``; ``logit_cross_entropy`` says which of them take stored logits, and refuses the others.
         prototype_group, row_group: ranks that share out the prototypes, and ranks with other rows, as in ``RunningMean``.
 
     Raises:
@@ -108,7 +108,7 @@ class Stream(nn.Module):
         self.backend = backend
         running = (center_momentum, center_average, center_start)
         options = RuleOptions(num_prototypes, *running, backend, prototype_group, row_group)
-        self.centering: CenteringRule = make_rule(centering or self.default_centering, options)
+        self.centering: CenteringRule = make_rule(self.default_centering if centering is None else centering, options)
 
     def prepare(
         self,
