@@ -23,7 +23,7 @@ inline int block_prototypes(int dim) {
   return (tiles < 1 ? 1 : tiles > MOST_TILES ? MOST_TILES : tiles) * BLOCK_MULTIPLE;
 }
 
-// fp32 rows of prototypes: where they are stored, or a converted copy.
+// fp32 rows of prototypes: the stored rows, or a converted copy.
 struct Block {
   const float* start;
   std::ptrdiff_t stride;
@@ -48,13 +48,13 @@ inline Block block_of(const Weight& w, int first, int count, float* room) {
   return {room, w.dim};
 }
 
-// Where the logits of a prototype are, and how many prototypes of its piece there are from it on.
+// The place of a prototype's logits, and the number of prototypes from it to the end of its piece.
 inline float* row_of(const Logits& logits, int k) {
   return logits.pieces[k / logits.prototypes] + k % logits.prototypes * logits.stride;
 }
 inline int left_in_piece(const Logits& logits, int k) { return logits.prototypes - k % logits.prototypes; }
 
-// Prototypes of the block that begins at `first`: of one piece of the logits.
+// The number of prototypes of the block that begins at `first`; all are in one piece of the logits.
 inline int block_size(const Logits& logits, int dim, int first, int last) {
   int count = block_prototypes(dim);
   if (last - first < count) count = last - first;
@@ -93,7 +93,7 @@ template <class Dot, class Row>
 inline void pack_panels(int count, int dim, Row&& at, typename Dot::Word* out) {
   const int steps = words<Dot>(count);
   const Cut cut(padded(dim) / LANES);
-  for (int step = 0; step < steps; ++step)  // outside: rows are read from end to end, which is what memory is fast at
+  for (int step = 0; step < steps; ++step)  // the outer loop: memory is fastest if rows are read from end to end
     for (int i = 0; i < cut.tiles; ++i) {
       const int first = cut.first(i) * LANES, width = (cut.first(i + 1) - cut.first(i)) * LANES;
       typename Dot::Word* panel = out + std::ptrdiff_t(first) * steps;
@@ -121,7 +121,7 @@ inline void line_of(const float* row, int dim, int first, float* out, float gain
   for (int d = first; d < dim; ++d) out[d - first] = row[d] * gain;
 }
 
-// Rows [count, D] -> panels [row tile][words of D][rows]: the transposed of a block's rows, beside it the same packing.
+// Rows [count, D] -> panels [row tile][words of D][rows]: the transpose of a block's rows, in the same packing.
 template <class Dot>
 inline void pack_transposed(const float* rows, int count, int dim, typename Dot::Word* out) {
   const int steps = words<Dot>(dim);

@@ -30,9 +30,9 @@ struct Gatherer {
   const Gather& gather = *task.gather;
   const int dim = gather.weight.dim, width = padded(dim);
   const int students = padded(gather.student_rows), teachers = padded(gather.teacher_rows);
-  const int cycle = gather.images + LANES;  // of a teacher view's probabilities, repeated
+  const int cycle = gather.images + LANES;  // length of a teacher view's probabilities with their repetition
 
-  // A thread's room, in this order.
+  // A thread's memory, in this order.
   struct Room {
     std::size_t block, values, by_row, by_prototype, gradient, teacher, cycles, line, bytes;
     explicit Room(const Gather& g) {
@@ -62,7 +62,7 @@ struct Gatherer {
       if (students) {
         pack_values(weight, k, count);
         fold(k, count);
-        // each product asks for what comes after it: the block of dW to be written, then the next block's logits and prototypes
+        // each product prefetches what follows it: the block of dW to be written, then the next block's logits and prototypes
         const int next = k + count, more = next < task.last ? block_size(gather.logits, dim, next, task.last) : 0;
         add_feature_gradient(count, k == task.first, gradient_block(k, count));
         if (gather.weight_gradient) add_weight_gradient(weight, k, count, next, more);
@@ -133,7 +133,7 @@ struct Gatherer {
     if (students) gather.bias_gradient[k] += sum(total) / gather.scale;
   }
 
-  // [T] mass_t q_t of one prototype, and of each view so often repeated that LANES of them can be loaded from any image on.
+  // [T] mass_t q_t of one prototype; those of each view are repeated so that LANES of them can be loaded from any image on.
   void teacher_probabilities(int k, const float* logits) const {
     float* q = at<float>(room.teacher);
     Floats used = zero();
@@ -218,7 +218,7 @@ struct Gatherer {
       }
   }
 
-  // Equation (7): the gradient at w_k -> at what is stored; a zero row has no direction and gets none.
+  // Equation (7): from the gradient at w_k to that at the stored row; a row of zeros has no direction and gets no gradient.
   void pull_back(const PullBack& p, int k, const float* stored, float* gradient) const {
     const float inverse = p.norm[k] > 0 ? 1 / p.norm[k] : 0;
     const float radial = p.slope ? gather.bias_gradient[k] * p.slope[k] : 0;

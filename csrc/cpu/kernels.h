@@ -1,11 +1,11 @@
-// What is compiled once per instruction set, as a table of functions; operator.cpp shares the prototypes out and calls them.
+// The functions that are compiled once per instruction set, as a table; operator.cpp splits the prototypes and calls them.
 #pragma once
 
 #include "operator.h"
 
 namespace vmf::cpu {
 
-// Room for one thread, and what all threads read.
+// One thread's memory and range of prototypes, and the data that all threads read.
 struct ScoreTask {
   const Score* score;
   const void* panels;  // features, from pack_features
@@ -16,7 +16,7 @@ struct ScoreTask {
 struct GatherTask {
   const Gather* gather;
   const void* panels;            // student features, from pack_values; null without dW
-  const float* student_top;      // [padded S], +inf beyond: no row of padding weighs anything
+  const float* student_top;      // [padded S], +inf beyond S: rows of padding have weight 0
   const float* student_factor;   // [padded S], 0 beyond
   const float* teacher_top;      // [padded T], +inf beyond
   const float* teacher_factor;   // [padded T], 0 beyond
@@ -40,7 +40,7 @@ struct Kernels {
   void (*gather)(const GatherTask&);
 };
 
-// By products; null members where an instruction set has none of its own.
+// By dtype of the products; members are null if an instruction set has no functions of its own.
 const Kernels* portable_kernels(Products);
 const Kernels* avx2_kernels(Products);
 const Kernels* avx512_kernels(Products);

@@ -1,4 +1,4 @@
-// Shares the prototypes out among threads and puts the parts together, in one order whatever the number of threads.
+// Splits the prototypes among threads and merges the parts, in the same order for any number of threads.
 #include "operator.h"
 
 #include <algorithm>
@@ -20,10 +20,10 @@ namespace {
 // Parts of the prototypes: enough to keep many threads busy to the end, few enough that a copy of dz for each is small.
 constexpr int MOST_PARTS = 32;
 constexpr int LEAST_PART = 480;  // prototypes: a few blocks
-constexpr std::size_t PARTS_BYTES = std::size_t(16) << 20;  // of all their dz, if that leaves
-constexpr int FEWEST_PARTS = 8;                             // so many
+constexpr std::size_t PARTS_BYTES = std::size_t(16) << 20;  // of all copies of dz, if this allows
+constexpr int FEWEST_PARTS = 8;                             // at least so many parts
 
-constexpr double EXPONENTIAL = 16;  // as dear as so many products
+constexpr double EXPONENTIAL = 16;  // costs as much as so many products
 
 int threads_for(double products, const Execution& run) {
   return int(std::clamp(products / std::max(run.least_work, 1.0), 1.0, double(run.threads)));
@@ -54,14 +54,14 @@ int padded_to(int n, int lanes) { return (n + lanes - 1) / lanes * lanes; }
 
 int part_count(int prototypes) { return std::clamp(prototypes / LEAST_PART, 1, MOST_PARTS); }
 
-// Of a gathering pass, each part of which has a dz of its own.
+// The number of parts of a gathering pass, each of which has its own dz.
 int part_count(const Gather& g) {
   const std::size_t part = sizeof(float) * std::max<std::size_t>(1, std::size_t(g.student_rows) * g.weight.dim);
   const int most = int(std::min<std::size_t>(MOST_PARTS, PARTS_BYTES / part));
   return std::min(part_count(g.weight.prototypes), std::max(most, FEWEST_PARTS));
 }
 
-// Hands out pieces of one allocation, each on a cache line of its own; with a null start it only counts.
+// Returns pieces of one allocation, each on its own cache line; with a null start it only counts.
 struct Arena {
   char* start;
   std::size_t used = 0;
@@ -73,7 +73,7 @@ struct Arena {
   }
 };
 
-// Calls body(part, thread, first prototype, last) with fewer threads than asked for where there are fewer parts.
+// Calls body(part, thread, first prototype, last); uses fewer threads than requested if there are fewer parts.
 template <class Body>
 void for_each_part(int parts, int prototypes, int threads, Body&& body) {
   // parts begin on even prototypes: bf16 products take them in pairs
@@ -189,7 +189,7 @@ Sums weigh(const Gather& g, const GatherRoom& room, int students, int teachers) 
   return sums;
 }
 
-// Sums dz over the parts, row by row and in their order.
+// Sums dz over the parts in a fixed order, row by row.
 void add_parts(const Gather& g, const float* parts, int count, int rows, int width, int threads) {
   const int dim = g.weight.dim;
 #if defined(_OPENMP)
@@ -264,7 +264,7 @@ namespace {
 
 constexpr std::size_t aligned_floats(int count) { return (std::size_t(count) * sizeof(float) + 63) / 64 * 64; }
 
-// Logits further to the right.
+// The same logits from a later column on.
 Logits from_column(Logits logits, std::ptrdiff_t column) {
   for (float*& piece : logits.pieces)
     if (piece) piece += column;

@@ -21,25 +21,25 @@ struct Execution {
   Isa isa;
   Products products;
   int threads;         // at most
-  double least_work;   // products of a thread: for fewer none is woken
+  double least_work;   // products per thread: no thread is woken for fewer
 };
 
 // A workspace is 64-byte aligned and has at least the bytes that score_workspace or gather_workspace say.
 
 // Prototypes as stored.
 struct Weight {
-  const void* data;  // [K, D], elements of a row side by side
+  const void* data;  // [K, D], elements of a row adjacent
   Stored stored;
   std::ptrdiff_t stride;  // elements from row to row
   int prototypes, dim;
 };
 
-// What rows are padded to in logits: a multiple of every instruction set's vector.
+// Rows of logits are padded to a multiple of this, which is a multiple of every instruction set's vector.
 constexpr int ROW_PADDING = 16;
 constexpr int padded_rows(int rows) { return (rows + ROW_PADDING - 1) / ROW_PADDING * ROW_PADDING; }
 
-// Logits of a chunk of rows, [K, stride], in pieces of so many prototypes: memory that is allocated in large pieces comes from
-// the system anew each time, and page faults are dear.
+// Logits of a chunk of rows, [K, stride], in pieces with an equal number of prototypes: an allocator gets large pieces from the
+// system anew each time, and page faults are expensive.
 struct Logits {
   static constexpr int MOST_PIECES = 64;
   float* pieces[MOST_PIECES];  // 64-byte aligned; the first is null where there are no logits
@@ -53,16 +53,16 @@ struct Score {
   const float* multiplier;  // [K], or null for `uniform`
   const float* bias;        // [K], or null
   const float* features;    // [R, D] contiguous
-  float uniform;            // a multiplier of all
-  float row_factor;         // of the features, before the products
+  float uniform;            // the multiplier of all prototypes if `multiplier` is null
+  float row_factor;         // multiplies the features before the products
   int rows;
-  Logits logits;          // R rounded up to padded_rows() columns are written; or none
+  Logits logits;          // receives padded_rows(R) columns; or none
   float* top;     // [R] max_k l
   float* mass;    // [R] sum_k 2^(l - top)
   float* moment;  // [R] sum_k 2^(l - top) (l - top)
 };
 
-// From the gradient at the effective prototype to the one at what is stored, equation (7).
+// From the gradient at the effective prototype to that at the stored one, equation (7).
 struct PullBack {
   Norms norms;
   const float* norm;       // [K] ||v_k||
@@ -71,7 +71,7 @@ struct PullBack {
   float* magnitude_gradient;  // [K], or null
 };
 
-// What a gathering pass adds up besides, over its rows with their pairs' weights; entropies in nats.
+// Further sums of a gathering pass over its rows, with the weights of their pairs; entropies in nats.
 struct Sums {
   double student_entropy = 0, teacher_entropy = 0, weight = 0;
 };
@@ -111,8 +111,8 @@ void score(const Score&, const Execution&, void* workspace);
 std::size_t gather_workspace(const Gather&, const Execution&);
 Sums gather(const Gather&, const Execution&, void* workspace);
 
-// Both networks' scores and what is gathered of them in one call: logits go where `gather` has them, and the sums over the
-// prototypes stay in the workspace. For prototypes that are all here; ranks that share them out merge the sums in between.
+// Both networks' scores and the gathering pass in one call: logits are stored where `gather` expects them, and the sums over the
+// prototypes stay in the workspace. Only for prototypes that are all on this rank; otherwise ranks merge the sums in between.
 std::size_t step_workspace(const Score& student, const Score& teacher, const Gather&, const Execution&);
 Sums step(Score student, Score teacher, Gather gather, const Execution&, void* workspace);
 

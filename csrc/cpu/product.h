@@ -1,5 +1,5 @@
-// The register-blocked product that every pass is made of: C[m, n] = sum_k A[m, k] B[k, n], m by broadcast, n by vectors.
-// A word is what one step of k multiplies: an fp32 number, or a pair of bf16 ones.
+// The register-blocked product that every pass uses: C[m, n] = sum_k A[m, k] B[k, n], m by broadcast, n by vectors.
+// A word is the operand of one step of k: an fp32 number, or a pair of bf16 numbers.
 #pragma once
 
 #include "simd.h"
@@ -31,9 +31,9 @@ constexpr int tile_rows(int vectors) {
   return REGISTERS == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 24)
                          : (vectors == 2 ? 6 : 10);
 }
-constexpr int LINES_A_STEP = 4;  // of `Ahead`, every four steps of k
+constexpr int LINES_A_STEP = 4;  // cache lines of `Ahead` that are prefetched every four steps of k
 constexpr int SHORT_SUM = 64;       // steps of k
-constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // of every tile_rows()
+constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // a multiple of every tile_rows()
 
 // Where A's rows lie: in `Rows`, m steps through memory by a stride and k is contiguous; in `Columns` the other way round.
 template <class Word>
@@ -42,7 +42,7 @@ struct Rows {
   std::ptrdiff_t stride;
   template <int M>
   struct Cursor {
-    // a pointer for every third row: the two between are within reach of an address with a scaled index
+    // a pointer for every third row: an address with a scaled index reaches the two rows between
     const Word* third[(M + 2) / 3];
     std::ptrdiff_t stride;
     explicit Cursor(const Rows& a) : stride(a.stride) {
@@ -68,12 +68,12 @@ struct Columns {
   };
 };
 
-// Memory that is wanted soon: a few of its cache lines are asked for at every step of a product, which hides the wait.
+// Memory that is needed soon: a product prefetches a few of its cache lines at every step, which hides the latency.
 struct Ahead {
   const char *start, *end;
 };
 
-// What a product of `steps` can ask for of what is left, which is taken off.
+// The part of the remaining memory that a product of `steps` can prefetch; it is removed from the remainder.
 inline Ahead share_of(Ahead& left, int steps) {
   const char* start = left.start;
   const std::ptrdiff_t most = std::ptrdiff_t(steps / 4) * LINES_A_STEP * 64;
@@ -134,7 +134,7 @@ __attribute__((always_inline)) inline void tile(int steps, const A& a, const typ
   done(sums);
 }
 
-// The same from short sums, one after the other: a logit that is one long sum rounds up to twice as much, and with it every
+// The same from several short sums: a logit computed as one long sum has up to twice the rounding error, and so has every
 // probability. Costs 2 to 3 % of the product.
 template <class Dot, int M, int N, class A, class Done>
 __attribute__((always_inline)) inline void tile_in_short_sums(int steps, const A& a, const typename Dot::Word* b,
@@ -167,7 +167,7 @@ __attribute__((always_inline)) inline void for_each_rows(int rows, Body&& body) 
   for (; m < rows; ++m) body(Constant<1>{}, m);
 }
 
-// How `vectors` columns of C are cut into tiles: as few as can be, of nearly equal width.
+// How `vectors` columns of C are cut into tiles: as few as possible, of nearly equal width.
 struct Cut {
   int vectors, tiles;
   explicit Cut(int vectors) : vectors(vectors), tiles((vectors + MOST_VECTORS - 1) / MOST_VECTORS) {}

@@ -15,7 +15,7 @@ struct BlockSums {
   float mass[MOST_VECTORS * LANES], moment[MOST_VECTORS * LANES];
 };
 
-// Running maximum, mass and first moment of LANES rows; of the block's as well until `close`.
+// Running maximum, mass and first moment of LANES rows; until `close`, also the mass and moment of the block.
 struct Softmax {
   float *top, *mass, *moment, *block_mass, *block_moment;
 
@@ -28,7 +28,7 @@ struct Softmax {
     store(moment, add(load(moment), load(block_moment)));
   }
 
-  // Takes in M vectors of logits.
+  // Adds M vectors of logits.
   template <int M>
   __attribute__((always_inline)) void absorb(const Floats (&logits)[M]) const {
     const Floats old = load(top);
@@ -46,7 +46,7 @@ struct Softmax {
   }
 
  private:
-  // Sums relative to one maximum -> to a larger one.
+  // Changes sums from one maximum to a larger one.
   __attribute__((noinline)) void rescale(Floats old, Floats now) const {
     const Floats shift = deviation_from(now, old), decay = exp2(shift);
     rescale(mass, moment, shift, decay);

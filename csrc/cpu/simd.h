@@ -1,6 +1,6 @@
 // One vector type per instruction set: this file is compiled once for each, in a namespace of its own (VMF_ISA).
-// Nothing of the standard library's templates may be used where this is included: the linker would keep one copy of them, and that
-// could be the one with instructions the machine lacks.
+// Files that include this must not use templates of the standard library: the linker keeps one copy of each, and that one could
+// use instructions that the machine lacks.
 #pragma once
 
 #include <cmath>

@@ -13,10 +13,10 @@ from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 
 class DINOHead(nn.Module):
-    """DINO's head: MLP, L2-normalised bottleneck, weight-normed prototypes; logits come back unstored.
+    """DINO's head: MLP, L2-normalised bottleneck, weight-normed prototypes; it returns unstored logits.
 
-    Constructor, parameter names and initialisation are those of the published class, so its checkpoints load; unlike it,
-    the module can be deep-copied.
+    Constructor, parameter names and initialisation are those of the published class, so its checkpoints load. Unlike that
+    class, the module can be deep-copied.
 
     Args:
         in_dim: dim of the backbone's features.

@@ -1,4 +1,4 @@
-"""Heads written elsewhere, made to return logits that are never stored.
+"""Changes existing heads so that they return logits that are never stored.
 
 Legend: K prototypes, D bottleneck dim.
 """
@@ -30,9 +30,9 @@ EXPECTED = (
 
 
 class FusedLinear(LinearPrototypes):
-    """What ``fuse_head`` turns a linear layer into: the same parameters under the same names, logits not stored.
+    """A linear layer after ``fuse_head``: the same parameters under the same names, but its logits are not stored.
 
-    It loads what any of the three ways of storing a last layer saved, ``weight`` alone or either kind of weight norm.
+    It loads state dicts of all three forms of a last layer: a plain ``weight``, or either kind of weight norm.
     """
 
     def prototypes(self) -> Prototypes:
@@ -42,9 +42,9 @@ class FusedLinear(LinearPrototypes):
         return super().prototypes()
 
     def reset_parameters(self) -> None:
-        """As ``nn.Linear``; under weight norm its directions, with norms of 1 as published heads start them."""
+        """As ``nn.Linear``; under weight norm, directions as ``nn.Linear`` and norms of 1, as published heads start."""
         if parametrize.is_parametrized(self, "weight"):
-            reset_weight_norm(*_originals(self))  # the weight is computed: nn.Linear's would start a copy
+            reset_weight_norm(*_originals(self))  # the weight is computed: nn.Linear's method would initialise a copy
         else:
             super().reset_parameters()
 
@@ -52,7 +52,7 @@ class FusedLinear(LinearPrototypes):
         return PARAMETRIZED if parametrize.is_parametrized(self, "weight") else PLAIN
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        convert_keys(state_dict, prefix, self._stored_names(), rest[-1])  # the last is the list of errors
+        convert_keys(state_dict, prefix, self._stored_names(), rest[-1])  # the last argument is the list of errors
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -66,23 +66,23 @@ class FusedWeightNormLinear(WeightNormed, FusedLinear):
 def fuse_head(module: nn.Module, layer: str | None = None) -> nn.Module:
     """Turn a head whose last layer is linear into one that returns ``PrototypeLogits``, in place.
 
-    The class of the last layer changes, and the hook of ``torch.nn.utils.weight_norm`` computes no [K, D] weight any more;
-    ``remove_weight_norm`` and ``remove_parametrizations`` work as before. Modules and parameters stay the objects they are,
-    with their names, state dict keys and all other hooks, so optimizers, copies and wrappers made before keep working. A layer
-    that is fused already, or a ``PrototypeLayer``, stays as it is. Fuse before ``fully_shard``.
+    The class of the last layer changes, and the hook of ``torch.nn.utils.weight_norm`` no longer computes a [K, D] weight.
+    ``remove_weight_norm`` and ``remove_parametrizations`` work as before. Modules and parameters stay the same objects, with
+    their names, state dict keys and all other hooks, so optimizers, copies and wrappers made earlier keep working. A layer that
+    is already fused, or a ``PrototypeLayer``, is not changed. Call this before ``fully_shard``.
 
     Args:
-        module: the head; what it does after its last layer must be something ``PrototypeLogits`` can do.
-        layer: dotted name of the last layer. By default ``module`` itself if it is linear, else ``last_layer`` and
-            ``last_layer2`` of the one submodule at any depth, or ``module``, that has either, else its last submodule
-            without children, in the order of registration.
+        module: the head. Whatever it does after its last layer must be possible with ``PrototypeLogits``.
+        layer: dotted name of the last layer. By default it is ``module`` itself, if that is linear. Else it is ``last_layer``
+            and ``last_layer2`` of the only module, ``module`` or a submodule at any depth, that has either. Else it is the
+            submodule without children that was registered last.
 
     Returns:
         ``module``.
 
     Raises:
-        ValueError: the last layer is not a linear one without bias, plain or with weight norm over dim 0, or several
-            submodules have a ``last_layer``; says what was found. Nothing is changed then.
+        ValueError: the last layer is not linear without bias, plain or with weight norm over dim 0; or several submodules
+            have a ``last_layer``. The text says what was found; nothing is changed.
 
     Example:
         >>> head = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 512, bias=False))
@@ -130,7 +130,7 @@ def _last_layers(module: nn.Module, layer: str | None) -> dict[str, nn.Module]:
 
 
 def _heads(named: dict[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
-    """By the name of the module that has them: its last layers by dotted name; one entry for the same layers."""
+    """Modules with last layers, by name, each with its last layers by dotted name. Shared layers have one entry."""
     heads: dict[frozenset[int], tuple[str, dict[str, nn.Module]]] = {}
     for name in named:
         prefix = f"{name}." if name else ""
@@ -141,8 +141,8 @@ def _heads(named: dict[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
 
 
 def _last_leaf(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The last module without children, of a head whose layers have other names."""
-    # weight norm of the parametrized kind is a module below its layer
+    """The last module without children, for a head whose layers have other names."""
+    # weight norm as a parametrization is a submodule of its layer
     inside = tuple(f"{name}." for name, m in named.items() if name and parametrize.is_parametrized(m))
     leaves = {
         name: m
@@ -156,7 +156,7 @@ def _last_leaf(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def _misfit(layer: nn.Module) -> str | None:
-    """What keeps the layer from being fused, to be read after "it is"; None where nothing does."""
+    """Why the layer cannot be fused, as the continuation of "it is"; None if it can."""
     if isinstance(layer, (FusedLinear, PrototypeLayer)):
         return None
     name = type(layer).__name__
@@ -197,8 +197,8 @@ def _fuse(layer: nn.Module) -> None:
     if isinstance(layer, (FusedLinear, PrototypeLayer)):
         return
     if parametrize.is_parametrized(layer):
-        # torch gives each parametrized module a class of its own, which holds its property and its way of being copied;
-        # the same on another base keeps those, and leaves a FusedLinear where the parametrization is removed
+        # torch gives each parametrized module its own class, with its property and its copy methods. The same class on
+        # another base keeps these, and becomes a FusedLinear when the parametrization is removed
         own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
         layer.__class__ = type("ParametrizedFusedLinear", (FusedLinear,), own)
         return

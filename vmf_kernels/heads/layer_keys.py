@@ -1,4 +1,4 @@
-"""Names under which a last layer's prototypes are stored, and how one way of storing them becomes another.
+"""Names under which a last layer's prototypes are stored, and the conversion between these forms.
 
 Legend: K prototypes, D bottleneck dim.
 """
@@ -20,17 +20,17 @@ FORMS = (WEIGHT_NORM, PARAMETRIZED, PLAIN)
 
 @torch.no_grad()
 def convert_keys(state: dict[str, Any], prefix: str, own: tuple[str, ...], errors: list[str]) -> None:
-    """Replace the entries of a last layer stored in another form by those of the form ``own``; the prototypes stay equal.
+    """Convert a last layer's entries from another form to the form ``own``; the prototypes stay equal.
 
-    Weight-normed forms differ in names only. Of a plain weight, ``v`` is the weight and ``g`` its norms; a plain weight is
-    ``g v / ||v||``. A zero row stays zero. What holds a part of ``own``, not all of another form, or two of them stays as it
-    is, so that a strict load names the keys.
+    Weight-normed forms differ only in names. From a plain weight, ``v`` is the weight and ``g`` its norms; to a plain weight,
+    it is ``g v / ||v||``. A row of zeros stays zero. If the entries include a part of ``own``, or do not form exactly one
+    other form, they are not changed, so that a strict load names the keys.
 
     Args:
         state: changed in place.
         prefix: of the layer's keys.
         own: one of ``FORMS``.
-        errors: takes a sentence where weight norm is not one over dim 0: [K, 1] and [K, D].
+        errors: receives a sentence if weight norm is not over dim 0, that is, not [K, 1] and [K, D].
     """
     whole = [form for form in FORMS if all(_is_weight(state.get(prefix + name)) for name in form)]
     if len(whole) != 1 or any(prefix + name in state for name in own):

@@ -38,11 +38,11 @@ class LinearPrototypes(nn.Linear):
 
 
 class StoredNorm(WeightNorm):
-    """The mark by which ``torch.nn.utils.remove_weight_norm`` knows a layer; it computes no weight when the layer is called.
+    """The hook by which ``torch.nn.utils.remove_weight_norm`` recognises a layer; it computes no weight in a call.
 
     Args:
         of: class of the layer.
-        becomes: its class without weight norm.
+        becomes: class of the layer without weight norm.
     """
 
     def __init__(self, of: type[nn.Module], becomes: type[nn.Module]) -> None:
@@ -50,13 +50,13 @@ class StoredNorm(WeightNorm):
         self.of, self.becomes = of, becomes
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        """Nothing: the layer's prototypes are computed where they are used."""
+        """Do nothing: the layer's prototypes are computed where they are used."""
 
     def remove(self, module: nn.Module) -> None:
         """Make ``weight_g`` and ``weight_v`` one parameter ``weight``.
 
         Raises:
-            RuntimeError: the layer has another class by now, or sharded parameters, from ``fully_shard`` for example.
+            RuntimeError: the layer now has another class or sharded parameters, for example from ``fully_shard``.
         """
         kinds = type(module), type(module._parameters["weight_v"])
         if kinds != (self.of, nn.Parameter):
@@ -87,7 +87,7 @@ class WeightNormed:
 
     @property
     def weight(self) -> Tensor:
-        """[K, D] effective weight, differentiable, computed at each access: writing into it changes nothing."""
+        """[K, D] effective weight, differentiable, computed at each access: writing into it has no effect."""
         return self.prototypes().effective_weight()
 
     @weight.setter
@@ -99,7 +99,7 @@ class WeightNormed:
 
     @weight.deleter
     def weight(self) -> None:
-        """Nothing: none is kept, which is what those who copy layers with weight norm are after."""
+        """Do nothing: no weight is kept. Code that copies layers with weight norm deletes it for this reason."""
 
     def reset_parameters(self) -> None:
         """Norms of 1 and directions as ``nn.Linear``, as published heads start."""
@@ -109,10 +109,10 @@ class WeightNormed:
 class PrototypeLayer(WeightNormed, nn.Module):
     """Weight-normed linear layer without bias, ``w_k = g_k v_k / ||v_k||``, that never computes its logits.
 
-    It also loads weight norm stored as a parametrization, and a plain ``weight``, whose norms become ``weight_g``, of a layer
-    with frozen norms as well: they are frozen at what was loaded, as those of a published checkpoint are.
+    It also loads weight norm stored as a parametrization, and a plain ``weight``, whose norms become ``weight_g``. Frozen norms
+    stay frozen at the loaded values, as with a published checkpoint.
 
-    ``torch.nn.utils.remove_weight_norm(layer)`` leaves a plain ``weight`` and logits that are unstored still.
+    After ``torch.nn.utils.remove_weight_norm(layer)`` the layer has a plain ``weight``; its logits are still not stored.
 
     Args:
         dim: D.
@@ -122,7 +122,7 @@ class PrototypeLayer(WeightNormed, nn.Module):
     Attributes:
         weight_g: [K, 1] signed norms, 1 at the start.
         weight_v: [K, D] directions, initialised as ``nn.Linear``.
-        weight: [K, D] effective weight, computed at each access; no parameter.
+        weight: [K, D] effective weight, computed at each access; not a parameter.
 
     Example:
         >>> layer = PrototypeLayer(4, 512)
@@ -133,7 +133,7 @@ class PrototypeLayer(WeightNormed, nn.Module):
 
     def __init__(self, dim: int, num_prototypes: int, *, frozen_norm: bool = False) -> None:
         super().__init__()
-        # parameters follow torch's defaults, as those of nn.Linear do
+        # like nn.Linear's, the parameters follow torch's default dtype and device
         dtype, device = torch.get_default_dtype(), torch.get_default_device()
         self.in_features, self.out_features = dim, num_prototypes
         norms = torch.empty(num_prototypes, 1, dtype=dtype, device=device)
@@ -153,30 +153,30 @@ class PrototypeLayer(WeightNormed, nn.Module):
         return outlive(self, PrototypeLogits(features, self.prototypes()))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        convert_keys(state_dict, prefix, WEIGHT_NORM, rest[-1])  # the last is the list of errors
+        convert_keys(state_dict, prefix, WEIGHT_NORM, rest[-1])  # the last argument is the list of errors
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def handed_out(stored: Prototypes) -> Prototypes:
-    """A layer's prototypes as its outputs hold them: cut off from the parameters where autograd is off."""
+    """A layer's prototypes as its outputs hold them: detached from the parameters if autograd is off."""
     magnitude = stored.magnitude
     if not torch.is_grad_enabled():
         # a view would still require a gradient, which would then go to the view and not to the parameter
         return replace(stored.detach(), severed=inside_function())
-    # views: DistributedDataParallel finds the parameters an output needs by its graph, where a leaf has no node
+    # views, because DistributedDataParallel finds an output's parameters by its graph, in which a leaf has no node
     weight = stored.weight.view_as(stored.weight)
     return replace(stored, weight=weight, magnitude=None if magnitude is None else magnitude.view_as(magnitude))
 
 
 def outlive(unit: nn.Module, logits: PrototypeLogits) -> PrototypeLogits:
-    """The logits; with tensors of their own where ``fully_shard`` may free the prototypes as soon as ``unit`` returns.
+    """The logits, with copied tensors if ``unit`` is an FSDP2 unit: it may free the prototypes as soon as it returns.
 
-    The loss reads them later than that. The copy is as large as what is freed, and gradients pass through it. Each call makes
-    one of its own.
+    The loss reads the prototypes later. The copy is as large as the freed memory, and gradients pass through it. Each call
+    makes a new copy.
 
     Args:
         unit: the module whose ``forward`` is about to return the logits.
-        logits: those of a layer in it.
+        logits: the logits of a layer in it.
 
     Raises:
         RuntimeError: ``unit`` is a replica of ``torch.nn.DataParallel``.
@@ -187,13 +187,13 @@ def outlive(unit: nn.Module, logits: PrototypeLogits) -> PrototypeLogits:
         return logits
     stored = logits.prototypes
     magnitude = None if stored.magnitude is None else stored.magnitude.clone()
-    # rows as well: where the unit is the layer itself they are its input, a view of which FSDP2 would warn
+    # rows too: if the unit is the layer itself, they are its input, and FSDP2 would warn about a view of it
     return PrototypeLogits(logits.features.clone(), replace(stored, weight=stored.weight.clone(), magnitude=magnitude))
 
 
 def is_fsdp_unit(module: nn.Module) -> bool:
     """Whether ``fully_shard`` has made it a unit of its own."""
-    # not imported here: that takes most of a second, and whoever has made such a module has it
+    # not imported here, which takes most of a second: whoever has made such a module has imported it
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 

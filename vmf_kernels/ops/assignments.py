@@ -28,7 +28,7 @@ def prototype_usage(
     backend: str = "auto",
     prototype_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Mean probability that each prototype receives from a batch, without its [R, K] probabilities.
+    """Mean probability of each prototype over a batch, without storing the [R, K] probabilities.
 
     Args:
         features: [R, D] rows, floating point, R >= 1.
@@ -36,13 +36,13 @@ def prototype_usage(
         temperature: positive; a float or a tensor of one element.
         bias: [K] nats added to the logits, e.g. ``center.bias(temperature)``, or None.
         backend: see ``choose_backend``.
-        prototype_group: ranks that share out the prototypes, as in ``prototype_cross_entropy``; None for one that has all.
+        prototype_group: ranks over which the prototypes are split, as in ``prototype_cross_entropy``, or None.
 
     Returns:
-        [K] probabilities, fp32 (fp64 for fp64 features), summing to 1 (over all ranks of the group); no gradient.
+        [K] probabilities, fp32 (fp64 for fp64 features), which sum to 1 (over all ranks of the group); no gradient.
 
     Raises:
-        ValueError: shapes, temperature or backend name do not fit; says what was got and expected.
+        ValueError: shapes, temperature or the backend's name do not fit; the text says what was given and expected.
 
     Example:
         >>> usage = prototype_usage(torch.randn(3, 4), linear_prototypes(torch.randn(512, 4)), temperature=0.1)
@@ -83,10 +83,10 @@ def column_log_sum_exp(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """[K] ``log sum_r exp(l_rk - offset_r)`` over the rows; -inf for 0 rows. Each prototype stands alone: no group is needed.
+    """[K] ``log sum_r exp(l_rk - offset_r)`` over the rows; -inf for 0 rows. Prototypes do not interact, so no group is needed.
 
     Args:
-        offset: [R] nats; the row log-sum-exp makes it the log of the summed probabilities.
+        offset: [R] nats; with the row log-sum-exp, the result is the log of the summed probabilities.
         features, prototypes, temperature, backend: as in ``prototype_usage``, which also lists the errors.
     """
     _check_rows(features, prototypes, None)
@@ -114,16 +114,16 @@ class _Arguments(NamedTuple):
     group: str = ""
 
     def inputs(self) -> RowInputs:
-        """What a backend takes."""
+        """The arguments for a backend."""
         prototypes = Prototypes(self.weight, self.magnitude, self.kind)
         return RowInputs(self.features, prototypes, self.temperature, self.bias, group_named(self.group))
 
     def run_by(self) -> Backend:
-        """The backend that takes them."""
+        """The backend that computes them."""
         return choose_backend(self.backend, self.features, self.weight)
 
     def new_sums(self, dim: int) -> Tensor:
-        """A sum for each row of the features (0) or the weight (1), without values."""
+        """An uninitialised sum for each row of the features (0) or of the weight (1)."""
         count = (self.features, self.weight)[dim].shape[0]
         return self.features.new_empty(count, dtype=accumulation_dtype(self.features.dtype))
 
@@ -140,7 +140,7 @@ def _arguments(
     backend: str,
     group: ProcessGroup | None,
 ) -> _Arguments:
-    # those that something is kept for are detached already, and would lose it
+    # prototypes with a store of prepared ones are detached already; detaching again would lose the store
     stored = prototypes.detach() if prepared_of(prototypes) is None else prototypes
     detached = None if bias is None else bias.detach()
     parts = stored.weight, stored.magnitude, prototypes.kind
@@ -148,7 +148,7 @@ def _arguments(
 
 
 def _flops(shapes: Any, *rest: Any) -> int:
-    """Of one product with the prototypes."""
+    """Operations of one product with the prototypes."""
     return int(2 * shapes.features[0] * shapes.weight[0] * shapes.weight[1])
 
 

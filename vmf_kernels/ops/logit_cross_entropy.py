@@ -1,6 +1,6 @@
-"""The same cross-entropy for codebases that keep their head: logits in, one fused pass, one gradient pass.
+"""The same cross-entropy for codebases that keep their head: from stored logits, in one fused pass and one gradient pass.
 
-Every student logit is read once forward and once backward, and nothing of the size of the logits is stored but their gradient.
+Every student logit is read once in forward and once in backward. Only their gradient, of the size of the logits, is stored.
 
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
 """
@@ -41,23 +41,23 @@ def logit_cross_entropy(
 ) -> CrossEntropy:
     """Weighted sum over pairs of rows of ``-sum_k q_t(k) log p_s(k)`` from stored logits.
 
-    Equals ``p = softmax(l_s / tau_s + student_bias)`` and ``q = softmax(l_t / tau_t + teacher_bias)`` in
-    ``prototype_cross_entropy``, to which it is the sibling. Gradients flow to the student's logits, in their dtype, and to
-    ``student_bias``; never to the teacher.
+    Here ``p = softmax(l_s / tau_s + student_bias)`` and ``q = softmax(l_t / tau_t + teacher_bias)``. It equals
+    ``prototype_cross_entropy``, which computes the same from features and prototypes. Gradients flow to the student's logits,
+    in their dtype, and to ``student_bias``; never to the teacher.
 
     Args:
         student_logits: [V * B, K] rows, view-major, not divided by the temperature; any floating dtype and strides.
         teacher_logits: [G * B, K] likewise.
-        pair_weights, image_weights: [G, V] and [B] or None, as there.
+        pair_weights, image_weights: [G, V] and [B] or None, as in ``prototype_cross_entropy``.
         student_temperature, teacher_temperature: positive; a float or a tensor of one element.
         student_bias, teacher_bias: [K] nats, e.g. vMF log-normalisers and minus the centre, or None.
-        backend: "torch", also named "streaming", runs anywhere; "triton" has kernels for NVIDIA GPUs, rows of adjacent
-            elements, up to fp32 and up to 8 teacher views; "auto" takes it for CUDA tensors that it can run on. Other
-            backends compute from features and prototypes, and are refused.
+        backend: "torch", also named "streaming", runs anywhere. "triton" runs on NVIDIA GPUs, for rows of adjacent elements,
+            at most fp32 and at most 8 teacher views; "auto" uses it for CUDA tensors that it can run on. Other backends need
+            features and prototypes, and raise.
 
     Raises:
-        ValueError: shapes, weights, temperatures or the backend's name do not fit; says what was got and what was expected.
-        RuntimeError: differentiated twice, or the backend asked for cannot run.
+        ValueError: shapes, weights, temperatures or the backend's name do not fit; the text says what was given and expected.
+        RuntimeError: a second derivative is computed, or the named backend cannot run.
     Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, section 3.1.
 
     Example:
@@ -128,7 +128,7 @@ class _Arguments(NamedTuple):
     backend: str = "auto"
 
     def inputs(self) -> StoredInputs:
-        """What a backend takes."""
+        """The arguments for a backend."""
         images = self.student_logits.shape[0] // self.view_weights.shape[1]
         return StoredInputs(
             Side(self.student_logits, self.student_bias, self.student_temperature),
@@ -139,7 +139,7 @@ class _Arguments(NamedTuple):
 
 
 class _Upstream(NamedTuple):
-    """What the backward pass has besides the arguments."""
+    """Inputs of the backward pass besides the arguments."""
 
     loss_gradient: Tensor
     student_lse: Tensor
@@ -147,7 +147,7 @@ class _Upstream(NamedTuple):
 
 
 class _Gradient(OperatorFunction):
-    """Gradients at the student's logits and its bias."""
+    """Gradients at the student's logits and at its bias."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Sequence[Tensor]:

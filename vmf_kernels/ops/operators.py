@@ -1,6 +1,6 @@
-"""How an operator becomes one of torch's: kernel, shapes without values, gradient, ``vmap`` and FLOPs.
+"""Registers operators with torch: kernel, shapes without values, gradient, ``vmap`` and FLOPs.
 
-``torch.library.custom_op`` would do the same, but brings in torch's compiler: a second and 150 MiB in the first call of a
+``torch.library.custom_op`` would do the same, but imports torch's compiler: a second and 150 MiB in the first call of a
 process, and tens of microseconds in every call.
 """
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from vmf_kernels.tensors import PLAIN, has_memory, is_transforming, no_autocast
 
 NAMESPACE = "vmf_kernels"
-# of this process, for as long as it lives: torch drops what a library holds with the library
+# global, because torch removes the operators when their library object is freed
 LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 KERNELS: dict[Any, Callable[..., Any]] = {}  # by operator
 FLOPS: dict[Any, Callable[..., int]] = {}  # by operator, as ``torch.utils.flop_counter`` keeps them
@@ -31,7 +31,7 @@ class OperatorFunction(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """As ``torch.autograd.Function.apply`` without its detour for ``torch.func``, whose wrapping is undone by then."""
+        """As ``torch.autograd.Function.apply``, but without its handling of ``torch.func``: arguments are unwrapped already."""
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
@@ -42,15 +42,15 @@ def operator(
     flops: Callable[..., int] | None = None,
     gradient: type[OperatorFunction] | None = None,
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Register the decorated kernel as ``torch.ops.vmf_kernels.<name>``, which takes its place.
+    """Register the decorated kernel as ``torch.ops.vmf_kernels.<name>``, which replaces it.
 
     Args:
         name: of the operator.
-        arguments: NamedTuples of tensors and scalars, whose fields end to end are the operator's arguments; the kernel,
-            ``fake`` and ``flops`` take one of each. Defaults count in the last one only.
-        fake: its outputs without their values.
-        flops: floating-point operations, with shapes in the place of tensors.
-        gradient: whose ``forward(ctx, *args)`` calls the operator by ``below_autograd``; None for one without gradient.
+        arguments: NamedTuples of tensors and scalars; their fields, one after the other, are the operator's arguments. The
+            kernel, ``fake`` and ``flops`` take one of each NamedTuple. Only defaults of the last one are used.
+        fake: returns the outputs without their values.
+        flops: number of floating-point operations; gets shapes in place of tensors.
+        gradient: its ``forward(ctx, *args)`` calls the operator by ``below_autograd``; None for no gradient.
     """
 
     def register(kernel: Callable[..., Any]) -> Any:
@@ -71,20 +71,20 @@ def operator(
 
 
 def below_autograd(op: Any, *args: Any) -> Any:
-    """The operator's results; no gradient of its own is recorded."""
+    """The operator's results, without recording its gradient."""
     if is_transforming():
-        # autograd is off in an autograd.Function, and torch.func's next level outwards would record nothing
+        # autograd is off in an autograd.Function, so the next outer level of torch.func would record nothing
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             return op(*args)
     eager = has_memory(args[0]) and not torch._C._len_torch_dispatch_stack()
     if eager and all(type(arg) in PLAIN or not isinstance(arg, Tensor) for arg in args):
-        return KERNELS[op](*args)  # where nobody else has a say, past the dispatcher: that saves some ten microseconds
+        return KERNELS[op](*args)  # no mode or subclass is involved: calling without the dispatcher saves some ten us
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel with autocast off: a region of the caller's would round its fp32 sums to half precision."""
+    """The kernel with autocast off: the caller's autocast would round its fp32 sums to half precision."""
 
     def run(first: Tensor, *args: Any) -> Any:
         if not torch.is_autocast_enabled(first.device.type):
@@ -114,7 +114,7 @@ def _with_fields(arguments: Sequence[type[Any]], kernel: Callable[..., Any]) -> 
 
 
 def _of_fields(arguments: Sequence[type[Any]], function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which takes one of each NamedTuple, as one that takes their fields end to end."""
+    """Wraps ``function``, which takes one of each NamedTuple, so that it takes their fields one after the other."""
     if len(arguments) == 1:
         of_all = arguments[0]
         return lambda *args: function(of_all(*args))
@@ -132,17 +132,17 @@ def _autograd_kernel(op: Any, gradient: type[OperatorFunction] | None) -> Callab
         _refuse_tangents(op, args)
         if gradient is None or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return below_autograd(op, *args)
-        args += defaults[len(args) :]  # the dispatcher takes off what equals them
+        args += defaults[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
         if not torch._C._are_functorch_transforms_active():
             return gradient.apply(*args)
         with enable_single_level_autograd_function():
-            return gradient.apply(*args)  # torch.func's dispatch has come down to one of its levels
+            return gradient.apply(*args)  # by now torch.func's dispatch is at a single level
 
     return run
 
 
 def _refuse_tangents(op: Any, args: Sequence[Any]) -> None:
-    """Raise RuntimeError where forward-mode differentiation would take a gradient of 0 from the operator without a word."""
+    """Raise RuntimeError in forward-mode differentiation, which would silently take the operator's gradient as 0."""
     if forward_ad._current_level < 0:
         return
     for arg in args:
@@ -154,7 +154,7 @@ def _refuse_tangents(op: Any, args: Sequence[Any]) -> None:
 
 
 def _one_by_one(op: Any) -> Callable[..., Any]:
-    """The rule of ``torch.vmap``: one call for each element of the batch, whose results are stacked."""
+    """The rule for ``torch.vmap``: one call for each element of the batch; the results are stacked."""
 
     def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         if info.batch_size == 0:
@@ -178,7 +178,7 @@ def _of_shapes(flops: Callable[..., int]) -> Callable[..., int]:
 
 
 def _tell_flop_counters() -> None:
-    """Give our FLOPs to the counters at work. Registering them at import would import Triton with torch's counter."""
+    """Register our FLOPs with active counters. Doing so at import would import torch's counter, and with it Triton."""
     for mode in _get_current_dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if isinstance(registry, dict):

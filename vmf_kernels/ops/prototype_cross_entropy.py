@@ -1,7 +1,7 @@
 """Cross-entropy between teacher and student assignments to prototypes, streaming, with its gradient.
 
-Numbers in brackets are the equations of the README of this folder. Gradients are formed in the forward pass, where the
-probabilities already are in cache, and only scaled in the backward one: 6 instead of 8 flops per logit and dim.
+Numbers in brackets are equations of vmf_kernels/README.md. Gradients are computed in forward, where the probabilities are in
+cache, and only scaled in backward: 6 instead of 8 flops per logit and dim.
 
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes, D embedding dim.
 """
@@ -68,36 +68,37 @@ def prototype_cross_entropy(
 ) -> CrossEntropy:
     """Weighted sum over pairs of rows of ``-sum_k q_t(k) log p_s(k)``, without any [rows, K] tensor.
 
-    With ``p = softmax(x_s W_s^T / tau_s + b_s)`` and ``q = softmax(x_t W_t^T / tau_t + b_t + teacher_bias)``, b the vMF
-    log-normaliser of each network's own prototypes at its own temperature, or 0 (equations 1-3). Gradients flow to the
+    Here ``p = softmax(x_s W_s^T / tau_s + b_s)`` and ``q = softmax(x_t W_t^T / tau_t + b_t + teacher_bias)``. b is the vMF
+    log-normaliser of the network's own prototypes at its own temperature, or 0 (equations 1-3). Gradients flow to the
     student's features and prototypes (equations 4-7), never to the teacher.
 
     Args:
         student_features: [V * B, D] rows, view-major; float64, float32, bfloat16 or float16, summed in fp32 (fp64).
         student_prototypes: K prototypes of dim D.
-        teacher_features: [G * B, D] rows, view-major; same dtypes. The teacher's D may be another than the student's.
-        teacher_prototypes: K prototypes of dim D, its own copy.
-        pair_weights: [G, V] weight of teacher view g against student view v of the same image, not negative; with B = 1
+        teacher_features: [G * B, D] rows, view-major; same dtypes. The teacher's D may differ from the student's.
+        teacher_prototypes: K prototypes of dim D, the teacher's own copy.
+        pair_weights: [G, V] weight of teacher view g with student view v of the same image, not negative; with B = 1,
             an arbitrary matrix [T, S] between single rows.
-        student_temperature, teacher_temperature: positive; a float or a tensor of one element. On a GPU, tensors given as
-            weights and temperatures should be there as well: copying one over waits for the device.
+        student_temperature, teacher_temperature: positive; a float or a tensor of one element. If features are on a GPU, put
+            tensors of weights and temperatures there too: copying them waits for the device.
         teacher_bias: [K] nats added to the teacher's logits (a centre or dual vector), or None.
         image_weights: [B] further weight of each image, or None.
         backend: "auto", "native", "cuda", "triton", "streaming" or "reference"; see ``choose_backend``.
-        prototype_group: ranks that share out the prototypes: each has a block of them (K may differ) and the same rows,
-            bitwise, and gets the loss and the features' gradient whole, its own prototypes' gradient and usage. They
-            exchange D + 3 or 4 numbers a row, never logits. The student's prototypes, and its features, require a gradient
-            on all of these ranks or on none. None where this rank has all prototypes.
+        prototype_group: ranks over which the prototypes are split, or None if this rank has all prototypes. Each rank has a
+            block of prototypes (K may differ) and bitwise the same rows. Each gets the whole loss and the whole gradient of
+            the features, and the gradient and usage of its own prototypes. Ranks exchange D + 3 or D + 4 numbers per row,
+            never logits. The student's prototypes must require a gradient on all of these ranks or on none, and so must its
+            features.
 
     Returns:
         The loss, nats, and its statistics.
 
     Raises:
-        ValueError: shapes, weights, temperatures or the backend's name do not fit, or (CPU only, as it would wait for
-            the device elsewhere) ranks of the group hold different rows. Says what was got and what was expected. Features
-            and prototypes that are NaN are no error: as of stored logits, the loss is NaN.
-        RuntimeError: differentiated twice, or the backend asked for cannot run, or the student's head ran where its gradient
-            is lost.
+        ValueError: shapes, weights, temperatures or the backend's name do not fit, or ranks of the group hold different rows
+            (checked on the CPU only, because it would wait for another device). The text says what was given and expected.
+            NaN in features or prototypes is no error: the loss is NaN, as with stored logits.
+        RuntimeError: a second derivative is computed, the named backend cannot run, or the student's head ran where its
+            gradient is lost.
     Source: Caron et al., ICCV 2021 (DINO), section 3.1; Govindarajan et al., ICLR 2023 (DINO-vMF), section 4.
 
     Example:
@@ -174,7 +175,7 @@ def matched_prototype_cross_entropy(
             the teacher sees them.
         row_weights: [R] weight of each pair, e.g. 1 / (masked patches of its image * images).
         student_prototypes, teacher_prototypes, student_temperature, teacher_temperature, teacher_bias, backend,
-            prototype_group: as there, and so are the result and the errors.
+            prototype_group: as in ``prototype_cross_entropy``; result and errors too.
     Source: Zhou et al., "iBOT", ICLR 2022, equation 2.
 
     Example:
@@ -240,7 +241,7 @@ class _Arguments(NamedTuple):
     group: str = ""
 
     def inputs(self) -> LossInputs:
-        """What a backend takes."""
+        """The arguments for a backend."""
         return LossInputs(
             self.student_features,
             Prototypes(self.student_weight, self.student_magnitude, self.student_kind),
@@ -257,14 +258,14 @@ class _Arguments(NamedTuple):
 
 
 class _Gradient(OperatorFunction):
-    """Gradients at the student's features, weight and magnitude, which the forward pass has formed."""
+    """Gradients at the student's features, weight and magnitude, computed by the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Sequence[Tensor]:
         outputs = formed(ctx, _cross_entropy_op, inputs)
         student, rest = inputs[:3], inputs[3:]
         ctx.forms = [Form.of(tensor) for tensor in student]
-        # autograd's records take no tensors of torch.inference_mode
+        # autograd cannot save tensors of torch.inference_mode
         unsaved = [t if t is not None and t.is_inference() else None for t in student]
         ctx.save_for_backward(*(t if kept is None else None for t, kept in zip(student, unsaved, strict=True)))
         ctx.kept = Kept([*unsaved, *(x for x in rest if isinstance(x, Tensor))], NAME)
@@ -315,7 +316,7 @@ def _fake_outputs(args: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 
 def _flops(shapes: Any) -> int:
-    """Of the products, as stored logits have them in both passes; the gradients' are formed in the forward one."""
+    """Operations of the products, as many as with stored logits in both passes; here forward computes those of backward."""
     count, dim = shapes.student_weight
     products = 1 + shapes.feature_gradient + shapes.prototype_gradient
     return int(
@@ -329,7 +330,7 @@ def _flops(shapes: Any) -> int:
 def _cross_entropy_op(args: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], statistics [3], usage [K], and the gradients at student features, weight and magnitude).
 
-    A gradient that is not asked for comes back with 0 elements.
+    A gradient that is not requested has 0 elements.
     """
     inputs = args.inputs()
     rows = _rows_of_products(args.student_features, args.teacher_features)
@@ -338,7 +339,7 @@ def _cross_entropy_op(args: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 
 def _refuse_other_rows(student: Tensor, teacher: Tensor, group: ProcessGroup | None) -> None:
-    """Raise ValueError, on all ranks, unless those of a prototype group hold the same rows; looks on the CPU only."""
+    """Raise ValueError, on all ranks, unless the ranks of a prototype group hold the same rows; checked on the CPU only."""
     if group is None or student.device.type != "cpu":
         return
     everyone = gather_objects([(*rows.shape, _checksum(rows)) for rows in (student, teacher)], group)
@@ -350,13 +351,13 @@ def _refuse_other_rows(student: Tensor, teacher: Tensor, group: ProcessGroup | N
 
 
 def _checksum(rows: Tensor) -> int:
-    """The bits as integers, weighed by their places: in whatever order they are added, the same."""
+    """Sum of the bits as integers, weighted by position: an integer sum does not depend on the order."""
     bits = rows.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.dtype.itemsize]).flatten()
     return int(bits.to(torch.int64) @ torch.arange(1, len(bits) + 1, dtype=torch.int64, device=bits.device))
 
 
 def _rows_of_products(student: Tensor, teacher: Tensor) -> Tensor:
-    """Rows in the dtype that both networks' products have: fp32 (empty) where 16-bit rows meet those of another dtype."""
+    """Rows of the dtype of both networks' products: fp32 (empty) if the student's are 16-bit and the dtypes differ."""
     if student.dtype == teacher.dtype or student.dtype.itemsize > 2:
         return student
     return student.new_empty(0, student.shape[1], dtype=torch.float32)

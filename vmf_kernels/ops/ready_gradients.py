@@ -1,4 +1,4 @@
-"""Gradients are computed in forward, then scaled and returned by backward, in the same memory where that is safe."""
+"""Gradients that are computed in forward, then scaled and returned by backward, in the same memory if that is safe."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MOVED = (
 
 
 class ReadyGradients:
-    """The gradients of one loss, given away once; asked for again (retain_graph) they are recomputed.
+    """The gradients of one loss. They are returned once; a second backward pass (retain_graph) computes them again.
 
     Args:
         gradients: fp32 or fp64.
-        scale_in_place: a gradient times a [] tensor, in the gradient's memory.
+        scale_in_place: multiplies a gradient by a [] tensor, in the gradient's memory.
     """
 
     def __init__(self, gradients: Sequence[Tensor], scale_in_place: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -34,11 +34,11 @@ class ReadyGradients:
         self._scale_in_place = scale_in_place
 
     def take(self, scale: Tensor, recompute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-        """Every gradient times ``scale`` (a [] tensor), in its own dtype."""
+        """Every gradient times ``scale`` (a [] tensor), in the gradient's dtype."""
         gradients = recompute() if self._gradients is None else self._gradients
-        if torch.is_grad_enabled() or not has_memory(scale):  # a graph is recorded or traced: products, not buffers
+        if torch.is_grad_enabled() or not has_memory(scale):  # a graph is recorded or traced: it needs new tensors
             return [g * scale.to(g.dtype) for g in gradients]
-        # the [K, D] buffer becomes the parameter's .grad itself: a copy would double the head's largest gradient
+        # the [K, D] buffer itself becomes the parameter's .grad: a copy would double the head's largest gradient
         self._gradients = None
         if scale.device.type == "cpu" and scale.item() == 1.0:
             return list(gradients)
@@ -46,10 +46,10 @@ class ReadyGradients:
 
 
 class Kept:
-    """Inputs that only a second backward pass reads, outside autograd's own records.
+    """Inputs that only a second backward pass reads, kept outside autograd's records.
 
-    Autograd would refuse tensors of ``torch.inference_mode``, and a teacher that moves between the loss and its backward pass,
-    although the gradients are there already.
+    Autograd would raise for tensors of ``torch.inference_mode``, and for a teacher that moves between the loss and its backward
+    pass, although the gradients have been computed already.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], name: str) -> None:
@@ -60,7 +60,7 @@ class Kept:
         """The tensors.
 
         Raises:
-            RuntimeError: one of them has been changed in place, so that the gradients would be others.
+            RuntimeError: a tensor has been changed in place, so the gradients would be different.
         """
         for tensor, version in self._tensors:
             if tensor is not None and is_moved(tensor, version):
@@ -69,14 +69,14 @@ class Kept:
 
 
 class Form(NamedTuple):
-    """What a gradient has in common with the tensor it belongs to."""
+    """Shape and dtype that a gradient must share with its tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
 
     @classmethod
     def of(cls, tensor: Tensor | None) -> Form | None:
-        """That of a tensor; None for None."""
+        """The form of a tensor; None for None."""
         return None if tensor is None else cls(tensor.shape, tensor.dtype)
 
     def cast(self, gradient: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Form(NamedTuple):
 
 
 def formed(ctx: Any, op: Any, inputs: Sequence[Any]) -> Sequence[Tensor]:
-    """The outputs of a loss's operator, of which only the first, the loss, is differentiable."""
+    """Calls a loss's operator; only the first of its outputs, the loss, is differentiable."""
     outputs: Sequence[Tensor] = below_autograd(op, *inputs)
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)
@@ -97,7 +97,7 @@ def formed(ctx: Any, op: Any, inputs: Sequence[Any]) -> Sequence[Tensor]:
 def cast_to(
     forms: Sequence[Form | None], gradients: Sequence[Tensor], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Each gradient in the form of the tensor it belongs to; None where there is none, or none is needed."""
+    """Each gradient in the form of its tensor; None if the tensor is None or needs no gradient."""
     each = zip(forms, gradients, needed, strict=True)
     return tuple(form.cast(g) if wanted and form is not None else None for form, g, wanted in each)
 
@@ -108,12 +108,12 @@ def no_gradients(count: int) -> tuple[None, ...]:
 
 
 def saveable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as ``save_for_backward`` takes it: a copy of one that ``torch.inference_mode`` made."""
+    """The tensor, or a copy if it was made in ``torch.inference_mode``, which ``save_for_backward`` would not accept."""
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def once_differentiable(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], name: str) -> list[Tensor]:
-    """The gradients, whose own gradients at the inputs of the loss raise where a graph of the backward pass is recorded."""
+    """The gradients. If a graph of the backward pass is recorded, differentiating them by the loss's inputs raises."""
     if not torch.is_grad_enabled():
         return list(gradients)
     return [_once_op(gradient, *inputs, *no_gradients(3 - len(inputs)), name) for gradient in gradients]
@@ -141,5 +141,5 @@ class _Arguments(NamedTuple):
 
 @operator("once_differentiable", _Arguments, fake=lambda args: torch.empty_like(args.gradient), gradient=_Refusal)
 def _once_op(args: _Arguments) -> Tensor:
-    """A copy of a gradient that depends on the inputs of the loss ``name``, in a way that is not differentiated."""
+    """A copy of a gradient that depends on the inputs of the loss ``name``; differentiating it raises."""
     return args.gradient.clone()

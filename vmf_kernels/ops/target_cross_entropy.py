@@ -1,4 +1,4 @@
-"""The cross-entropy of a student with a teacher's targets, by what is stored of both.
+"""The cross-entropy of a student with a teacher's targets, for stored and unstored logits and targets.
 
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
 """
@@ -32,28 +32,30 @@ def target_cross_entropy(
     backend: str = "auto",
     prototype_group: ProcessGroup | None = None,
 ) -> CrossEntropy:
-    """Weighted sum over pairs of rows of ``-sum_k q_t(k) log p_s(k)``, by what is stored of p and q.
+    """Weighted sum over pairs of rows of ``-sum_k q_t(k) log p_s(k)``, for stored or unstored p and q.
 
-    ``prototype_cross_entropy`` where nothing is, ``logit_cross_entropy`` where both networks' logits are, and the latter with
-    ``log q`` where q itself is. Then q may have any strides, zeros, and rows whose sum s is not 1, down to rows of padding:
-    such a row counts s times, as in the plain formula. That takes a pass for each teacher view if G > 1 and B > 1.
+    If nothing is stored, this is ``prototype_cross_entropy``. If the logits of both networks are stored, it is
+    ``logit_cross_entropy``; if q itself is stored, the same with ``log q``. Then q may have any strides and zeros, and a row
+    of q need not sum to 1 (a row of padding sums to 0): a row with sum s counts s times, as in the plain formula. With stored
+    q this takes one pass for each teacher view if G > 1 and B > 1.
 
     Args:
-        student: [V * B, K] raw logits, or any [..., K] whose rows are these, view-major.
+        student: [V * B, K] raw logits, or any [..., K] with these rows, view-major.
         targets: [G * B, K] teacher's assignments, likewise; or a tensor of probabilities, which gets no gradient.
         pair_weights, image_weights: [G, V] and [B] or None, as in ``prototype_cross_entropy``.
         student_temperature: positive; a float or a tensor of one element.
         student_bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
-        backend: as in ``prototype_cross_entropy``; on stored logits as in ``logit_cross_entropy``, which refuses the others.
-        prototype_group: as there; for unstored logits only.
+        backend: as in ``prototype_cross_entropy``; for stored logits, as in ``logit_cross_entropy``.
+        prototype_group: as in ``prototype_cross_entropy``; for unstored logits only.
 
     Returns:
-        The loss, nats, and its statistics, in which a row of q counts with its weight times its sum.
+        The loss, nats, and its statistics, in which a row of q has its weight times its sum.
 
     Raises:
         TypeError: one side is stored and the other is not.
-        ValueError: as there; or ``student_bias`` came with an unstored student, or ``prototype_group`` with a stored one,
-            or probabilities on the CPU are negative (elsewhere looking would wait for the device).
+        ValueError: as in ``prototype_cross_entropy``; or ``student_bias`` came with an unstored student, or
+            ``prototype_group`` with a stored one, or probabilities on the CPU are negative (on other devices the check would
+            wait).
     Source: Caron et al., ICCV 2021 (DINO), section 3.1; Zhou et al., "iBOT", ICLR 2022, equation 2.
 
     Example:
@@ -99,7 +101,7 @@ def target_cross_entropy(
 
 @dataclass(frozen=True)
 class _StoredOptions:
-    """What every call on stored logits of one student has in common."""
+    """Options that all calls on stored logits of one student share."""
 
     temperature: float | Tensor
     bias: Tensor | None
@@ -131,7 +133,7 @@ class _StoredOptions:
 def _probability_cross_entropy(
     student: Tensor, q_TK: Tensor, pair_weights: Tensor, image_weights: Tensor | None, options: _StoredOptions
 ) -> CrossEntropy:
-    """Of stored logits [S, K] and stored probabilities: ``q = s softmax(log q)`` with s the sum of a row."""
+    """The loss of stored logits [S, K] with stored probabilities: ``q = s softmax(log q)``, s being the sum of a row."""
     images = check_pairing(Pairing(pair_weights, image_weights), q_TK.shape[0], student.shape[0])
     dtype = accumulation_dtype(q_TK.dtype)
     if is_readable(q_TK) and (q_TK < 0).any():
@@ -139,7 +141,7 @@ def _probability_cross_entropy(
             f"targets go down to {q_TK.min().item():.3g}; expected probabilities, or TeacherTargets of the teacher's raw logits"
         )
     sum_T = q_TK.sum(dim=-1, dtype=dtype)
-    # rows of adjacent elements, which Sinkhorn's transposed result has not, for the kernels that need them
+    # contiguous, because some kernels need adjacent elements in a row, and Sinkhorn's result is transposed
     log_q_TK = q_TK.contiguous().to(dtype).log().clamp_(min=LOWEST_BIAS)
     views = pair_weights.shape[0]
     if images == 1:  # weights between single rows
@@ -154,7 +156,7 @@ def _probability_cross_entropy(
 
 
 def _sum(parts: list[CrossEntropy], totals_G: Tensor) -> CrossEntropy:
-    """The loss over all teacher views, with the mean of their statistics by the summed weights of their pairs."""
+    """The loss over all teacher views, and the mean of their statistics, weighted by the summed weights of their pairs."""
     shares_G = totals_G / or_one(totals_G.sum())
 
     def mean(values: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Changes of dtype and device of what stands for a tensor that is not stored."""
+"""Changes of dtype and device for objects that stand for a tensor which is not stored."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Casts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype the stored values would have."""
+        """Dtype that the stored values would have."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where they would be."""
+        """Device that the stored values would be on."""
         raise NotImplementedError
 
     def _moved(self, device: torch.device, dtype: torch.dtype) -> Self:
@@ -26,8 +26,8 @@ class Casts:
         raise NotImplementedError
 
     def to(self, *args: Any, **options: Any) -> Self:
-        """As ``Tensor.to``; values of another dtype are those that a head with such features would give."""
-        probe = self._probe().to(*args, **options)  # torch's own reading of the many forms
+        """As ``Tensor.to``; with another dtype, the values are those of a head whose features have that dtype."""
+        probe = self._probe().to(*args, **options)  # torch itself interprets the many forms of arguments
         return self._moved(probe.device, probe.dtype)
 
     def type(self, dtype: Any = None) -> Any:

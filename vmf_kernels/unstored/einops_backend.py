@@ -1,7 +1,7 @@
-"""``einops`` on what stands for a [..., K] tensor: its own way of taking in other kinds of tensors, a subclass of its backend.
+"""``einops`` for objects that stand for a [..., K] tensor, by a subclass of its backend class, as einops provides for.
 
-einops asks the subclasses that exist when it meets a new kind, so ours has to exist by then: it is made with the first such
-object after einops was imported, and not at all where nobody imports einops.
+einops asks all existing subclasses when it meets a new type, so ours must exist by then. It is made with the first such
+object after einops was imported, and never if nobody imports einops.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def offer_to_einops(kind: type) -> None:
 
 @functools.cache
 def _make_backend(kind: type) -> type:
-    from einops._backends import AbstractBackend  # the place that einops names for backends of others
+    from einops._backends import AbstractBackend  # the class that einops documents for other backends
 
     class Backend(AbstractBackend):
         framework_name = f"{__name__}:{kind.__name__}"

@@ -31,12 +31,12 @@ REDUCTIONS = ("max", "min", "amax", "amin", "argmax", "argmin", "topk", "sum", "
 class PrototypeLogits(UnstoredRows):
     """Stands for ``features @ prototypes.effective_weight().T``, the [..., K] logits of a head, without storing them.
 
-    It behaves as that tensor in what training loops do between a head and its loss: ``shape``, ``dtype``, ``device``,
-    every operation that moves, picks or joins rows (``UnstoredRows``; ``einops`` too), ``float``, ``half``, ``to``, ``detach``.
-    ``max``, ``min``, ``amax``, ``amin``, ``argmax``, ``argmin``, ``topk``, ``sum`` and ``mean``, over the prototypes, over rows
-    or over all, come a tile of logits at a time, differentiable; only extremes over rows alone have no gradient, and say so.
-    Anything else that would need the values raises and names ``materialize()``. A change of dtype is one of the features, so
-    a cast to 16 bits rounds them and not the logits.
+    It behaves like that tensor in everything that training loops do between a head and its loss: ``shape``, ``dtype``,
+    ``device``, every operation that moves, picks or joins rows (``UnstoredRows``, also ``einops``), ``float``, ``half``,
+    ``to``, ``detach``. ``max``, ``min``, ``amax``, ``amin``, ``argmax``, ``argmin``, ``topk``, ``sum`` and ``mean`` work over
+    the prototypes, over rows or over both, a tile of logits at a time, and are differentiable; but an extreme over rows only
+    has no gradient, and raises if one is needed. Any other operation that needs the values raises and names
+    ``materialize()``. A change of dtype changes the features: a cast to 16 bits rounds them and not the logits.
 
     Args:
         features: [..., D] L2-normalised bottleneck features.
@@ -53,13 +53,13 @@ class PrototypeLogits(UnstoredRows):
         ((5, 512), True)
     """
 
-    # a dataclass, because DistributedDataParallel looks for the tensors of a module's output in the fields of one
+    # a dataclass, because DistributedDataParallel finds the tensors of a module's output in the fields of dataclasses
     features: Tensor
     prototypes: Prototypes
 
     def __post_init__(self) -> None:
         if not isinstance(self.features, Tensor):
-            return  # a tree of something else in the shape of this one, as torch makes them of a module's outputs
+            return  # torch rebuilds a module's outputs with other objects in place of their tensors
         offer_to_einops(PrototypeLogits)
         refuse_freed(self.prototypes.weight, self.prototypes.magnitude)
         if self.features.ndim < 1 or self.features.shape[-1] != self.prototypes.dim:
@@ -84,10 +84,10 @@ class PrototypeLogits(UnstoredRows):
         return self.features.requires_grad or self.prototypes.requires_grad
 
     def materialize(self) -> Tensor:
-        """[..., K] the stored logits, differentiable: the memory this class exists to save."""
+        """[..., K] the logits as a tensor, differentiable. It takes the memory that this class otherwise saves."""
         refuse_severed(self.prototypes)
         dtype = torch.promote_types(self.features.dtype, self.prototypes.weight.dtype)
-        # widened first: norms and effective prototypes are as exact as the features are
+        # cast first, so that norms and effective prototypes are as exact as the features
         prototypes = replace(self.prototypes, weight=self.prototypes.weight.to(dtype))
         return (self.features.to(dtype) @ prototypes.effective_weight().T).to(self.dtype)
 
@@ -100,7 +100,7 @@ class PrototypeLogits(UnstoredRows):
         return PrototypeLogits(self.features, self.prototypes.with_vmf())
 
     def max(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Any:
-        """As ``Tensor.max``: of all logits, or (values, indices) along a dim; values get the gradient of the logit named."""
+        """As ``Tensor.max``: of all logits, or (values, indices) along a dim; the gradient goes to the logit at the index."""
         return self._ranked("max", dim if axis is None else axis, keepdim)
 
     def min(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Any:
@@ -108,7 +108,7 @@ class PrototypeLogits(UnstoredRows):
         return self._ranked("min", dim if axis is None else axis, keepdim)
 
     def amax(self, dim: Dims = (), keepdim: bool = False, *, axis: Dims = None) -> Tensor:
-        """As ``Tensor.amax``; of equal prototypes one gets the gradient, where torch shares it out."""
+        """As ``Tensor.amax``; of equal logits, one gets the whole gradient (torch divides it among them)."""
         return self._extreme("amax", dim if axis is None else axis, keepdim)[0]
 
     def amin(self, dim: Dims = (), keepdim: bool = False, *, axis: Dims = None) -> Tensor:
@@ -116,11 +116,11 @@ class PrototypeLogits(UnstoredRows):
         return self._extreme("amin", dim if axis is None else axis, keepdim)[0]
 
     def argmax(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Tensor:
-        """As ``Tensor.argmax``, the first of equal ones."""
+        """As ``Tensor.argmax``; the first of equal logits."""
         return self.detach()._extreme("argmax", dim if axis is None else axis, keepdim)[1]
 
     def argmin(self, dim: int | None = None, keepdim: bool = False, *, axis: int | None = None) -> Tensor:
-        """As ``Tensor.argmin``, the first of equal ones."""
+        """As ``Tensor.argmin``; the first of equal logits."""
         return self.detach()._extreme("argmin", dim if axis is None else axis, keepdim)[1]
 
     def topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
@@ -135,7 +135,7 @@ class PrototypeLogits(UnstoredRows):
     def sum(
         self, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Dims = None
     ) -> Tensor:
-        """As ``Tensor.sum``, added up in fp32 (fp64)."""
+        """As ``Tensor.sum``, summed in fp32 (fp64)."""
         dims = dim if axis is None else axis
         _refuse_another(dims, "sum")
         rows, over_prototypes = split_dims(dims, self.ndim)
@@ -147,7 +147,7 @@ class PrototypeLogits(UnstoredRows):
     def mean(
         self, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Dims = None
     ) -> Tensor:
-        """As ``Tensor.mean``, added up in fp32 (fp64)."""
+        """As ``Tensor.mean``, summed in fp32 (fp64)."""
         dims = dim if axis is None else axis
         wide = self.sum(dims, keepdim, dtype=torch.promote_types(self.dtype, torch.float32))
         mean = wide / (self.numel() / wide.numel() if wide.numel() else math.nan)
@@ -158,7 +158,7 @@ class PrototypeLogits(UnstoredRows):
         return found[0] if dim is None else getattr(torch.return_types, name)(found)
 
     def _extreme(self, name: str, dims: Dims, keepdim: bool) -> Extreme:
-        """(values, indices) of the extreme that ``name`` asks for; indices over several dims are of them all, flattened."""
+        """(values, indices) of the extreme of ``name``; indices over several dims refer to these dims flattened."""
         _refuse_another(dims, name)
         rows, over_prototypes = split_dims(dims, self.ndim)
         if not over_prototypes:
@@ -180,7 +180,7 @@ class PrototypeLogits(UnstoredRows):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[Any], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Function forms of the reductions as well."""
+        """Also handles the function forms of the reductions."""
         name, options = getattr(func, "__name__", str(func)), dict(kwargs or {})
         if name in REDUCTIONS and options.get("out") is None:
             options.pop("out", None)
@@ -216,7 +216,7 @@ def _refuse_another(dims: object, name: str) -> None:
         raise TypeError(f"{name} of PrototypeLogits and {type(dims).__name__}: {advice(name)}")
 
 
-# so that the tensors inside are found wherever torch walks a module's outputs (DistributedDataParallel, export)
+# so that torch finds the tensors inside when it walks a module's outputs (DistributedDataParallel, export)
 torch.export.register_dataclass(Prototypes)
 torch.export.register_dataclass(PrototypeLogits)
 
@@ -225,9 +225,9 @@ def project(prototypes: Prototypes, vector_D: Tensor) -> Tensor:
     """[K] ``<w_k, vector>`` in the dtype of ``vector_D`` ([D], fp32 or fp64), without casting all prototypes at once."""
     refuse_freed(prototypes.weight, prototypes.magnitude)
     block = 8192  # 8 MiB of fp32 at D = 256
-    # a CPU multiplies by a vector on one thread, by two columns on all: 1.9 against 9.5 ms at K = 65,536 with two threads
+    # a CPU multiplies by one vector on one thread, but by two columns on all: 1.9 against 9.5 ms at K = 65,536, two threads
     columns_DC = vector_D[:, None].expand(-1, 2 if vector_D.device.type == "cpu" else 1)
-    with no_autocast(vector_D.device):  # a region of the caller's would round to half precision
+    with no_autocast(vector_D.device):  # the caller's autocast would round to half precision
         parts = [rows.to(vector_D.dtype) @ columns_DC for rows in torch.split(prototypes.weight.detach(), block)]
     projected = torch.cat(parts)[:, 0]
     gain = prototypes.detach().gain(vector_D.dtype)
@@ -235,7 +235,7 @@ def project(prototypes: Prototypes, vector_D: Tensor) -> Tensor:
 
 
 def outside_transforms(method: Callable[Concatenate[Owner, P], Result]) -> Callable[Concatenate[Owner, P], Result]:
-    """A method that changes a module's state: ``torch.func`` around the loss, which may not see that, leaves it alone."""
+    """Decorates a method that changes a module's state: it runs outside ``torch.func``, which must not see the change."""
 
     @functools.wraps(method)
     def run(owner: Owner, /, *args: P.args, **kwargs: P.kwargs) -> Result:

@@ -1,8 +1,8 @@
-"""What logs take of [..., K] logits that are not stored: extremes, their places, sums and means, a tile of logits at a time.
+"""Reductions of [..., K] logits that are not stored (extremes, their indices, sums, means), a tile of logits at a time.
 
-Results are those of the stored logits, ties and NaN included: the first of equal ones is taken, and a NaN wins.
+Results equal those of stored logits, also for ties and NaN: the first of equal logits is taken, and NaN is the extreme.
 
-Legend: R rows, K prototypes (this rank's own, where ranks share them out), D embedding dim, N rows that one result is over.
+Legend: R rows, K prototypes (of this rank, if they are split over ranks), D embedding dim, N rows that are reduced to one.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Extreme = tuple[Tensor, Tensor]  # values and their indices
 
 
 def extreme(features: Tensor, prototypes: Prototypes, *, largest: bool) -> Extreme:
-    """[...] the largest logit of each row, or the smallest, and which prototype it is of.
+    """[...] the largest or smallest logit of each row, and the index of its prototype.
 
-    Values are differentiable: the gradient is that of the logit named by the index.
+    Values are differentiable: the gradient is that of the logit at the index.
 
     Args:
         features: [..., D].
         prototypes: K prototypes of dim D.
-        largest: or the smallest.
+        largest: True for the largest, False for the smallest.
     """
     values, indices = [], []
     with torch.no_grad():
@@ -54,7 +54,7 @@ def extreme(features: Tensor, prototypes: Prototypes, *, largest: bool) -> Extre
 
 
 def top(features: Tensor, prototypes: Prototypes, k: int, *, largest: bool, in_order: bool) -> Extreme:
-    """[..., k] the k largest logits of each row, or smallest, and which prototypes they are of; differentiable likewise.
+    """[..., k] the k largest or smallest logits of each row, and the indices of their prototypes; differentiable.
 
     Raises:
         RuntimeError: k is not in 0 to K.
@@ -80,7 +80,7 @@ def top(features: Tensor, prototypes: Prototypes, k: int, *, largest: bool, in_o
 
 
 def extreme_over_rows(features: Tensor, dims: Sequence[int], prototypes: Prototypes, name: str) -> Extreme:
-    """[..., K] the largest ("max" in the name) or smallest logit over dims of rows for each prototype, and its place in them.
+    """[..., K] the largest ("max" in the name) or smallest logit of each prototype over dims of rows, and its index there.
 
     Raises:
         RuntimeError: a gradient would be lost.
@@ -111,19 +111,19 @@ def extreme_over_rows(features: Tensor, dims: Sequence[int], prototypes: Prototy
 
 
 def total(features: Tensor, prototypes: Prototypes, row_dims: Sequence[int], *, over_prototypes: bool) -> Tensor:
-    """Sum of the logits over dims of rows, of size 1 then, and over the prototypes if so; differentiable.
+    """Sum of the logits over dims of rows (which keep size 1) and, if asked, over the prototypes; differentiable.
 
-    It is linear: ``<sum of rows, sum of prototypes>``, so no tile of logits is formed.
+    The sum is linear, ``<sum of rows, sum of prototypes>``, so no tile of logits is computed.
 
     Returns:
-        [..., K], or [..., 1] over the prototypes; fp32 (fp64 for fp64 features or prototypes).
+        [..., K], or [..., 1] if summed over the prototypes; fp32 (fp64 for fp64 features or prototypes).
     """
     refuse_freed(prototypes.weight, prototypes.magnitude)
     dtype = accumulation_dtype(torch.promote_types(features.dtype, prototypes.weight.dtype))
     rows = features.to(dtype)
     if row_dims:
         rows = features.sum(tuple(row_dims), keepdim=True, dtype=dtype)
-    with no_autocast(rows.device):  # a region of the caller's would round to half precision
+    with no_autocast(rows.device):  # the caller's autocast would round to half precision
         blocks = (block.effective_weight().to(dtype) for block in _blocks(prototypes))
         if over_prototypes:
             weight_D = torch.stack([weight_KD.sum(dim=0) for weight_KD in blocks]).sum(dim=0)
@@ -132,7 +132,7 @@ def total(features: Tensor, prototypes: Prototypes, row_dims: Sequence[int], *, 
 
 
 def split_dims(dims: Dims, ndim: int) -> tuple[list[int], bool]:
-    """(dims of rows in order, whether that of the prototypes is among them) of what ``dim=`` names; all for None and ().
+    """(sorted dims of rows, whether the dim of the prototypes is included) for an argument ``dim=``; None and () mean all.
 
     Raises:
         IndexError: there is no such dim.
@@ -154,7 +154,7 @@ def _row_tiles(features: Tensor, prototypes: Prototypes) -> tuple[Tensor, ...]:
 
 
 def _tiles(rows_RD: Tensor, prototypes: Prototypes) -> Iterator[tuple[slice, Tensor]]:
-    """Which prototypes, and the [R, k] logits of them."""
+    """Tiles of logits: the range of prototypes, and their [R, k] logits."""
     start = 0
     for block in _blocks(prototypes):
         yield slice(start, start + block.count), _logits(rows_RD, block)
@@ -177,14 +177,14 @@ def _logits(features: Tensor, prototypes: Prototypes) -> Tensor:
 
 
 def _logits_at(features: Tensor, prototypes: Prototypes, index: Tensor) -> Tensor:
-    """[..., k] the logits of the prototypes that ``index`` [..., k] names for each row, differentiable."""
+    """[..., k] each row's logits at the prototypes ``index`` [..., k], differentiable."""
     flat = index.flatten()
     magnitude = None if prototypes.magnitude is None else prototypes.magnitude.index_select(0, flat)
     chosen = replace(prototypes, weight=prototypes.weight.index_select(0, flat), magnitude=magnitude)
     dtype = torch.promote_types(features.dtype, prototypes.weight.dtype)
     kind = features.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)  # as in the product of all logits, which autocast casts
+        dtype = torch.get_autocast_dtype(kind)  # as autocast does for the product that gives all logits
     weight = chosen.effective_weight().to(dtype).reshape(*index.shape, prototypes.dim)
     logits: Tensor = (features.to(dtype)[..., None, :] * weight).sum(dim=-1).to(features.dtype)
     return logits
@@ -196,7 +196,7 @@ def _extreme_of(values: Tensor, dim: int, largest: bool) -> Extreme:
 
 
 def _better(best: Extreme | None, found: Extreme, start: int, *, largest: bool) -> Extreme:
-    """The better of two, place by place; the earlier one of equals. Those found are counted from ``start``."""
+    """The better of two, elementwise; of equal values, the earlier. Indices of ``found`` count from ``start``."""
     values, indices = found[0], found[1] + start
     if best is None:
         return values, indices
@@ -208,6 +208,6 @@ def _better(best: Extreme | None, found: Extreme, start: int, *, largest: bool) 
 def _needs_gradient(features: Tensor, prototypes: Prototypes) -> bool:
     refuse_severed(prototypes)
     stored = [t for t in (features, prototypes.weight, prototypes.magnitude) if t is not None]
-    if forward_ad._current_level >= 0:  # the differentiable way, whichever mode asks
+    if forward_ad._current_level >= 0:  # forward-mode differentiation takes the differentiable way too
         return True
     return torch.is_grad_enabled() and any(may_require_grad(t) for t in stored)

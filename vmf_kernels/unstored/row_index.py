@@ -1,4 +1,4 @@
-"""Dims and indices of a [..., K] tensor of which only rows can be moved and picked.
+"""Dims and indices of a [..., K] tensor in which only rows can be moved and picked.
 
 Legend: K prototypes, the last dim.
 """
@@ -14,7 +14,7 @@ STORED = f"{PROTOTYPE_DIM}; materialize() gives the stored values"
 _PROBABILITIES = "TeacherTargets(logits, temperature) stands for a detached softmax of logits"
 _ALL_FINITE = "max() and min() of logits are NaN where one of them is, and infinite where one is and none is NaN"
 _MOMENTS = "mean, max, min, topk and sum of logits need no stored values"
-# operations that loops are written with, and what does the same; by name
+# operations that training loops use, and what does the same; by name
 INSTEAD = {
     **dict.fromkeys(("softmax", "log_softmax"), _PROBABILITIES),
     **dict.fromkeys(("isnan", "isinf", "isfinite"), _ALL_FINITE),
@@ -24,7 +24,7 @@ INSTEAD = {
 
 
 def advice(name: str) -> str:
-    """What to do about an operation that needs values."""
+    """What a user can do instead of an operation that needs values."""
     instead = INSTEAD.get(name)
     return (
         f"the [rows, K] values are not stored; losses take them as they are (temperature, centre and softmax are applied "
@@ -33,10 +33,10 @@ def advice(name: str) -> str:
 
 
 def row_dim(dim: int, shape: torch.Size, kind: str, extra: int = 0) -> int:
-    """A dim of rows counted from 0, where ``extra`` dims are about to be added.
+    """A dim of rows, counted from 0, in a shape to which ``extra`` dims will be added.
 
     Raises:
-        IndexError: it is the dim of prototypes, or none.
+        IndexError: it is the dim of prototypes, or does not exist.
     """
     resolved = dim if dim >= 0 else dim + len(shape) + extra
     if not 0 <= resolved < len(shape) - 1 + extra:
@@ -45,7 +45,7 @@ def row_dim(dim: int, shape: torch.Size, kind: str, extra: int = 0) -> int:
 
 
 def row_order(dims: tuple[int, ...], shape: torch.Size, kind: str) -> tuple[int, ...]:
-    """Where the dims of rows come from in a permutation of all dims.
+    """The order of the dims of rows in a permutation of all dims.
 
     Raises:
         ValueError: the prototypes do not stay last.
@@ -60,10 +60,10 @@ def row_order(dims: tuple[int, ...], shape: torch.Size, kind: str) -> tuple[int,
 
 
 def row_sizes(sizes: tuple[int, ...], shape: torch.Size, kind: str, done: str) -> tuple[int, ...]:
-    """Sizes without the last, which is K or stays as it is (-1).
+    """Sizes without the last one, which must be K or -1 (unchanged).
 
     Raises:
-        ValueError: the last size is another one.
+        ValueError: the last size is something else.
     """
     if len(sizes) == 0 or sizes[-1] not in (-1, shape[-1]):
         raise ValueError(
@@ -74,10 +74,10 @@ def row_sizes(sizes: tuple[int, ...], shape: torch.Size, kind: str, done: str) -
 
 
 def row_index(index: Any, shape: torch.Size, kind: str) -> tuple[Any, ...]:
-    """The index without ``...`` and without a slice that takes all prototypes.
+    """The index without ``...``, and without a last slice that takes all prototypes.
 
     Raises:
-        TypeError: it picks among the prototypes.
+        TypeError: the index picks some of the prototypes.
     """
     parts = list(index) if isinstance(index, tuple) else [index]
     used = sum(_dims_used(part) for part in parts)
@@ -97,7 +97,7 @@ def row_index(index: Any, shape: torch.Size, kind: str) -> tuple[Any, ...]:
 
 
 def _dims_used(part: Any) -> int:
-    """How many dims of the tensor a part of an index takes: a mask as many as it has."""
+    """How many dims of the tensor a part of an index consumes; a mask consumes as many as it has."""
     if part is None or part is Ellipsis:
         return 0
     if isinstance(part, (int, slice)):

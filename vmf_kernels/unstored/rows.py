@@ -1,8 +1,8 @@
-"""What training loops do to [..., K] tensors between a head and its loss, on rows that stand for such a tensor.
+"""The operations of training loops on [..., K] tensors between a head and its loss, for rows that stand for such a tensor.
 
-Every operation acts on dims of rows only: the K values of a row are never formed, so they cannot be split or reordered.
+Every operation acts only on dims of rows: the K values of a row are not computed, so they cannot be split or reordered.
 
-Legend: K prototypes, N width of what is stored for a row (K itself, or the dim of its features).
+Legend: K prototypes, N numbers stored for a row (K, or the dim of its features).
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ OPERATORS = (
 
 
 class UnstoredRows(Casts):
-    """Behaves as a [..., K] tensor in operations on its rows; anything that needs the values raises.
+    """Behaves like a [..., K] tensor in operations on its rows; operations that need the values raise.
 
-    A class of this kind has ``shape``, ``dtype``, ``requires_grad``, ``detach``, ``materialize`` and the hooks below.
-    ``view`` is ``reshape`` here: features of other strides than the logits would have are copied where a view is not possible.
+    A subclass has ``shape``, ``dtype``, ``requires_grad``, ``detach``, ``materialize`` and the hooks below. ``view`` is
+    ``reshape`` here: features may have other strides than the logits would have, and are copied if a view is impossible.
     """
 
     @property
     def _rows(self) -> Tensor:
-        """[..., N] what stands for the rows."""
+        """[..., N] the stored rows."""
         raise NotImplementedError
 
     def _with(self, rows: Tensor) -> Self:
-        """The same kind over other rows."""
+        """The same object with other stored rows."""
         raise NotImplementedError
 
     def _check_joins(self, other: Self, name: str) -> None:
-        """Raise ValueError unless the rows of both can stand side by side in one object."""
+        """Raise ValueError unless the rows of both can be joined in one object."""
         raise NotImplementedError
 
     @property
@@ -73,7 +73,7 @@ class UnstoredRows(Casts):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype the stored values would have."""
+        """Dtype that the stored values would have."""
         raise NotImplementedError
 
     @property
@@ -88,7 +88,7 @@ class UnstoredRows(Casts):
 
     @property
     def ndim(self) -> int:
-        """Number of dims, the prototypes' included."""
+        """Number of dims, including that of the prototypes."""
         return self._rows.ndim
 
     def size(self, dim: int | None = None) -> torch.Size | int:
@@ -100,7 +100,7 @@ class UnstoredRows(Casts):
         return self.ndim
 
     def numel(self) -> int:
-        """As ``Tensor.numel``: elements that storing would take."""
+        """As ``Tensor.numel``: the number of elements if the values were stored."""
         return math.prod(self.shape)
 
     def is_floating_point(self) -> bool:
@@ -135,7 +135,7 @@ class UnstoredRows(Casts):
         return self._with(self._rows.unsqueeze(self._row_dim(dim, extra=1)))
 
     def squeeze(self, dim: int | Sequence[int] | None = None) -> Self:
-        """As ``Tensor.squeeze`` of dims of rows; the default takes all of size 1, never that of a single prototype."""
+        """As ``Tensor.squeeze`` of dims of rows; by default all of size 1, but never the dim of a single prototype."""
         dims = range(self.ndim - 1) if dim is None else dim if isinstance(dim, Sequence) else (dim,)
         resolved = tuple(self._row_dim(d) for d in dims)
         return self._with(self._rows.squeeze(resolved)) if resolved else self
@@ -149,13 +149,13 @@ class UnstoredRows(Casts):
         return self._with(torch.unflatten(self._rows, self._row_dim(dim), tuple(sizes)))
 
     def reshape(self, *sizes: Any, shape: Sequence[int] | None = None) -> Self:
-        """As ``Tensor.reshape`` to sizes that end in K, or in a -1 that is K."""
+        """As ``Tensor.reshape`` to sizes that end in K, or in a -1 that means K."""
         asked: Sequence[Any] = sizes if shape is None else shape
         if len(asked) == 1 and isinstance(asked[0], Sequence):
             asked = asked[0]
         if any(isinstance(size, torch.dtype) for size in asked):
             raise TypeError(f"view of {self._kind} as another dtype: {advice('view')}")
-        # without this check, -1 last would hide the prototypes in what torch infers
+        # without this check, torch could infer another size than K for a last -1
         whole = len(asked) > 0 and asked[-1] == -1 and math.prod(asked[:-1]) == self._rows.shape[:-1].numel()
         if len(asked) == 0 or not (whole or asked[-1] == self.shape[-1]):
             raise ValueError(
@@ -181,7 +181,7 @@ class UnstoredRows(Casts):
         return self.transpose(dim0, dim1)
 
     def permute(self, *sizes: Any, dims: Any = None) -> Self:
-        """As ``Tensor.permute`` that leaves the prototypes last."""
+        """As ``Tensor.permute``, with the prototypes still last."""
         dims = sizes if dims is None else tuple(dims)
         return self._with(self._rows.permute(*row_order(_unpacked(dims), self.shape, self._kind), self.ndim - 1))
 
@@ -208,7 +208,7 @@ class UnstoredRows(Casts):
         return self._with(self._rows.roll(shifts, resolved))
 
     def repeat(self, *sizes: Any) -> Self:
-        """As ``Tensor.repeat`` of rows: 1 for the prototypes."""
+        """As ``Tensor.repeat`` of rows; the last number must be 1."""
         asked = _unpacked(sizes)
         if not asked or asked[-1] != 1:
             raise ValueError(f"{self._kind} repeated {asked} times; expected 1 for the last dim ({PROTOTYPE_DIM})")
@@ -228,11 +228,11 @@ class UnstoredRows(Casts):
         return self.expand(*size)
 
     def expand_as(self, other: Any) -> Self:
-        """As ``expand`` to the shape of a tensor or of what stands for one."""
+        """As ``expand``, to the shape of a tensor or of an object that stands for one."""
         return self.expand(*other.shape)
 
     def view_as(self, other: Any) -> Self:
-        """As ``reshape`` to the shape of a tensor or of what stands for one."""
+        """As ``reshape``, to the shape of a tensor or of an object that stands for one."""
         return self.reshape(*other.shape)
 
     def reshape_as(self, other: Any) -> Self:
@@ -270,7 +270,7 @@ class UnstoredRows(Casts):
         return self.ndim
 
     def is_contiguous(self) -> bool:
-        """Whether the rows are."""
+        """Whether the stored rows are contiguous."""
         return self._rows.is_contiguous()
 
     @property
@@ -308,7 +308,7 @@ class UnstoredRows(Casts):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[Any], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Function forms of the methods above, torch.cat and torch.stack; anything else raises."""
+        """Handles the function forms of the methods above, torch.cat and torch.stack; any other function raises."""
         options = dict(kwargs or {})
         name = getattr(func, "__name__", str(func))
         if name in JOINS:
@@ -324,8 +324,8 @@ class UnstoredRows(Casts):
         """``torch.cat`` or ``torch.stack`` along a dim of rows.
 
         Raises:
-            TypeError: one of them is of another kind.
-            ValueError: they do not share what makes values of their rows.
+            TypeError: the objects are of different types.
+            ValueError: they differ in prototypes, temperature or bias.
         """
         others = [t for t in tensors if not isinstance(t, cls)]
         if others:
@@ -348,7 +348,7 @@ class UnstoredRows(Casts):
 
 
 def _unpacked(sizes: tuple[Any, ...]) -> tuple[int, ...]:
-    """Of the two ways torch takes sizes and dims, one by one or as one sequence, the first."""
+    """Sizes or dims as separate numbers, from either form that torch accepts: separate numbers or one sequence."""
     return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], Sequence) else sizes
 
 
@@ -360,5 +360,5 @@ def _refusal(name: str) -> Callable[..., Any]:
 
 
 for _operator in OPERATORS:
-    # Python looks operators up on the class, where ``__getattr__`` is never asked
+    # Python looks operators up on the class and does not call ``__getattr__`` for them
     setattr(UnstoredRows, f"__{_operator}__", _refusal(_operator))

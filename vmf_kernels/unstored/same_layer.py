@@ -1,4 +1,4 @@
-"""Whether the prototypes of two outputs are those of one layer, whatever has copied them on the way."""
+"""Whether the prototypes of two outputs belong to one layer, even if wrappers have copied them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.tensors import has_memory
 
-# autograd's records of what wrappers do with a module's outputs; DistributedDataParallel's sink passes all of them on at once
+# autograd nodes that wrappers add to a module's outputs; DistributedDataParallel's sink has all outputs as its inputs
 SINKS = ("_DDPSinkBackward",)
 COPIES = ("ViewBackward0", "AliasBackward0", "CloneBackward0", "ToCopyBackward0")
 MOST_NODES = (
@@ -19,17 +19,18 @@ MOST_NODES = (
 
 
 def same_prototypes(one: Prototypes, other: Prototypes) -> bool:
-    """Whether both stand for one layer, detached or not.
+    """Whether both belong to one layer, detached or not.
 
-    Memory tells, where both are a layer's own. Wrappers of modules (DistributedDataParallel, FSDP2, Lightning's Fabric) hand
-    out a copy a call, and a pruned or parametrized layer computes its prototypes at each: then the parameters tell that
-    autograd finds behind them. Copies without a graph are compared by value, which waits for a GPU.
+    If both are the layer's own tensors, their memory is the same. Wrappers of modules (DistributedDataParallel, FSDP2,
+    Lightning's Fabric) return a copy at each call, and a pruned or parametrized layer computes its prototypes at each call;
+    then autograd's graph must lead to the same parameters. Copies without a graph are compared by value, which waits for a
+    GPU.
     """
     if one.kind != other.kind or one.weight.shape != other.weight.shape:
         return False
     if one.weight.requires_grad != other.weight.requires_grad and not _same_memory(one.weight, other.weight):
         return False
-    # norms of several layers may all be 1: those of layers with the same directions are told apart no further
+    # the norms of several layers may all be 1, so if the directions are the same, equal norms are accepted
     return _same_tensor(one.weight, other.weight, most=1) and _same_tensor(
         one.magnitude, other.magnitude, most=MOST_NODES
     )
@@ -39,7 +40,7 @@ def _same_tensor(a: Tensor | None, b: Tensor | None, most: int) -> bool:
     if a is None or b is None or a is b:
         return a is b
     if not has_memory(a) or not has_memory(b):
-        return True  # traced: the shapes are all that is known
+        return True  # traced: only the shapes are known
     if _same_memory(a, b):
         return True
     if not (a.requires_grad and b.requires_grad):
@@ -52,10 +53,10 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _same_source(a: Tensor, b: Tensor, most: int) -> bool:
-    """Whether autograd has the same parameters behind both, by the same operations; of ``most`` that they may be copies of."""
+    """Whether both come from the same parameters by the same operations; a copy may come from one of up to ``most``."""
     copied = [_copied_from(x) for x in (a, b)]
     if all(copied):
-        # of several parameters that went through one sink, the one that the copy equals
+        # if several parameters went through one sink, take the one that the copy equals
         left = [found if len(found) == 1 else _equal_to(x, found) for found, x in zip(copied, (a, b), strict=True)]
         return 1 <= len(left[0]) <= most and {*map(id, left[0])} == {*map(id, left[1])}
     return _same_computation(a.grad_fn, b.grad_fn) and torch.equal(a, b)
@@ -66,7 +67,7 @@ def _equal_to(tensor: Tensor, parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _copied_from(tensor: Tensor) -> list[Tensor]:
-    """The parameters of its shape that a tensor may be a view or copy of; none where it was computed."""
+    """The parameters of the same shape that a tensor may be a view or copy of; none if it was computed."""
     return [tensor] if tensor.grad_fn is None else _parameters(tensor.grad_fn, tensor.shape)
 
 
@@ -83,7 +84,7 @@ def _parameters(node: Any, shape: torch.Size) -> list[Tensor]:
 
 
 def _same_computation(one: Any, other: Any) -> bool:
-    """Whether two graphs have the same operations, in the same places, on the same parameters."""
+    """Whether two graphs have the same operations in the same order on the same parameters."""
     waiting, seen = [(one, other)], 0
     while waiting:
         a, b = waiting.pop()

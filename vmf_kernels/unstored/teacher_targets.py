@@ -1,4 +1,4 @@
-"""Teacher's assignments that are never stored.
+"""A teacher's assignments that are never stored.
 
 Legend: R rows, K prototypes.
 """
@@ -25,17 +25,19 @@ from vmf_kernels.unstored.same_layer import same_prototypes
 class TeacherTargets(UnstoredRows):
     """Stands for ``q = softmax(logits / temperature + bias)``, a teacher's [..., K] assignments, without storing them.
 
-    It behaves as that tensor in operations on its rows (``UnstoredRows``); ``.float()`` keeps 16-bit logits as they are, whose
-    assignments are fp32 already. Prototypes with a vMF normaliser add it at this temperature. No gradient reaches any of it.
+    It behaves like that tensor in operations on its rows (``UnstoredRows``). ``.float()`` does not change 16-bit logits,
+    because their assignments are fp32 already. Prototypes with a vMF normaliser add it at this temperature. No gradient flows
+    to any of the arguments.
 
     Args:
-        logits: [..., K] raw teacher logits, stored or not; detached.
+        logits: [..., K] raw teacher logits, stored or not; they are detached.
         temperature: positive; a float or a tensor of one element.
-        bias: [K] nats: minus the centre, a Sinkhorn dual vector, the vMF normaliser that stored logits lack; or None.
+        bias: [K] nats, for example minus the centre, a Sinkhorn dual vector, or the vMF normaliser that stored logits lack; or
+            None.
 
     Raises:
-        ValueError: the logits are not [..., K] floating point, the bias has not K elements, bias or temperature require a
-            gradient, or the temperature is not positive; that of a tensor on a GPU is not looked at, which would wait for it.
+        ValueError: the logits are not [..., K] floating point, the bias does not have K elements, bias or temperature require
+            a gradient, or the temperature is not positive (a tensor on a GPU is not checked: that would wait for the device).
 
     Example:
         >>> logits = DINOHead(in_dim=8, out_dim=512, hidden_dim=16, bottleneck_dim=4)(torch.randn(3, 8))
@@ -51,14 +53,14 @@ class TeacherTargets(UnstoredRows):
     def __post_init__(self) -> None:
         rows = self.logits.features if isinstance(self.logits, PrototypeLogits) else self.logits
         if not isinstance(rows, Tensor):
-            return  # a tree of something else in the shape of this one, see PrototypeLogits
+            return  # as in PrototypeLogits
         offer_to_einops(TeacherTargets)
         if self.logits.ndim < 1 or not self.logits.is_floating_point() or self.logits.shape[-1] < 1:
             raise ValueError(
                 f"teacher logits are {self.logits.dtype} of shape {tuple(self.logits.shape)}; "
                 "expected floating point [..., K] with K >= 1 prototypes"
             )
-        # only where needed: the same tensors in all parts of one batch are how cat knows that they belong together
+        # detach only if needed: cat recognises the parts of one batch by their having the same tensors
         if self.logits.requires_grad:
             self.logits = self.logits.detach()
         refuse_gradients(temperature=self.temperature, bias=self.bias)
@@ -87,7 +89,7 @@ class TeacherTargets(UnstoredRows):
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
-        """[..., K] the probabilities, fp32 (fp64 for fp64 logits): the memory this class exists to save."""
+        """[..., K] the probabilities as a tensor, fp32 (fp64 for fp64 logits). It takes the memory that this class saves."""
         with no_autocast(self.device):
             tau = temperature_tensor(self.temperature, "temperature", self.device)
             if isinstance(self.logits, PrototypeLogits):
@@ -138,12 +140,12 @@ class TeacherTargets(UnstoredRows):
             )
 
 
-# as PrototypeLogits: torch walks over it, and a tree of it can be rebuilt
+# as for PrototypeLogits: torch finds the tensors inside and can rebuild the object
 torch.export.register_dataclass(TeacherTargets)
 
 
 def _same_value(one: object, other: object) -> bool:
-    """Whether two temperatures or biases are one; different tensors are compared by value, which waits for a GPU."""
+    """Whether two temperatures or biases are equal; different tensors are compared by value, which waits for a GPU."""
     if one is other:
         return True
     if isinstance(one, Tensor) and isinstance(other, Tensor):
