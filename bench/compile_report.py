@@ -46,8 +46,8 @@ from vmf_kernels.backends.triton.launch import Target
 from vmf_kernels.backends.triton.prototypes import scale_in_place
 from vmf_kernels.backends.triton.tiles import (
     FEW_ROWS,
-    NEEDED,
     NO_TENSOR_CORES,
+    PASSES,
     PRECISIONS,
     ROW_PASSES,
     WIDTHS,
@@ -58,7 +58,7 @@ from vmf_kernels.pairing import Pairing
 from vmf_kernels.prototypes import Prototypes
 
 AROUND_DIMS = (256, 384)  # that the kernels around the passes are compiled for; they have no tiles to choose
-WITH_PRODUCTS = ("assign_rows_kernel", "gather_columns_kernel", "gather_matched_columns_kernel")
+WITH_PRODUCTS = ("assign_rows_kernel", "gather_columns_kernel")
 VIEWS = (2, 10)  # of teacher and student in a multi-crop step
 COLUMNS = ("dim", "products", "tile", "num_warps", "num_stages", "registers", "spills")
 HEAD = "| kernel | D | products | tile | warps | stages | registers | spills | shared KiB | limit | matrix | loads |"
@@ -89,7 +89,7 @@ def configurations(
 
 def is_served(arch: int, configuration: Configuration) -> bool:
     """Whether the table has the passes there; for wide fp32 some parts have neither the registers nor the shared memory."""
-    return all(has_tile(name, Target(arch, 1), configuration.precision, configuration.dim) for name in NEEDED)
+    return all(has_tile(name, Target(arch, 1), configuration.precision, configuration.dim) for name in PASSES)
 
 
 def shipped_launches(arch: int, configuration: Configuration) -> list[Launch]:
@@ -162,12 +162,10 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 def _passes(arch: int, configuration: Configuration) -> None:
     """Every pass of the table, over many rows and over few, by itself."""
     target, (dim, precision, dtype, _) = Target(arch, 1), configuration
-    for name in (*NEEDED, "matched"):
+    for name in PASSES:
         for rows in (MANY_ROWS, FEW_ROWS) if name in ROW_PASSES else (MANY_ROWS,):
-            if name != "matched" or has_tile(name, target, precision, dim):
-                tile = tile_of(name, target, precision, dim, rows)
-                case = PassCase.of(name, precision, dim, device=torch.device("cpu"), dtype=dtype)
-                case.run(tile)
+            tile = tile_of(name, target, precision, dim, rows)
+            PassCase.of(name, precision, dim, device=torch.device("cpu"), dtype=dtype).run(tile)
 
 
 def _operator(configuration: Configuration, kind: str) -> None:

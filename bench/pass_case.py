@@ -68,7 +68,7 @@ class PassCase:
             kernels: an ``operator.Kernels``; None for Triton's.
         """
         from vmf_kernels.backends.triton.operator import TRITON
-        from vmf_kernels.backends.triton.passes import Side, matched_column_pass
+        from vmf_kernels.backends.triton.passes import Side
 
         student, teacher, unit, kernels = *self.keys, self.unit, kernels or TRITON
         with launch.on_device(self.rows):
@@ -77,10 +77,7 @@ class PassCase:
                 values = None if self.name == "scores" else student
                 return kernels.row_pass(self.rows, keys, values, self.name, tile)
             sides = Side(self.rows, student, self.offset), Side(self.rows, teacher, self.offset)
-            if self.name == "matched":
-                matched_column_pass(*sides, unit, unit, self.out, tile)
-            else:
-                kernels.column_pass(*sides, self.rows, unit, unit, self.out, tile)
+            kernels.column_pass(*sides, self.rows, unit, unit, self.out, tile)
             return self.out
 
     def result(self, tile: Tile, kernels: Any = None) -> Tensor:
@@ -98,7 +95,7 @@ class PassCase:
     @property
     def operations(self) -> float:
         """Floating-point operations of the products that the equations need, parts not counted twice."""
-        products = {"student": 2, "teacher": 2, "scores": 1, "columns": 4, "matched": 3}[self.name]
+        products = {"student": 2, "teacher": 2, "scores": 1, "columns": 4}[self.name]
         return 2.0 * products * self.rows.shape[0] * PROTOTYPES * self.layout.width
 
     def median_ms(self, tile: Tile) -> float:

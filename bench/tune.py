@@ -64,7 +64,7 @@ def candidates(name: str, precision: str, width: int, shared: int) -> list[Tile]
     layout = layout_of(width, precision)
     few, base = name.endswith(" few"), name.removesuffix(" few")
     # below, a smaller dim of the same entry may have a number of chunks that the parts do not divide
-    has_parts = base not in ("scores", "matched") and width > MAX_WIDTH_OF_ANY_CHUNKS
+    has_parts = base != "scores" and width > MAX_WIDTH_OF_ANY_CHUNKS
     found = []
     for rows, prototypes, warps, stages, parts in itertools.product(SIDES, SIDES, (8, 4), (3, 2, 1), PARTS):
         tile = Tile(rows, prototypes, parts, warps, stages)
@@ -83,17 +83,15 @@ def _shared_bytes(name: str, tile: Tile, precision: str, width: int) -> int:
     stays, streams = (tile.rows, tile.prototypes) if name in ROW_PASSES else (tile.prototypes, tile.rows)
     row_bytes = width * ELEMENT_BYTES[precision]
     shares = tile.parts > 1  # parts of the columns are loaded beside the whole, not taken from it
-    streamed = {"student": 1 + shares / tile.parts, "scores": 1.0, "teacher": 1 + 1 / tile.parts, "matched": 2.0}
-    kept = 2 if name == "matched" else 1
-    return int(row_bytes * (kept * stays + tile.stages * streams * streamed.get(name, 1 + 1 / tile.parts)))
+    streamed = {"student": 1 + shares / tile.parts, "scores": 1.0, "teacher": 1 + 1 / tile.parts}
+    return int(row_bytes * (stays + tile.stages * streams * streamed.get(name, 1 + 1 / tile.parts)))
 
 
 def _registers(name: str, tile: Tile, width: int) -> float:
     """Expected registers a thread needs for fp32 sums and scores."""
     stays, streams = (tile.rows, tile.prototypes) if name in ROW_PASSES else (tile.prototypes, tile.rows)
     sums = 0 if name == "scores" else stays * width / tile.parts
-    scores = stays * streams * (2 if name == "matched" else 1)
-    return (sums + scores) / (32 * tile.warps)
+    return (sums + stays * streams) / (32 * tile.warps)
 
 
 def expected_cost(name: str, tile: Tile, precision: str) -> float:
@@ -145,9 +143,7 @@ def expected_entry(job: tuple[str, str, int, int]) -> dict[str, Any] | None:
     tile = next(clean_candidates(*job), None)
     if tile is None:
         return None
-    entry = asdict(tile) | {"chosen_by": "expected cost, the best that compiles without spills; not measured"}
-    # with half the rows in a block its fewer products are not expected to be faster: for a measurement to say
-    return entry | {"used": False} if job[0] == "matched" else entry
+    return asdict(tile) | {"chosen_by": "expected cost, the best that compiles without spills; not measured"}
 
 
 def expected_table(arch: int, workers: int, path: Path) -> None:
@@ -174,7 +170,6 @@ def measured_table(seconds: float, widths: tuple[int, ...], path: Path) -> None:
     major, minor = torch.cuda.get_device_capability()
     arch, until = 10 * major + minor, time.monotonic() + seconds
     for width in widths:  # the largest workloads first
-        rival = None
         for name in entry_names():
             if time.monotonic() > until:
                 return
@@ -182,9 +177,7 @@ def measured_table(seconds: float, widths: tuple[int, ...], path: Path) -> None:
             print(arch, name, width, times, flush=True)
             if not times:
                 continue
-            entry = measured_entry(name, width, times, rival)
-            if name == "columns":
-                rival = min(times.values())
+            entry = measured_entry(name, width, times)
             write({family(arch): {"16-bit": {str(width): {name: entry}}}}, path)
 
 
@@ -225,14 +218,13 @@ def measured_times(name: str, width: int, arch: int, device: torch.device) -> di
     return times
 
 
-def measured_entry(name: str, width: int, times: Mapping[Tile, float], rival: float | None) -> dict[str, Any]:
-    """The fastest of the timed tiles; ``matched`` is to be used if it beats ``rival``, ms of the pass that it stands in for."""
+def measured_entry(name: str, width: int, times: Mapping[Tile, float]) -> dict[str, Any]:
+    """The fastest of the timed tiles."""
     best = min(times, key=lambda tile: times[tile])
     operations = PassCase.of(name, "16-bit", width, device=torch.device("cpu")).operations
     rate = operations / times[best] / 1e9
     note = f"measured: {times[best]:.3f} ms, {rate:.0f} TFLOP/s, best of {len(times)} on {torch.cuda.get_device_name()}"
-    entry = asdict(best) | {"chosen_by": f"{note}, torch {torch.__version__}"}
-    return entry | {"used": rival is not None and times[best] < rival} if name == "matched" else entry
+    return asdict(best) | {"chosen_by": f"{note}, torch {torch.__version__}"}
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

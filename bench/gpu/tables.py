@@ -9,7 +9,6 @@ from bench.baselines import BASELINES
 from bench.gpu.losses import BESIDE, OURS
 from bench.gpu.targets import Target, targets
 
-MATCHED_SHARE = 14 / 16  # of the counted operations, where one product serves both networks' columns
 TIME_COLUMNS = (
     "| workload | variant | fwd+bwd ms | p10 - p90 | vs ours | waiting host ms | host alone ms | forward ms "
     "| TFLOP/s | of cuBLAS | extra MiB |\n"
@@ -137,7 +136,7 @@ def _time_row(
         _number(_median(variant, "wall_ms"), 3),
         _number(_median(variant, "host_ms"), 3),
         _number(_median(variant, "forward_ms"), 3),
-        f"{rate:.0f}" + (f" ({rate * MATCHED_SHARE:.0f})" if workload["matched"] else ""),
+        f"{rate:.0f}",
         f"{100 * rate / roof:.0f} %" if roof else "",
         _number(variant.get("extra_mib")),
     ]

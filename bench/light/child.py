@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from bench.gpu.module import load
-from bench.light.columns import check_columns, check_matched
+from bench.light.columns import check_columns
 from bench.light.differences import verdict
 from bench.light.prototypes import check_pack, check_pull_back
 from bench.light.rows import check_merge, check_rows
@@ -38,7 +38,6 @@ FAMILIES: dict[str, Callable[[Stand], None]] = {
     "rows-own": check_rows,
     "columns": check_columns,
     "usage": check_columns,
-    "matched": check_matched,
     "pack": check_pack,
     "pull-back": check_pull_back,
     "merge": check_merge,
@@ -73,13 +72,6 @@ def kernels_of(variant: Variant, toy: bool) -> Any:
 
         if (reason := binding.unsupported_device(torch.device("cuda", 0))) is not None:
             raise UnavailableError(reason)
-    if variant.family == "matched":
-        from vmf_kernels.backends.triton import launch, tiles
-
-        target = launch.target_of(torch.device("cpu" if toy else "cuda"))
-        width = next(width for width in tiles.WIDTHS if variant.dim <= width)
-        if not toy and "matched" not in tiles.table()[tiles.family(target.arch)]["16-bit"][str(width)]:
-            raise AbsentError(f"the table of tiles has no matched column pass for D {variant.dim}")
     return found
 
 

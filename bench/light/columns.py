@@ -1,4 +1,4 @@
-"""Column passes on exact inputs: both networks' rows, the usage alone, and Triton's pass over matched rows.
+"""Column passes on exact inputs: both networks' rows, and the usage alone.
 
 Legend: S / T student / teacher rows, K prototypes, D embedding dim.
 """
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.light import exact
-from bench.light.inputs import FEW_TERMS, LOG2_E, LOGIT_TERMS, Array, integers, padded, signs, sparse_signs
+from bench.light.inputs import LOG2_E, LOGIT_TERMS, Array, integers, padded, signs, sparse_signs
 from bench.light.rows import MISSING, NARROW, logits_of
 from bench.light.stand import Stand
-from vmf_kernels.backends.triton.passes import Columns, Side, matched_column_pass
+from vmf_kernels.backends.triton.passes import Columns, Side
 
 SCALES = {"student": 1.0, "teacher": 0.5}  # base-2 logits by product
 SEEDS = {"student": 10, "teacher": 20}
@@ -49,16 +49,14 @@ class Half(NamedTuple):
     rows: Array  # [R, width]
 
 
-def half_of(stand: Stand, name: str, rows: int, count: int, dim: int, terms: int = LOGIT_TERMS) -> Half:
-    """The student or the teacher with so many rows; ``count`` prototypes, without padding; ``terms`` of a logit."""
+def half_of(stand: Stand, name: str, rows: int, count: int, dim: int) -> Half:
+    """The student or the teacher with so many rows; ``count`` prototypes, without padding."""
     layout, scale, seed = stand.layout(dim), SCALES[name], SEEDS[name]
     padded_count = -(-count // stand.padding) * stand.padding
-    keys = padded(sparse_signs(count, dim, terms, seed), padded_count, layout.width)
+    keys = padded(sparse_signs(count, dim, LOGIT_TERMS, seed), padded_count, layout.width)
     features = padded(signs((rows, dim), seed + 2), rows, layout.width)
-    # where a difference of weights has to fit 16 bits: fewer different ones
-    narrow = terms == FEW_TERMS
-    bias = integers((count,), 0 if narrow else -1, 1, seed + 3)
-    offset = integers((rows,), 2 if narrow else 3, 2 if narrow else 4, seed + 4) - (2 if scale < 1 else 0)
+    bias = integers((count,), -1, 1, seed + 3)
+    offset = integers((rows,), 3, 4, seed + 4) - (2 if scale < 1 else 0)
     offset[::WEIGHTLESS] = np.inf
     logits = logits_of(features, keys, bias, scale)
     side = Side(stand.matrix(features), stand.packed(keys, bias, scale, layout), stand.floats(offset))
@@ -98,29 +96,6 @@ def run(stand: Stand, case: Case, student: Half | None, teacher: Half, cotangent
         exact.Network(teacher.weights[:count], cotangents[:, :dim]),
     )
     stand.run(case.name, launch, exact.column_pass(*networks, factor(), UNIT, case.total or 1.0))
-
-
-def check_matched(stand: Stand) -> None:
-    """``matched_column_pass``: as the column pass whose cotangents are minus the student's rows."""
-    for case in TOY_CASES[:1] if stand.toy else CASES[:2]:
-        stand.say("preparing", case.name)
-        dim = narrow_dim(stand) if case.has_padding else stand.variant.dim
-        tile = stand.tile("matched", stand.layout(dim))
-        count, rows = (
-            case.paddings * stand.padding - (MISSING if case.has_padding else 0),
-            case.student_tiles * tile.rows,
-        )
-        student, teacher = (half_of(stand, name, rows, count, dim, FEW_TERMS) for name in SCALES)
-        unit, total = stand.floats(UNIT), stand.floats(case.total)
-
-        def launch(student: Half = student, teacher: Half = teacher, tile: Any = tile, dim: int = dim) -> Any:
-            out = room(stand, teacher.side.keys.prototypes, dim, alone=False)
-            matched_column_pass(student.side, teacher.side, unit, total, out, tile)  # noqa: B023 - called in this turn
-            return written(out)
-
-        rows_of = student.rows[:, :dim]
-        networks = exact.Network(student.weights[:count], rows_of), exact.Network(teacher.weights[:count], -rows_of)
-        stand.run(case.name, launch, exact.column_pass(*networks, factor(), UNIT, case.total or 1.0))
 
 
 def narrow_dim(stand: Stand) -> int:

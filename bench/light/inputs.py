@@ -17,7 +17,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 LOG2_E = 1.4426950408889634
 LOGIT_TERMS = 6  # keys' nonzero places: products from -6 to 6
-FEW_TERMS = 2  # where the difference of two weights must fit 16 bits too
 
 
 def hashed(count: int, seed: int) -> Array:

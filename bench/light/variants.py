@@ -36,7 +36,7 @@ KERNELS = {
         "vmf_kernels.backends.triton.operator",
         "TRITON",
         "triton",
-        (*PASSES, "matched", *BESIDE, "merge"),
+        (*PASSES, *BESIDE, "merge"),
         (24, 64, 128, 256, 384),
     ),
 }

@@ -24,7 +24,6 @@ from vmf_kernels.backends.triton.tiles import (
     FEW_ROWS,
     MAX_DIM,
     MOST_SPLITS,
-    NEEDED,
     NOTES,
     PASSES,
     PRECISIONS,
@@ -244,19 +243,18 @@ def test_without_a_tile_for_few_rows_there_is_the_one_for_many(monkeypatch: pyte
     assert tile_of("student", HOPPER, "16-bit", 2, 1) == Tile(128, 64)
 
 
-@pytest.mark.parametrize(("noted", "expected"), [({"used": True}, True), ({"used": False}, False), ({}, True)])
-def test_a_pass_that_is_not_faster_is_not_used(
-    noted: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = {"matched": asdict(Tile(32, 32)) | {"chosen_by": "a test"} | noted}
+def test_a_pass_has_a_tile_where_the_table_has_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {"columns": asdict(Tile(32, 32)) | {"chosen_by": "a test"}}
     monkeypatch.setattr(tiles, "table", lambda: {"90": {"16-bit": {"256": made, "384": {}}}})
-    assert has_tile("matched", HOPPER, "16-bit", 256) is expected
-    assert not has_tile("matched", HOPPER, "16-bit", 257), "there is no entry"
+    assert has_tile("columns", HOPPER, "16-bit", 256)
+    assert not has_tile("student", HOPPER, "16-bit", 256), "there is no entry of this pass"
+    assert not has_tile("columns", HOPPER, "16-bit", 257), "there is no entry of this width"
+    assert not has_tile("columns", HOPPER, "tf32", 256), "there is no entry of this precision"
 
 
 @pytest.mark.parametrize("part", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("name", PASSES)
 def test_the_shipped_table_has_a_tile_for_every_dim(name: str, precision: str, part: str) -> None:
     of_width = tiles.table()[part].get(precision, {})
     missing = {
@@ -272,7 +270,7 @@ def test_what_the_table_does_not_serve_is_named() -> None:
     served = {
         (part, precision, width)
         for part, precision, width in UNSERVED
-        if set(NEEDED) <= tiles.table()[part].get(precision, {}).get(str(width), {}).keys()
+        if set(PASSES) <= tiles.table()[part].get(precision, {}).get(str(width), {}).keys()
     }
     assert not served, f"{served} have tiles now"
 
@@ -282,10 +280,7 @@ def test_every_shipped_entry_is_a_tile_and_says_what_chose_it() -> None:
     names = {*PASSES, *(f"{name} few" for name in ROW_PASSES)}
     wrong = offenders(
         lambda precision, width, name, entry: (
-            name in names
-            and known | {"chosen_by"} <= entry.keys() <= known | set(NOTES)
-            and bool(entry["chosen_by"])
-            and ("used" not in entry or name == "matched")
+            name in names and known | {"chosen_by"} <= entry.keys() <= known | set(NOTES) and bool(entry["chosen_by"])
         )
     )
     assert not wrong, f"not a tile with its reason: {wrong}"
@@ -315,9 +310,7 @@ def test_every_shipped_tile_divides_the_chunks_of_every_dim_it_serves() -> None:
 
 def test_shipped_passes_that_have_no_parts_are_whole() -> None:
     wrong = offenders(
-        lambda precision, width, name, entry: (
-            entry["parts"] == 1 or name.removesuffix(" few") not in ("scores", "matched")
-        )
+        lambda precision, width, name, entry: entry["parts"] == 1 or name.removesuffix(" few") != "scores"
     )
     assert not wrong, f"passes that cannot share the columns: {wrong}"
 

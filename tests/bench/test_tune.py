@@ -32,7 +32,7 @@ from tests.backends.test_triton_tiles import UNSERVED
 from vmf_kernels.backends.triton.tiles import (
     FEW_ROWS,
     MAX_WIDTH_OF_ANY_CHUNKS,
-    NEEDED,
+    PASSES,
     PRECISIONS,
     WIDTHS,
     Tile,
@@ -61,7 +61,7 @@ def every_candidate(precision: str, arch: int = 90) -> list[tuple[str, int, Tile
 def test_every_pass_has_candidates(precision: str, arch: int) -> None:
     found = {(name, width) for name, width, _ in every_candidate(precision, arch)}
     served = [width for width in WIDTHS if (family(arch), precision, width) not in UNSERVED]
-    required = {(name, width) for name in NEEDED for width in served}
+    required = {(name, width) for name in PASSES for width in served}
     assert not required - found, f"nothing to try for {sorted(required - found)}"
 
 
@@ -116,7 +116,7 @@ def test_parts_divide_the_chunks_of_every_dim_of_a_width(precision: str) -> None
         counts = {layout_of(dim, precision).chunks for dim in range(narrower + 1, width + 1)}
         assert width > MAX_WIDTH_OF_ANY_CHUNKS, f"{name} {width} {tile}"
         assert all(count % tile.parts == 0 for count in counts), f"{name} {width} {tile}: {counts} chunks"
-        assert name not in ("scores", "scores few", "matched"), f"{name} cannot share the columns"
+        assert name not in ("scores", "scores few"), f"{name} cannot share the columns"
 
 
 @pytest.mark.parametrize(
@@ -180,15 +180,13 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["student", "matched"])
-def test_the_expected_entry_is_the_first_clean_candidate(name: str, compiler: list[Tile]) -> None:
-    entry = tune.expected_entry((name, "16-bit", 256, 90))
-    third = candidates(name, "16-bit", 256, SHARED_MEMORY[90])[2]
+def test_the_expected_entry_is_the_first_clean_candidate(compiler: list[Tile]) -> None:
+    entry = tune.expected_entry(("student", "16-bit", 256, 90))
+    third = candidates("student", "16-bit", 256, SHARED_MEMORY[90])[2]
     assert entry is not None
     assert asdict(third).items() <= entry.items()
     assert compiler[-1] == third
     assert "not measured" in entry["chosen_by"]
-    assert entry.get("used") is (False if name == "matched" else None)
 
 
 def test_without_a_clean_candidate_there_is_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,12 +243,11 @@ def test_the_fastest_tile_is_the_entry(clock: Any) -> None:
     favourite = measured_candidates("student", 256, 90)[4]
     clock(lambda name, tile: 2.0 if tile == favourite else 3.0)
     times = measured_times("student", 256, 90, CPU)
-    entry = measured_entry("student", 256, times, None)
+    entry = measured_entry("student", 256, times)
     assert asdict(favourite).items() <= entry.items()
     rate = 2.0 * 2 * 3840 * 65_536 * 256 / 2e-3 / 1e12
     expected = f"measured: 2.000 ms, {rate:.0f} TFLOP/s, best of {len(times)} on Imaginary 1, torch {torch.__version__}"
     assert entry["chosen_by"] == expected
-    assert "used" not in entry
 
 
 def test_a_tile_that_fails_is_no_candidate(clock: Any) -> None:
@@ -274,22 +271,11 @@ def test_a_tile_that_computes_something_else_is_no_candidate(clock: Any, monkeyp
     assert len(times) == len(measured_candidates("student", 256, 90)) - 1
 
 
-@pytest.mark.parametrize(("rival", "used"), [(3.0, True), (1.5, False), (None, False)], ids=str)
-def test_matched_is_used_only_where_it_is_faster(rival: float | None, used: bool, clock: Any) -> None:
-    entry = measured_entry("matched", 256, {Tile(32, 64): 2.0, Tile(32, 32): 2.5}, rival)
-    assert entry["used"] is used
-
-
-@pytest.mark.parametrize(("columns", "used"), [(3.0, True), (1.5, False)], ids=str)
-def test_the_rival_of_matched_is_the_best_measured_column_pass(
-    columns: float, used: bool, clock: Any, tmp_path: Path
-) -> None:
-    best = measured_candidates("columns", 128, 90)[3]
-    clock(lambda name, tile: 2.0 if name == "matched" else columns if (name, tile) == ("columns", best) else 4.0)
+def test_every_pass_is_measured(clock: Any, tmp_path: Path) -> None:
+    clock(lambda name, tile: 1.0)
     tune.measured_table(1e6, (128,), tmp_path / "tiles.json")
     entries = json.loads((tmp_path / "tiles.json").read_text())["tiles"]["90"]["16-bit"]["128"]
     assert entries.keys() == set(entry_names())
-    assert entries["matched"]["used"] is used
 
 
 def test_a_pass_of_which_every_tile_fails_gets_no_entry_and_ends_nothing(clock: Any, tmp_path: Path) -> None:
@@ -314,7 +300,7 @@ def test_measuring_ends_with_its_time(clock: Any, tmp_path: Path) -> None:
 
 
 def test_merging_keeps_other_entries_and_replaces_whole_ones() -> None:
-    old = {"90": {"16-bit": {"256": {"student": ENTRY | {"used": True}, "teacher": ENTRY}}}, "80": {}}
+    old = {"90": {"16-bit": {"256": {"student": ENTRY | {"stages": 3}, "teacher": ENTRY}}}, "80": {}}
     new = {"90": {"16-bit": {"256": {"student": ENTRY}, "384": {"student": ENTRY}}, "tf32": {"64": {"scores": ENTRY}}}}
     assert merged(old, new) == {
         "90": {
@@ -323,7 +309,7 @@ def test_merging_keeps_other_entries_and_replaces_whole_ones() -> None:
         },
         "80": {},
     }
-    assert "used" in old["90"]["16-bit"]["256"]["student"], "the old table was changed"
+    assert "stages" in old["90"]["16-bit"]["256"]["student"], "the old table was changed"
 
 
 def test_a_written_table_keeps_what_the_file_has(tmp_path: Path) -> None:

@@ -176,21 +176,6 @@ def fp32_prototypes(problem: Problem) -> Problem:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("images", [65, 1000])
-def test_the_matched_column_pass_matches_the_fp64_truth(
-    images: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the table says that the other one is faster."""
-    target = launch.target_of(device)
-    if "matched" not in tiles.table()[tiles.family(target.arch)]["16-bit"]["256"]:
-        pytest.skip("the table has no tile for it")
-    monkeypatch.setattr(operator, "has_tile", lambda *arguments: True)
-    with damaged(lambda kernel, arguments, options: None) as names:
-        check_random((images, (1, 1), K, 256), BF16, device)
-    assert "gather_matched_columns_kernel" in names, f"launched {names}"
-
-
-@pytest.mark.gpu
 def test_a_damaged_launch_fails_the_budget(device: torch.device) -> None:
     """Negative control."""
     with damaged(no_teacher_bias), pytest.raises(AssertionError, match=r"error .*, budget"):

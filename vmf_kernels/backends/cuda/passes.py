@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.backends.contract import LossInputs
 from vmf_kernels.backends.cuda import binding
 from vmf_kernels.backends.cuda.layouts import PAD_TO
 from vmf_kernels.backends.cuda.prototypes import pack_networks, pack_prototypes, pull_back
@@ -38,10 +37,6 @@ class CudaKernels:
     def tile(self, name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
         """The same tile for every pass, so that all passes can share packed rows and prototypes."""
         return Tile(binding.module().row_tile(), PAD_TO)
-
-    def column_name(self, inputs: LossInputs, layout: Layout) -> str:
-        """Always "columns": there is only one column pass."""
-        return "columns"
 
     def row_pass(
         self,

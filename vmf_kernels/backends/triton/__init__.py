@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vmf_kernels.backends.contract import LossInputs, LossOutputs, RowInputs
 from vmf_kernels.backends.triton.launch import target_of, unsupported_device
-from vmf_kernels.backends.triton.tiles import MAX_DIM, NEEDED, has_tile, precision_of
+from vmf_kernels.backends.triton.tiles import MAX_DIM, PASSES, has_tile, precision_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -30,7 +30,7 @@ class TritonBackend:
         if reason is not None:
             return reason
         target, precision = target_of(rows.device), precision_of(rows.dtype)
-        if not all(has_tile(name, target, precision, weight.shape[1]) for name in NEEDED):
+        if not all(has_tile(name, target, precision, weight.shape[1]) for name in PASSES):
             part = f"compute capability {target.arch / 10:.1f}"
             return f"no tile of {precision} products at embedding dim {weight.shape[1]} fits {part}"
         return None

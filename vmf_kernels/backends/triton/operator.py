@@ -20,7 +20,6 @@ from vmf_kernels.backends.triton.passes import (
     Parts,
     Side,
     column_pass,
-    matched_column_pass,
     padded_rows,
     row_pass,
 )
@@ -40,7 +39,7 @@ from vmf_kernels.backends.triton.rows import (
     padded_features,
     sum_losses,
 )
-from vmf_kernels.backends.triton.tiles import Layout, Tile, has_tile, tile_of
+from vmf_kernels.backends.triton.tiles import Layout, Tile, tile_of
 from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 
 
@@ -75,9 +74,6 @@ class Kernels(Protocol):
 
     def tile(self, name: str, features: Tensor, layout: Layout, rows: int | None = None) -> Tile:
         """The tile of a pass, to which rows and prototypes are padded; ``rows`` if the pass does not run over the features."""
-
-    def column_name(self, inputs: LossInputs, layout: Layout) -> str:
-        """Which column pass: "columns", or "matched" for Triton's ``matched_column_pass``."""
 
     def row_pass(
         self,
@@ -117,12 +113,6 @@ class TritonKernels:
         target = launch.target_of(features.device)
         return tile_of(name, target, layout.precision, layout.width, features.shape[0] if rows is None else rows)
 
-    def column_name(self, inputs: LossInputs, layout: Layout) -> str:
-        """ "matched" for a one-to-one pairing if the table says that it is faster, else "columns"."""
-        one_to_one = tuple(inputs.pairing.view_weights.shape) == (1, 1) and inputs.prototype_gradient
-        target = launch.target_of(inputs.student_features.device)
-        return "matched" if one_to_one and has_tile("matched", target, layout.precision, layout.width) else "columns"
-
 
 TRITON = TritonKernels()
 
@@ -140,8 +130,7 @@ def cross_entropy(inputs: LossInputs, kernels: Kernels = TRITON) -> LossOutputs:
         own = "student" if inputs.feature_gradient else "scores"  # only equation (4) has the student's barycentre
         own_tile = kernels.tile(own, features, layout)
         teacher_tile = kernels.tile("teacher", teacher_features, layout)
-        gathering = kernels.column_name(inputs, layout)
-        column_tile = kernels.tile(gathering, features, layout)
+        column_tile = kernels.tile("columns", features, layout)
         padded = (
             padded_rows(len(features), [own_tile, column_tile]),
             padded_rows(len(teacher_features), [teacher_tile, column_tile]),
@@ -159,11 +148,8 @@ def cross_entropy(inputs: LossInputs, kernels: Kernels = TRITON) -> LossOutputs:
 
         sides = Side(rows.student, student, students.offset), Side(rows.teacher, teacher, teachers.offset)
         out = _column_buffers(inputs, rows.unit)
-        if gathering == "matched":
-            matched_column_pass(*sides, rows.unit, totals.weight, out, column_tile)
-        else:
-            asked = sides[0] if inputs.prototype_gradient else None
-            kernels.column_pass(asked, sides[1], rows.cotangents, rows.unit, totals.weight, out, column_tile)
+        asked = sides[0] if inputs.prototype_gradient else None
+        kernels.column_pass(asked, sides[1], rows.cotangents, rows.unit, totals.weight, out, column_tile)
         magnitude_gradient = None
         if out.vectors is not None and out.bias_gradient is not None:
             magnitude_gradient = kernels.pull_back(

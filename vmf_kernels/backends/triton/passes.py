@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.triton import launch
-from vmf_kernels.backends.triton.column_kernels import gather_columns_kernel, gather_matched_columns_kernel
+from vmf_kernels.backends.triton.column_kernels import gather_columns_kernel
 from vmf_kernels.backends.triton.prototypes import PackedPrototypes
 from vmf_kernels.backends.triton.row_kernels import assign_rows_kernel
 from vmf_kernels.backends.triton.tiles import NO_TENSOR_CORES, PROTOTYPES_A_PART, Layout, Tile, split_count
@@ -181,27 +181,6 @@ def column_pass(
         N_PROTOTYPES=tile.prototypes,
         VALUE_CHUNKS=layout.chunks // tile.parts if student is not None else layout.chunks,
         HAS_STUDENTS=student is not None,
-        **_common(layout, tile),
-    )
-
-
-def matched_column_pass(student: Side, teacher: Side, unit: Tensor, total: Tensor, out: Columns, tile: Tile) -> None:
-    """``column_pass`` for a one-to-one pairing: row r of the student learns from row r of the teacher."""
-    layout = teacher.keys.layout
-    blocks = [
-        _blocks(matrix, size, layout, tile)
-        for side in (student, teacher)
-        for matrix, size in ((side.keys.weight, tile.prototypes), (side.rows, tile.rows))
-    ]
-    launch.run(
-        gather_matched_columns_kernel,
-        (teacher.keys.weight.shape[0] // tile.prototypes,),
-        *blocks,
-        *_sides(student, teacher, unit, total, out),
-        min(student.rows.shape[0], teacher.rows.shape[0]),
-        *_sizes(teacher, out),
-        N_ROWS=tile.rows,
-        N_PROTOTYPES=tile.prototypes,
         **_common(layout, tile),
     )
 

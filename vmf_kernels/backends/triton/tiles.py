@@ -23,13 +23,12 @@ WIDTHS = (64, 128, 192, 256, 384, 512, 768, 1024)  # embedding dims that the tab
 MAX_DIM = WIDTHS[-1]
 FEW_ROWS = 64  # with at most so many rows, a smaller block of rows saves more padding than it costs
 # student and scores read one matrix (keys = values, or no values), teacher two
-PASSES = ("student", "teacher", "scores", "columns", "matched")
+PASSES = ("student", "teacher", "scores", "columns")
 ROW_PASSES = PASSES[:3]
-NEEDED = PASSES[:4]
 SMALL_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KiB of shared memory a block, unlike their generation's data-centre part
 PRECISIONS = ("16-bit", "tf32", "ieee")
 NO_TENSOR_CORES = "ieee"
-NOTES = ("chosen_by", "used")  # of an entry, beside the fields of its tile
+NOTES = ("chosen_by",)  # of an entry, beside the fields of its tile
 INTERPRETER_PAD = 64
 MAX_WIDTH_OF_ANY_CHUNKS = 384
 MOST_SPLITS = 128  # of the prototypes: about one a multiprocessor
@@ -112,12 +111,12 @@ def tile_of(name: str, target: Target, precision: str, dim: int, rows: int | Non
 
 
 def has_tile(name: str, target: Target, precision: str, dim: int) -> bool:
-    """Whether a pass is to be used there: none where no tile fits the part, ``matched`` only where it is faster."""
+    """Whether the table has one: none where no tile fits the part."""
     if target.arch == INTERPRETER_ARCH:
         return name in INTERPRETER_TILES
     part = table().get(family(target.arch), {}).get(precision, {})
     entries = part.get(str(next(width for width in WIDTHS if dim <= width)), {})
-    return name in entries and bool(entries[name].get("used", True))
+    return name in entries
 
 
 def family(arch: int) -> str:
@@ -145,7 +144,6 @@ INTERPRETER_TILES = {
     "teacher": Tile(16, 64),
     "scores": Tile(32, 32),
     "columns": Tile(16, 32),
-    "matched": Tile(32, 32),
 }
 
 
