@@ -4,7 +4,8 @@
     python -m bench.tune --seconds 150 --out tiles.json   on a GPU: the fastest of what compiles there
     python -m bench.tune --install tiles.json             puts measured entries into the table of the package
 
-Both write the format of ``vmf_kernels/backends/triton/tiles.json``; each entry says what chose it.
+Both write the format of ``vmf_kernels/backends/triton/tiles.json``, where a measured entry says what it was chosen by, and the
+others were chosen by what the file says.
 
 Legend: R rows, K prototypes, D embedding dim.
 """
@@ -32,6 +33,7 @@ from vmf_kernels.backends.triton.tiles import (
     FEW_ROWS,
     MAX_WIDTH_OF_ANY_CHUNKS,
     NO_TENSOR_CORES,
+    NOTE,
     PASSES,
     PRECISIONS,
     ROW_PASSES,
@@ -52,6 +54,7 @@ FIRST_WITH_DESCRIPTORS = 90
 LARGEST_ERROR = 0.02  # relative, between two tiles in bf16
 SIDES = (128, 64, 32, 16)
 PARTS = (1, 2, 3, 4, 8)
+EXPECTED = "expected cost, the best that compiles without spills; not measured"  # what chose an entry that says nothing
 
 
 def entry_names() -> list[str]:
@@ -141,9 +144,7 @@ def clean_candidates(name: str, precision: str, width: int, arch: int) -> Iterat
 def expected_entry(job: tuple[str, str, int, int]) -> dict[str, Any] | None:
     """The table's entry for a pass without a GPU, or None if no candidate is clean."""
     tile = next(clean_candidates(*job), None)
-    if tile is None:
-        return None
-    return asdict(tile) | {"chosen_by": "expected cost, the best that compiles without spills; not measured"}
+    return None if tile is None else asdict(tile)
 
 
 def expected_table(arch: int, workers: int, path: Path) -> None:
@@ -224,7 +225,7 @@ def measured_entry(name: str, width: int, times: Mapping[Tile, float]) -> dict[s
     operations = PassCase.of(name, "16-bit", width, device=torch.device("cpu")).operations
     rate = operations / times[best] / 1e9
     note = f"measured: {times[best]:.3f} ms, {rate:.0f} TFLOP/s, best of {len(times)} on {torch.cuda.get_device_name()}"
-    return asdict(best) | {"chosen_by": f"{note}, torch {torch.__version__}"}
+    return asdict(best) | {NOTE: f"{note}, torch {torch.__version__}"}
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 def write(table: Mapping[str, Any], path: Path) -> None:
     """Put the entries into a table file, keeping the others it has; one entry a line."""
     old = json.loads(path.read_text())["tiles"] if path.exists() else {}
-    text = json.dumps({"tiles": merged(old, table)}, indent=1, sort_keys=True)
+    text = json.dumps({NOTE: EXPECTED, "tiles": merged(old, table)}, indent=1, sort_keys=True)
     innermost = re.sub(r"\{([^{}]*)\}", lambda found: "{" + " ".join(found[1].split()) + "}", text)
     path.write_text(innermost + "\n")
 

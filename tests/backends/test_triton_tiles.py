@@ -5,6 +5,7 @@ Legend: R rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
@@ -24,7 +25,7 @@ from vmf_kernels.backends.triton.tiles import (
     FEW_ROWS,
     MAX_DIM,
     MOST_SPLITS,
-    NOTES,
+    NOTE,
     PASSES,
     PRECISIONS,
     ROW_PASSES,
@@ -231,20 +232,20 @@ def test_splits_of_the_workloads(rows: int, width: int, tile: Tile, splits: int)
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, None])
 def test_only_few_rows_take_the_tile_for_few(rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     many, few = Tile(128, 64), Tile(16, 32, warps=8)
-    made = {"student": asdict(many) | {"chosen_by": "a test"}, "student few": asdict(few) | {"chosen_by": "a test"}}
+    made = {"student": asdict(many), "student few": asdict(few) | {NOTE: "a test"}}
     monkeypatch.setattr(tiles, "table", lambda: {"90": {"16-bit": {"256": made}}})
     expected = few if rows is not None and rows <= FEW_ROWS else many
     assert tile_of("student", HOPPER, "16-bit", 200, rows) == expected
 
 
 def test_without_a_tile_for_few_rows_there_is_the_one_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {"student": asdict(Tile(128, 64)) | {"chosen_by": "a test"}}
+    made = {"student": asdict(Tile(128, 64))}
     monkeypatch.setattr(tiles, "table", lambda: {"90": {"16-bit": {"64": made}}})
     assert tile_of("student", HOPPER, "16-bit", 2, 1) == Tile(128, 64)
 
 
 def test_a_pass_has_a_tile_where_the_table_has_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {"columns": asdict(Tile(32, 32)) | {"chosen_by": "a test"}}
+    made = {"columns": asdict(Tile(32, 32))}
     monkeypatch.setattr(tiles, "table", lambda: {"90": {"16-bit": {"256": made, "384": {}}}})
     assert has_tile("columns", HOPPER, "16-bit", 256)
     assert not has_tile("student", HOPPER, "16-bit", 256), "there is no entry of this pass"
@@ -275,15 +276,18 @@ def test_what_the_table_does_not_serve_is_named() -> None:
     assert not served, f"{served} have tiles now"
 
 
-def test_every_shipped_entry_is_a_tile_and_says_what_chose_it() -> None:
+def test_every_shipped_entry_is_a_tile_of_a_pass() -> None:
     known = {field.name for field in fields(Tile)}
     names = {*PASSES, *(f"{name} few" for name in ROW_PASSES)}
-    wrong = offenders(
-        lambda precision, width, name, entry: (
-            name in names and known | {"chosen_by"} <= entry.keys() <= known | set(NOTES) and bool(entry["chosen_by"])
-        )
-    )
-    assert not wrong, f"not a tile with its reason: {wrong}"
+    wrong = offenders(lambda precision, width, name, entry: name in names and entry.keys() - {NOTE} == known)
+    assert not wrong, f"{wrong}"
+
+
+def test_what_chose_an_entry_is_said_of_it_only_if_it_is_not_what_chose_the_others() -> None:
+    of_all = json.loads(tiles.TABLE_PATH.read_text())[NOTE]
+    wrong = offenders(lambda precision, width, name, entry: entry.get(NOTE, "something else") not in ("", of_all))
+    assert of_all, "nothing is said"
+    assert not wrong, f"{wrong}"
 
 
 def test_every_shipped_tile_divides_the_padding() -> None:

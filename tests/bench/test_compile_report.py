@@ -45,7 +45,7 @@ COMMITTED = ROOT / "bench" / "results" / "compiled"
 ARCHITECTURES = (80, 90, 100)
 PINNED = next(line[8:] for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("triton=="))
 VERSIONS = {PINNED: COMMITTED, "3.6.0": COMMITTED / "triton_3.6.0"}  # Triton's, and where its reports are
-ENTRY = {"rows": 64, "prototypes": 64, "chosen_by": "a test"}
+ENTRY = {"rows": 64, "prototypes": 64}
 LABELS = {"kernel", "mode", "dim", "products", "dtype", "tile", "num_warps", "num_stages", "limit", "digest"}
 FIELDS = LABELS | {
     "registers",

@@ -15,6 +15,7 @@ from bench import tune
 from bench.ahead_of_time import SHARED_MEMORY, TENSOR_MEMORY, Compiled
 from bench.pass_case import PassCase
 from bench.tune import (
+    EXPECTED,
     MEASURED,
     MEASURED_PAIRS,
     candidates,
@@ -32,8 +33,10 @@ from tests.backends.test_triton_tiles import UNSERVED
 from vmf_kernels.backends.triton.tiles import (
     FEW_ROWS,
     MAX_WIDTH_OF_ANY_CHUNKS,
+    NOTE,
     PASSES,
     PRECISIONS,
+    TABLE_PATH,
     WIDTHS,
     Tile,
     family,
@@ -44,7 +47,7 @@ CPU = torch.device("cpu")
 GOOD = Compiled(
     registers=255, spills=0, shared=1, tensor_memory=0, matrix=1, bulk_copies=0, asynchronous_copies=1, loops=()
 )
-ENTRY = {"rows": 64, "prototypes": 64, "chosen_by": "a test"}
+ENTRY = {"rows": 64, "prototypes": 64, NOTE: "a test"}
 
 
 def every_candidate(precision: str, arch: int = 90) -> list[tuple[str, int, Tile]]:
@@ -186,7 +189,7 @@ def test_the_expected_entry_is_the_first_clean_candidate(compiler: list[Tile]) -
     assert entry is not None
     assert asdict(third).items() <= entry.items()
     assert compiler[-1] == third
-    assert "not measured" in entry["chosen_by"]
+    assert NOTE not in entry, "what chose it is said once, of the file"
 
 
 def test_without_a_clean_candidate_there_is_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +250,7 @@ def test_the_fastest_tile_is_the_entry(clock: Any) -> None:
     assert asdict(favourite).items() <= entry.items()
     rate = 2.0 * 2 * 3840 * 65_536 * 256 / 2e-3 / 1e12
     expected = f"measured: 2.000 ms, {rate:.0f} TFLOP/s, best of {len(times)} on Imaginary 1, torch {torch.__version__}"
-    assert entry["chosen_by"] == expected
+    assert entry[NOTE] == expected
 
 
 def test_a_tile_that_fails_is_no_candidate(clock: Any) -> None:
@@ -318,7 +321,12 @@ def test_a_written_table_keeps_what_the_file_has(tmp_path: Path) -> None:
         write({"90": {"16-bit": {width: {"student": ENTRY}}}}, path)
     written = json.loads(path.read_text())["tiles"]
     assert written == {"90": {"16-bit": {"256": {"student": ENTRY}, "384": {"student": ENTRY}}}}
+    assert json.loads(path.read_text())[NOTE] == EXPECTED
     assert [left.name for left in tmp_path.iterdir()] == ["tiles.json"]
+
+
+def test_the_shipped_table_says_of_its_entries_what_a_written_one_does() -> None:
+    assert json.loads(TABLE_PATH.read_text())[NOTE] == EXPECTED
 
 
 def test_installing_merges_into_the_packages_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

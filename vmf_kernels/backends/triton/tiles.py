@@ -1,6 +1,7 @@
 """Tile sizes: which block of rows and prototypes a program of each pass holds, by device, precision and embedding dim.
 
-The table is ``tiles.json`` beside this file, written by ``python -m bench.tune``; every entry says what chose it.
+The table is ``tiles.json`` beside this file, written by ``python -m bench.tune``. The file says once what chose its entries; an
+entry that something else chose, such as a measurement, says so itself.
 
 Legend: R rows, K prototypes, D embedding dim.
 """
@@ -28,7 +29,7 @@ ROW_PASSES = PASSES[:3]
 SMALL_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KiB of shared memory a block, unlike their generation's data-centre part
 PRECISIONS = ("16-bit", "tf32", "ieee")
 NO_TENSOR_CORES = "ieee"
-NOTES = ("chosen_by",)  # of an entry, beside the fields of its tile
+NOTE = "chosen_by"  # of the file, or of an entry beside the fields of its tile
 INTERPRETER_PAD = 64
 MAX_WIDTH_OF_ANY_CHUNKS = 384
 MOST_SPLITS = 128  # of the prototypes: about one a multiprocessor
@@ -107,7 +108,7 @@ def tile_of(name: str, target: Target, precision: str, dim: int, rows: int | Non
     entries = table()[family(target.arch)][precision][str(next(width for width in WIDTHS if dim <= width))]
     few = f"{name} few"
     key = few if rows is not None and rows <= FEW_ROWS and few in entries else name
-    return Tile(**{field: value for field, value in entries[key].items() if field not in NOTES})
+    return Tile(**{field: value for field, value in entries[key].items() if field != NOTE})
 
 
 def has_tile(name: str, target: Target, precision: str, dim: int) -> bool:
@@ -133,7 +134,7 @@ def pad_to(target: Target) -> int:
 
 @functools.cache
 def table() -> Mapping[str, Any]:
-    """The parsed ``tiles.json``: family -> precision -> width -> pass -> fields of ``Tile`` and what chose them."""
+    """The parsed ``tiles.json``: family -> precision -> width -> pass -> fields of ``Tile``, and what chose them if it says."""
     parsed: Mapping[str, Any] = json.loads(TABLE_PATH.read_text())["tiles"]
     return parsed
 
