@@ -14,6 +14,7 @@ import torch
 from bench.light.exact import Exact, near
 from bench.light.inputs import LOG2_E, Array, integers, padded, padded_vector, sparse_signs
 from bench.light.stand import LOWEST, Stand
+from vmf_kernels.backends.triton.prototypes import Network
 from vmf_kernels.bessel import log_vmf_constant, vmf_mean_resultant_length
 from vmf_kernels.prototypes import Prototypes
 
@@ -75,9 +76,10 @@ def check_pack(stand: Stand) -> None:
         bias = stand.floats(extra)
 
         def launch(given: Stored = given, bias: Any = bias) -> Any:
-            kernels, both = stand.kernels, (temperature, temperature)
-            alone = kernels.pack_prototypes(given.prototypes, temperature, bias, stand.dtype, keeps_norms=True)
-            student, teacher = kernels.pack_networks(given.prototypes, given.prototypes, both, bias, stand.dtype)
+            kernels, one = stand.kernels, Network(given.prototypes, temperature)
+            other = one._replace(bias=bias)
+            alone = kernels.pack_prototypes(other, stand.dtype, keeps_norms=True)
+            student, teacher = kernels.pack_networks(one, other, stand.dtype)
             networks = {"alone": alone, "student": student, "teacher": teacher}
             biases = {f"bias {name}": packed.bias for name, packed in networks.items()}
             return (

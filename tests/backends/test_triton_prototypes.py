@@ -21,6 +21,7 @@ from torch import Tensor
 from tests.backends.interpreted import Damage, correct_bf16, damaged
 from vmf_kernels import log_vmf_constant
 from vmf_kernels.backends.triton.prototypes import (
+    Network,
     PackedPrototypes,
     pack_networks,
     pack_prototypes,
@@ -84,7 +85,7 @@ def packed_of(
     prototypes: Prototypes, extra_bias: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> PackedPrototypes:
     with correct_bf16() if prototypes.weight.dtype == torch.bfloat16 else nullcontext():
-        return pack_prototypes(prototypes, TEMPERATURE, extra_bias, dtype)
+        return pack_prototypes(Network(prototypes, TEMPERATURE, extra_bias), dtype)
 
 
 def nats(packed: PackedPrototypes) -> Tensor:
@@ -325,14 +326,11 @@ def test_both_networks_in_one_launch_are_the_same_bits(
 ) -> None:
     student, teacher = (stored(kind, 130, 65, dtype) for kind, dtype in zip(kinds, dtypes, strict=True))
     student = replace(student, weight=student.weight.repeat(1, 2)[:, :65])  # another stride
-    temperatures, bias = (TEMPERATURE, TEMPERATURE / 2), torch.randn(130)
+    networks = Network(student, TEMPERATURE), Network(teacher, TEMPERATURE / 2, torch.randn(130))
     with damaged(lambda kernel, arguments, options: None) as launches:
-        got = pack_networks(student, teacher, temperatures, bias, torch.float16)
+        got = pack_networks(*networks, torch.float16)
     assert launches == ["pack_networks_kernel"]
-    alone = (
-        pack_prototypes(student, temperatures[0], None, torch.float16),
-        pack_prototypes(teacher, temperatures[1], bias, torch.float16),
-    )
+    alone = [pack_prototypes(network, torch.float16) for network in networks]
     for name, one, other in zip(("student", "teacher"), got, alone, strict=True):
         assert torch.equal(one.weight, other.weight), f"the {name}'s prototypes differ"
         assert torch.equal(one.bias, other.bias), f"the {name}'s biases differ"
@@ -342,10 +340,10 @@ def test_both_networks_in_one_launch_are_the_same_bits(
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_bias_from_kept_norms_is_the_same_bits(kind: str, uninitialised_memory_is_nan: None) -> None:
     prototypes, extra, warmer = stored(kind, MANY, 24), torch.randn(MANY), TEMPERATURE * 2
-    kept = pack_prototypes(prototypes, TEMPERATURE, None, torch.float32, keeps_norms=True)
+    kept = pack_prototypes(Network(prototypes, TEMPERATURE), torch.float32, keeps_norms=True)
     for bias in (None, extra):
-        got = with_bias(kept, prototypes, warmer, bias)
-        expected = pack_prototypes(prototypes, warmer, bias, torch.float32)
+        network = Network(prototypes, warmer, bias)
+        got, expected = with_bias(kept, network), pack_prototypes(network, torch.float32)
         assert torch.equal(got.bias, expected.bias)
         assert torch.equal(got.weight, expected.weight)
         assert got.has_bias == expected.has_bias

@@ -19,7 +19,7 @@ from tests.ops.test_prototype_cross_entropy import HARD
 from vmf_kernels import prototype_usage, vmf_prototypes
 from vmf_kernels.backends.choice import BACKENDS, choose_backend
 from vmf_kernels.backends.triton import launch, operator, tiles
-from vmf_kernels.backends.triton.prototypes import pack_prototypes
+from vmf_kernels.backends.triton.prototypes import Network, pack_prototypes
 from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import prepare_keys
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome, random_problem
@@ -112,7 +112,7 @@ def test_the_normaliser_on_the_device_is_that_of_fp64(dim: int, device: torch.de
     weight = torch.nn.functional.normalize(torch.randn(4099, dim, device=device), dim=1)
     weight *= torch.logspace(-4, 4, 4099, device=device)[:, None]
     temperature = torch.full((), 0.1, dtype=FP64, device=device)
-    packed = pack_prototypes(vmf_prototypes(weight), temperature, None, FP32)
+    packed = pack_prototypes(Network(vmf_prototypes(weight), temperature), FP32)
     exact = prepare_keys(vmf_prototypes(weight.double()), temperature, None, FP64).bias
     assert exact is not None
     error = ((packed.bias[:4099].double() / LOG2_E - exact) / exact).abs().max().item()

@@ -37,6 +37,7 @@ from vmf_kernels.backends.cuda import binding, measured
 from vmf_kernels.backends.cuda import prototypes as ours
 from vmf_kernels.backends.triton import launch
 from vmf_kernels.backends.triton import prototypes as tritons
+from vmf_kernels.backends.triton.prototypes import Network
 from vmf_kernels.prototypes import KINDS, LOWEST_BIAS
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome, random_problem
 
@@ -282,7 +283,7 @@ def stored(kind: str, count: int, dim: int, dtype: torch.dtype, device: torch.de
 def check_preparation(prototypes: Prototypes, dtype: torch.dtype) -> None:
     """Packed and pulled back as in fp64, within the budgets of Triton's kernels (tests/backends/test_triton_prototypes.py)."""
     count, dim = prototypes.weight.shape
-    packed = ours.pack_prototypes(prototypes, on(prototypes, TEMPERATURE), None, dtype)
+    packed = ours.pack_prototypes(Network(prototypes, on(prototypes, TEMPERATURE)), dtype)
     truth = in_fp64(prototypes).effective_weight()
     error = (packed.weight[:count, :dim].double() - truth).abs()
     budget = (torch.finfo(dtype).eps / 2 + 4 * ULP) * truth.abs() + SMALLEST_STEP[dtype]
@@ -332,7 +333,7 @@ def test_preparation_agrees_with_triton_s(dim: int, hopper: torch.device) -> Non
 def check_against_triton(prototypes: Prototypes, dtype: torch.dtype) -> None:
     """The same up to one rounding of the packed dtype, and a few of fp32 in the bias."""
     temperature, extra = (on(prototypes, tensor) for tensor in (TEMPERATURE, torch.randn(prototypes.count)))
-    packed = [side.pack_prototypes(prototypes, temperature, extra, dtype) for side in (ours, tritons)]
+    packed = [side.pack_prototypes(Network(prototypes, temperature, extra), dtype) for side in (ours, tritons)]
     weights, biases = (
         [getattr(one, name)[: prototypes.count].double() for one in packed] for name in ("weight", "bias")
     )

@@ -13,53 +13,32 @@ from torch import Tensor
 
 from vmf_kernels.backends.cuda import binding
 from vmf_kernels.backends.cuda.layouts import PAD_TO, layout_of
-from vmf_kernels.backends.triton.prototypes import PackedPrototypes
+from vmf_kernels.backends.triton.prototypes import Network, PackedPrototypes
 from vmf_kernels.bessel import difference_coefficients, orders, slope_coefficients
 from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 
 STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def pack_prototypes(
-    prototypes: Prototypes,
-    temperature: Tensor,
-    extra_bias: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    keeps_norms: bool = False,
-) -> PackedPrototypes:
-    """One pass over the weights: norms, vMF normaliser, cast, padding; arguments as ``vmf_kernels.prototypes.prepare_keys``."""
-    network = _Network(prototypes, temperature, extra_bias, dtype, keeps_norms=keeps_norms)
-    binding.module().pack_prototypes([network.packing()], binding.queue(network.weight))
-    return network.packed
+def pack_prototypes(network: Network, dtype: torch.dtype, *, keeps_norms: bool = False) -> PackedPrototypes:
+    """Pack the prototypes of one network; as ``vmf_kernels.backends.triton.prototypes.pack_prototypes``."""
+    one = _Packing(network, dtype, keeps_norms=keeps_norms)
+    binding.module().pack_prototypes([one.described()], binding.queue(one.weight))
+    return one.packed
 
 
-def pack_networks(
-    student: Prototypes,
-    teacher: Prototypes,
-    temperatures: tuple[Tensor, Tensor],
-    teacher_bias: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[PackedPrototypes, PackedPrototypes]:
+def pack_networks(student: Network, teacher: Network, dtype: torch.dtype) -> tuple[PackedPrototypes, PackedPrototypes]:
     """Pack the prototypes of both networks in one launch; as ``vmf_kernels.backends.triton.prototypes.pack_networks``."""
-    one = _Network(student, temperatures[0], None, dtype)
-    other = _Network(teacher, temperatures[1], teacher_bias, dtype)
-    binding.module().pack_prototypes([one.packing(), other.packing()], binding.queue(one.weight))
+    one, other = _Packing(student, dtype), _Packing(teacher, dtype)
+    binding.module().pack_prototypes([one.described(), other.described()], binding.queue(one.weight))
     return one.packed, other.packed
 
 
-class _Network:
+class _Packing:
     """One network's stored and packed prototypes. It keeps the tensors that it points to alive until the launch."""
 
-    def __init__(
-        self,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        extra_bias: Tensor | None,
-        dtype: torch.dtype,
-        *,
-        keeps_norms: bool = False,
-    ) -> None:
+    def __init__(self, network: Network, dtype: torch.dtype, *, keeps_norms: bool = False) -> None:
+        prototypes, temperature, bias = network
         layout = layout_of(prototypes.dim, dtype)
         padded = -(-prototypes.count // PAD_TO) * PAD_TO
         new = prototypes.weight.new_empty
@@ -69,13 +48,13 @@ class _Network:
             temperature,
             prototypes.count,
             layout,
-            prototypes.has_normalizer or extra_bias is not None,
+            network.has_bias,
             new(padded, dtype=torch.float32) if keeps_norms else None,
         )
         self.prototypes, self.weight = prototypes, _rows(prototypes.weight)
-        self.magnitude, self.extra_bias = _vector(prototypes.magnitude), _vector(extra_bias)
+        self.magnitude, self.extra_bias = _vector(prototypes.magnitude), _vector(bias)
 
-    def packing(self) -> Any:
+    def described(self) -> Any:
         """The module's description of this network."""
         packed, at = self.packed, self.weight.device
         padded, width = packed.weight.shape

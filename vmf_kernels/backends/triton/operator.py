@@ -24,6 +24,7 @@ from vmf_kernels.backends.triton.passes import (
     row_pass,
 )
 from vmf_kernels.backends.triton.prototypes import (
+    Network,
     PackedPrototypes,
     pack_networks,
     pack_prototypes,
@@ -46,24 +47,11 @@ from vmf_kernels.prototypes import LOWEST_BIAS, Prototypes
 class Kernels(Protocol):
     """The kernels that read prototypes. All implementations share Triton's kernels for the smaller steps between them."""
 
-    def pack_prototypes(
-        self,
-        prototypes: Prototypes,
-        temperature: Tensor,
-        extra_bias: Tensor | None,
-        dtype: torch.dtype,
-        *,
-        keeps_norms: bool = False,
-    ) -> PackedPrototypes:
+    def pack_prototypes(self, network: Network, dtype: torch.dtype, *, keeps_norms: bool = False) -> PackedPrototypes:
         """See ``prototypes.pack_prototypes``."""
 
     def pack_networks(
-        self,
-        student: Prototypes,
-        teacher: Prototypes,
-        temperatures: tuple[Tensor, Tensor],
-        teacher_bias: Tensor | None,
-        dtype: torch.dtype,
+        self, student: Network, teacher: Network, dtype: torch.dtype
     ) -> tuple[PackedPrototypes, PackedPrototypes]:
         """See ``prototypes.pack_networks``."""
 
@@ -122,9 +110,10 @@ def cross_entropy(inputs: LossInputs, kernels: Kernels = TRITON) -> LossOutputs:
     features, teacher_features = inputs.student_features, inputs.teacher_features
     dtype = product_dtype(features, teacher_features)
     with launch.on_device(features):
-        temperatures = inputs.student_temperature, inputs.teacher_temperature
         student, teacher = kernels.pack_networks(
-            inputs.student, inputs.teacher, temperatures, inputs.teacher_bias, dtype
+            Network(inputs.student, inputs.student_temperature),
+            Network(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias),
+            dtype,
         )
         layout = student.layout
         own = "student" if inputs.feature_gradient else "scores"  # only equation (4) has the student's barycentre
@@ -222,13 +211,13 @@ def product_dtype(*rows: Tensor) -> torch.dtype:
 
 def prepared(inputs: RowInputs, dtype: torch.dtype, kernels: Kernels) -> PackedPrototypes:
     """Packed prototypes; kept if other sums over them follow (``backends.prepared``)."""
-    _, prototypes, temperature, bias, _ = inputs
-    room, key = prepared_of(prototypes), (type(kernels), dtype)
+    network = Network(inputs.prototypes, inputs.temperature, inputs.bias)
+    room, key = prepared_of(inputs.prototypes), (type(kernels), dtype)
     if room is None:
-        return kernels.pack_prototypes(prototypes, temperature, bias, dtype)
+        return kernels.pack_prototypes(network, dtype)
     if key in room:
-        return with_bias(room[key], prototypes, temperature, bias)
-    room[key] = kept = kernels.pack_prototypes(prototypes, temperature, bias, dtype, keeps_norms=True)
+        return with_bias(room[key], network)
+    room[key] = kept = kernels.pack_prototypes(network, dtype, keeps_norms=True)
     return kept
 
 

@@ -29,6 +29,19 @@ SCALED_AT_ONCE = 4096
 BIASES_AT_ONCE = 256
 
 
+class Network(NamedTuple):
+    """One network's prototypes, and what makes logits of their products with rows."""
+
+    prototypes: Prototypes
+    temperature: Tensor  # [] float64
+    bias: Tensor | None = None  # [K] nats added to the logits
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether anything is added to the products."""
+        return self.prototypes.has_normalizer or self.bias is not None
+
+
 class PackedPrototypes(NamedTuple):
     """Effective prototypes, cast to the dtype of the products and padded to whole tiles."""
 
@@ -41,16 +54,16 @@ class PackedPrototypes(NamedTuple):
     norm: Tensor | None = None  # [K padded] fp32, if it is kept for other biases (``with_bias``)
 
 
-def pack_prototypes(
-    prototypes: Prototypes,
-    temperature: Tensor,
-    extra_bias: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    keeps_norms: bool = False,
-) -> PackedPrototypes:
-    """One pass over the weights: norms, vMF normaliser, cast, padding; arguments as ``vmf_kernels.prototypes.prepare_keys``."""
-    weight, packed = _rows(prototypes.weight), _empty(prototypes, temperature, extra_bias, dtype)
+def pack_prototypes(network: Network, dtype: torch.dtype, *, keeps_norms: bool = False) -> PackedPrototypes:
+    """One pass over the weights: norms, vMF normaliser, cast, padding; as ``vmf_kernels.prototypes.prepare_keys``.
+
+    Args:
+        network: whose prototypes.
+        dtype: of the products.
+        keeps_norms: for ``with_bias``.
+    """
+    prototypes, temperature, bias = network
+    weight, packed = _rows(prototypes.weight), _empty(network, dtype)
     if keeps_norms:
         packed = packed._replace(norm=torch.empty_like(packed.bias))
     launch.run(
@@ -58,7 +71,7 @@ def pack_prototypes(
         (-(-packed.bias.shape[0] // _block(packed)),),
         weight,
         _vector(prototypes.magnitude, weight),
-        _vector(extra_bias, weight),
+        _vector(bias, weight),
         temperature,
         packed.weight,
         packed.bias,
@@ -72,7 +85,7 @@ def pack_prototypes(
         WIDTH=packed.layout.width,
         KIND=prototypes.without_vmf().kind,
         VMF=prototypes.has_normalizer,
-        HAS_EXTRA_BIAS=extra_bias is not None,
+        HAS_EXTRA_BIAS=bias is not None,
         KEEPS_NORMS=packed.norm is not None,
         **_constant(prototypes.dim),
         num_warps=WARPS,
@@ -80,60 +93,49 @@ def pack_prototypes(
     return packed
 
 
-def pack_networks(
-    student: Prototypes,
-    teacher: Prototypes,
-    temperatures: tuple[Tensor, Tensor],
-    teacher_bias: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[PackedPrototypes, PackedPrototypes]:
-    """``pack_prototypes`` of student and teacher in one launch; both must have the same K and D.
-
-    Args:
-        temperatures: of the student and of the teacher, [] each.
-        teacher_bias: [K] nats added to the teacher's logits, or None.
-    """
-    rows, other_rows = _rows(student.weight), _rows(teacher.weight)
-    packed = _empty(student, temperatures[0], None, dtype)
-    other = _empty(teacher, temperatures[1], teacher_bias, dtype)
+def pack_networks(student: Network, teacher: Network, dtype: torch.dtype) -> tuple[PackedPrototypes, PackedPrototypes]:
+    """``pack_prototypes`` of both, which must have the same K and D, in one launch. Only the teacher may have a bias."""
+    assert student.bias is None, "the kernel adds none to the student's logits"
+    prototypes, others = student.prototypes, teacher.prototypes
+    rows, other_rows = _rows(prototypes.weight), _rows(others.weight)
+    packed, other = _empty(student, dtype), _empty(teacher, dtype)
     launch.run(
         pack_networks_kernel,
         (-(-packed.bias.shape[0] // _block(packed)), 2),
         rows,
-        _vector(student.magnitude, rows),
-        temperatures[0],
+        _vector(prototypes.magnitude, rows),
+        student.temperature,
         packed.weight,
         packed.bias,
         rows.stride(0),
         other_rows,
-        _vector(teacher.magnitude, other_rows),
-        _vector(teacher_bias, other_rows),
-        temperatures[1],
+        _vector(others.magnitude, other_rows),
+        _vector(teacher.bias, other_rows),
+        teacher.temperature,
         other.weight,
         other.bias,
         other_rows.stride(0),
-        student.count,
-        student.dim,
+        prototypes.count,
+        prototypes.dim,
         LOWEST_BIAS,
         N=_block(packed),
         COLUMNS=_power_of_two(packed.layout.width),
         WIDTH=packed.layout.width,
-        STUDENT_KIND=student.without_vmf().kind,
-        TEACHER_KIND=teacher.without_vmf().kind,
-        STUDENT_VMF=student.has_normalizer,
-        TEACHER_VMF=teacher.has_normalizer,
-        HAS_EXTRA_BIAS=teacher_bias is not None,
-        **_constant(student.dim),
+        STUDENT_KIND=prototypes.without_vmf().kind,
+        TEACHER_KIND=others.without_vmf().kind,
+        STUDENT_VMF=prototypes.has_normalizer,
+        TEACHER_VMF=others.has_normalizer,
+        HAS_EXTRA_BIAS=teacher.bias is not None,
+        **_constant(prototypes.dim),
         num_warps=WARPS,
     )
     return packed, other
 
 
-def with_bias(
-    packed: PackedPrototypes, prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None
-) -> PackedPrototypes:
+def with_bias(packed: PackedPrototypes, network: Network) -> PackedPrototypes:
     """The same prototypes at another temperature or with another bias: a pass over K numbers. Norms must have been kept."""
     assert packed.norm is not None, "packed without keeping the norms"
+    prototypes, temperature, extra_bias = network
     bias = torch.empty_like(packed.bias)
     block = min(BIASES_AT_ONCE, pad_to(launch.target_of(bias.device)))  # divides the padding
     launch.run(
@@ -151,8 +153,7 @@ def with_bias(
         **_constant(prototypes.dim),
         num_warps=WARPS,
     )
-    has_bias = prototypes.has_normalizer or extra_bias is not None
-    return packed._replace(bias=bias, temperature=temperature, has_bias=has_bias)
+    return packed._replace(bias=bias, temperature=temperature, has_bias=network.has_bias)
 
 
 def pull_back(
@@ -204,20 +205,19 @@ def scale_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
-def _empty(
-    prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
-) -> PackedPrototypes:
+def _empty(network: Network, dtype: torch.dtype) -> PackedPrototypes:
     """Empty buffers for packed prototypes."""
+    prototypes = network.prototypes
     layout, device = layout_of(prototypes.dim, precision_of(dtype)), prototypes.weight.device
     align = pad_to(launch.target_of(device))
     padded = -(-prototypes.count // align) * align
     return PackedPrototypes(
         torch.empty(padded, layout.width, dtype=dtype, device=device),
         torch.empty(padded, dtype=torch.float32, device=device),
-        temperature,
+        network.temperature,
         prototypes.count,
         layout,
-        prototypes.has_normalizer or extra_bias is not None,
+        network.has_bias,
     )
 
 
