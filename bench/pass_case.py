@@ -5,6 +5,7 @@ Legend: R rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,17 +81,18 @@ class PassCase:
             kernels.column_pass(*sides, self.rows, unit, unit, self.out, tile)
             return self.out
 
-    def result(self, tile: Tile, kernels: Any = None) -> Tensor:
-        """What the pass computes, whatever the tile and the kernels: merged rows, or the gradient at the prototypes."""
+    def results(self, tile: Tile, kernels: Any = None) -> dict[str, Tensor]:
+        """What the pass computes by name, whatever the tile and the kernels: merged rows, or the gradient at the prototypes."""
         from vmf_kernels.backends.triton.rows import merge_log_sum_exp, merge_teachers
 
         left = self.run(tile, kernels)
         if self.name not in ROW_PASSES:
-            return torch.cat([left.vectors.flatten(), left.usage])
+            return {"vectors": left.vectors, "usage": left.usage}
         if self.name == "scores":
-            return merge_log_sum_exp(left, None)
+            return {"log_sum_exp": merge_log_sum_exp(left, None)}
         weight = torch.ones_like(self.offset)
-        return merge_teachers(left, weight, self.unit, self.layout, has_value_bias=False).barycentre
+        merged = merge_teachers(left, weight, self.unit, self.layout, has_value_bias=False)
+        return {"barycentre": merged.barycentre}
 
     @property
     def operations(self) -> float:
@@ -104,3 +106,9 @@ class PassCase:
 
         median: float = do_bench_cudagraph(lambda: self.run(tile), rep=60, quantiles=[0.5])
         return median
+
+
+def relative_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Of ``PassCase.results``, all tensors together, in the 2-norm."""
+    one, other = (torch.cat([tensor.flatten() for tensor in each.values()]) for each in (got, expected))
+    return float((one - other).norm() / other.norm())

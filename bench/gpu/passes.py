@@ -9,15 +9,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from bench.baselines import UnavailableError
 from bench.gpu.hang import limited
 from bench.gpu.head import refuse_lost_device
-from bench.gpu.mismatch import mismatch
 from bench.gpu.record import Record, attempt
 from bench.gpu.settings import Settings
 from bench.gpu.timing import Step, Stopwatch, interleaved, rounds_within
-from bench.pass_case import MANY_ROWS, PROTOTYPES, PassCase
+from bench.light.differences import compared
+from bench.light.exact import Exact
+from bench.light.inputs import Array
+from bench.pass_case import MANY_ROWS, PROTOTYPES, PassCase, relative_error
 from vmf_kernels.backends.choice import BACKENDS
 
 BACKENDS_BESIDE = (
@@ -29,6 +32,16 @@ PASSES = {"student": "row pass, keys as values", "teacher": "row pass, own value
 SECONDS = 0.3  # for each pass at each size
 MOST_SECONDS = 15.0  # of one pass: Triton's compiler may take most of it
 LARGEST_DIFFERENCE = 0.02  # relative, between two backends in 16 bits
+# of an element, relative to itself and to its tensor's root mean square: 16-bit rounding is a tenth of it
+ELEMENT_TOLERANCE = 0.05
+DESCRIBED_ROWS = 4096  # of a wrong tensor, where all 65,536 would take seconds
+BLOCK = 128  # rows or prototypes of the largest block of threads
+AXES = {
+    "vectors": ("prototype", "column"),
+    "usage": ("prototype",),
+    "barycentre": ("row", "column"),
+    "log_sum_exp": ("row",),
+}
 
 Hold = Callable[[str | None], None]  # says which backend's kernels are about to run for the first time
 
@@ -137,21 +150,48 @@ def measure(
         raise UnavailableError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     inputs = PassCase.of(name, "16-bit", case.width, device=device, dtype=case.dtype)
     result: dict[str, Any] = {name: {"status": "not available", "reason": reason} for name, reason in reasons.items()}
-    return result | {"operations": inputs.operations, **compared(inputs, found, hold), **rates(inputs, found)}
+    return result | {"operations": inputs.operations, **disagreement(inputs, found, hold), **rates(inputs, found)}
 
 
-def compared(inputs: PassCase, found: Mapping[str, Any], hold: Hold) -> dict[str, Any]:
+def disagreement(inputs: PassCase, found: Mapping[str, Any], hold: Hold) -> dict[str, Any]:
     """Relative difference of each backend's result from the first one's, and where it lies if it is more than rounding."""
     first, *others = found
-    expected = inputs.result(tile_of(inputs, found[first]), found[first])
-    differences, wrong = dict[str, float](), dict[str, Any]()
+    expected = inputs.results(tile_of(inputs, found[first]), found[first])
+    errors, wrong = dict[str, float](), dict[str, Any]()
     for name in others:
         hold(name)
-        got = inputs.result(tile_of(inputs, found[name]), found[name])
-        differences[name] = float((got - expected).norm() / expected.norm())
-        if not differences[name] <= LARGEST_DIFFERENCE:
-            wrong[name] = mismatch(got, expected, inputs.layout.width)
-    return {"difference": differences, "wrong": wrong}
+        got = inputs.results(tile_of(inputs, found[name]), found[name])
+        errors[name] = relative_error(got, expected)
+        if not errors[name] <= LARGEST_DIFFERENCE:
+            wrong[name] = wrong_elements(inputs.name, got, expected)
+    return {"difference": errors, "wrong": wrong}
+
+
+def wrong_elements(name: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Where the tensors of a pass are wrong, by name, as first light describes it; NaN is wrong.
+
+    Counted over the whole; described in the ``window`` of rows from the first wrong block on, from which places count.
+    """
+    found = {}
+    for tensor in expected:
+        right, value = expected[tensor].double(), got[tensor].double()  # compared here as they are on the host
+        allowed = ELEMENT_TOLERANCE * (right.abs() + right.nan_to_num().square().mean().sqrt())
+        is_wrong = (value != right) & ~((value - right).abs() <= allowed)  # the same infinity is right
+        if not is_wrong.any():
+            continue
+        start = int(is_wrong.reshape(len(right), -1).any(1).nonzero()[0]) // BLOCK * BLOCK
+        window = slice(start, start + DESCRIBED_ROWS)
+        exact = Exact(_on_host(right[window]), _on_host(allowed[window]), AXES[tensor])
+        difference = compared(name, tensor, _on_host(value[window]), exact)
+        assert difference is not None, "the window starts with a wrong block"
+        counts = {"wrong": int(is_wrong.sum()), "of": right.numel(), "window": [start, start + len(exact.value)]}
+        found[tensor] = difference.report | counts
+    return found
+
+
+def _on_host(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().cpu().numpy()
+    return array
 
 
 def rates(inputs: PassCase, found: Mapping[str, Any]) -> dict[str, Any]:

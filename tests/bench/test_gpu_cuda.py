@@ -12,7 +12,6 @@ import torch
 
 from bench.baselines import UnavailableError
 from bench.gpu import counters, head, losses, passes, processes, wins
-from bench.gpu.mismatch import mismatch
 from bench.gpu.record import Record
 from bench.gpu.settings import Settings
 from bench.gpu.tables import gpu_table
@@ -57,7 +56,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernels]:
     monkeypatch.setattr(passes, "_kernels", kernels.__getitem__)
     for name in ("triton", "cuda"):
         monkeypatch.setattr(BACKENDS[name], "unsupported", lambda rows, weight: None)
-    monkeypatch.setattr(PassCase, "result", lambda case, tile, kernels: case.run(tile, kernels))
+    monkeypatch.setattr(PassCase, "results", lambda case, tile, kernels: {"usage": case.run(tile, kernels)})
     monkeypatch.setattr(passes, "SECONDS", 0.01)
     return kernels
 
@@ -78,21 +77,31 @@ def test_a_wrong_pass_says_where_and_is_timed_all_the_same(value: float, made_up
     """Negative control."""
     made_up["cuda"].value = value
     found = passes.measure(CASE, "teacher", CPU)
-    assert (found["wrong"]["cuda"]["wrong"], found["wrong"]["cuda"]["of"]) == (3, 3)
+    assert (found["wrong"]["cuda"]["usage"]["wrong"], found["wrong"]["cuda"]["usage"]["of"]) == (3, 3)
     assert found["cuda"]["tflops"] > 0
 
 
-def test_wrong_elements_are_found_and_counted_by_place() -> None:
-    expected = torch.randn(40, 24, dtype=torch.float64)
-    got = expected * 1.01  # as rounding might leave it
-    got[3::16, 5] += 2.0
-    got[3, 7] = torch.nan
-    found = mismatch(got, expected, 24)
-    assert (found["wrong"], found["of"], found["not_finite"], found["rows"]) == (4, 960, 1, [3, 35])
-    assert found["first"][0] == {"row": 3, "column": 5, "got": float(got[3, 5]), "expected": float(expected[3, 5])}
-    assert found["histogram"]["row mod 16"] == [0, 0, 0, 4] + [0] * 12
-    assert found["histogram"]["column mod 8"] == [0, 0, 0, 0, 0, 3, 0, 1]
-    assert mismatch(expected, expected, 24)["wrong"] == 0
+def test_only_what_is_more_than_rounding_is_a_wrong_element() -> None:
+    expected = {"vectors": torch.randn(300, 24), "usage": torch.rand(300)}
+    got = {name: tensor * 1.01 for name, tensor in expected.items()}
+    got["vectors"][131::16, 5] += 2.0
+    got["vectors"][131, 7] = torch.nan
+    found = passes.wrong_elements("columns", got, expected)
+    assert found.keys() == {"vectors"}
+    report = found["vectors"]
+    assert (report["wrong"], report["of"], report["nan"], report["window"]) == (12, 7200, 1, [128, 300])
+    assert [place["at"] for place in report["first"][:3]] == [[3, 5], [3, 7], [19, 5]]
+    assert report["first"][0]["got"] == float(got["vectors"][131, 5])
+    assert report["classes"]["prototype"]["16"] == "3"
+    assert not passes.wrong_elements("columns", expected, expected)
+
+
+def test_wrong_elements_are_counted_beyond_those_that_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "DESCRIBED_ROWS", 128)
+    expected = {"barycentre": torch.ones(1000, 3)}
+    report = passes.wrong_elements("student", {"barycentre": torch.zeros(1000, 3)}, expected)["barycentre"]
+    assert (report["wrong"], report["window"], report["shape"]) == (3000, [0, 128], (128, 3))
+    assert "every wrong element is 0 times the exact one" in report["hints"]
 
 
 def test_a_backend_that_is_left_out_says_so(made_up: dict[str, Kernels]) -> None:

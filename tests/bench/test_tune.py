@@ -234,7 +234,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str, Tile], fl
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Imaginary 1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch, "device", lambda kind: CPU)
-    monkeypatch.setattr(PassCase, "result", lambda case, tile: torch.ones(3))
+    monkeypatch.setattr(PassCase, "results", lambda case, tile: {"usage": torch.ones(3)})
 
     def set_to(milliseconds: Callable[[str, Tile], float]) -> None:
         monkeypatch.setattr(PassCase, "median_ms", lambda case, tile: milliseconds(case.name, tile))
@@ -268,7 +268,9 @@ def test_a_tile_that_fails_is_no_candidate(clock: Any) -> None:
 def test_a_tile_that_computes_something_else_is_no_candidate(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = measured_candidates("student", 256, 90)[2]
     clock(lambda name, tile: 1.0)
-    monkeypatch.setattr(PassCase, "result", lambda case, tile: torch.ones(3) * (1.05 if tile == wrong else 1.0))
+    monkeypatch.setattr(
+        PassCase, "results", lambda case, tile: {"usage": torch.ones(3) * (1.05 if tile == wrong else 1.0)}
+    )
     times = measured_times("student", 256, 90, CPU)
     assert wrong not in times
     assert len(times) == len(measured_candidates("student", 256, 90)) - 1
