@@ -1,4 +1,4 @@
-"""Prototypes: what a head's last layer stores, and how that becomes the keys of the operator.
+"""Prototypes as a head's last layer stores them, and their preparation as keys of the operator.
 
 Legend: K prototypes, D embedding dim. ``w_k`` is the effective prototype, ``tau`` a temperature.
 """
@@ -35,13 +35,13 @@ LOWEST_BIAS = -1e30  # nats; stands for -inf, whose product with a zero probabil
 
 @dataclass(eq=False)  # not frozen: Lightning rebuilds a module's outputs field by field
 class Prototypes:
-    """Prototypes of one network as stored; build one with the functions below.
+    """The stored prototypes of one network; construct them with the functions below.
 
     Attributes:
         weight: [K, D] floating point: ``w`` itself, or the direction ``v`` under weight norm.
         magnitude: [K, 1] or [K] signed norms ``g`` under weight norm, else None.
         kind: one of ``KINDS``; the suffix ``_vmf`` adds ``log C_D(||w_k|| / tau)`` to the logits.
-        severed: whether their head ran where its outputs have lost their gradient unseen: ``refuse_severed``.
+        severed: whether the head ran where its outputs silently lose their gradient; see ``refuse_severed``.
 
     Example:
         >>> prototypes = linear_prototypes(torch.randn(512, 4)).with_vmf()
@@ -87,9 +87,9 @@ class Prototypes:
         return replace(self, kind=self.kind.removesuffix("_vmf"))
 
     def detach(self) -> Prototypes:
-        """The same prototypes cut off from autograd."""
+        """The same prototypes, detached from autograd."""
         magnitude = None if self.magnitude is None else self.magnitude.detach()
-        # severed no more: on purpose, so nothing is lost unseen
+        # no longer severed: detaching is deliberate, so no gradient is lost silently
         return Prototypes(self.weight.detach(), magnitude, self.kind)
 
     @property
@@ -113,7 +113,7 @@ class Prototypes:
         return torch.ones_like(norm) if self.kind == "normalized" else norm
 
     def gain(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """[K] factors with ``w_k = gain_k weight_k``, dtype as ``norms``, differentiable; None for free norms: none needed."""
+        """[K] factors with ``w_k = gain_k weight_k``, dtype as ``norms``, differentiable; None (all 1) for free norms."""
         if self.kind.startswith("linear"):
             return None
         refuse_freed(self.weight, self.magnitude)
@@ -121,9 +121,9 @@ class Prototypes:
         return inverse if self.magnitude is None else self.magnitude.reshape(-1).to(inverse.dtype) * inverse
 
     def log_normalizer(self, temperature: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[K] nats ``log C_D(||w_k|| / tau) - log C_D(0)``: what a von Mises-Fisher component's logit has besides its product.
+        """[K] nats ``log C_D(||w_k|| / tau) - log C_D(0)``, added to the logits of von Mises-Fisher components.
 
-        Everything in torch that needs the normaliser takes it from here; kernels follow ``bessel.py`` themselves.
+        All torch code that needs the normaliser calls this; kernels implement ``bessel.py`` themselves.
 
         Args:
             temperature: [] positive.
@@ -133,7 +133,7 @@ class Prototypes:
             [K], differentiable in the stored tensors.
 
         Raises:
-            ValueError: these prototypes are no von Mises-Fisher components.
+            ValueError: these prototypes are not von Mises-Fisher components.
         """
         if not self.has_normalizer:
             raise ValueError(f"{self.kind} prototypes have no vMF normaliser; expected prototypes.with_vmf()")
@@ -176,7 +176,7 @@ def weight_norm_prototypes(magnitude: Tensor, direction: Tensor) -> Prototypes:
         direction: [K, D] ``v``.
 
     Raises:
-        ValueError: ``direction`` is not a floating-point matrix, or ``magnitude`` has not K elements.
+        ValueError: ``direction`` is not a floating-point matrix, or ``magnitude`` does not have K elements.
     Source: Salimans & Kingma, "Weight Normalization", NeurIPS 2016, equation 2.
 
     Example:
@@ -218,7 +218,7 @@ def weight_norm_vmf_prototypes(magnitude: Tensor, direction: Tensor) -> Prototyp
 
 
 class Keys(NamedTuple):
-    """Prepared prototypes: ``logit_k(x) = scale gain_k <x, weight_k> + bias_k``, all but ``weight`` in fp32 or fp64."""
+    """Prepared prototypes: ``logit_k(x) = scale gain_k <x, weight_k> + bias_k``; all except ``weight`` in fp32 or fp64."""
 
     weight: Tensor  # [K, D] as stored
     gain: Tensor | None  # [K]; None means 1
@@ -227,7 +227,7 @@ class Keys(NamedTuple):
 
 
 def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype) -> Keys:
-    """Keys of the operator at one temperature: gains, and the vMF normaliser plus ``extra_bias`` as one bias.
+    """Keys of the operator at one temperature: gains, and one bias, the vMF normaliser plus ``extra_bias``.
 
     Args:
         prototypes: K prototypes of dim D; no gradient is recorded.
@@ -243,7 +243,7 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
         scale = temperature.to(dtype).reciprocal()
         bias = None if extra_bias is None else extra_bias.to(dtype).reshape(-1)
         if prototypes.has_normalizer:
-            # as ``log_normalizer``, by the inverse temperature that multiplies the products as well
+            # as ``log_normalizer``, but with the same inverse temperature as the products
             normalizer = log_vmf_constant(prototypes.norms(dtype).to(dtype) * scale, prototypes.dim)
             bias = normalizer if bias is None else bias + normalizer
         gain = prototypes.gain(dtype)
@@ -259,16 +259,16 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
 def pull_back_to_stored(
     prototypes: Prototypes, temperature: Tensor, gradient_KD: Tensor, bias_gradient_K: Tensor | None
 ) -> Tensor | None:
-    """Turn the gradient at the effective prototypes into the one at the stored tensors, in place.
+    """Convert the gradient at the effective prototypes to that at the stored tensors, in place.
 
     Args:
         prototypes: K prototypes of dim D.
-        temperature: [] positive, the one the bias was prepared with.
+        temperature: [] positive, with which the bias was prepared.
         gradient_KD: [K, D] fp32 or fp64 loss gradient at ``w_k``; overwritten by the gradient at ``weight``.
-        bias_gradient_K: [K] loss gradient at the bias, needed when the prototypes have a normaliser.
+        bias_gradient_K: [K] loss gradient at the bias, needed if the prototypes have a normaliser.
 
     Returns:
-        [K] gradient at ``magnitude``, or None without weight norm. Zero rows get gradient 0.
+        [K] gradient at ``magnitude``, or None without weight norm. Rows of zeros get gradient 0.
     """
     magnitude_gradient = None if prototypes.magnitude is None else gradient_KD.new_empty(prototypes.count)
     with torch.no_grad():
@@ -293,12 +293,12 @@ def pull_back_to_stored(
 
 
 def refuse_freed(*stored: Tensor | None) -> None:
-    """Raise RuntimeError if a stored tensor of prototypes has no memory any more: reading it would end the process.
+    """Raise RuntimeError if the memory of a stored tensor has been freed: reading it would crash the process.
 
-    FSDP2 takes the memory of a module's full parameters when its forward returns, and a loss comes after that.
+    FSDP2 frees a module's full parameters when its forward returns, and the loss runs after that.
     """
     for tensor in stored:
-        # traced and wrapped tensors have no memory of their own; the ops, which run later, ask again
+        # traced and wrapped tensors have no memory of their own; the ops, which run later, check again
         if tensor is None or tensor.numel() == 0 or not has_memory(tensor):
             continue
         if tensor.untyped_storage().size() == 0:
@@ -306,13 +306,13 @@ def refuse_freed(*stored: Tensor | None) -> None:
 
 
 def refuse_severed(prototypes: Prototypes) -> None:
-    """Raise RuntimeError where a gradient is recorded for outputs of a head that have been cut off from it."""
+    """Raise RuntimeError if a gradient would be recorded for outputs that autograd has cut off from their head."""
     if prototypes.severed and torch.is_grad_enabled():
         raise RuntimeError(SEVERED)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype sums are formed in: float64 for float64 inputs, else float32."""
+    """Dtype of sums: float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -331,7 +331,7 @@ def _safe_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _safe_reciprocal(norm: Tensor) -> Tensor:
-    # a zero row has no direction: it stays zero and gets no gradient, where 1/0 would spread NaN
+    # a row of zeros has no direction: it stays zero and gets no gradient; 1/0 would give NaN
     return torch.where(norm > 0, norm, torch.inf).reciprocal()
 
 

@@ -111,8 +111,8 @@ void score(const Score&, const Execution&, void* workspace);
 std::size_t gather_workspace(const Gather&, const Execution&);
 Sums gather(const Gather&, const Execution&, void* workspace);
 
-// Both networks' scores and the gathering pass in one call: logits are stored where `gather` expects them, and the sums over the
-// prototypes stay in the workspace. Only for prototypes that are all on this rank; otherwise ranks merge the sums in between.
+// Both networks' scores and the gathering pass in one call: logits are stored where `gather` expects them, and the sums over
+// the prototypes stay in the workspace. Only if this rank has all prototypes; otherwise ranks merge the sums in between.
 std::size_t step_workspace(const Score& student, const Score& teacher, const Gather&, const Execution&);
 Sums step(Score student, Score teacher, Gather gather, const Execution&, void* workspace);
 

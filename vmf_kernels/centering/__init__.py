@@ -1,1 +1,1 @@
-"""Rules by which a teacher's logits become targets: running means and Sinkhorn-Knopp, each as one [K] bias."""
+"""Rules that turn a teacher's logits into targets: running means and Sinkhorn-Knopp, each as one [K] bias."""

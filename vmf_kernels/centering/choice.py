@@ -1,4 +1,4 @@
-"""Which centring rule a name stands for."""
+"""The centring rule of each name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmf_kernels.centering.sinkhorn import SinkhornKnopp
 
 
 class RuleOptions(NamedTuple):
-    """What a loss knows when it makes its rule; ``losses.stream.Stream`` says what each means."""
+    """The options of a loss from which its rule is made; ``losses.stream.Stream`` documents them."""
 
     num_prototypes: int
     momentum: float
@@ -26,7 +26,7 @@ class RuleOptions(NamedTuple):
 
     @property
     def common(self) -> dict[str, Any]:
-        """Keywords that every rule of this folder takes."""
+        """Keywords that every rule in this folder takes."""
         return {"backend": self.backend, "prototype_group": self.prototype_group, "row_group": self.row_group}
 
 
@@ -44,8 +44,8 @@ def make_rule(centering: str | CenteringRule, options: RuleOptions) -> Centering
     """The rule of this name, or the rule itself.
 
     Raises:
-        ValueError: the name is unknown, or an option out of range, or the rule shares its prototypes out over other ranks.
-        TypeError: it is neither a name nor a rule; says what it lacks.
+        ValueError: the name is unknown, an option is out of range, or the rule has another prototype group.
+        TypeError: it is neither a name nor a rule; the text says what it lacks.
     """
     if isinstance(centering, str):
         if centering not in RULES:

@@ -1,6 +1,6 @@
-"""Log-sums of a network's logits over temperature along either side, whether the logits are stored or not.
+"""Log-sum-exp of a network's logits over temperature, over the prototypes or over the rows, for stored or unstored logits.
 
-Legend: R rows, K prototypes (this rank's own, where ranks share them out).
+Legend: R rows, K prototypes (of this rank, if they are split over ranks).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ ROWS_AT_ONCE = 64  # of stored logits: 16 MiB of fp32 at K = 65,536
 
 @dataclass(frozen=True, eq=False)
 class LogSums:
-    """Sums over ``l = logits / temperature + bias``, detached; ``with`` it, what is prepared for one serves all.
+    """Sums over ``l = logits / temperature + bias``, detached. Inside ``with``, prototypes are prepared once for all sums.
 
     Args:
         logits: [R, K] raw, detached, not divided by the temperature; R may be 0.
         temperature: positive.
-        bias: [K] nats that stored logits lack (the vMF log-normaliser), or None; None for logits that are not stored.
-        backend: of the passes over unstored logits, see ``choose_backend``. Stored ones are summed in plain torch.
-        prototype_group: ranks that share out the prototypes, or None.
+        bias: [K] nats that stored logits lack (the vMF log-normaliser), or None; must be None for unstored logits.
+        backend: of the passes over unstored logits, see ``choose_backend``. Stored logits are summed in plain torch.
+        prototype_group: ranks over which the prototypes are split, or None.
 
     Raises:
-        ValueError: the bias has not K elements, or comes with logits that are not stored.
+        ValueError: the bias does not have K elements, or comes with unstored logits.
     """
 
     logits: PrototypeLogits | Tensor
@@ -49,7 +49,7 @@ class LogSums:
             raise ValueError("bias is given for PrototypeLogits, whose prototypes already bring theirs; expected None")
 
     def __enter__(self) -> LogSums:
-        """Until the end, nobody changes the prototypes: they are prepared once for all sums."""
+        """Until exit, the prototypes are prepared once for all sums; nobody may change them."""
         if isinstance(self.logits, PrototypeLogits):
             keep_prepared(self.logits.prototypes)
         return self
@@ -73,7 +73,7 @@ class LogSums:
         return sums if self.prototype_group is None else log_sum_exp_over_ranks(sums, self.prototype_group)
 
     def over_rows(self, offset: Tensor) -> Tensor:
-        """[K] ``log sum_r exp(l_rk - offset_r)`` over this rank's rows; -inf for none."""
+        """[K] ``log sum_r exp(l_rk - offset_r)`` over this rank's rows; -inf without rows."""
         if isinstance(self.logits, PrototypeLogits):
             features, prototypes = self.logits.features, self.logits.prototypes
             return column_log_sum_exp(features, prototypes, self.temperature, offset, backend=self.backend)
@@ -88,7 +88,7 @@ class LogSums:
         return torch.zeros(shape, dtype=accumulation_dtype(self.logits.dtype), device=device)
 
     def _stored(self) -> Iterator[Tensor]:
-        """Stored logits over temperature with the bias, a few rows at a time."""
+        """Stored logits over temperature, plus the bias, a few rows at a time."""
         assert isinstance(self.logits, Tensor)
         dtype = accumulation_dtype(self.logits.dtype)
         tau = temperature_tensor(self.temperature, "teacher_temperature", self.logits.device).to(dtype)

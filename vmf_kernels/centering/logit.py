@@ -17,9 +17,9 @@ from vmf_kernels.unstored.prototype_logits import PrototypeLogits, project
 class LogitCenter(RunningMean):
     """DINO's centre: the running mean of the teacher's raw logits, subtracted before dividing by the temperature.
 
-    The batch mean is ``W mean(x)``: no logits are formed and ranks exchange D + 1 numbers instead of K.
+    The batch mean is ``W mean(x)``: no logits are computed, and ranks exchange D + 1 numbers instead of K.
 
-    Arguments as ``RunningMean``; the backend is not needed.
+    Arguments as ``RunningMean``; the backend is not used.
 
     Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, equation 4.
 
@@ -47,14 +47,14 @@ class LogitCenter(RunningMean):
         return total, packed[-1]
 
     def _weighed(self, summed: Tensor, rows: int) -> tuple[Tensor, int]:
-        """What this rank's sum over its rows, and their number, contribute to those over all ranks: each row as much."""
+        """This rank's contribution to the sum over all ranks, and to its divisor: here every row has the same weight."""
         return summed, rows
 
 
 class RankMeanCenter(LogitCenter):
-    """The running mean of the ranks' means: each rank with rows counts once, however many it has (DINOv2, lightly).
+    """The running mean of the ranks' means: every rank with rows has the same weight (DINOv2, lightly).
 
-    Arguments as ``LogitCenter``, which weighs by rows: the two agree where all ranks have equally many.
+    Arguments as ``LogitCenter``, in which every row has the same weight; the two agree if all ranks have equally many rows.
 
     Source: facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py; lightly-ai/lightly lightly/models/modules/center.py.
     """

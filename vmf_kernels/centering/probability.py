@@ -22,14 +22,15 @@ AVERAGES = ("log_probability", "probability")
 class ProbabilityCenter(RunningMean):
     """DINO-vMF's centre: the running log of the teacher's mean probability, subtracted from the logits over temperature.
 
-    A reconstruction from the paper, whose code was not public: with average "log_probability"
-    ``c <- m c + (1 - m) log mean_b softmax(l_b)`` over the uncentred logits l; with "probability" the mean itself runs,
-    ``e^c <- m e^c + (1 - m) mean_b softmax(l_b)``. Both stay in log space, where a prototype far from every row is finite.
+    This is reconstructed from the paper, whose code was not public. With average "log_probability",
+    ``c <- m c + (1 - m) log mean_b softmax(l_b)`` over the uncentred logits l. With "probability", the running mean is over
+    the probabilities, ``e^c <- m e^c + (1 - m) mean_b softmax(l_b)``. Both are stored in log space, where the value of a
+    prototype far from every row is finite.
 
     Args:
         average: "log_probability" or "probability".
-        num_prototypes, momentum, start, backend, prototype_group, row_group: as ``RunningMean``; "zero" is uniform, over the
-            prototypes of all ranks: with a prototype group every rank of it makes its centre together with the others.
+        num_prototypes, momentum, start, backend, prototype_group, row_group: as ``RunningMean``. "zero" means uniform over the
+            prototypes of all ranks; so with a prototype group, all its ranks must construct their centres together.
 
     Source: Govindarajan et al., ICLR 2023 (arXiv:2405.10939), "probability-space centering".
 
@@ -60,14 +61,14 @@ class ProbabilityCenter(RunningMean):
             raise ValueError(f"average is {average!r}; expected one of {', '.join(AVERAGES)}")
         self.average = average
         if average == "probability" and start == "zero":
-            # the scale of e^c matters here: start at the uniform distribution; log_probability starts at any constant
+            # here the scale of e^c matters: start at the uniform distribution; log_probability may start at any constant
             if prototype_group is not None:
                 num_prototypes = sum_number_over_ranks(num_prototypes, prototype_group)
             self._start = -math.log(num_prototypes)
             self.reset_parameters()
 
     def bias(self, temperature: float | Tensor) -> Tensor:
-        """[K] ``-c``, nats: already in units of log-probability, so never divided by the temperature."""
+        """[K] ``-c``, nats. It is in units of log-probability, so it is not divided by the temperature."""
         return -self.center[0]
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class ProbabilityCenter(RunningMean):
         rows = teacher.detach().flatten(0, -2)
         with LogSums(rows, temperature, bias, self.backend, self.prototype_group) as sums:
             total = sums.over_rows(sums.over_prototypes())
-        # probabilities are summed over ranks, never their logs
+        # sum probabilities over ranks, not their logs
         count = total.new_full((), float(rows.shape[0]))
         return self._row_ranks.log_sum_exp(total), self._row_ranks.sum(count)
 

@@ -1,4 +1,4 @@
-"""What a loss asks of the rule that makes a teacher's targets.
+"""The interface of a centring rule, which makes a teacher's targets for a loss.
 
 Legend: R rows, K prototypes.
 """
@@ -17,11 +17,11 @@ from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 class CenteringRule(Protocol):
     """A centring rule: the target is ``softmax(logits / temperature + target_bias)``, with one bias for each prototype.
 
-    Every loss takes any object that has these attributes and methods as ``centering=``, and makes an ``nn.Module`` a part of
-    itself. A class that inherits from this one has to define ``target_bias`` only.
+    Every loss takes any object with these attributes and methods as ``centering=``; if it is an ``nn.Module``, it becomes a
+    submodule of the loss. A class that inherits from this one only has to define ``target_bias``.
 
     Attributes:
-        prototype_group: ranks that share out the prototypes; None where each rank has all of them.
+        prototype_group: ranks over which the prototypes are split; None if each rank has all of them.
         over_probabilities: whether ``accumulate`` depends on the temperature and the bias, as a mean of probabilities does.
 
     Example:
@@ -39,7 +39,7 @@ class CenteringRule(Protocol):
 
     @property
     def prototype_group(self) -> ProcessGroup | None:
-        """Ranks that share out the prototypes."""
+        """Ranks over which the prototypes are split."""
         return None
 
     def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
@@ -48,7 +48,7 @@ class CenteringRule(Protocol):
     def target_bias(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """[K] nats to add to the logits over temperature of this batch.
+        """[K] nats to add to this batch's logits over temperature.
 
         Args:
             teacher: [..., K] raw teacher logits, not divided by the temperature.
@@ -60,7 +60,7 @@ class CenteringRule(Protocol):
     def accumulate(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None = None
     ) -> None:
-        """Take in a batch after its use, without a change of the next bias; arguments as ``target_bias``."""
+        """Record a batch after its use, without changing the next bias; arguments as ``target_bias``."""
 
     def apply_pending(self) -> None:
-        """Let what has been accumulated change the next bias."""
+        """Update the next bias with the recorded batches."""

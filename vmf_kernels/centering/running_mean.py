@@ -1,8 +1,8 @@
-"""The running mean of a teacher's batches: what both centres have in common.
+"""The running mean of a teacher's batches, the base of both centres.
 
-A centre takes in the teacher's batch with ``accumulate`` (once per micro-batch) and moves with ``apply_pending`` (once per
-optimiser step); ``update`` is both. Statistics are those of all ranks when a process group exists. A batch with a non-finite
-value is ignored, whether it waits alone or with others; nothing waits for the device.
+``accumulate`` records the teacher's batch (once per micro-batch), and ``apply_pending`` moves the centre (once per optimiser
+step); ``update`` does both. If a process group exists, statistics are over all ranks. A batch with a non-finite value is
+ignored, even if other batches are pending. Nothing waits for the device.
 
 Legend: R rows, K prototypes.
 """
@@ -25,35 +25,35 @@ STARTS = ("zero", "first_batch")
 
 
 def check_momentum(value: float, name: str) -> None:
-    """Raise ValueError unless a running mean can have this momentum."""
+    """Raise ValueError unless this is a valid momentum of a running mean."""
     if not 0 <= value < 1:
         raise ValueError(f"{name} is {value}; expected a number in [0, 1)")
 
 
 class RunningMean(nn.Module):
-    """A centring rule whose bias follows from a running mean of the batches: the buffer, its start, and its step.
+    """A centring rule whose bias depends on a running mean of the batches: the buffer, its start, and its update.
 
-    ``module.center = tensor`` takes the tensor's K values and its device; shape and dtype stay. The buffer keeps fp32 (fp64
+    ``module.center = tensor`` copies the tensor's K values and its device; shape and dtype stay. The buffer stays fp32 (fp64
     after ``double()``) under ``half()``, ``bfloat16()`` and ``to()``.
 
-    A loss that was built on the meta device needs each centre's ``reset_parameters()`` after ``to_empty()``, or a checkpoint.
+    If a loss was built on the meta device, each centre needs ``reset_parameters()`` after ``to_empty()``, or a checkpoint.
 
     Args:
-        num_prototypes: K; this rank's own, where ranks share out the prototypes.
+        num_prototypes: K; of this rank, if the prototypes are split over ranks.
         momentum: of the running mean, in [0, 1).
-        start: "zero", or "first_batch" to begin at the first batch's mean instead of drifting there.
-        backend: of passes over unstored teacher logits, see ``choose_backend``. Stored ones are summed in plain torch.
-        prototype_group: ranks that share out the prototypes and hold the same rows, or None.
-        row_group: ranks whose rows count together; None for all ranks, or, with a prototype group, for this rank alone.
+        start: "zero", or "first_batch" to start at the first batch's mean.
+        backend: of passes over unstored teacher logits, see ``choose_backend``. Stored logits are summed in plain torch.
+        prototype_group: ranks over which the prototypes are split and which hold the same rows, or None.
+        row_group: ranks whose rows form one batch; None means all ranks, or, with a prototype group, this rank only.
 
     Attributes:
-        center: [1, K] fp32 buffer (fp64 after ``double()``), the only entry of the state dict; NaN until a first batch has
-            started it.
+        center: [1, K] fp32 buffer (fp64 after ``double()``), the only entry of the state dict. With start "first_batch" it is
+            NaN until the first batch.
     """
 
     center: Tensor
     over_probabilities = False
-    _no_rows = 0.0  # the sum over none
+    _no_rows = 0.0  # the sum over 0 rows
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class RunningMean(nn.Module):
         self.backend = backend
         self._prototype_group = Shared(prototype_group)
         self._row_ranks = RowRanks.of(prototype_group, row_group)
-        # fp32 whatever torch's default dtype is: at 16 bits, small steps would be rounded away
+        # fp32 for any default dtype of torch: at 16 bits, small steps would be rounded away
         empty = torch.empty(1, num_prototypes, dtype=torch.float32, device=torch.get_default_device())
         self.register_buffer("center", empty)
         self._start = torch.nan if start == "first_batch" else 0.0
@@ -84,12 +84,12 @@ class RunningMean(nn.Module):
 
     @property
     def prototype_group(self) -> ProcessGroup | None:
-        """Ranks that share out the prototypes."""
+        """Ranks over which the prototypes are split."""
         return self._prototype_group.value
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Put the centre at its start, as ``to_empty()`` leaves it to be; what was accumulated is dropped."""
+        """Set the centre to its start value, which ``to_empty()`` does not; pending batches are dropped."""
         self.center.fill_(self._start)
         self._started = not math.isnan(self._start)
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -104,32 +104,32 @@ class RunningMean(nn.Module):
     def _set_center(self, value: Any) -> None:
         before: Tensor = self.center
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        # [1, K], [1, 1, K] and [K] are one centre, as K centres of one value would not be
+        # [1, K], [1, 1, K] and [K] are accepted; [K, 1], K centres of one value, is not
         fits = isinstance(value, Tensor) and value.numel() == before.numel() and shape[-1:] == before.shape[-1:]
         if not fits or not value.is_floating_point():
             got = f"{value.dtype} of shape {shape}" if isinstance(value, Tensor) else shape
             raise ValueError(f"center is assigned {got}; expected a floating-point tensor {list(before.shape)}, or [K]")
         new = value.detach().to(before.dtype).reshape(before.shape)
         if new.device == before.device and not new.is_meta:
-            before.copy_(new)  # in place: a compiled step goes on with it
+            before.copy_(new)  # in place, so that a compiled step still uses this tensor
         else:
             self._buffers["center"] = new.clone()
         self._center_was_set()
 
     def _center_was_set(self) -> None:
-        # only one that begins at the first batch can be there without having started: NaN elsewhere is a run that diverged
+        # only with start "first_batch" does NaN mean that the centre has not started; otherwise the run has diverged
         self._started = self.center.is_meta or not (math.isnan(self._start) and bool(self.center.isnan().all()))
 
     def target_bias(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """[K] nats to add to the logits of this batch, whose mean an unstarted centre begins at; as ``accumulate``."""
+        """[K] nats to add to the logits of this batch; a centre not started yet starts at its mean. As ``accumulate``."""
         self.begin(teacher, temperature, bias)
         return self.bias(temperature)
 
     @outside_transforms
     def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
-        """Set a centre that has not started to the mean of this batch; call before ``bias``, arguments as ``accumulate``."""
+        """If the centre has not started, set it to the mean of this batch. Call before ``bias``; as ``accumulate``."""
         if self._started:
             return
         if self.center.isnan().all():
@@ -140,18 +140,18 @@ class RunningMean(nn.Module):
 
     @property
     def pending(self) -> tuple[Tensor, Tensor] | None:
-        """What waits for ``apply_pending``: its [K] sum and what divides it, [], over all ranks; None for nothing."""
+        """The batches that ``apply_pending`` will use: their [K] sum and its [] divisor, over all ranks; None if none."""
         return self._pending
 
     @outside_transforms
     def accumulate(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None = None
     ) -> None:
-        """Take in a batch without moving the centre. Collective: every rank calls it equally often.
+        """Record a batch without moving the centre. Collective: every rank must call it equally often.
 
         Args:
-            teacher: [..., K] raw teacher logits, uncentred and not divided by the temperature; their number may differ
-                between ranks, and be 0.
+            teacher: [..., K] raw teacher logits, uncentred and not divided by the temperature. The number of rows may differ
+                between ranks, and may be 0.
             temperature: of the teacher, positive.
             bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
 
@@ -166,26 +166,26 @@ class RunningMean(nn.Module):
 
     @torch.no_grad()
     def _add(self, total: Tensor, rows: Tensor) -> None:
-        """Let a statistic wait with the others, unless its mean is not finite, or theirs is no longer."""
+        """Add a statistic to the pending ones, unless its mean, or the mean with it, is not finite."""
         nothing = total.new_full((), self._no_rows), torch.zeros_like(rows)
         kept = nothing if self._pending is None else self._pending
         merged = self._merge(kept, (total, rows))
-        # of all blocks of prototypes: each takes the batch in, or none does
+        # over all blocks of prototypes: either each block records the batch or none does
         finite = all_finite(self._mean(total, rows), self._mean(*merged), group=self.prototype_group)
         self._pending = torch.where(finite, merged[0], kept[0]), torch.where(finite, merged[1], kept[1])
 
     @torch.no_grad()
     @outside_transforms
     def apply_pending(self) -> None:
-        """Move the centre by what has been accumulated since the last call, if anything."""
+        """Move the centre by the batches recorded since the last call, if any."""
         if self._pending is None:
             return
         batch = self._mean(*self._pending)
-        # a centre that has not started takes the batch's mean here, where ``begin`` has not been called
+        # a centre that has not started takes the batch's mean here, if ``begin`` has not been called
         moved = self._step(self.center[0], batch)
         if math.isnan(self._start):
             moved = torch.where(self.center[0].isnan().all(), batch, moved)
-        # not finite only where nothing waits, which is so on all ranks
+        # not finite only if nothing is pending, which is then the case on all ranks
         self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center[0])[None])
         self._pending = None
 
@@ -203,7 +203,7 @@ class RunningMean(nn.Module):
     def _statistic(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """([K] sum over the rows of all ranks, [] what makes it a mean)."""
+        """([K] sum over the rows of all ranks, [] its divisor for a mean)."""
         raise NotImplementedError
 
     def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ class RunningMean(nn.Module):
         return (total / rows).to(self.center.dtype)
 
     def _step(self, center: Tensor, batch: Tensor) -> Tensor:
-        """[K] the centre after a batch of this mean."""
+        """[K] the centre after a batch with this mean."""
         return center * self.momentum + batch * (1 - self.momentum)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
@@ -228,6 +228,6 @@ class RunningMean(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        # the loaded centre may or may not have started; looked at here, since a branch on it would break a compiled step
+        # find out here whether the loaded centre has started: a branch on it would break a compiled step
         self._center_was_set()
         self._pending = None

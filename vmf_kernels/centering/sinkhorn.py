@@ -18,20 +18,21 @@ from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 class SinkhornKnopp(nn.Module):
     """Targets in which every prototype receives the same mass from the batch, up to the last normalisation of the rows.
 
-    The published algorithm scales prototypes and rows of ``exp(l)`` in turn, prototypes first. In log space, with u = v = 0
-    at the start, a round is
+    The published algorithm scales prototypes and rows of ``exp(l)`` alternately, prototypes first. In log space, starting
+    from u = v = 0, a round is
 
         u_k = -log sum_b exp(l_bk + v_b),    v_b = -log sum_k exp(l_bk + u_k)
 
-    (its constants 1/K and 1/B cancel), and after the last one the target is ``softmax_k(l_bk + u_k)``: u is a bias as any
-    other centre's, and nothing overflows at any norm. The result is the published one, unlike with each row's maximum taken
-    off its ``exp`` argument after the first scaling. R may differ between ranks and be 0; ranks exchange K numbers a round.
+    The published constants 1/K and 1/B cancel. After the last round the target is ``softmax_k(l_bk + u_k)``: u is a bias like
+    that of a centre, and nothing overflows at any norm. The result equals the published one; it would not if each row's
+    maximum were subtracted from the argument of ``exp``. R may differ between ranks and be 0; ranks exchange K numbers per
+    round.
 
     Args:
-        iterations: rounds, at least 1; 3 is what is published.
-        backend: of passes over unstored logits, see ``choose_backend``. Stored ones are summed in plain torch.
-        prototype_group: ranks that share out the prototypes and hold the same rows, or None.
-        row_group: ranks whose rows are one batch; None for all ranks, or, with a prototype group, for this rank alone.
+        iterations: rounds, at least 1; the published number is 3.
+        backend: of passes over unstored logits, see ``choose_backend``. Stored logits are summed in plain torch.
+        prototype_group: ranks over which the prototypes are split and which hold the same rows, or None.
+        row_group: ranks whose rows form one batch; None means all ranks, or, with a prototype group, this rank only.
 
     Raises:
         ValueError: fewer than one iteration, or an unknown backend.
@@ -46,7 +47,7 @@ class SinkhornKnopp(nn.Module):
         True
     """
 
-    over_probabilities = False  # a batch that is not remembered is looked at in no way
+    over_probabilities = False  # batches are not recorded
 
     def __init__(
         self,
@@ -67,14 +68,14 @@ class SinkhornKnopp(nn.Module):
 
     @property
     def prototype_group(self) -> ProcessGroup | None:
-        """Ranks that share out the prototypes."""
+        """Ranks over which the prototypes are split."""
         return self._prototype_group.value
 
     @torch.no_grad()
     def target_bias(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """[K] u, nats. Collective: every rank calls it, with whatever rows it has.
+        """[K] u, nats. Collective: every rank must call it, with any number of rows.
 
         Args:
             teacher: [..., K] raw teacher logits, not divided by the temperature.
@@ -82,7 +83,7 @@ class SinkhornKnopp(nn.Module):
             bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
 
         Raises:
-            ValueError: the temperature is not positive, or the bias has not K elements.
+            ValueError: the temperature is not positive, or the bias does not have K elements.
         """
         rows = teacher.detach().flatten(0, -2)
         with LogSums(rows, temperature, bias, self.backend, self.prototype_group) as sums:
@@ -94,17 +95,17 @@ class SinkhornKnopp(nn.Module):
     forward = target_bias
 
     def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
-        """Nothing: no batch is remembered."""
+        """Do nothing: batches are not recorded."""
 
     def accumulate(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None = None
     ) -> None:
-        """Nothing: no batch is remembered."""
+        """Do nothing: batches are not recorded."""
 
     def apply_pending(self) -> None:
-        """Nothing: no batch is remembered."""
+        """Do nothing: batches are not recorded."""
 
     def _prototype_dual(self, sums: LogSums, minus_v_R: Tensor) -> Tensor:
         total_K = self._row_ranks.log_sum_exp(sums.over_rows(minus_v_R))
-        # no rows on any rank: any bias will do, but not an infinite one
+        # without rows on any rank, any finite bias is valid
         return torch.where(total_K.isneginf(), 0.0, -total_K)

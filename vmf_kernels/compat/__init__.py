@@ -1,1 +1,1 @@
-"""Drop-ins for published codebases, one module each, with their signatures, defaults and state-dict keys."""
+"""Drop-ins for published codebases: one module for each, with its signatures, defaults and state-dict keys."""

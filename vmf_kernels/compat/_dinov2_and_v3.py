@@ -1,4 +1,4 @@
-"""What only the drop-ins for DINOv2 and DINOv3 share: targets of the kind that came in, a centre one call late, patches.
+"""Shared parts of the drop-ins for DINOv2 and DINOv3: targets, a centre that moves one call late, masked patches.
 
 Legend: R rows, C masked images, N patches of an image, M masked patches, K prototypes.
 """
@@ -31,7 +31,7 @@ Targets = TeacherTargets | Tensor
 
 
 class RankOptions(TypedDict, total=False):
-    """Keywords beyond the published ones; ``Stream`` says what they mean."""
+    """Keywords beyond the published ones; ``Stream`` documents them."""
 
     backend: str
     prototype_group: ProcessGroup | None
@@ -39,10 +39,10 @@ class RankOptions(TypedDict, total=False):
 
 
 class LazilyCentered(nn.Module):
-    """Targets of a teacher, and a centre whose update waits until targets are next asked for, or its state is saved.
+    """A teacher's targets, and a centre whose update is pending until targets are next requested or its state is saved.
 
-    Targets are of the kind of the teacher's output: ``TeacherTargets`` for ``PrototypeLogits``, of which nothing is stored, and
-    probabilities for stored logits, so that whatever else a loop does with them still works.
+    Targets depend on the teacher's output: ``TeacherTargets``, which store no probabilities, for ``PrototypeLogits``;
+    probabilities for stored logits, so that anything else a loop does with them still works.
 
     Args:
         num_prototypes: K.
@@ -51,11 +51,11 @@ class LazilyCentered(nn.Module):
         backend, prototype_group, row_group: as ``Stream``.
 
     Attributes:
-        center: the centre, the state dict's only entry; fp32, or fp64 after ``double()``. Takes the values of what is assigned.
+        center: the centre, the state dict's only entry; fp32, or fp64 after ``double()``. An assigned tensor is copied.
         student_temp, center_momentum: may be assigned.
-        updated: whether no batch waits. Then ``async_batch_center`` is None, else the sum of what waits over all ranks, in the
-            shape of the centre, and the length published with it what divides it; there is nothing to wait for.
-        statistics: ``AssignmentStatistics`` of the last cross-entropy (the last entry of a list that takes several), or None.
+        updated: whether no batch is pending. ``async_batch_center`` is the sum of the pending batches over all ranks, in the
+            shape of the centre, or None; the published length attribute is its divisor. Neither needs a wait.
+        statistics: ``AssignmentStatistics`` of the last cross-entropy (for a list that takes several, the last), or None.
 
     Raises:
         ValueError: a temperature is not positive, the momentum not in [0, 1), K below 1, or the backend unknown.
@@ -88,7 +88,7 @@ class LazilyCentered(nn.Module):
 
     @property
     def center(self) -> Tensor:
-        """[1, K] (of patches [1, 1, K]) the centre; may be assigned."""
+        """[1, K] (for patches [1, 1, K]) the centre; may be assigned."""
         return self.rule.center.view(*[1] * (self.center_dims - 1), -1)
 
     @center.setter
@@ -113,28 +113,28 @@ class LazilyCentered(nn.Module):
 
     @property
     def updated(self) -> bool:
-        """Whether no batch waits for the next targets."""
+        """Whether no batch is pending."""
         return self.rule.pending is None
 
     @property
     def reduce_handle(self) -> None:
-        """None: ranks have been summed over when ``update_center`` returns."""
+        """None: the sum over ranks is complete when ``update_center`` returns."""
         return
 
     @property
     def async_batch_center(self) -> Tensor | None:
-        """What waits, summed over all ranks, in the shape of the centre; None for nothing."""
+        """The sum of the pending batches over all ranks, in the shape of the centre; None if there are none."""
         return None if self.rule.pending is None else self.rule.pending[0].reshape(self.center.shape)
 
     def reset_parameters(self) -> None:
-        """Put the centre at 0; what waits is dropped."""
+        """Set the centre to 0; pending batches are dropped."""
         self.rule.reset_parameters()
         self._known_to_be_set = False
 
     def update_center(self, teacher_output: Logits) -> None:
-        """Take in the teacher's raw logits; the centre moves later. Collective: every rank calls it, with whatever rows.
+        """Record the teacher's raw logits; the centre moves later. Collective: every rank must call it, with any rows.
 
-        Several batches before the next targets count together, as one, where the published code keeps the last. One with a
+        Several batches before the next targets count as one batch; the published code keeps only the last. A batch with a
         non-finite value is ignored.
 
         Raises:
@@ -147,14 +147,14 @@ class LazilyCentered(nn.Module):
         self.rule.accumulate(self._checked(teacher_output), None)
 
     def apply_center_update(self) -> None:
-        """Move the centre by what waits, if anything. Not collective."""
+        """Move the centre by the pending batches, if any. Not collective."""
         self.rule.apply_pending()
 
     def _centered_targets(self, teacher: Logits, temperature: float | Tensor) -> Targets:
         """``softmax((logits - center) / temperature)``."""
         teacher = self._checked(teacher)
         if teacher.ndim < self.center.ndim:
-            teacher = teacher.unsqueeze(0)  # the shape that subtracting the centre broadcasts to
+            teacher = teacher.unsqueeze(0)  # the shape after the published subtraction of the centre, by broadcasting
         self._check_set()
         tau = temperature_tensor(temperature, "teacher_temp", teacher.device)
         dtype = accumulation_dtype(teacher.dtype)
@@ -194,14 +194,14 @@ class LazilyCentered(nn.Module):
     def _check_set(self) -> None:
         if (
             self._known_to_be_set or torch.compiler.is_compiling()
-        ):  # looking waits for a GPU, so once, and breaks a trace
+        ):  # the check waits for a GPU, so it is made once, and it would break a trace
             return
         if self.center.isnan().any():
             raise RuntimeError("center is NaN; expected init_weights() or load_state_dict() before its first use")
         self._known_to_be_set = True
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        self.apply_center_update()  # else the last batch would be lost, as the published code loses it
+        self.apply_center_update()  # otherwise the last batch would be lost, as in the published code
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *arguments: object) -> None:
@@ -210,18 +210,18 @@ class LazilyCentered(nn.Module):
 
 
 class ClassTokenLoss(LazilyCentered):
-    """The part that the class tokens' losses share: a [1, K] centre over the rows of all ranks."""
+    """The shared part of the class tokens' losses: a [1, K] centre over the rows of all ranks."""
 
     @property
     def len_teacher_output(self) -> Tensor | None:
-        """[] rows of all ranks that ``async_batch_center`` is the sum of; None for nothing."""
+        """[] number of rows, over all ranks, in the sum ``async_batch_center``; None if nothing is pending."""
         return self._waiting_weight()
 
 
 class PatchLoss(LazilyCentered):
-    """The part that the patches' losses share: their reductions, and a [1, 1, K] centre over ranks with masked tokens.
+    """The shared part of the patches' losses: their reductions, and a [1, 1, K] centre over ranks with masked patches.
 
-    The centre's batch is the mean over those ranks of each one's mean, whatever its number of masked tokens.
+    The centre moves by the mean of those ranks' means; every such rank has the same weight.
 
     Source: Zhou et al., "iBOT", ICLR 2022, equation 2; facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
     """
@@ -231,19 +231,19 @@ class PatchLoss(LazilyCentered):
 
     @property
     def len_teacher_patch_tokens(self) -> Tensor | None:
-        """[] ranks that ``async_batch_center`` is the sum of the means of; None for nothing."""
+        """[] number of ranks whose means ``async_batch_center`` sums; None if nothing is pending."""
         return self._waiting_weight()
 
     def forward(
         self, student_patch_tokens: Logits, teacher_patch_tokens: Targets, student_masks_flat: Tensor
     ) -> Tensor:
-        """Mean over the masked patches of an image, then over all images; an image without any counts as 0.
+        """Mean over the masked patches of each image, then over all images; an image without masked patches has mean 0.
 
         Args:
             student_patch_tokens: [C, N, K] raw logits.
             teacher_patch_tokens: [C, N, K] targets.
-            student_masks_flat: [C, N], nonzero where masked. Unstored logits are looked at in these rows only, whose number
-                is read: on a GPU that waits for it.
+            student_masks_flat: [C, N], nonzero where masked. With unstored logits, only these rows are computed; reading
+                their number waits for a GPU.
 
         Returns:
             [] nats.
@@ -274,20 +274,20 @@ class PatchLoss(LazilyCentered):
         n_masked_patches: int | None = None,
         masks_weight: Tensor | None = None,
     ) -> Tensor:
-        """The same of masked patches alone.
+        """The same, from the masked patches only.
 
         Args:
             student_patch_tokens_masked: [M, K] raw logits, image by image; M may be 0.
             teacher_patch_tokens_masked: [M, K] targets.
             student_masks_flat: [C, N] bool; C divides the loss.
-            n_masked_patches: rows of both sides to look at, from the first, where there are more; None for all.
-            masks_weight: [M] one over the masked patches of each row's image, or None to form it from the masks.
+            n_masked_patches: number of rows to use, from the first, if there are more; None for all.
+            masks_weight: [M] one over the masked patches of each row's image, or None to compute it from the masks.
 
         Returns:
             [] nats; 0 with zero gradients for M = 0.
 
         Raises:
-            ValueError: the two sides and the weights differ in their numbers of rows, or the masks are no bool [C, N].
+            ValueError: student, teacher and weights differ in their numbers of rows, or the masks are not bool [C, N].
             TypeError: one side is stored and the other is not.
         """
         check_logits(student_patch_tokens_masked, "student")
@@ -319,13 +319,13 @@ class PatchLoss(LazilyCentered):
 
 @torch.no_grad()
 def sinkhorn_targets(teacher: Logits, temperature: float | Tensor, n_iterations: int, options: RankOptions) -> Targets:
-    """[..., K] Sinkhorn-Knopp targets, of the kind of the raw logits [..., K], from the rows of all ranks. Collective."""
+    """[..., K] Sinkhorn-Knopp targets of raw logits [..., K], over the rows of all ranks; stored as the logits. Collective."""
     rule = SinkhornKnopp(n_iterations, **options)
     return _like(teacher, TeacherTargets(teacher, temperature, rule.target_bias(teacher.flatten(0, -2), temperature)))
 
 
 def check_targets(targets: object) -> None:
-    """Raise TypeError unless they are what the teacher methods return, or probabilities."""
+    """Raise TypeError unless the targets are a result of the teacher methods, or probabilities."""
     if not isinstance(targets, (TeacherTargets, Tensor)):
         raise TypeError(
             f"targets are {type(targets).__name__}; expected what softmax_center_teacher or sinkhorn_knopp_teacher returns, or "

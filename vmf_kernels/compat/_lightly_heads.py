@@ -1,4 +1,4 @@
-"""lightly's DINO heads, of ``compat.lightly``.
+"""lightly's DINO heads, for ``compat.lightly``.
 
 Legend: R rows, K prototypes, D bottleneck dim.
 """
@@ -13,7 +13,7 @@ from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 
 class DINOv2ProjectionHead(nn.Module):
-    """lightly's ``DINOv2ProjectionHead``, with logits that are never stored; unlike it, it can be deep-copied.
+    """lightly's ``DINOv2ProjectionHead`` with logits that are never stored; unlike lightly's, it can be deep-copied.
 
     Args:
         input_dim: dim of the backbone's features.
@@ -64,7 +64,7 @@ class DINOv2ProjectionHead(nn.Module):
 
 
 class DINOProjectionHead(DINOv2ProjectionHead):
-    """lightly's ``DINOProjectionHead``: the same, with norms that may be frozen and a last layer that may rest at first.
+    """lightly's ``DINOProjectionHead``: the same, with norms and, at first, a last layer that may be frozen.
 
     Args:
         input_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm: as ``DINOv2ProjectionHead``, which lists the errors.
@@ -96,7 +96,7 @@ class DINOProjectionHead(DINOv2ProjectionHead):
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
     def cancel_last_layer_gradients(self, current_epoch: int) -> None:
-        """Drop the prototypes' gradients before epoch ``freeze_last_layer``; call between backward and optimiser step."""
+        """Remove the prototypes' gradients before epoch ``freeze_last_layer``; call between backward and optimiser step."""
         if current_epoch < self.freeze_last_layer:
             for parameter in self.last_layer.parameters():
-                parameter.grad = None  # not 0: a step with zeros would still decay weights and moments
+                parameter.grad = None  # not 0: with zeros, the optimiser would still decay weights and moments

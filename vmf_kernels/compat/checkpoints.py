@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from vmf_kernels.compat.tensor_file import Placeholder, UnreadTensor, open_entries
 
 NETWORKS = ("teacher", "student")
-# Entries under which a run's whole state may lie: fvcore's and lightning's. Without one the checkpoint itself is that state.
+# Entries that may hold the whole state of a run: fvcore's and lightning's. Without them the checkpoint itself is that state.
 WHOLE = ("model", "state_dict")
-# Names that torch.compile, FSDP and activation checkpointing put into keys; DDP's "module" is one only where a key starts.
+# Names that torch.compile, FSDP and activation checkpointing put into keys. DDP's "module" is removed only at a key's start.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-MOST_NAMES = 12  # of a checkpoint, in an error
+MOST_NAMES = 12  # names of a checkpoint that an error lists
 WHOLE_TENSORS = (
     "expected a whole tensor: save FSDP's FULL_STATE_DICT, or get_model_state_dict with full_state_dict=True; of DINOv2 the "
     "teacher_checkpoint.pth of an evaluation has the teacher's"
@@ -30,20 +30,20 @@ def load_networks(
     modules: Mapping[str, nn.Module | None],
     losses: Mapping[str, nn.Module | None],
 ) -> None:
-    """Load parts of one network, and losses, strictly. Nothing is loaded where something is missing from the checkpoint.
+    """Load parts of one network, and losses, strictly. If something is missing from the checkpoint, nothing is loaded.
 
     Args:
-        checkpoint: its path or, already loaded, its mapping of entries. A network is an entry, or the keys that start with its
-            name in the entry ``model`` or ``state_dict``, or in the checkpoint itself. Keys may carry the names of wrappers:
-            ``module.`` (DDP), ``_orig_mod.`` (torch.compile), FSDP's and those of activation checkpointing.
+        checkpoint: its path, or its mapping of entries, already loaded. A network is an entry, or the keys that start with its
+            name in the entry ``model`` or ``state_dict``, or in the checkpoint itself. Keys may contain the names of wrappers:
+            ``module.`` (DDP), ``_orig_mod.`` (torch.compile), those of FSDP and of activation checkpointing.
         network: "teacher" or "student".
-        modules: by the prefix of their keys there ("backbone.", "head."); None is passed over.
-        losses: by the name of their entry; None is passed over.
+        modules: by the prefix of their keys in the network ("backbone.", "head."); None is skipped.
+        losses: by the name of their entry; None is skipped.
 
     Raises:
-        ValueError: ``network`` is unknown, the file is not one of ``torch.save``, a value is not a whole tensor, or the
-            checkpoint lacks an entry or prefix; says which it has.
-        OSError: the file cannot be opened; FileNotFoundError where there is none.
+        ValueError: ``network`` is unknown, ``torch.save`` did not write the file, a value is not a whole tensor, or the
+            checkpoint lacks an entry or prefix; the text lists those that it has.
+        OSError: the file cannot be opened; FileNotFoundError if it does not exist.
         RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
     """
     if network not in NETWORKS:
@@ -64,18 +64,18 @@ def load_networks(
 
 
 def load_modules(checkpoint: str | PathLike[str] | Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """Load modules by their names in the module that was saved, strictly. Nothing is loaded where one is missing.
+    """Load modules by their names in the saved module, strictly. If one is missing, nothing is loaded.
 
     Args:
-        checkpoint: its path or, already loaded, its mapping: a state dict, or entries of which ``state_dict`` (lightning) or
-            ``model`` is one. A file is read without running pickled code. Keys may carry the names of wrappers, such as
+        checkpoint: its path, or its mapping, already loaded: a state dict, or entries with a state dict in ``state_dict``
+            (lightning) or ``model``. Reading a file runs no pickled code. Keys may contain the names of wrappers, such as
             ``module.`` (DDP) and ``_orig_mod.`` (torch.compile).
-        modules: by the attribute that held them, dotted where it lies deeper: {"teacher_head": head, "criterion": loss}.
+        modules: by the attribute that held them, dotted if it is nested: {"teacher_head": head, "criterion": loss}.
 
     Raises:
-        ValueError: the file is not one of ``torch.save``, a value is not a whole tensor, or no key starts with a name; says
-            which names there are.
-        OSError: the file cannot be opened; FileNotFoundError where there is none.
+        ValueError: ``torch.save`` did not write the file, a value is not a whole tensor, or no key starts with a name; the
+            text lists the names that there are.
+        OSError: the file cannot be opened; FileNotFoundError if it does not exist.
         RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
 
     Example:
@@ -104,7 +104,7 @@ def _opened(checkpoint: str | PathLike[str] | Mapping[str, Any], expected: str) 
 
 
 def _entry(entries: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The entry, or what lies under its name in the state of the whole run."""
+    """The entry, or the values under its name in the state of the whole run."""
     if name in entries:
         entry = entries[name]
         if not isinstance(entry, Mapping):
@@ -121,7 +121,7 @@ def _entry(entries: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _of_module(state: Mapping[str, Any], prefix: str, module: nn.Module, place: str) -> dict[str, Tensor]:
-    """The state under the prefix, read, with the keys ``module`` has."""
+    """The tensors under the prefix, with the keys of ``module``."""
     own = {_unwrapped(key): key for key in module.state_dict()} if _is_wrapped(module) else {}
     found: dict[str, Tensor] = {}
     for full, value in state.items():
@@ -163,7 +163,7 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 
 def _names(state: Mapping[str, Any]) -> str:
-    """First parts of the keys, in their order."""
+    """The first parts of the keys, in order."""
     names = list(dict.fromkeys(_unwrapped(str(key)).split(".")[0] for key in state))
     return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 

@@ -1,6 +1,6 @@
 """Drop-in for facebookresearch/dino: ``DINOHead`` and ``DINOLoss`` with its signatures, defaults, buffers and keys.
 
-Two lines of its ``main_dino.py`` change (README); its checkpoints load, in its own code by ``load_state_dict`` and here by
+Change two lines of its ``main_dino.py`` (README). Its checkpoints load: in its own code by ``load_state_dict``, elsewhere by
 ``load_checkpoint``.
 """
 
@@ -30,18 +30,18 @@ def load_checkpoint(
     """Load a published training checkpoint into our modules, strictly.
 
     Args:
-        checkpoint: its path or, already loaded, its mapping with the entries ``teacher``, ``student`` and ``dino_loss``.
-            Keys may carry the names of wrappers, ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). A file is read without
-            running pickled code: what is not a tensor in it (command line, configuration, numpy scalars) is passed over.
-        network: "teacher" or "student": which one ``backbone`` and ``head`` take.
-        backbone: takes the keys under ``backbone.``, or None.
-        head: takes the keys under ``head.``, or None. Its last layer may be stored plain or in either form of weight norm.
-        loss: takes the entry ``dino_loss``, the centre, or None.
+        checkpoint: its path, or its mapping, already loaded, with the entries ``teacher``, ``student`` and ``dino_loss``.
+            Keys may contain the names of wrappers, ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). Reading a file runs no
+            pickled code: values that are not tensors (command line, configuration, numpy scalars) are skipped.
+        network: "teacher" or "student": the network from which ``backbone`` and ``head`` are loaded.
+        backbone: loads the keys under ``backbone.``, or None.
+        head: loads the keys under ``head.``, or None. Its last layer may be stored plain or in either form of weight norm.
+        loss: loads the entry ``dino_loss``, the centre, or None.
 
     Raises:
-        ValueError: ``network`` is unknown, the file is not one of ``torch.save``, or the checkpoint lacks an entry or prefix;
-            says which it has.
-        OSError: the file cannot be opened; FileNotFoundError where there is none.
+        ValueError: ``network`` is unknown, ``torch.save`` did not write the file, or the checkpoint lacks an entry or prefix;
+            the text lists those that it has.
+        OSError: the file cannot be opened; FileNotFoundError if it does not exist.
         RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
 
     Example:

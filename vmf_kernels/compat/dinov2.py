@@ -1,11 +1,11 @@
 """Drop-in for facebookresearch/dinov2: ``DINOHead``, ``DINOLoss``, ``iBOTPatchLoss`` and ``KoLeoLoss`` under its names.
 
-``DINOvMFHead`` in the place of ``DINOHead`` makes the method DINO-vMF.
+With ``DINOvMFHead`` instead of ``DINOHead``, the method is DINO-vMF.
 
-Signatures, defaults, reductions, buffers and state-dict keys are its own; the imports of its ``ssl_meta_arch.py`` change
-(README). Differences, all where the published code loses a batch or gives NaN: a state dict holds the update that waits, a
-batch with a non-finite value leaves the centre as it was, ranks without masked tokens are left out of the patches' centre and
-any rank may have none, ``n_masked_patches_tensor`` is not overwritten, and no process group is needed.
+Signatures, defaults, reductions, buffers and state-dict keys are dinov2's; change the imports of its ``ssl_meta_arch.py``
+(README). There are differences where the published code loses a batch or gives NaN: a state dict holds the pending update, a
+batch with a non-finite value does not change the centre, and any rank may have no masked patches and then has no part in their
+centre. Also, ``n_masked_patches_tensor`` is not overwritten, and no process group is needed.
 
 Legend: R rows of an entry, G / V teacher / student entries, K prototypes.
 """
@@ -39,7 +39,7 @@ __all__ = ["DINOHead", "DINOLoss", "DINOvMFHead", "KoLeoLoss", "iBOTPatchLoss", 
 
 
 class DINOHead(nn.Module):
-    """MLP, L2-normalised bottleneck, weight-normed prototypes of free norm; logits come back unstored.
+    """MLP, L2-normalised bottleneck, weight-normed prototypes of free norm; it returns unstored logits.
 
     Args:
         in_dim: dim of the backbone's features.
@@ -89,10 +89,10 @@ class DINOHead(nn.Module):
 
 
 class DINOvMFHead(DINOHead):
-    """The same with its prototypes as von Mises-Fisher components of precision ``||w_k|| / tau``.
+    """``DINOHead`` with prototypes as von Mises-Fisher components of precision ``||w_k|| / tau``.
 
-    In the losses here each network's logits then gain ``log C_D(||w_k|| / tau)`` of its own prototypes at its own temperature,
-    under Sinkhorn-Knopp as under the centre, which stays one of raw logits. Arguments and keys as ``DINOHead``.
+    The losses then add ``log C_D(||w_k|| / tau)`` to each network's logits, with its own prototypes and its own temperature,
+    both with Sinkhorn-Knopp and with the centre, which is still a mean of raw logits. Arguments and keys as ``DINOHead``.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
 
@@ -110,7 +110,7 @@ class DINOvMFHead(DINOHead):
 class DINOLoss(ClassTokenLoss):
     """Cross-entropy of class tokens, summed over all pairs of a student and a teacher entry, mean over rows.
 
-    Which entries make a pair, and what the sum is divided by, is the caller's business, as published.
+    The caller chooses which entries form pairs and what the sum is divided by, as published.
 
     Args:
         out_dim: number of prototypes K.
@@ -142,7 +142,7 @@ class DINOLoss(ClassTokenLoss):
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_output: Logits, teacher_temp: float | Tensor) -> Targets:
-        """[..., K] targets of [..., K] raw logits by the centre, once the update that waits has moved it."""
+        """[..., K] targets of [..., K] raw logits by the centre, after its pending update."""
         self.apply_center_update()
         return self._centered_targets(teacher_output, teacher_temp)
 
@@ -157,7 +157,7 @@ class DINOLoss(ClassTokenLoss):
         student_output_list: Iterable[Logits],
         teacher_out_softmaxed_centered_list: Iterable[Targets],
     ) -> Tensor:
-        """Sum over the pairs of the mean over rows; one pass over all entries, not one a pair.
+        """Sum over the pairs of the mean over rows, in one pass over all entries.
 
         Args:
             student_output_list: V entries of [R, K] raw logits; a list, or one [V, R, K].
@@ -189,7 +189,7 @@ class DINOLoss(ClassTokenLoss):
 
 
 class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
-    """Cross-entropy of masked patches, mean over those of an image, then over all images.
+    """Cross-entropy of masked patches: the mean over those of each image, then over all images.
 
     Args:
         patch_out_dim: number of prototypes K.
@@ -223,7 +223,7 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_patch_tokens: Logits, teacher_temp: float | Tensor) -> Targets:
-        """[..., K] targets of [..., K] raw logits by the centre, once the update that waits has moved it."""
+        """[..., K] targets of [..., K] raw logits by the centre, after its pending update."""
         self.apply_center_update()
         return self._centered_targets(teacher_patch_tokens, teacher_temp)
 
@@ -236,7 +236,7 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
     ) -> Targets:
         """[M, K] targets of [M, K] raw logits by Sinkhorn-Knopp over the masked patches of all ranks. Collective.
 
-        ``n_masked_patches_tensor`` is neither read nor written: the number of patches cancels out of the algorithm.
+        ``n_masked_patches_tensor`` is neither read nor written: the number of patches cancels in the algorithm.
         """
         return self._sinkhorn_targets(teacher_output, teacher_temp, n_iterations)
 
@@ -244,8 +244,8 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
 class KoLeoLoss(nn.Module):
     """``-mean_i log(min_{j != i} ||x_i - x_j||)`` over the L2-normalised rows of this rank.
 
-    The library's ``KoLeoLoss`` under the published signature; formed in fp32, so that fp16 features give no infinity. A single
-    row, for which the published code returns the constant 17.08, is refused.
+    This is the library's ``KoLeoLoss`` with the published signature, computed in fp32, so that fp16 features do not give
+    infinity. A single row raises an error; the published code returns the constant 17.08.
 
     Attributes:
         pdist: the distance, as published.
@@ -314,11 +314,11 @@ def load_checkpoint(
 
 
 def _joined(entries: list[Targets]) -> list[tuple[Targets, int]]:
-    """Targets end to end with the number of entries in each, as few as possible; stored ones as their sum, one entry."""
+    """Concatenated targets with their number of entries, in as few parts as possible; stored targets as their sum."""
     joined: list[tuple[Targets, int]] = []
     stored = [entry for entry in entries if isinstance(entry, Tensor)]
     if stored:
-        # the loss is linear in them: one pass for all
+        # the loss is linear in the targets, so one pass is enough
         total = stored[0] if len(stored) == 1 else sum(q.to(accumulation_dtype(q.dtype)) for q in stored)
         assert isinstance(total, Tensor)
         joined.append((total, 1))
@@ -326,7 +326,7 @@ def _joined(entries: list[Targets]) -> list[tuple[Targets, int]]:
     for entry in entries:
         if isinstance(entry, TeacherTargets):
             temperature = entry.temperature
-            # by identity: parts of one batch share these, and a comparison of values would wait for the device
+            # compare by identity: parts of one batch share these tensors, and comparing values would wait for the device
             key = (id(temperature) if isinstance(temperature, Tensor) else temperature, id(entry.bias))
             alike.setdefault(key, []).append(entry)
     for group in alike.values():

@@ -1,8 +1,8 @@
 """Drop-in for facebookresearch/dinov3: ``DINOHead``, ``DINOLoss``, ``iBOTPatchLoss``, ``KoLeoLoss``, ``KoLeoLossDistributed``.
 
-Signatures, defaults, reductions, buffers and state-dict keys are its own; the imports of its ``ssl_meta_arch.py`` change
-(README). Differences, as for ``compat.dinov2``; besides, a centre that was never initialised is named instead of giving NaN,
-and ``row_group=`` stands for its process subgroup.
+Signatures, defaults, reductions, buffers and state-dict keys are dinov3's; change the imports of its ``ssl_meta_arch.py``
+(README). Differences as for ``compat.dinov2``; also, a centre that was never initialised raises an error instead of giving
+NaN, and ``row_group=`` replaces dinov3's process subgroup.
 
 Legend: S / T student / teacher crops, B images, K prototypes.
 """
@@ -38,15 +38,15 @@ __all__ = ["DINOHead", "DINOLoss", "KoLeoLoss", "KoLeoLossDistributed", "Sinkhor
 
 
 class PlainPrototypes(FusedLinear):
-    """The last layer: linear, without weight norm; ``reset_parameters`` starts it as the head's ``init_weights`` does."""
+    """The last layer: linear, without weight norm; ``reset_parameters`` initialises it as the head's ``init_weights``."""
 
     def reset_parameters(self) -> None:
-        """Truncated normal weights of deviation 0.02."""
+        """Truncated normal weights of standard deviation 0.02."""
         init_linear(self)
 
 
 class DINOHead(dinov2.DINOHead):
-    """MLP, L2-normalised bottleneck, plain linear prototypes; logits come back unstored.
+    """MLP, L2-normalised bottleneck, plain linear prototypes; it returns unstored logits.
 
     Arguments and errors as ``compat.dinov2.DINOHead``.
 
@@ -61,13 +61,14 @@ class DINOHead(dinov2.DINOHead):
     """
 
     def init_weights(self) -> None:
-        """Truncated normal weights of deviation 0.02, the prototypes' included, and zero biases."""
+        """Truncated normal weights of standard deviation 0.02, including the prototypes, and zero biases."""
         init_linears(self)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, no_last_layer: bool = False, only_last_layer: bool = False
     ) -> PrototypeLogits | Tensor:
-        """[..., in_dim] features to [..., K] logits; to the [..., D] bottleneck, or from it, with one half left out."""
+        """[..., in_dim] features to [..., K] logits; ``no_last_layer`` stops at the [..., D] bottleneck, ``only_last_layer``
+        starts there."""
         if not only_last_layer:
             x = unit_rows(self.mlp(x))
         if no_last_layer:
@@ -76,7 +77,7 @@ class DINOHead(dinov2.DINOHead):
         return outlive(self, logits)
 
     def _make_layer(self, dim: int, num_prototypes: int) -> nn.Module:
-        layer = FusedLinear(dim, num_prototypes, bias=False)  # nn.Linear's own weights until then, as published
+        layer = FusedLinear(dim, num_prototypes, bias=False)  # weights of nn.Linear until init_weights, as published
         layer.__class__ = PlainPrototypes
         return layer
 
@@ -120,7 +121,7 @@ class DINOLoss(ClassTokenLoss):
     def softmax_center_teacher(
         self, teacher_output: Logits, teacher_temp: float | Tensor, update_centers: bool = True
     ) -> Targets:
-        """[..., K] targets of [..., K] raw logits by the centre; the update that waits moves it first, or waits on."""
+        """[..., K] targets of [..., K] raw logits by the centre; with ``update_centers``, after its pending update."""
         if update_centers:
             self.apply_center_update()
         return self._centered_targets(teacher_output, teacher_temp)
@@ -137,7 +138,7 @@ class DINOLoss(ClassTokenLoss):
         Args:
             student_logits: [S, B, K] raw logits.
             teacher_probs: [T, B, K] targets.
-            ignore_diagonal: leave out the pairs of a crop with the one of the same number.
+            ignore_diagonal: exclude pairs of student and teacher crops of the same number.
 
         Returns:
             [] nats.
@@ -164,7 +165,7 @@ class DINOLoss(ClassTokenLoss):
 
 
 class SinkhornKnoppTeacher(nn.Module):
-    """Sinkhorn-Knopp targets as a module, which may be compiled; the published loss compiles its own, this library's does not.
+    """Sinkhorn-Knopp targets as a module, which may be compiled. The published loss compiles it; this one does not.
 
     Args:
         options: as ``DINOLoss``.
@@ -192,13 +193,13 @@ class SinkhornKnoppTeacher(nn.Module):
     ) -> Targets:
         """[M, K] targets of [M, K] raw logits by Sinkhorn-Knopp over the masked patches of all ranks. Collective.
 
-        ``n_masked_patches_tensor`` is neither read nor written: the number of patches cancels out of the algorithm.
+        ``n_masked_patches_tensor`` is neither read nor written: the number of patches cancels in the algorithm.
         """
         return sinkhorn_targets(teacher_output, teacher_temp, n_iterations, self._options.value)
 
 
 class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
-    """Cross-entropy of masked patches, mean over those of an image, then over all images.
+    """Cross-entropy of masked patches: the mean over those of each image, then over all images.
 
     Args:
         patch_out_dim: number of prototypes K.
@@ -241,18 +242,18 @@ class iBOTPatchLoss(PatchLoss):  # noqa: N801 - the published name
     def softmax_center_teacher(
         self, teacher_patch_tokens: Logits, teacher_temp: float | Tensor, update_centers: bool = True
     ) -> Targets:
-        """[..., K] targets of [..., K] raw logits by the centre; the update that waits moves it first, or waits on."""
+        """[..., K] targets of [..., K] raw logits by the centre; with ``update_centers``, after its pending update."""
         if update_centers:
             self.apply_center_update()
         return self._centered_targets(teacher_patch_tokens, teacher_temp)
 
 
 class KoLeoLossDistributed(nn.Module):
-    """``KoLeoLoss`` whose neighbours are sought among the rows of all ranks, or of groups of consecutive ranks.
+    """``KoLeoLoss`` with neighbours from the rows of all ranks, or of groups of consecutive ranks.
 
     Args:
         topk: nearest neighbours of a row, at least 1.
-        loss_group_size: rows of a group, a multiple of each rank's rows that divides the rows of all; None for all.
+        loss_group_size: rows of a group: a multiple of each rank's rows and a divisor of the rows of all ranks; None for all.
 
     Raises:
         ValueError: ``topk`` or ``loss_group_size`` is below 1.
@@ -265,7 +266,7 @@ class KoLeoLossDistributed(nn.Module):
 
     def __init__(self, topk: int = 1, loss_group_size: int | None = None) -> None:
         super().__init__()
-        koleo.KoLeoLoss(topk=topk)  # refuses what it cannot take now, not in the first step
+        koleo.KoLeoLoss(topk=topk)  # raises for invalid arguments now, not in the first step
         if loss_group_size is not None and loss_group_size < 1:
             raise ValueError(f"loss_group_size is {loss_group_size}; expected an int >= 1, or None for all rows")
         self.pdist = nn.PairwiseDistance(2, eps=1e-8)
@@ -273,24 +274,24 @@ class KoLeoLossDistributed(nn.Module):
         self.loss_group_size = loss_group_size
 
     def pairwise_NNs_inner(self, x: Tensor, all_x: Tensor, rank: int) -> Tensor:  # noqa: N802 - the published name
-        """[B, topk] the nearest rows of all ranks' [N, D] to those of this rank's [B, D], which are block ``rank`` of them."""
+        """[B, topk] indices of the rows of ``all_x`` [N, D] nearest to each row of ``x`` [B, D], its block ``rank``."""
         similarity = x @ all_x.T
         similarity.diagonal(rank * x.shape[0]).fill_(-1)
         return similarity.topk(self.topk, dim=1).indices
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
-        """[B, D] features of this rank to the [] mean over its own rows, nats. Collective, its backward pass as well.
+        """[] mean over this rank's rows [B, D], nats. Collective, and so is its backward pass.
 
         Raises:
-            ValueError: ``student_output`` is not a matrix, there are ``topk`` rows or fewer, or groups do not fit the rows; on
-                all ranks where it is so on one.
+            ValueError: ``student_output`` is not a matrix, there are at most ``topk`` rows, or groups do not fit the rows. If
+                this is so on one rank, all ranks raise.
         """
         loss: Tensor = _GroupedKoLeoLoss(eps, self.topk, self.loss_group_size)(student_output)
         return loss
 
 
 class _GroupedKoLeoLoss(koleo.DistributedKoLeoLoss):
-    """Among the rows of the group of ``size`` rows that this rank's fall into."""
+    """Neighbours come from the group of ``size`` rows that contains this rank's rows."""
 
     def __init__(self, eps: float, topk: int, size: int | None) -> None:
         super().__init__(eps, topk=topk)

@@ -1,6 +1,6 @@
 """Drop-in for bytedance/ibot: ``iBOTHead`` and ``iBOTLoss`` with its signatures, defaults, buffers and keys.
 
-A few lines of its ``main_ibot.py`` change (README); its checkpoints load, in its own code by ``load_state_dict`` and here by
+Change a few lines of its ``main_ibot.py`` (README). Its checkpoints load: in its own code by ``load_state_dict``, elsewhere by
 ``load_checkpoint``.
 
 Legend: R images, N patches, C width of the backbone, K prototypes, D bottleneck dim.
@@ -34,15 +34,16 @@ iBOTLoss = IBOTLoss  # noqa: N816 (the published name)
 
 
 class iBOTHead(nn.Module):  # noqa: N801 (the published name)
-    """iBOT's head: one MLP, and prototypes of its own for class tokens and for patches; logits come back unstored.
+    """iBOT's head: one MLP, and separate or shared prototypes for class tokens and patches; it returns unstored logits.
 
-    Keywords, parameter names, their order and initialisation are those of the published class, so its checkpoints and its
-    optimizer's load; unlike it, the module can be deep-copied. As there, all hidden layers share one normalisation.
+    Keywords, parameter names, their order and initialisation are those of the published class, so its checkpoints load, and
+    those of its optimizer. Unlike that class, the module can be deep-copied. As there, all hidden layers share one
+    normalisation.
 
     Args:
         in_dim: dim C of the backbone's tokens.
         out_dim: prototypes of class tokens.
-        patch_out_dim: prototypes of patches; not looked at with a shared head.
+        patch_out_dim: prototypes of patches; ignored with a shared head.
         norm: of hidden layers: None, "bn", "syncbn" or "ln".
         act: "gelu" or "relu".
         last_norm: None; a normalisation over logits would need them stored.
@@ -103,17 +104,17 @@ class iBOTHead(nn.Module):  # noqa: N801 (the published name)
         """Logits in the dtype autocast gives the MLP.
 
         Args:
-            x: [R, 1 + N, C] class token and patches of each image, or [R, C] class tokens alone. The MLP runs over all that is
-                given: local crops, whose patches no loss looks at, cost less as [R, C].
+            x: [R, 1 + N, C] class token and patches of each image, or [R, C] class tokens only. The MLP runs over all given
+                tokens. No loss uses the patches of local crops, so these cost less as [R, C].
 
         Returns:
-            [R, K] of class tokens and [R, N, K] of patches, or [R, K] for class tokens alone.
+            [R, K] for class tokens and [R, N, K] for patches; or [R, K] for class tokens only.
         """
         if self.last_norm is not None or self.last_norm2 is not None:
             raise ValueError(
                 "last_norm is set, a normalisation over logits, which are never stored here; expected None"
             )
-        # batch norm counts every token as a row, whichever image it is of
+        # for batch norm every token of every image is a row
         hidden = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         features = unit_rows(hidden)
         if x.ndim == 2:
@@ -132,18 +133,18 @@ def load_checkpoint(
     """Load a published training checkpoint into our modules, strictly.
 
     Args:
-        checkpoint: its path or, already loaded, its mapping with the entries ``teacher``, ``student`` and ``ibot_loss``.
-            Keys may carry the names of wrappers, ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). A file is read without
-            running pickled code: what is not a tensor in it (command line, configuration, numpy scalars) is passed over.
-        network: "teacher" or "student": which one ``backbone`` and ``head`` take.
-        backbone: takes the keys under ``backbone.``, or None.
-        head: takes the keys under ``head.``, or None. Its last layer may be stored plain or in either form of weight norm.
-        loss: takes the entry ``ibot_loss``, both centres, or None.
+        checkpoint: its path, or its mapping, already loaded, with the entries ``teacher``, ``student`` and ``ibot_loss``.
+            Keys may contain the names of wrappers, ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). Reading a file runs no
+            pickled code: values that are not tensors (command line, configuration, numpy scalars) are skipped.
+        network: "teacher" or "student": the network from which ``backbone`` and ``head`` are loaded.
+        backbone: loads the keys under ``backbone.``, or None.
+        head: loads the keys under ``head.``, or None. Its last layer may be stored plain or in either form of weight norm.
+        loss: loads the entry ``ibot_loss``, both centres, or None.
 
     Raises:
-        ValueError: ``network`` is unknown, the file is not one of ``torch.save``, or the checkpoint lacks an entry or prefix;
-            says which it has.
-        OSError: the file cannot be opened; FileNotFoundError where there is none.
+        ValueError: ``network`` is unknown, ``torch.save`` did not write the file, or the checkpoint lacks an entry or prefix;
+            the text lists those that it has.
+        OSError: the file cannot be opened; FileNotFoundError if it does not exist.
         RuntimeError: a tensor is missing, left over or of another shape (from ``load_state_dict``).
 
     Example:

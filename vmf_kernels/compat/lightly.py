@@ -1,7 +1,7 @@
 """Drop-in for lightly-ai/lightly: its DINO, iBOT and KoLeo losses and DINO heads, with its signatures, defaults and keys.
 
-Import these instead of ``lightly.loss`` and ``lightly.models.modules`` (README, which also lists what differs). lightly itself
-is not needed.
+Import these instead of those in ``lightly.loss`` and ``lightly.models.modules`` (README, which also lists the differences).
+lightly itself is not needed.
 
 Legend: G / V teacher / student views, B images, M masked patches, K prototypes, D bottleneck dim.
 """
@@ -35,14 +35,14 @@ CENTER_MODES = ("mean",)
 
 
 class RankMeanCenter(centering.RankMeanCenter):
-    """The library's ``RankMeanCenter`` under lightly's names.
+    """The library's ``RankMeanCenter`` with lightly's names.
 
-    Arguments as ``LogitCenter``, which weighs by rows: the two agree where all ranks have equally many.
+    Arguments as ``LogitCenter``, in which every row has the same weight; the two agree if all ranks have equally many rows.
 
     Attributes:
-        center, value: [1, K] the centre, the first of which may be assigned.
+        center, value: [1, K] the centre; ``center`` may be assigned.
         momentum: may be assigned.
-        size, dim: shape of the centre, and its dims that are averaged over.
+        size, dim: shape of the centre, and the dims that it averages over.
 
     Source: lightly-ai/lightly lightly/models/modules/center.py.
 
@@ -62,21 +62,21 @@ class RankMeanCenter(centering.RankMeanCenter):
 
     @property
     def value(self) -> Tensor:
-        """[1, K] the centre, under the name it has there."""
+        """[1, K] the centre, under lightly's name."""
         return self.center
 
     def update(
         self, x: PrototypeLogits | Tensor, temperature: float | Tensor = 1.0, bias: Tensor | None = None
     ) -> None:
-        """Move the centre by [..., K] raw teacher logits; the temperature does not matter to them."""
+        """Move the centre by [..., K] raw teacher logits; the temperature is not used."""
         super().update(x, temperature, bias)
 
     def _weighed(self, summed: Tensor, rows: int) -> tuple[Tensor, int]:
-        return summed / max(rows, 1), min(rows, 1)  # a quotient, not a product, so that the last bit is that of a mean
+        return summed / max(rows, 1), min(rows, 1)  # a quotient, not a product: the last bit is that of a mean
 
 
 class _Loss(StreamLoss):
-    """What both losses share: a teacher temperature, rounded to fp32 where it is used, as lightly rounds it."""
+    """The shared part of both losses: a teacher temperature, which is rounded to fp32 for use, as in lightly."""
 
     @property
     def teacher_temp(self) -> float:
@@ -90,23 +90,23 @@ class _Loss(StreamLoss):
 
 
 class DINOLoss(_Loss):
-    """lightly's ``DINOLoss``: mean cross-entropy over pairs of different views, lists of views, the teacher's first.
+    """lightly's ``DINOLoss``: mean cross-entropy over pairs of different views; takes lists of views, the teacher's first.
 
     Args:
         output_dim: K.
         warmup_teacher_temp: teacher temperature at epoch 0, for calls with an epoch.
-        teacher_temp: teacher temperature after the warm-up, and of calls without an epoch.
+        teacher_temp: teacher temperature after the warm-up, and for calls without an epoch.
         warmup_teacher_temp_epochs: epochs of linear warm-up; the last of them already has the final value.
         student_temp: student temperature.
         center_momentum: of the running mean, in [0, 1).
-        center_mode: "mean", the one there is.
+        center_mode: must be "mean".
         options: keywords of ``Stream``: the centring rule and how its centre moves, backend, ranks.
 
     Attributes:
-        center: [1, 1, K], the state dict's only entry; absent under Sinkhorn-Knopp, which keeps none.
-        teacher_temp, student_temp, center_momentum, warmup_teacher_temp_epochs, teacher_temp_schedule: as there; what is
-            assigned counts from the next call.
-        statistics: ``AssignmentStatistics`` of the last call, None before.
+        center: [1, 1, K], the state dict's only entry; absent under Sinkhorn-Knopp, which keeps no centre.
+        teacher_temp, student_temp, center_momentum, warmup_teacher_temp_epochs, teacher_temp_schedule: as in lightly; may be
+            assigned, for the next call on.
+        statistics: ``AssignmentStatistics`` of the last call; None before the first.
 
     Raises:
         ValueError: a temperature is not positive, or an option unknown.
@@ -153,7 +153,7 @@ class DINOLoss(_Loss):
 
     @property
     def teacher_temp_schedule(self) -> Tensor:
-        """[warmup_teacher_temp_epochs] teacher temperature of each epoch of the warm-up; may be assigned or written to."""
+        """[warmup_teacher_temp_epochs] teacher temperature of each warm-up epoch; may be assigned or changed in place."""
         return self._schedule
 
     @teacher_temp_schedule.setter
@@ -171,12 +171,12 @@ class DINOLoss(_Loss):
         teacher_temp: float | None = None,
         epoch: int | None = None,
     ) -> Tensor:
-        """Mean over the pairs of different views and the images; moves the centre.
+        """Mean over the pairs of different views and over the images; moves the centre.
 
         Args:
-            teacher_out: G views, each [B, K] raw logits; no gradient reaches them.
-            student_out: V views, each [B, K] raw logits; the first ones are those the teacher sees, in its order.
-            teacher_temp: teacher temperature; None for that of the epoch or, without one, of the constructor.
+            teacher_out: G views, each [B, K] raw logits; they get no gradient.
+            student_out: V views, each [B, K] raw logits; the first ones are the teacher's views, in the same order.
+            teacher_temp: teacher temperature; None means that of the epoch or, without an epoch, that of the constructor.
             epoch: from 0.
 
         Returns:
@@ -206,7 +206,7 @@ class DINOLoss(_Loss):
         teacher_temp: float | None = None,
         epoch: int | None = None,
     ) -> None:
-        """Move the centre by [G, B, K] logits, or views of them, at the temperature as in ``forward``, and by what waits."""
+        """Move the centre by [G, B, K] logits or a list of views, if given, and by pending batches; else as ``forward``."""
         if isinstance(teacher_out, Sequence):
             teacher_out = torch.cat(list(teacher_out))  # type: ignore[arg-type]
         self.stream.update_center(teacher_out, self._temperature(teacher_temp, epoch))
@@ -219,26 +219,26 @@ class DINOLoss(_Loss):
         if epoch is None or epoch >= self.warmup_teacher_temp_epochs:
             return self._rounded_teacher_temp
         if not torch.compiler.is_compiling():
-            self._schedule_values = self._schedule.tolist()  # what was written to it, which cannot be traced
+            self._schedule_values = self._schedule.tolist()  # includes in-place changes, which cannot be traced
         return self._schedule_values[epoch]
 
 
 class IBOTPatchLoss(_Loss):
-    """lightly's ``IBOTPatchLoss``: masked patches one to one; mean over those of an image, then over all images.
+    """lightly's ``IBOTPatchLoss``: masked patches one to one; the mean over those of each image, then over all images.
 
     Args:
         output_dim: K.
-        teacher_temp: teacher temperature of calls without one.
+        teacher_temp: teacher temperature of calls that do not give one.
         student_temp: student temperature.
-        center_mode: "mean", the one there is.
+        center_mode: must be "mean".
         center_momentum: of the running mean, in [0, 1).
         options: keywords of ``Stream``: the centring rule and how its centre moves, backend, ranks.
 
     Attributes:
-        center: the centring rule, whose own ``center`` [1, K] is the state dict's only entry, ``center.center``: the mean over
-            ranks of each one's mean over its masked patches. It has the ``momentum`` too.
-        teacher_temp, student_temp: what is assigned counts from the next call.
-        statistics: ``AssignmentStatistics`` of the last call, None before.
+        center: the centring rule. Its ``center`` [1, K], the mean over ranks of each rank's mean over its masked patches, is
+            the state dict's only entry, ``center.center``. It also has the ``momentum``.
+        teacher_temp, student_temp: may be assigned, for the next call on.
+        statistics: ``AssignmentStatistics`` of the last call; None before the first.
 
     Raises:
         ValueError: a temperature is not positive, or an option unknown.
@@ -283,13 +283,13 @@ class IBOTPatchLoss(_Loss):
         mask: Tensor,
         teacher_temp: float | None = None,
     ) -> Tensor:
-        """Mean cross-entropy of the masked patches; moves the centre. Every rank calls it equally often, also with M = 0.
+        """Mean cross-entropy of the masked patches; moves the centre. Every rank must call it equally often, even if M = 0.
 
         Args:
-            teacher_out: [M, K] raw logits of the masked patches; no gradient reaches them.
+            teacher_out: [M, K] raw logits of the masked patches; they get no gradient.
             student_out: [M, K] raw logits of the same patches.
-            mask: [B, H, W] bool with M entries that are True, in the order of the rows.
-            teacher_temp: teacher temperature; None for that of the constructor.
+            mask: [B, H, W] bool with M True entries, in the order of the rows.
+            teacher_temp: teacher temperature; None means that of the constructor.
 
         Returns:
             [] nats; 0 with zero gradients for M = 0.
@@ -301,7 +301,7 @@ class IBOTPatchLoss(_Loss):
         tau = self._rounded_teacher_temp if teacher_temp is None else _checked_temperature(teacher_temp, "teacher_temp")
         weights = _patch_weights(mask, teacher_out, student_out)
         outputs = self.stream.prepare(student_out, teacher_out, tau)
-        # the mean over images apart from the weights, which are fp32 there too: fp64 logits then lose nothing
+        # the mean over images is separate from the weights, which are fp32 in lightly too: so fp64 logits lose no digits
         pair = torch.full((1, 1), 1 / max(len(mask), 1), dtype=torch.float64, device=weights.device)
         result = self.stream(outputs, pair, tau, weights)
         self.statistics = result.statistics
@@ -310,19 +310,19 @@ class IBOTPatchLoss(_Loss):
         return loss
 
     def update_center(self) -> None:
-        """Move the centre by the batches since the last call; only for ``center_update="manual"``."""
+        """Move the centre by the batches since the last call; needed only with ``center_update="manual"``."""
         self.stream.centering.apply_pending()
 
 
 class KoLeoLoss(koleo.KoLeoLoss):
-    """lightly's ``KoLeoLoss``: neighbours by cosine, their distance in any p-norm; in fp32 whatever autocast says.
+    """lightly's ``KoLeoLoss``: neighbours by cosine, their distance in any p-norm; computed in fp32, also under autocast.
 
     Args:
         p: degree of the norm of the distance, > 0.
         eps: added to the distance and to its components, > 0.
 
     Raises:
-        ValueError: ``p`` or ``eps`` is not positive; when called, fewer than two rows, which have no neighbour.
+        ValueError: ``p`` or ``eps`` is not positive; or, when called, there are fewer than two rows and so no neighbour.
     Source: lightly-ai/lightly lightly/loss/koleo_loss.py.
 
     Example:
@@ -347,7 +347,7 @@ class KoLeoLoss(koleo.KoLeoLoss):
 
 
 def _stream(output_dim: int, student_temp: float, momentum: float, center_mode: str, options: StreamOptions) -> Stream:
-    """A stream whose logit centre averages over ranks as lightly's does."""
+    """A stream whose logit centre averages over ranks as in lightly."""
     if center_mode not in CENTER_MODES:
         raise ValueError(f"center_mode is {center_mode!r}; expected one of {', '.join(CENTER_MODES)}")
     if options.get("centering", "logit") == "logit":
@@ -364,13 +364,13 @@ def _stream(output_dim: int, student_temp: float, momentum: float, center_mode: 
 
 
 def _checked_temperature(value: float, name: str) -> float:
-    """The value in fp32, in which lightly keeps teacher temperatures; only fp64 logits tell the difference."""
+    """The value rounded to fp32, as lightly stores teacher temperatures; it matters only for fp64 logits."""
     check_positive(value, name)
     return torch.tensor(value, dtype=torch.float32, device="cpu").item()
 
 
 def _images(teacher_out: Sequence[PrototypeLogits | Tensor], student_out: Sequence[PrototypeLogits | Tensor]) -> int:
-    """B of views [B, K]."""
+    """The number of images B of views [B, K]."""
     shapes = [tuple(view.shape) for view in (*teacher_out, *student_out)]
     if not teacher_out or not student_out:
         raise ValueError(
@@ -382,7 +382,7 @@ def _images(teacher_out: Sequence[PrototypeLogits | Tensor], student_out: Sequen
 
 
 def _patch_weights(mask: Tensor, teacher: PrototypeLogits | Tensor, student: PrototypeLogits | Tensor) -> Tensor:
-    """[M] fp32 one over the number of masked patches of the row's image."""
+    """[M] fp32 weights: one over the number of masked patches of the row's image."""
     if mask.dtype != torch.bool or mask.ndim < 2:
         raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool [images, height, width]")
     mask = mask.flatten(1)

@@ -1,6 +1,6 @@
 """Drop-in for vturrisi/solo-learn: ``DINOHead`` and ``DINOLoss`` with its signatures, defaults, buffers and keys.
 
-Two imports of its ``solo/methods/dino.py`` change (README); its checkpoints load, and ours load there.
+Change the imports of its ``solo/methods/dino.py`` (README). Its checkpoints load here, and this module's load there.
 
 Legend: V crops, B images, K prototypes.
 """
@@ -23,7 +23,7 @@ __all__ = ["DINOHead", "DINOLoss", "load_checkpoint"]
 
 
 class DINOHead(heads.DINOHead):
-    """solo-learn's head: that of ``vmf_kernels.DINOHead`` under its argument names, with BatchNorm unless told otherwise.
+    """solo-learn's head: ``vmf_kernels.DINOHead`` with solo-learn's argument names, and with BatchNorm by default.
 
     Args:
         in_dim: dim of the backbone's features.
@@ -58,7 +58,7 @@ class DINOHead(heads.DINOHead):
 
 
 class DINOLoss(losses.DINOLoss):
-    """solo-learn's loss: the epoch is an attribute that its method sets, and only large crops are given.
+    """solo-learn's loss: the epoch is an attribute that solo-learn's method sets, and there are only large crops.
 
     Args:
         num_prototypes: K.
@@ -67,14 +67,14 @@ class DINOLoss(losses.DINOLoss):
         warmup_teacher_temp_epochs: epochs of linear warm-up; the last of them already has the final value.
         num_epochs: epochs of the run.
         student_temp: student temperature.
-        num_large_crops: student crops V, at least 2; the first two are the teacher's.
+        num_large_crops: student crops V, at least 2; the teacher sees the first two.
         center_momentum: of the running mean, in [0, 1).
         options: keywords of ``Stream``: the centring rule and how its centre moves, backend, ranks.
 
     Attributes:
         epoch: selects the teacher temperature; 0 at the start, and not in the state dict.
-        center: [1, K] fp32, the state dict's only entry; absent under Sinkhorn-Knopp, which keeps none.
-        statistics: ``AssignmentStatistics`` of the last call, None before.
+        center: [1, K] fp32, the state dict's only entry; absent under Sinkhorn-Knopp, which keeps no centre.
+        statistics: ``AssignmentStatistics`` of the last call; None before the first.
 
     Raises:
         ValueError: a temperature is not positive, ``num_large_crops`` < 2, or an option unknown.
@@ -105,7 +105,7 @@ class DINOLoss(losses.DINOLoss):
     ) -> None:
         warm_up = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, num_epochs)
         super().__init__(num_prototypes, num_large_crops, *warm_up, student_temp, center_momentum, **options)
-        # a compiled step would take an int of a module for a constant
+        # a compiled step would treat an int attribute of a module as a constant
         at = self._temperatures.stored.device
         self.register_buffer("epoch_now", torch.zeros((), dtype=torch.int64, device=at), persistent=False)
         self.epoch = 0
@@ -131,17 +131,17 @@ class DINOLoss(losses.DINOLoss):
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.epoch_now.fill_(self._epoch)  # to_empty() leaves none
+        self.epoch_now.fill_(self._epoch)  # to_empty() does not keep the value
         return self
 
     def forward(  # type: ignore[override]
         self, student_output: PrototypeLogits | Tensor, teacher_output: PrototypeLogits | Tensor
     ) -> Tensor:
-        """Mean cross-entropy over the pairs of different crops and the images; moves the centre.
+        """Mean cross-entropy over the pairs of different crops and over the images; moves the centre.
 
         Args:
             student_output: [V * B, K] raw logits of all crops, crop by crop.
-            teacher_output: [2 * B, K] raw logits of the first two; no gradient reaches them.
+            teacher_output: [2 * B, K] raw logits of the first two crops; they get no gradient.
 
         Returns:
             [] nats.
@@ -154,9 +154,9 @@ class DINOLoss(losses.DINOLoss):
         return self._evaluate(student_output, teacher_output, epoch, (None, None))
 
     def update_center(self, teacher_output: PrototypeLogits | Tensor | None = None, epoch: int | None = None) -> None:
-        """Move the centre by [R, K] teacher logits, if given, and by the batches that ``center_update="manual"`` kept.
+        """Move the centre by [R, K] teacher logits, if given, and by the pending batches of ``center_update="manual"``.
 
         Raises:
-            ValueError: K is not ``num_prototypes``, or the epoch, by default the attribute, is beyond ``num_epochs``.
+            ValueError: K is not ``num_prototypes``, or the epoch (by default the attribute) is beyond ``num_epochs``.
         """
         super().update_center(teacher_output, self.epoch if epoch is None else epoch)

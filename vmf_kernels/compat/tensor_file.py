@@ -1,9 +1,9 @@
-"""Files that ``torch.save`` wrote, read without running or importing anything they name.
+"""Reads files that ``torch.save`` wrote, without running or importing anything that they name.
 
-A pickle is a program that calls what it names. Here a name gives one of three things: ``OrderedDict``, a function that notes
-where a tensor lies, or a placeholder that takes whatever it is given and does nothing. So numpy scalars, command lines and
-configurations, of whatever class, keep nobody from the tensors beside them. Tensors are read when asked for: what nobody asks
-for, such as an optimizer's state, costs neither time nor memory.
+A pickle is a program that calls what it names. Here a name stands for one of three things: ``OrderedDict``, a function that
+records where a tensor lies, or a placeholder that accepts everything and does nothing. So numpy scalars, command lines and
+configurations of any class do not prevent reading the tensors beside them. Tensors are read only when needed: an optimizer's
+state, for example, costs neither time nor memory.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ DTYPES = {
     "ShortStorage": torch.int16,
     "UntypedStorage": torch.uint8,
 }
-ZIP_START = b"PK\x03\x04"  # torch.save since 1.6; before, a sequence of pickles and then the raw tensors
+ZIP_START = b"PK\x03\x04"  # torch.save since 1.6; before, it wrote a sequence of pickles and then the raw tensors
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C  # the first of those pickles
-# what a damaged or foreign file makes zipfile and pickle raise; RuntimeError is of encrypted archives and deep recursion
+# errors of zipfile and pickle for a damaged or foreign file; encrypted archives and deep recursion raise RuntimeError
 FAULTS = (
     *(
         AttributeError,
@@ -61,9 +61,9 @@ FAULTS = (
 
 
 class Placeholder(type):
-    """What stands for anything a file names beyond tensors, and for all that the file makes of it; it keeps nothing.
+    """Stands for anything that a file names besides tensors, and for any object made from it; it stores nothing.
 
-    A class, because a pickle may ask for an instance of it, which is the class itself again.
+    It is a class, because a pickle may create an instance of it; the instance is the class itself.
 
     Attributes:
         stands_for: the dotted name in the file.
@@ -72,7 +72,7 @@ class Placeholder(type):
     stands_for: str
 
     def __call__(cls, *args: object, **kwargs: object) -> Placeholder:
-        """Itself, whatever it is given."""
+        """Returns itself, for any arguments."""
         return cls
 
     def __setstate__(cls, state: object) -> None:
@@ -82,13 +82,13 @@ class Placeholder(type):
         pass
 
     def append(cls, value: object) -> None:
-        """Keep nothing."""
+        """Do nothing."""
 
     extend = add = append
 
 
 class Storages:
-    """The raw memory in a file; the storage read last is kept, for tensors that share one."""
+    """The raw memory in a file; the storage that was read last is kept, because tensors may share it."""
 
     def __init__(self) -> None:
         self._last: tuple[str, bytearray] | None = None
@@ -104,7 +104,7 @@ class Storages:
 
 
 class Storage(NamedTuple):
-    """A storage in a file, of elements of one dtype; a view begins ``start`` elements into it."""
+    """A storage in a file, with elements of one dtype; a view of it begins at element ``start``."""
 
     key: str
     dtype: torch.dtype
@@ -112,7 +112,7 @@ class Storage(NamedTuple):
 
 
 class UnreadTensor(NamedTuple):
-    """Where a tensor lies in a file. ``read`` checks it: nothing here has been yet."""
+    """Where a tensor lies in a file. Nothing here is checked before ``read``."""
 
     storages: Storages
     storage: Storage
@@ -141,11 +141,11 @@ class UnreadTensor(NamedTuple):
 
 @contextmanager
 def open_entries(path: str | PathLike[str]) -> Iterator[Any]:
-    """What ``torch.save`` was given, with ``UnreadTensor`` and ``Placeholder`` in it; tensors can be read until it closes.
+    """The object that was saved, with ``UnreadTensor`` and ``Placeholder`` in it. Tensors can be read inside ``with`` only.
 
     Raises:
-        ValueError: ``path`` is a directory, or no whole file of ``torch.save``.
-        OSError: it cannot be opened; FileNotFoundError where there is none.
+        ValueError: ``path`` is a directory, or not a whole file of ``torch.save``.
+        OSError: it cannot be opened; FileNotFoundError if it does not exist.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below
@@ -165,7 +165,7 @@ def open_entries(path: str | PathLike[str]) -> Iterator[Any]:
 
 
 class _Archive(Storages):
-    """Storages of a zip archive, which keeps each as a member of its own."""
+    """Storages of a zip archive, each of which is a member."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class _Archive(Storages):
 
 
 class _Stream(Storages):
-    """Storages one after the other behind the pickles: a length of 8 bytes and the raw memory each."""
+    """Storages one after the other behind the pickles, each with a length of 8 bytes and the raw memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class _Stream(Storages):
         return raw
 
     def locate(self, keys: list[str], dtypes: dict[str, torch.dtype]) -> None:
-        """Note where each storage lies, from where the file now stands."""
+        """Record where each storage lies, starting at the current position in the file."""
         place = self.file.tell()
         end = self.file.seek(0, SEEK_END)
         for key in keys:
@@ -229,7 +229,7 @@ def _stream_entries(file: IO[bytes]) -> Any:
     storages = _Stream(file)
     if _Unpickler(file, storages).load() != STREAM_MAGIC:
         raise ValueError("a pickle, but not of torch.save")
-    _Unpickler(file, storages).load()  # the protocol, of which there is one
+    _Unpickler(file, storages).load()  # the protocol; there is only one
     system = _Unpickler(file, storages).load()
     _check_byteorder("little" if system["little_endian"] else "big")
     unpickler = _Unpickler(file, storages)
@@ -244,10 +244,10 @@ def _check_byteorder(order: str) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler in which every name of the file is harmless; what it hands out belongs to this file alone."""
+    """An unpickler in which every name of the file is harmless; the objects that it returns belong to this file only."""
 
     def __init__(self, file: Any, storages: Storages) -> None:
-        # latin1 reads all that Python 2 wrote
+        # latin1 can read everything that Python 2 wrote
         super().__init__(file, encoding="latin1")
         self.storages = storages
         self.dtypes: dict[str, torch.dtype] = {}
@@ -261,7 +261,7 @@ class _Unpickler(pickle.Unpickler):
             if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
                 return vars(torch)[name]
             if (module, name) in REBUILDERS:
-                # a file may set attributes of what it gets: a partial is made anew each time, the function is not
+                # a file may set attributes of the returned object: so return a new partial, not the function itself
                 return partial(REBUILDERS[module, name], self.storages)
         return _placeholder(f"{module}.{name}")
 
@@ -289,7 +289,7 @@ def _same(cls: Placeholder, *args: object, **kwargs: object) -> Placeholder:
 def _rebuild_tensor(
     storages: Storages, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any
 ) -> UnreadTensor | Placeholder:
-    """``rest`` is requires_grad, hooks, at times a dtype that is not the storage's, at times a dict of bits set."""
+    """``rest`` is requires_grad, hooks, sometimes a dtype that differs from the storage's, sometimes a dict of set bits."""
     if any(type(value) is dict and value for value in rest):
         return _placeholder("torch.Tensor with a conjugation or negation still to be done")
     if not isinstance(storage, Storage):
@@ -304,7 +304,7 @@ def _rebuild_parameter(storages: Storages, data: Any, *rest: object) -> Any:
 
 def _rebuild_subclass(storages: Storages, rebuild: Callable[..., Any], kind: object, given: Any, state: object) -> Any:
     made = rebuild(*given)
-    return kind if isinstance(made, Placeholder) else made  # its class says more than the function that makes it
+    return kind if isinstance(made, Placeholder) else made  # the class says more than the function that made it
 
 
 REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {

@@ -66,7 +66,7 @@ class DINOHead(nn.Module):
 class DINOvMFHead(DINOHead):
     """DINO-vMF's head: its prototypes are von Mises-Fisher components of precision ``||w_k|| / tau``, so their norms are free.
 
-    Its logits say so themselves: any loss and ``prototype_cross_entropy`` add ``log C_D(||w_k|| / tau)`` at their temperature.
+    Its logits carry this: every loss, and ``prototype_cross_entropy``, adds ``log C_D(||w_k|| / tau)`` at its temperature.
     Parameters and checkpoints are those of ``DINOHead``. Arguments and errors as there, without ``norm_last_layer``.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939), section 4.

@@ -1,1 +1,1 @@
-"""The published losses: schedules, pairings and averages around one stream of rows."""
+"""The published losses: schedules, pairings and averages around a stream of rows."""

@@ -1,4 +1,4 @@
-"""A running centre in the state dicts of the module that owns its rule, under the published name."""
+"""Stores a running centre in its loss's state dict under the published name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 
 def publish_center(module: nn.Module, public: str, private: str, dims: int = 2) -> None:
-    """Keep the center ``private`` in state dicts of ``module`` under the name ``public``, as [1, ..., K] of ``dims`` dims.
+    """Store the centre ``private`` in state dicts of ``module`` under the name ``public``, as [1, ..., K] of ``dims`` dims.
 
-    Where the module keeps no centre (Sinkhorn-Knopp), one that a checkpoint brings is left out with a ``UserWarning``.
+    If the module keeps no centre (Sinkhorn-Knopp), the centre of a checkpoint is ignored with a ``UserWarning``.
     """
     module.register_state_dict_post_hook(_Publish(public, private, dims))  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(_Adopt(public, private))  # type: ignore[no-untyped-call]
@@ -59,14 +59,14 @@ class _Adopt:
 
 @dataclass
 class _NameMissing:
-    """After ``load_state_dict()``: a missing centre under the name that a checkpoint has it by."""
+    """After ``load_state_dict()``: reports a missing centre under the name that it has in a checkpoint."""
 
     public: str
     private: str
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
         missing: list[str] = incompatible_keys.missing_keys
-        # the prefix is not known here; at the same place of another loss this is the right name as well
+        # the prefix is not known here; for the centre of another loss with the same private name, this name is right too
         missing[:] = [
             key.removesuffix(self.private) + self.public if f".{key}".endswith(f".{self.private}") else key
             for key in missing

@@ -1,4 +1,4 @@
-"""DINO's loss and DINO-vMF's with the published constructors: schedule, pairing and averaging only.
+"""DINO's and DINO-vMF's losses with the published constructors: only schedule, pairing and averaging.
 
 Legend: B images, V student crops, K prototypes. Rows are view-major.
 """
@@ -25,13 +25,13 @@ TEACHER_CROPS = 2  # the teacher sees the global crops only
 
 
 class DINOLoss(StreamLoss):
-    """DINO's loss: every student crop learns from every other global crop of its image, as the teacher assigns it.
+    """DINO's loss: every student crop learns from the teacher's assignments of every other global crop of its image.
 
-    Takes what the head returns: ``PrototypeLogits`` (nothing of size rows x K is stored) or plain logits (one fused pass).
+    It takes what the head returns: ``PrototypeLogits`` (nothing of size rows x K is stored) or plain logits (one fused pass).
 
     Args:
         out_dim: number of prototypes K.
-        ncrops: student crops V, the 2 global ones included.
+        ncrops: student crops V, including the 2 global crops.
         warmup_teacher_temp: teacher temperature at epoch 0.
         teacher_temp: teacher temperature after the warm-up.
         warmup_teacher_temp_epochs: epochs of linear warm-up; the last of them already has the final value, as published.
@@ -41,9 +41,9 @@ class DINOLoss(StreamLoss):
         options: keywords of ``Stream``: the centring rule and how its centre moves, backend, ranks.
 
     Attributes:
-        center: [1, K] fp32, the state dict's only entry, as published; absent under Sinkhorn-Knopp, which keeps none.
-        student_temp, center_momentum, ncrops, teacher_temp_schedule: as published; what is assigned counts from the next call.
-        statistics: ``AssignmentStatistics`` of the last call, None before.
+        center: [1, K] fp32, the state dict's only entry, as published; absent under Sinkhorn-Knopp, which keeps no centre.
+        student_temp, center_momentum, ncrops, teacher_temp_schedule: as published; may be assigned, for the next call on.
+        statistics: ``AssignmentStatistics`` of the last call; None before the first.
 
     Raises:
         ValueError: a temperature is not positive, ncrops < 2, or an option unknown.
@@ -83,7 +83,7 @@ class DINOLoss(StreamLoss):
 
     @property
     def teacher_temp_schedule(self) -> NDArray[np.float64]:
-        """[nepochs] teacher temperature of each epoch, read-only; another array or list may be assigned."""
+        """[nepochs] teacher temperature of each epoch, a read-only array; assign another array or list to change it."""
         return self._temperatures.array
 
     @teacher_temp_schedule.setter
@@ -101,12 +101,12 @@ class DINOLoss(StreamLoss):
         teacher_output: PrototypeLogits | Tensor,
         epoch: int,
     ) -> Tensor:
-        """Mean cross-entropy over the pairs of different views and the images; moves the centre.
+        """Mean cross-entropy over the pairs of different views and over the images; moves the centre.
 
         Args:
             student_output: [V * B, K] raw logits of all crops.
-            teacher_output: [2 * B, K] raw logits of the global crops; no gradient reaches them.
-            epoch: from 0, selects the teacher temperature.
+            teacher_output: [2 * B, K] raw logits of the global crops; they get no gradient.
+            epoch: from 0; selects the teacher temperature.
 
         Returns:
             [] nats.
@@ -118,10 +118,10 @@ class DINOLoss(StreamLoss):
         return self._evaluate(student_output, teacher_output, epoch, (None, None))
 
     def update_center(self, teacher_output: PrototypeLogits | Tensor | None = None, epoch: int | None = None) -> None:
-        """Move the centre by [R, K] raw teacher logits, if given, and by the batches that ``center_update="manual"`` kept.
+        """Move the centre by [R, K] raw teacher logits, if given, and by the pending batches of ``center_update="manual"``.
 
-        A call without logits is for ``center_update="manual"``. A centre of probabilities takes them at the temperature of
-        ``epoch``, which one of logits does not need.
+        A call without logits is for ``center_update="manual"``. A centre of probabilities needs ``epoch`` for the temperature
+        of the logits; a centre of logits does not.
 
         Raises:
             ValueError: K is not ``out_dim``, or the epoch is missing or beyond ``nepochs``.
@@ -154,13 +154,13 @@ class DINOLoss(StreamLoss):
 class DINOvMFLoss(DINOLoss):
     """DINO-vMF's loss: prototypes of free norm are von Mises-Fisher components of precision ``||w_k|| / tau``.
 
-    Each network's logits gain ``log C_D(||w_k|| / tau)`` of its own prototypes at its own temperature; gradients flow
-    through the student's. The details are a reconstruction from the paper (README of this folder). Plain logits need the
-    prototypes.
+    ``log C_D(||w_k|| / tau)`` is added to each network's logits, with its own prototypes and its own temperature; gradients
+    flow through the student's. The details are reconstructed from the paper (vmf_kernels/README.md). Plain logits need the
+    prototypes as arguments.
 
     Args:
-        out_dim, ncrops, ..., options: as ``DINOLoss``, which also lists the errors; centering is "probability" as the paper
-            has it unless given.
+        out_dim, ncrops, ..., options: as ``DINOLoss``, which also lists the errors; centering is "probability" by default, as
+            in the paper.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
 
@@ -184,10 +184,10 @@ class DINOvMFLoss(DINOLoss):
         student_prototypes: Prototypes | None = None,
         teacher_prototypes: Prototypes | None = None,
     ) -> Tensor:
-        """As ``DINOLoss.forward``, with each network's prototypes where the outputs are plain logits.
+        """As ``DINOLoss.forward``; if the outputs are plain logits, each network's prototypes are needed.
 
         Raises:
-            ValueError: as there; or plain logits came without prototypes, with another number of them, or with normalised
-                ones, which have no precision.
+            ValueError: as there; or plain logits came without prototypes, with another number of prototypes, or with
+                normalised prototypes, which have no precision.
         """
         return self._evaluate(student_output, teacher_output, epoch, (student_prototypes, teacher_prototypes))

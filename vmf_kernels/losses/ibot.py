@@ -1,4 +1,4 @@
-"""iBOT's losses: that of the class tokens plus that of the masked patches.
+"""iBOT's losses: the loss of the class tokens plus the loss of the masked patches.
 
 Legend: G global crops, L local crops, B images, C = G B masked images, N patches of an image, M masked patches, K prototypes.
 Rows are view-major.
@@ -29,9 +29,9 @@ __all__ = ["IBOTLoss", "IBOTPatchLoss", "IBOTvMFLoss", "IBOTvMFPatchLoss"]
 
 
 class IBOTLoss(StreamLoss):
-    """iBOT's loss: that of the class tokens over all pairs of different views, plus that of the masked patches.
+    """iBOT's loss: the class tokens' loss over all pairs of different views, plus the loss of the masked patches.
 
-    Both heads may share their prototypes or not: that shows in the logits alone. Patches of local crops are not asked for.
+    Class tokens and patches may share their prototypes or not; the loss is the same. Patches of local crops are not needed.
 
     Args:
         out_dim: prototypes of the class tokens' head.
@@ -39,7 +39,7 @@ class IBOTLoss(StreamLoss):
         ngcrops: global crops G.
         nlcrops: local crops L.
         warmup_teacher_temp, teacher_temp: teacher temperature of class tokens at epoch 0, and after the warm-up.
-        warmup_teacher_temp2, teacher_temp2: the same of patches.
+        warmup_teacher_temp2, teacher_temp2: the same for patches.
         warmup_teacher_temp_epochs: epochs of linear warm-up; the last of them already has the final value, as published.
         nepochs: epochs of the run.
         student_temp: student temperature.
@@ -47,14 +47,14 @@ class IBOTLoss(StreamLoss):
         lambda1, lambda2: weights of the two losses.
         mim_start_epoch: epoch at which the warm-up of the patches' temperature starts.
         center_tokens: as ``IBOTPatchLoss``.
-        patch_centering: the rule of the patches; None for one of the same name as that of the class tokens, ``centering=``.
-        options: keywords of ``Stream``, for both streams.
+        patch_centering: the rule of the patches; None means a rule of the same name as ``centering=``, of the class tokens.
+        options: keywords of ``Stream``, for class tokens and patches.
 
     Attributes:
-        center, center2: fp32 of class tokens, [1, K], and of patches, [1, 1, K]; the state dict's entries, as published.
+        center, center2: fp32 centres of class tokens, [1, K], and patches, [1, 1, K]; the state dict's entries, as published.
         student_temp, center_momentum, center_momentum2, ngcrops, ncrops, lambda1, lambda2, teacher_temp_schedule,
-            teacher_temp2_schedule: as published; what is assigned counts from the next call.
-        statistics, patch_statistics: ``AssignmentStatistics`` of the last call, None before.
+            teacher_temp2_schedule: as published; may be assigned, for the next call on.
+        statistics, patch_statistics: ``AssignmentStatistics`` of the last call; None before the first.
 
     Raises:
         ValueError: a temperature is not positive, there are fewer than two crops, or an option is unknown.
@@ -117,7 +117,7 @@ class IBOTLoss(StreamLoss):
 
     @property
     def teacher_temp_schedule(self) -> NDArray[np.float64]:
-        """[nepochs] teacher temperature of class tokens of each epoch, read-only; another array or list may be assigned."""
+        """[nepochs] teacher temperature of class tokens by epoch, a read-only array; assign another to change it."""
         return self._temperatures.array
 
     @teacher_temp_schedule.setter
@@ -126,7 +126,7 @@ class IBOTLoss(StreamLoss):
 
     @property
     def teacher_temp2_schedule(self) -> NDArray[np.float64]:
-        """[nepochs] the same of patches."""
+        """[nepochs] the same for patches."""
         return self._temperatures2.array
 
     @teacher_temp2_schedule.setter
@@ -135,7 +135,7 @@ class IBOTLoss(StreamLoss):
 
     @property
     def nlcrops(self) -> int:
-        """Local crops: ``ncrops`` without the global ones."""
+        """Number of local crops: ``ncrops - ngcrops``."""
         return self.ncrops - self.ngcrops
 
     @nlcrops.setter
@@ -172,7 +172,7 @@ class IBOTLoss(StreamLoss):
 
     @property
     def patch_statistics(self) -> AssignmentStatistics | None:
-        """Statistics of the patches in the last call."""
+        """Statistics of the patches of the last call."""
         return self.patch_loss.statistics
 
     def forward(
@@ -189,14 +189,14 @@ class IBOTLoss(StreamLoss):
             student_output: ([G * B, K] class tokens, [G * B, N, K] patches) of the masked global crops, raw logits.
             teacher_output: the same of the unmasked global crops.
             student_local_cls: [L * B, K] class tokens of the local crops from the same head, or None.
-            student_mask: one [B, H, W] (or [B, N]) bool tensor for each global crop; more of them are not looked at.
-            epoch: from 0, selects the teacher temperatures.
+            student_mask: one [B, H, W] (or [B, N]) bool tensor for each global crop; further ones are ignored.
+            epoch: from 0; selects the teacher temperatures.
 
         Returns:
             "cls" and "patch", each [] nats times its lambda, and "loss", their sum.
 
         Raises:
-            ValueError: shapes do not fit, the local crops' class tokens are seen to be of another head, or the epoch is beyond
+            ValueError: shapes do not fit, the local crops' class tokens come from another head, or the epoch is beyond
                 ``nepochs``.
             TypeError: one side is stored and the other is not.
         """
@@ -208,7 +208,7 @@ class IBOTLoss(StreamLoss):
         mask = self._joined_mask(student_mask)
         teacher_cls = teacher_output[0]
         student_cls = self._all_crops(student_output[0], student_local_cls, teacher_cls)
-        # both before either loss, so that no centre has started or moved where one half of the batch does not fit
+        # check both before either loss, so that no centre starts or moves if one half of the batch does not fit
         outputs = self._prepare_cls(student_cls, teacher_cls, tau)
         patches = self.patch_loss.prepare(student_output[1], teacher_output[1], mask, tau2)
         cls = self.lambda1 * self._cls_loss(outputs, tau)
@@ -222,11 +222,11 @@ class IBOTLoss(StreamLoss):
         teacher_patch: PrototypeLogits | Tensor | None = None,
         epoch: int | None = None,
     ) -> None:
-        """Move both centres by raw logits, if given, and by the batches that ``center_update="manual"`` kept.
+        """Move both centres by raw logits, if given, and by the pending batches of ``center_update="manual"``.
 
         Args:
-            teacher_cls: [R, K] of class tokens.
-            teacher_patch: [R, N, K] of patches, all of which count.
+            teacher_cls: [R, K] logits of class tokens.
+            teacher_patch: [R, N, K] logits of patches; all of them enter the centre.
             epoch: selects the temperatures, which only centres of probabilities need.
 
         Raises:
@@ -285,10 +285,10 @@ class IBOTLoss(StreamLoss):
 
 
 class IBOTvMFLoss(IBOTLoss):
-    """iBOT-vMF: both streams' prototypes are von Mises-Fisher components; needs heads that return ``PrototypeLogits``.
+    """iBOT-vMF: the prototypes are von Mises-Fisher components; needs heads that return ``PrototypeLogits``.
 
-    A shared head has one set of prototypes whose precision follows the temperature of the stream. Arguments as ``IBOTLoss``;
-    centering is "probability" unless given. A reconstruction (README of this folder).
+    A shared head has one set of prototypes; their precision depends on the temperature, of class tokens or of patches.
+    Arguments as ``IBOTLoss``; centering is "probability" by default. Reconstructed (vmf_kernels/README.md).
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
 
@@ -316,7 +316,7 @@ class IBOTvMFLoss(IBOTLoss):
 
 
 def _of_patches(options: StreamOptions, centering: str | CenteringRule | None) -> StreamOptions:
-    """The options with the patches' rule."""
+    """The options, with the centring rule of the patches."""
     if centering is not None:
         return {**options, "centering": centering}
     if not isinstance(options.get("centering", ""), str):
@@ -327,7 +327,7 @@ def _of_patches(options: StreamOptions, centering: str | CenteringRule | None) -
 
 
 def _joined(student: PrototypeLogits | Tensor, local: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
-    """Rows of two calls of one head."""
+    """Joins the rows of two calls of one head."""
     if student.shape[-1] != local.shape[-1]:
         raise ValueError(
             f"student_local_cls has {local.shape[-1]} prototypes but the global crops' class tokens {student.shape[-1]}; "

@@ -1,6 +1,6 @@
-"""KoLeo: spread the features of a batch, or the prototypes of a head, by their nearest-neighbour distances.
+"""KoLeo: spreads the features of a batch by their nearest-neighbour distances.
 
-Legend: B images of a rank, C crops, N images of all ranks, K prototypes of all ranks, D embedding dim.
+Legend: B images of a rank, C crops, N images of all ranks, D embedding dim.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.ranks import gather_counts, gather_rows
 from vmf_kernels.tensors import no_autocast
 
-NO_MATRIX = -1  # stands for the number of rows of what has none
+NO_MATRIX = -1  # the number of rows of something that is not a matrix
 
 
 class KoLeoLoss(nn.Module):
     """Kozachenko-Leonenko regulariser: ``-mean_i log(min_{j != i} ||x_i - x_j|| + eps)`` over L2-normalised rows.
 
-    Meant for the student's class tokens before the head. Formed in fp32 (fp64 for fp64 features) whatever autocast says: in
-    fp16 eps rounds to 0 and two equal images give infinity. The gradient of fp16 features is cut off at fp16's range, which
-    that of three equal rows leaves. Neighbours are sought among this rank's rows; on a GPU their products follow
-    ``torch.set_float32_matmul_precision``, and below "highest" near ones are told apart less well.
+    It is meant for the student's class tokens before the head. It is computed in fp32 (fp64 for fp64 features), also under
+    autocast: in fp16, eps rounds to 0, and two equal images would give infinity. The gradient of fp16 features is clamped to
+    the range of fp16, which three equal rows would exceed. Neighbours are taken from this rank's rows. On a GPU their products
+    follow ``torch.set_float32_matmul_precision``; with less than "highest", close neighbours are distinguished less well.
 
     Args:
         eps: added to the distance and to its components, > 0.
@@ -53,7 +53,7 @@ class KoLeoLoss(nn.Module):
         """[C * B, D] features to a [] loss, nats.
 
         Raises:
-            ValueError: ``features`` is not such a matrix, or has a crop of ``topk`` rows or fewer, too few neighbours.
+            ValueError: ``features`` is not such a matrix, or a crop has too few rows (at most ``topk``).
         """
         counts = self._counts(features.shape[0] if features.ndim == 2 else NO_MATRIX, features.device)
         self._check(features, counts)
@@ -65,11 +65,11 @@ class KoLeoLoss(nn.Module):
             return torch.stack(losses).sum()
 
     def _counts(self, rows: int, device: torch.device) -> list[int]:
-        """Rows of each rank among whose rows neighbours are sought, ``NO_MATRIX`` where it has none."""
+        """Number of rows of each rank that can have neighbours, ``NO_MATRIX`` if its features are not a matrix."""
         return [rows]
 
     def _check(self, features: Tensor, counts: list[int]) -> None:
-        """Raise ValueError unless all ranks' rows fit; by ``counts`` alone, so that all raise or none is left waiting."""
+        """Raise ValueError unless all ranks' rows fit. It depends on ``counts`` only, so all ranks raise or none does."""
         wrong = any(count == NO_MATRIX or count % self.crops for count in counts)
         if wrong or sum(counts) // self.crops <= self.topk:
             rows = "B" if self.crops == 1 else f"{self.crops} * B"
@@ -80,41 +80,39 @@ class KoLeoLoss(nn.Module):
             )
 
     def _candidates(self, rows_BCD: Tensor, counts: list[int]) -> tuple[Tensor, int]:
-        """[N, C, D] rows among which neighbours are sought, and where ``rows_BCD`` begin; ``counts`` are the ranks' B."""
+        """[N, C, D] candidates for neighbours, and where ``rows_BCD`` begin among them; ``counts`` are the ranks' B."""
         return rows_BCD, 0
 
     def _of_crop(self, rows_BD: Tensor, among_ND: Tensor, start: int) -> Tensor:
         if not rows_BD.shape[0]:
-            return among_ND[:0].sum()  # 0, through the gather whose backward pass the other ranks wait for
+            return among_ND[:0].sum()  # 0, but with the gather in its graph: other ranks wait for its backward pass
         with torch.no_grad():
             similarity_BN = rows_BD @ among_ND.T
             similarity_BN.diagonal(start).fill_(-torch.inf)
-            # of equal neighbours argmax takes the first, topk any
+            # among equally near neighbours argmax takes the first, topk any
             one = self.topk == 1
             nearest = similarity_BN.argmax(1, keepdim=True) if one else similarity_BN.topk(self.topk).indices
-        # eps inside the norm as well: its slope at 0 distance is undefined
+        # eps inside the norm too, whose derivative at distance 0 is undefined
         distance = functional.pairwise_distance(rows_BD[:, None], among_ND[nearest], p=2, eps=self.eps)
         return -(distance + self.eps).log().mean()
 
 
 class DistributedKoLeoLoss(KoLeoLoss):
-    """``KoLeoLoss`` whose neighbours are sought among the rows of all ranks of a group, crop by crop.
+    """``KoLeoLoss`` with neighbours from the rows of all ranks of a group, separately for each crop.
 
-    Each rank returns the mean over its own rows, as DDP expects: averaged over ranks of equally many rows this is the loss of
-    all rows in one process, and so are the gradients; otherwise weigh each rank's loss by its share of the rows. Gradients
-    flow to the neighbours on other ranks. A rank may have 0 rows; its loss is 0 and its backward pass still has to run, as
-    every rank's does: features require a gradient on all ranks or on none. With one rank, or no process group, it equals
+    Each rank returns the mean over its own rows, as DDP expects. If all ranks have equally many rows, the average over ranks
+    is the loss of all rows in one process, and likewise the gradients; otherwise weight each rank's loss by its share of the
+    rows. Gradients flow to the neighbours on other ranks. A rank may have 0 rows; its loss is 0. The backward pass must run on
+    every rank: features must require a gradient on all ranks or on none. With one rank, or without a process group, it equals
     ``KoLeoLoss``.
 
     Args:
-        eps: as for ``KoLeoLoss``.
-        topk: likewise.
-        crops: likewise.
-        group: ranks among whose rows neighbours are sought; None for all.
+        eps, topk, crops: as for ``KoLeoLoss``.
+        group: ranks whose rows are candidates for neighbours; None means all ranks.
 
     Raises:
-        ValueError: as ``KoLeoLoss``; what the rows are counted over is all ranks, and all raise where one's do not fit.
-        RuntimeError: it is differentiated twice on more than one rank.
+        ValueError: as ``KoLeoLoss``, but rows are counted over all ranks; if one rank's rows do not fit, all ranks raise.
+        RuntimeError: a second derivative is computed on more than one rank.
     Source: facebookresearch/dinov3 dinov3/loss/koleo_loss.py (its groups of ranks are ``group`` here).
 
     Example:
@@ -137,7 +135,7 @@ class DistributedKoLeoLoss(KoLeoLoss):
 
 
 def _widened(features: Tensor) -> Tensor:
-    """``features`` in the dtype sums are formed in; their gradient stays in the range of their own."""
+    """``features`` in the dtype of the sums; their gradient is clamped to the range of their own dtype."""
     dtype = features.dtype
     wide = features.to(accumulation_dtype(dtype))
     if dtype == torch.float16 and wide.requires_grad:
@@ -146,13 +144,13 @@ def _widened(features: Tensor) -> Tensor:
 
 
 def in_range(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient`` within the range of fp16 for fp16: three equal rows have one of order 1 / eps."""
+    """``gradient``, clamped to the range of fp16 for fp16: three equal rows have a gradient of order 1 / eps."""
     most = torch.finfo(dtype).max
     return gradient.clamp(-most, most) if dtype == torch.float16 else gradient
 
 
 def checked_eps(eps: float) -> float:
-    """The value; ValueError unless it is positive."""
+    """The value itself; raises ValueError unless it is positive."""
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a number > 0")
     return eps

@@ -1,4 +1,4 @@
-"""iBOT's loss of masked patches, each matched with itself as the teacher sees it.
+"""iBOT's loss of masked patches: each is matched with the same patch as the teacher sees it.
 
 Legend: C masked images, N patches of an image, M masked patches, K prototypes.
 """
@@ -20,30 +20,30 @@ CENTER_TOKENS = ("all", "masked")
 
 
 class PatchBatch(NamedTuple):
-    """What the patch loss looks at, known to fit."""
+    """The checked inputs of the patch loss."""
 
     masked: Outputs  # of the M masked patches
-    averaged: PrototypeLogits | Tensor  # the teacher's rows that the centre takes in
+    averaged: PrototypeLogits | Tensor  # the teacher's rows that enter the centre
     weights: Tensor  # [M] fp64
     teacher_temp: float | Tensor
 
 
 class IBOTPatchLoss(StreamLoss):
-    """iBOT's loss of masked patches: the student, who sees the mask, learns what the teacher assigns to the patch itself.
+    """iBOT's loss of masked patches: the student sees the mask and learns the teacher's assignment of the unmasked patch.
 
-    Mean over the masked patches of an image, then over all images, those without a masked patch included. Only rows of
-    masked patches are looked at; logits that are not stored are never formed for the others.
+    It is the mean over the masked patches of each image, then over all images, including those without a masked patch. Only
+    rows of masked patches enter it; unstored logits of other patches are never computed.
 
     Args:
         out_dim: number of prototypes K.
         student_temp: student temperature.
         center_momentum: of the running mean, in [0, 1).
-        center_tokens: "all" averages the centre over all patches (iBOT), "masked" over the masked ones (DINOv2, lightly).
+        center_tokens: "all" averages the centre over all patches (iBOT), "masked" over the masked patches (DINOv2, lightly).
         options: keywords of ``Stream``: the centring rule and how its centre moves, backend, ranks.
 
     Attributes:
-        center: [1, K] fp32, the state dict's only entry; absent under Sinkhorn-Knopp, which keeps none.
-        statistics: ``AssignmentStatistics`` of the last call, None before.
+        center: [1, K] fp32, the state dict's only entry; absent under Sinkhorn-Knopp, which keeps no centre.
+        statistics: ``AssignmentStatistics`` of the last call; None before the first.
 
     Raises:
         ValueError: a temperature is not positive, or an option unknown.
@@ -87,16 +87,17 @@ class IBOTPatchLoss(StreamLoss):
         Args:
             student_patches: [C, N, K] raw logits of all patches of the masked images.
             teacher_patches: [C, N, K] raw logits of the same patches as the teacher sees them, unmasked.
-            mask: [C, N] (or [C, H, W] with N = H W) bool, True where masked. How many are is read, which on the CPU costs no
-                wait for the device. ``torch.compile`` takes that in with ``fullgraph=True``, and breaks the graph without.
-            teacher_temp: teacher temperature, positive; a float or a tensor of one element. A compiled step takes a tensor at
-                run time, and compiles anew for another float.
+            mask: [C, N] (or [C, H, W] with N = H W) bool, True where masked. The number of masked patches is read; with a mask
+                on the CPU this does not wait for the device. ``torch.compile`` accepts it with ``fullgraph=True``, and
+                otherwise breaks the graph.
+            teacher_temp: teacher temperature, positive; a float or a tensor of one element. A compiled step takes a new tensor
+                at run time, but compiles again for another float.
 
         Returns:
-            [] nats; 0 with zero gradients where nothing is masked.
+            [] nats; 0 with zero gradients if nothing is masked.
 
         Raises:
-            ValueError: shapes do not fit; says what was got and expected.
+            ValueError: shapes do not fit; the text says what was given and expected.
             TypeError: one side is stored and the other is not.
         """
         return self.evaluate(self.prepare(student_patches, teacher_patches, mask, teacher_temp))
@@ -108,10 +109,10 @@ class IBOTPatchLoss(StreamLoss):
         mask: Tensor,
         teacher_temp: float | Tensor,
     ) -> PatchBatch:
-        """The first half of ``forward``: checks the batch and leaves the centre alone."""
+        """The first half of ``forward``: checks the batch and does not change the centre."""
         mask = _checked_mask(mask, student_patches, teacher_patches)
         rows, weights = (part.to(student_patches.device) for part in _masked_rows(mask))
-        # all patches go through ``prepare``: whether their kinds and prototypes fit does not depend on the mask
+        # pass all patches to ``prepare``, so that its checks do not depend on the mask
         outputs = self.stream.prepare(student_patches.flatten(0, 1), teacher_patches.flatten(0, 1), teacher_temp)
         masked = outputs._replace(
             student=outputs.student.index_select(0, rows), teacher=outputs.teacher.index_select(0, rows)
@@ -120,9 +121,9 @@ class IBOTPatchLoss(StreamLoss):
         return PatchBatch(masked, averaged, weights, teacher_temp)
 
     def evaluate(self, batch: PatchBatch) -> Tensor:
-        """The second half: the loss; moves the centre."""
+        """The second half of ``forward``: computes the loss and moves the centre."""
         masked, averaged, weights, teacher_temp = batch
-        # a centre that starts with the first batch starts at the mean that it goes on with
+        # start "first_batch" must use the same rows as later updates
         self.stream.centering.begin(averaged, teacher_temp, masked.teacher_bias)
         result = self.stream(masked, weights.new_ones(1, 1), teacher_temp, weights)
         self.statistics = result.statistics
@@ -133,7 +134,7 @@ class IBOTPatchLoss(StreamLoss):
     def update_center(
         self, teacher_patches: PrototypeLogits | Tensor | None = None, teacher_temp: float | Tensor | None = None
     ) -> None:
-        """Move the centre by [..., K] raw logits, all of which count, and by the batches that ``center_update="manual"`` kept.
+        """Move the centre by all rows of [..., K] raw logits, and by the pending batches of ``center_update="manual"``.
 
         Raises:
             ValueError: K is not ``out_dim``, or a centre of probabilities has no temperature.
@@ -144,7 +145,7 @@ class IBOTPatchLoss(StreamLoss):
 class IBOTvMFPatchLoss(IBOTPatchLoss):
     """The same with prototypes of free norm as von Mises-Fisher components; needs heads that return ``PrototypeLogits``.
 
-    Arguments as ``IBOTPatchLoss``; centering is "probability" unless given. A reconstruction (README of this folder).
+    Arguments as ``IBOTPatchLoss``; centering is "probability" by default. Reconstructed (vmf_kernels/README.md).
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
 
@@ -159,11 +160,11 @@ class IBOTvMFPatchLoss(IBOTPatchLoss):
 
 
 def patch_weights(mask_CN: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, N] share of each masked patch in its image's mean, one over their number; 0 for the other patches.
+    """[C, N] weight of each masked patch in its image's mean, one over the image's masked patches; 0 for other patches.
 
     Args:
-        mask_CN: bool or numbers, 0 where a patch is not masked.
-        dtype: of the weights, in which they are formed.
+        mask_CN: bool or numbers, 0 for patches that are not masked.
+        dtype: of the weights and of their computation.
 
     Source: Zhou et al., "iBOT", ICLR 2022, equation 2; facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
     """
@@ -172,9 +173,9 @@ def patch_weights(mask_CN: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _masked_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """[M] which of C * N patches are masked, in order, and the weights that make a sum over them the loss's mean, fp64.
+    """[M] indices of the masked among C * N patches, in order, and fp64 weights for the loss's mean.
 
-    That is the mean over each image's, then over all C images. The count is read once.
+    This is the mean over the masked patches of each image, then over all C images. The number M is read once.
     """
     image_M, patch_M = mask.nonzero().unbind(1)
     rows_M = image_M * mask.shape[1] + patch_M

@@ -1,4 +1,4 @@
-"""KoLeo of prototypes: the regulariser that keeps them apart.
+"""KoLeo of prototypes: a regulariser that keeps them apart.
 
 Legend: K prototypes, D embedding dim.
 """
@@ -26,30 +26,30 @@ from vmf_kernels.prototypes import (
 from vmf_kernels.ranks import gather_rows, sum_over_ranks
 from vmf_kernels.tensors import no_autocast
 
-TILE = 2048  # prototypes a side of a tile of similarities: 16 MiB of fp32, which the allocator reuses rather than maps anew
-BLOCK = 4096  # prototypes whose distances are formed at once: 4 MiB of fp32 at D = 256
+TILE = 2048  # prototypes a side of a tile of similarities: 16 MiB of fp32, which the allocator reuses without mapping it anew
+BLOCK = 4096  # prototypes whose distances are computed at once: 4 MiB of fp32 at D = 256
 
 
 class PrototypeKoLeoLoss(nn.Module):
     """KoLeo of prototypes: ``-1/K sum_k log(min_{j != k} ||mu_k - mu_j|| + eps)`` with ``mu_k = w_k / ||w_k||``.
 
-    Neighbours come from tiles of similarities, each pair once; no [K, K] tensor exists. Formed in fp32 (fp64 for fp64
-    prototypes) whatever autocast says; repeats are bitwise equal. Only directions get a gradient, each from its own term and
-    from those it is the neighbour of; magnitudes get none. A zero prototype stands at the origin and gets no gradient, and two
-    that coincide get none from each other, as no direction parts them. Neighbours nearer than some 5e-4 (1e-8 in fp64) are told
-    apart as well as a product of unit vectors can: a little farther one may be taken (below the "highest" of
-    ``torch.set_float32_matmul_precision``, on a GPU, those nearer than some 5e-2).
+    Neighbours are found in tiles of similarities, each pair once; there is no [K, K] tensor. It is computed in fp32 (fp64 for
+    fp64 prototypes), also under autocast; repeats are bitwise equal. Only directions get a gradient, from their own term and
+    from the terms whose neighbour they are; magnitudes get none. A prototype of zeros is at the origin and gets no gradient.
+    Two prototypes that coincide give each other no gradient, because there is no direction between them. A product of unit
+    vectors cannot distinguish neighbours nearer than some 5e-4 (1e-8 in fp64; 5e-2 on a GPU with less than "highest" of
+    ``torch.set_float32_matmul_precision``), so a slightly farther one may be taken.
 
     Args:
         eps: added to the distance, > 0.
-        group: ranks that hold a block of the prototypes each; every rank then returns the loss of all of them, and its own
-            get that loss's gradient; they require one on all ranks or on none, as its backward pass is collective. None for
-            prototypes that are whole on this rank.
+        group: ranks that each hold a block of the prototypes, or None if this rank has all. Every rank returns the loss of all
+            prototypes; each block gets that loss's gradient. The backward pass is collective, so the prototypes must require a
+            gradient on all ranks or on none.
 
     Raises:
         ValueError: ``eps`` is not positive.
     Source: Govindarajan et al., "On partial prototype collapse in the DINO family of self-supervised methods", BMVC 2024
-        (arXiv:2410.14060); the formula is a reconstruction from KoLeo's.
+        (arXiv:2410.14060); the formula is reconstructed from KoLeo's.
 
     Example:
         >>> head = DINOHead(8, 512, hidden_dim=16, bottleneck_dim=4)
@@ -63,11 +63,11 @@ class PrototypeKoLeoLoss(nn.Module):
         self.eps, self.group = checked_eps(eps), group
 
     def forward(self, prototypes: Prototypes | Tensor) -> Tensor:
-        """K prototypes, or a [K, D] tensor of them, to a [] loss, nats.
+        """The [] loss, nats, of K prototypes or of a [K, D] tensor.
 
         Raises:
             ValueError: the tensor is not a floating-point matrix with D >= 2, or there is a single prototype.
-            RuntimeError: the memory of the prototypes has been freed, here or in the backward pass.
+            RuntimeError: the memory of the prototypes has been freed, at this call or at the backward pass.
         """
         if not isinstance(prototypes, (Prototypes, Tensor)):
             raise ValueError(
@@ -83,7 +83,7 @@ class PrototypeKoLeoLoss(nn.Module):
 
 
 class _SpreadPrototypes(torch.autograd.Function):
-    """The loss of prototypes ``weight`` [K, D] of signs [K] or [K, 1]; keeps neighbours and distances for its backward pass."""
+    """The loss of prototypes ``weight`` [K, D] with signs [K] or [K, 1]; saves neighbours and distances for backward."""
 
     @staticmethod
     def forward(
@@ -111,7 +111,7 @@ class _SpreadPrototypes(torch.autograd.Function):
         with torch.no_grad(), no_autocast(weight.device):
             stored = _signed(weight, sign)
             among_KD, own = _directions(stored, ctx.group)
-            # at distance 0 the norm has no slope, and 0 is the mean of those around
+            # at distance 0 the norm has no derivative; 0 is the mean of the derivatives around it
             slope = torch.where(distance > 0, (distance + ctx.eps) * distance, torch.inf).reciprocal()
             slope *= -upstream / among_KD.shape[0]
             gradient_KD = torch.zeros_like(among_KD)
@@ -141,7 +141,7 @@ def _directions(stored: Prototypes, group: ProcessGroup | None) -> tuple[Tensor,
 
 
 def _nearest_rows(among_KD: Tensor, own: slice) -> Tensor:
-    """For each row of ``own`` the other row of largest dot product, int64; a tile of two blocks of own rows serves both."""
+    """int64: for each row of ``own``, the other row with the largest dot product. A tile of two own blocks serves both."""
     count = among_KD.shape[0]
     best_K = among_KD.new_full((count,), -torch.inf)
     index_K = torch.zeros(count, dtype=torch.int64, device=among_KD.device)
@@ -159,16 +159,16 @@ def _nearest_rows(among_KD: Tensor, own: slice) -> Tensor:
 
 
 def _improve(best: Tensor, index: Tensor, tile: Tensor, first: int, dim: int) -> None:
-    """Enter a tile's maxima along ``dim``, where it begins at prototype ``first``, if they beat the best so far."""
+    """Update the best so far with a tile's maxima along ``dim``, in which the tile begins at prototype ``first``."""
     top = tile.amax(dim)
-    # amax is vectorised and argmax is not: it runs on the rows or columns that improve, ever fewer
+    # amax is vectorised and argmax is not: run argmax only on the rows or columns that improve, which become fewer
     better = (top > best).nonzero().flatten()
     best[better] = top[better]
     index[better] = tile.index_select(1 - dim, better).argmax(dim) + first
 
 
 def _gaps(among_KD: Tensor, own: slice, nearest: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Blocks of ``own`` rows: where they are, their neighbours, and the differences to those."""
+    """Blocks of ``own`` rows: their slice, their neighbours, and the differences from them."""
     for at in _cut(own, BLOCK):
         to = nearest[at.start - own.start : at.stop - own.start]
         yield at, to, among_KD[at] - among_KD[to]

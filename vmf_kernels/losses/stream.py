@@ -1,6 +1,6 @@
-"""One stream of tokens through both networks' heads: what the losses of the family are made of.
+"""A stream of tokens through both networks' heads, the building block of all losses.
 
-Class tokens are one stream, masked patches another, each with its own centre and temperatures.
+Class tokens are one stream, masked patches another; each has its own centre and temperatures.
 
 Legend: R rows, S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
 """
@@ -33,7 +33,7 @@ MOVES_TWICE = (
 
 
 class StreamOptions(TypedDict, total=False):
-    """Keywords that every loss takes and hands to its ``Stream``, whose docstring says what they mean."""
+    """Keywords that every loss takes and passes to its ``Stream``, which documents them."""
 
     centering: str | CenteringRule | None
     center_average: str
@@ -45,7 +45,7 @@ class StreamOptions(TypedDict, total=False):
 
 
 class Outputs(NamedTuple):
-    """What both heads return for one stream, the same kind on both sides, and the bias that stored logits lack."""
+    """The outputs of both heads for one stream, both stored or both unstored, and the bias that stored logits lack."""
 
     student: PrototypeLogits | Tensor  # [S, K]
     teacher: PrototypeLogits | Tensor  # [T, K]
@@ -54,25 +54,25 @@ class Outputs(NamedTuple):
 
 
 class Stream(nn.Module):
-    """Targets by a centring rule, the cross-entropy with them, and the centre's step.
+    """Targets by a centring rule, the cross-entropy with them, and the update of the centre.
 
     Args:
-        num_prototypes: K; this rank's own, where ranks share out the prototypes.
+        num_prototypes: K; of this rank, if the prototypes are split over ranks.
         student_temp: student temperature.
         center_momentum: of the centre's running mean, in [0, 1).
         centering: "logit" (``LogitCenter``, DINO), "probability" (``ProbabilityCenter``, DINO-vMF), "sinkhorn_knopp"
-            (``SinkhornKnopp``, DINOv2: from each batch alone, without a running mean), or any ``CenteringRule``, which then
-            has its own momentum, start and groups. None is that of the method: "logit", or "probability" for vMF losses.
+            (``SinkhornKnopp``, DINOv2: from each batch, without a running mean), or any ``CenteringRule``, which then has its
+            own momentum, start and groups. None means the method's rule: "logit", or "probability" for vMF losses.
         center_average: "log_probability" or "probability", of ``ProbabilityCenter``.
         center_start: "zero" as published, or "first_batch".
-        center_update: "forward" moves the centre with each batch, as published; "manual" accumulates until the loss's
-            ``update_center()`` (gradient accumulation: once per optimiser step, before the teacher moves and before a
-            ``state_dict()``, which holds no pending batches).
+        center_update: "forward" moves the centre with each batch, as published. "manual" records batches until the loss's
+            ``update_center()``; with gradient accumulation, call it once per optimiser step, before the teacher moves and
+            before ``state_dict()``, which holds no pending batches.
         backend: see ``choose_backend``; ``logit_cross_entropy`` says which of them take stored logits, and refuses the others.
-        prototype_group, row_group: ranks that share out the prototypes, and ranks with other rows, as in ``RunningMean``.
+        prototype_group, row_group: ranks over which the prototypes, and the rows, are split, as in ``RunningMean``.
 
     Raises:
-        ValueError: a temperature is not positive, or an option's value unknown.
+        ValueError: a temperature is not positive, or an option's value is unknown.
         TypeError: an option is unknown.
     """
 
@@ -117,11 +117,11 @@ class Stream(nn.Module):
         teacher_temp: float | Tensor,
         prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
     ) -> Outputs:
-        """Check what the heads returned, before anything starts a centre; the prototypes matter to vMF losses only.
+        """Check the heads' outputs before a centre starts or moves; only vMF losses use the prototypes.
 
         Raises:
             TypeError: one side is stored and the other is not.
-            ValueError: the teacher has another number of prototypes, or the student another than the teacher.
+            ValueError: the teacher's number of prototypes is not K, or the student's differs from the teacher's.
         """
         if isinstance(student, PrototypeLogits) != isinstance(teacher, PrototypeLogits):
             raise TypeError(
@@ -162,7 +162,7 @@ class Stream(nn.Module):
     def observe(
         self, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor, bias: Tensor | None = None
     ) -> None:
-        """Take the teacher's batch into the centre, after use; [R, K], a stored one's vMF normaliser as ``bias``."""
+        """Record the teacher's batch [R, K] for the centre, after its use; ``bias`` is the normaliser of stored logits."""
         if self.center_update == "forward" and inside_function():
             raise RuntimeError(MOVES_TWICE)
         self.centering.accumulate(teacher, teacher_temp, bias)
@@ -172,10 +172,10 @@ class Stream(nn.Module):
     def update_center(
         self, teacher: PrototypeLogits | Tensor | None = None, teacher_temp: float | Tensor | None = None
     ) -> None:
-        """Move the centre by [..., K] raw logits, if given, and by the batches that wait.
+        """Move the centre by [..., K] raw logits, if given, and by pending batches.
 
         Raises:
-            ValueError: K is another one, or a centre of probabilities needs a temperature that is not given.
+            ValueError: K does not fit, or a centre of probabilities needs a temperature that is not given.
         """
         if teacher is not None:
             check_logits(teacher, "teacher")
@@ -188,7 +188,7 @@ class Stream(nn.Module):
         self.centering.apply_pending()
 
     def set_center(self, value: Tensor) -> None:
-        """Put the centre to the K values of a tensor.
+        """Set the centre to the K values of a tensor.
 
         Raises:
             ValueError: there is no centre, or the tensor does not fit it.
@@ -196,7 +196,7 @@ class Stream(nn.Module):
         self._with("center").center = value
 
     def set_center_momentum(self, momentum: float) -> None:
-        """Of the steps from now on.
+        """Set the momentum of later updates.
 
         Raises:
             ValueError: there is no centre, or the momentum is not in [0, 1).
@@ -205,19 +205,19 @@ class Stream(nn.Module):
         self._with("momentum").momentum = momentum
 
     def _with(self, attribute: str) -> Any:
-        """The rule, which has to have this attribute of a running mean."""
+        """The rule, if it has this attribute of a running mean; else raises ValueError."""
         if not hasattr(self.centering, attribute):
             name = type(self.centering).__name__
             raise ValueError(f"{name} keeps no centre; expected centering='logit' or 'probability'")
         return self.centering
 
     def _uncentered(self, teacher: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:
-        """Logits as ``prepare`` hands them on."""
+        """Logits in the form that ``prepare`` returns."""
         return teacher
 
 
 class StreamLoss(nn.Module):
-    """A loss of one stream, of which it shows what the published classes have as attributes of their own."""
+    """A loss of one stream; it exposes the stream's values as the attributes of the published classes."""
 
     stream_class: type[Stream] = Stream
     stream: Stream

@@ -1,4 +1,4 @@
-"""The teacher's temperature of each epoch."""
+"""The teacher's temperature in each epoch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 def temperature_schedule(
     warmup: float, final: float, warmup_epochs: int, epochs: int, first: int = 0, name: str = "teacher_temp"
 ) -> list[float]:
-    """Teacher temperature of each epoch: linear from epoch ``first``; the last of the warm-up already has the final value.
+    """Teacher temperature of each epoch: a linear warm-up from epoch ``first``, whose last epoch has the final value.
 
-    ``name`` is that of the argument ``final``, for messages.
+    ``name`` is the name of the argument ``final`` in error messages.
 
     Raises:
         ValueError: a temperature is not positive, or the run is shorter than the warm-up or than one epoch.
@@ -33,10 +33,10 @@ def temperature_schedule(
 
 
 class EpochTemperatures(nn.Module):
-    """The temperature of each epoch: a number, or an element of a tensor in a compiled step, which would burn a number in.
+    """The temperature of each epoch, as a number; in a compiled step, where a number would be a constant, as a tensor.
 
     Args:
-        values: one for each epoch, as ``temperature_schedule`` makes them.
+        values: one for each epoch, as from ``temperature_schedule``.
     """
 
     stored: Tensor
@@ -44,20 +44,20 @@ class EpochTemperatures(nn.Module):
     def __init__(self, values: list[float]) -> None:
         super().__init__()
         self.values = values
-        # with memory even where the default device has none: it is in no checkpoint
+        # never on the meta device, because no checkpoint would fill it
         default = torch.get_default_device()
         device = torch.device("cpu") if default.type == "meta" else default
         self.register_buffer("stored", torch.tensor(values, dtype=torch.float64, device=device), persistent=False)
 
     @property
     def array(self) -> NDArray[np.float64]:
-        """[epochs] as an array that cannot be written to: ``assign`` takes another."""
+        """[epochs] a read-only array; use ``assign`` to change the values."""
         array = np.array(self.values)
         array.flags.writeable = False
         return array
 
     def assign(self, values: Sequence[float] | NDArray[Any] | Tensor, name: str) -> None:
-        """Take other values, one for each epoch; ``name`` is that of the schedule, for messages.
+        """Set other values, one for each epoch; ``name`` is the name of the schedule in error messages.
 
         Raises:
             ValueError: they are not a row of positive numbers.
@@ -72,10 +72,10 @@ class EpochTemperatures(nn.Module):
         self.stored = torch.tensor(self.values, dtype=torch.float64, device=self.stored.device)
 
     def forward(self, epoch: int | Tensor) -> float | Tensor:
-        """The epoch's temperature; as a tensor [] fp64 on the device of the module.
+        """The epoch's temperature: a number; for a tensor, or in a compiled step, a [] fp64 tensor on the module's device.
 
         Args:
-            epoch: from 0; as a tensor ([] int64 on that device) it is not checked, which would wait for the device.
+            epoch: from 0. A tensor ([] int64 on that device) is not checked, because that would wait for the device.
 
         Raises:
             ValueError: the epoch is beyond the run.
@@ -90,7 +90,7 @@ class EpochTemperatures(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # only the device is followed: loss.half() must not round temperatures, and to_empty() leave none
+        # follow only the device: loss.half() must not round temperatures, and to_empty() must not lose them
         self.stored = torch.tensor(self.values, dtype=torch.float64, device=self.stored.device)
         return self
 

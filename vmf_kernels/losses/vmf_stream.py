@@ -22,16 +22,16 @@ FROZEN_NORMS = (
 
 
 class VMFStream(Stream):
-    """The same with prototypes of free norm as von Mises-Fisher components of precision ``||w_k|| / tau``.
+    """A ``Stream`` whose prototypes, of free norm, are von Mises-Fisher components of precision ``||w_k|| / tau``.
 
-    Each network's logits gain ``log C_D(||w_k|| / tau)`` of its own prototypes at its own temperature; gradients flow
-    through the student's.
+    ``log C_D(||w_k|| / tau)`` is added to each network's logits, with its own prototypes and its own temperature; gradients
+    flow through the student's.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939).
     """
 
     default_centering = "probability"
-    warned = False  # of frozen norms: once a loss, however many streams it has
+    warned = False  # about frozen norms: once per loss, even with several streams
 
     def prepare(
         self,
@@ -40,11 +40,11 @@ class VMFStream(Stream):
         teacher_temp: float | Tensor,
         prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
     ) -> Outputs:
-        """As there; plain logits need both networks' prototypes.
+        """As ``Stream.prepare``; plain logits need both networks' prototypes.
 
         Raises:
-            ValueError: as there; or plain logits came without prototypes, with another number of them, or with normalised
-                ones, which have no precision.
+            ValueError: as there; or plain logits came without prototypes, with another number of prototypes, or with
+                normalised prototypes, which have no precision.
         """
         student, teacher = super().prepare(student, teacher, teacher_temp)[:2]
         if isinstance(student, PrototypeLogits) and isinstance(teacher, PrototypeLogits):
@@ -82,7 +82,7 @@ class VMFStream(Stream):
     def _warn_if_frozen(self, prototypes: Prototypes) -> None:
         magnitude = prototypes.magnitude
         frozen = magnitude is not None and not magnitude.requires_grad
-        # a warning cannot be traced: a compiled step is warned of only where it runs eagerly first
+        # a warning cannot be traced: a compiled loss warns only if it also runs eagerly
         silent = self.warned or torch.compiler.is_compiling()
         if frozen and prototypes.weight.requires_grad and not silent:
             warnings.warn(FROZEN_NORMS, UserWarning, stacklevel=4)
@@ -90,7 +90,7 @@ class VMFStream(Stream):
 
 
 class UnstoredVMFStream(VMFStream):
-    """``VMFStream`` of a loss that is given no prototypes beside its logits."""
+    """``VMFStream`` of a loss that takes no prototypes besides the logits."""
 
     def prepare(
         self,
@@ -99,7 +99,7 @@ class UnstoredVMFStream(VMFStream):
         teacher_temp: float | Tensor,
         prototypes: tuple[Prototypes | None, Prototypes | None] = (None, None),
     ) -> Outputs:
-        """As there; plain logits are refused (TypeError)."""
+        """As ``Stream.prepare``; plain logits raise TypeError."""
         if isinstance(student, Tensor) and isinstance(teacher, Tensor):
             raise TypeError(
                 f"outputs are plain logits of shapes {tuple(student.shape)} and {tuple(teacher.shape)}, without the "
@@ -109,6 +109,6 @@ class UnstoredVMFStream(VMFStream):
 
 
 def _log_normalizer(prototypes: Prototypes, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """[K] log C_D(||w_k|| / tau) relative to 0 for logits of ``dtype``, differentiable in the stored tensors."""
+    """[K] log C_D(||w_k|| / tau) - log C_D(0) for logits of ``dtype``, differentiable in the stored tensors."""
     tau = temperature_tensor(temperature, "temperature", prototypes.weight.device)
     return prototypes.with_vmf().log_normalizer(tau, accumulation_dtype(dtype))
