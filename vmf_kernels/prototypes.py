@@ -120,13 +120,13 @@ class Prototypes:
         inverse = _safe_reciprocal(_safe_norm(self.weight, dtype))
         return inverse if self.magnitude is None else self.magnitude.reshape(-1).to(inverse.dtype) * inverse
 
-    def log_normalizer(self, temperature: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def log_normalizer(self, temperature: float | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[K] nats ``log C_D(||w_k|| / tau) - log C_D(0)``, added to the logits of von Mises-Fisher components.
 
         All torch code that needs the normaliser calls this; kernels implement ``bessel.py`` themselves.
 
         Args:
-            temperature: [] positive.
+            temperature: positive; a float or a tensor of one element.
             dtype: float32 or float64, of the norms and the result (fp64 for fp64 weights).
 
         Returns:
@@ -138,7 +138,8 @@ class Prototypes:
         if not self.has_normalizer:
             raise ValueError(f"{self.kind} prototypes have no vMF normaliser; expected prototypes.with_vmf()")
         norms = self.norms(dtype)
-        return log_vmf_constant(norms / temperature.to(norms.dtype), self.dim)
+        tau = temperature.to(norms.dtype) if isinstance(temperature, Tensor) else temperature
+        return log_vmf_constant(norms / tau, self.dim)
 
 
 def linear_prototypes(weight: Tensor) -> Prototypes:

@@ -258,7 +258,7 @@ def _log_prior(prototypes: Prototypes, temperature: float, bias: Tensor | None) 
     norms = prototypes.norms()
     prior = torch.zeros_like(norms) if bias is None else bias.to(norms.dtype)
     if prototypes.has_normalizer:
-        prior = prior + prototypes.log_normalizer(torch.tensor(temperature))
+        prior = prior + prototypes.log_normalizer(temperature)
     return prior
 
 

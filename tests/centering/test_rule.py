@@ -25,7 +25,7 @@ from vmf_kernels import (
 )
 from vmf_kernels.centering.logit import LogitCenter
 from vmf_kernels.centering.probability import ProbabilityCenter
-from vmf_kernels.compat import dino, ibot, lightly, solo
+from vmf_kernels.compat import dino, dinov2, ibot, lightly, solo
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 PROTOTYPES, DIM, IMAGES, PATCHES = 33, 8, 3, 5
@@ -151,12 +151,24 @@ class Half:
         raise NotImplementedError
 
 
+def one_rule_twice() -> nn.Module:
+    rule = Ramp()
+    return IBOTLoss(*BOTH, centering=rule, patch_centering=rule)
+
+
+class Nameless(CenteringRule):
+    """Inherits, and forgets the one method that it needs."""
+
+    def target_biass(self) -> None:
+        """Misspelled."""
+
+
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
         (lambda: DINOLoss(*CROPS, centering="median"), ValueError, "centering is 'median'; expected one of logit,"),
         (lambda: DINOLoss(*CROPS, centering=Half()), TypeError, "is a Half without accumulate, apply_pending, begin,"),
-        (lambda: DINOLoss(*CROPS, centering=3), TypeError, "centering is a int without"),
+        (lambda: DINOLoss(*CROPS, centering=3), TypeError, "centering is a int without accumulate"),
         (lambda: IBOTLoss(*BOTH, centering=Ramp()), ValueError, "expected another one as patch_centering="),
         (lambda: DINOLoss(*CROPS, centering=Ramp()).update_center(), None, ""),
         (
@@ -182,3 +194,126 @@ def test_what_does_not_fit_is_named(make: Callable[[], Any], error: type[Excepti
         return
     with pytest.raises(error, match=said):
         make()
+
+
+BIASES: dict[str, Callable[[int], Any]] = {
+    "None": lambda k: None,
+    "a number": lambda k: 0.5,
+    "one for all": lambda k: torch.zeros(1),
+    "one too many": lambda k: torch.zeros(k + 1),
+    "integers": lambda k: torch.zeros(k, dtype=torch.int64),
+    "another device": lambda k: torch.zeros(k, device="meta"),
+}
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["unstored", "stored"])
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_that_does_not_fit_is_named(name: str, stored: bool) -> None:
+    rule = Ramp()
+    rule.target_bias = lambda teacher, *rest: BIASES[name](teacher.shape[-1])  # type: ignore[method-assign]
+    logits = [some_logits(2 * IMAGES, seed) for seed in (0, 1)]
+    given = [each.materialize() for each in logits] if stored else logits
+    with pytest.raises(
+        ValueError, match=r"Ramp.target_bias returned .*; expected a floating-point tensor \[33\] on cpu"
+    ):
+        DINOLoss(*CROPS, centering=rule)(*given, 0)
+
+
+def test_any_shape_and_dtype_of_k_numbers_is_a_bias() -> None:
+    rule, expected = Ramp(), of_crops(DINOLoss(*CROPS, centering=Ramp()), 0)
+    rule.target_bias = lambda teacher, *rest: torch.linspace(0, 2, 33).double()[None]  # type: ignore[method-assign]
+    assert abs(of_crops(DINOLoss(*CROPS, centering=rule), 0) - expected) < 1e-6
+
+
+def test_a_rule_sees_no_graph_and_may_keep_what_it_sees() -> None:
+    class Mean(Ramp):
+        kept = torch.zeros(PROTOTYPES)
+
+        def target_bias(self, teacher: Any, temperature: Any, bias: Any = None) -> Tensor:
+            return -self.kept
+
+        def accumulate(self, teacher: Any, temperature: Any, bias: Any = None) -> None:
+            self.kept = 0.9 * self.kept + 0.1 * teacher.mean(0)
+
+    loss = DINOLoss(*CROPS, centering=Mean())
+    for _ in range(2):
+        student, teacher = (
+            torch.randn(4, PROTOTYPES, requires_grad=True),
+            torch.randn(4, PROTOTYPES, requires_grad=True),
+        )
+        loss(student, teacher, 0).backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_none_is_the_rule_of_the_method(name: str) -> None:
+    loss = LOSSES[name][0](None)
+    rules = [part for part in loss.modules() if isinstance(part, LogitCenter | ProbabilityCenter)]
+    expected = ProbabilityCenter if "vMF" in name else lightly.RankMeanCenter if "lightly" in name else LogitCenter
+    assert type(rules[0]) is expected
+
+
+def test_a_checkpoint_with_a_centre_loads_where_the_rule_has_none() -> None:
+    saved = DINOLoss(*CROPS).state_dict()
+    for rule in (Ramp(), SinkhornKnopp()):
+        with pytest.warns(UserWarning, match="keeps no centre: 'center' of the checkpoint is not used"):
+            DINOLoss(*CROPS, centering=rule).load_state_dict(saved)
+
+
+def test_a_rule_with_a_flat_centre_loads_what_it_saved() -> None:
+    class Flat(nn.Module, CenteringRule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("center", torch.arange(float(PROTOTYPES)))
+
+        def target_bias(self, teacher: Any, temperature: Any, bias: Any = None) -> Tensor:
+            return -self.center  # type: ignore[operator]
+
+    one, other = DINOLoss(*CROPS, centering=Flat()), DINOLoss(*CROPS, centering=Flat())
+    assert one.state_dict()["center"].shape == (1, PROTOTYPES)
+    one.centering.center += 1  # type: ignore[attr-defined]
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.centering.center, one.centering.center)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: dinov2.DINOLoss(8), lambda: dinov2.iBOTPatchLoss(8), lambda: DINOLoss(8, 2, *SCHEDULE)]
+)
+@pytest.mark.parametrize("value", [torch.ones(8, 1), torch.ones(2, 4), torch.ones(9), "eight"], ids=str)
+def test_a_centre_that_does_not_fit_is_named_as_it_was_saved(make: Callable[[], nn.Module], value: Any) -> None:
+    loss = make()
+    with pytest.raises(
+        RuntimeError, match=r"center is a .* in the checkpoint; expected a tensor of shape \[1, (1, )?8\]"
+    ):
+        loss.load_state_dict({"center": value})
+
+
+def test_a_centre_is_assigned_from_a_parameter_too() -> None:
+    for loss in (DINOLoss(8, 2, *SCHEDULE), dinov2.DINOLoss(8), dinov2.iBOTPatchLoss(8)):
+        loss.center = nn.Parameter(torch.full((8,), 2.0))
+        assert torch.equal(loss.center.flatten(), torch.full((8,), 2.0))
+        assert not list(loss.parameters())
+
+
+@pytest.mark.parametrize("options", [{"center_start": "first_batch"}, {"centering": "sinkhorn_knopp"}])
+def test_a_backend_without_a_pass_over_stored_logits_is_refused_before_a_centre_starts(options: dict[str, Any]) -> None:
+    loss = DINOLoss(*CROPS, backend="native", **options)
+    with pytest.raises(ValueError, match="backend 'native' has no pass over stored logits; expected one of auto,"):
+        loss(torch.randn(4, PROTOTYPES), torch.randn(4, PROTOTYPES), 0)
+    assert all(value.isnan().all() for value in loss.state_dict().values()), "the centre has started"
+    with pytest.raises(ValueError, match="backend 'native' has no pass over stored logits"):
+        SinkhornKnopp(backend="native").target_bias(torch.randn(4, 9), 0.1)
+    with pytest.raises(ValueError, match="backend 'native' has no pass over stored logits"):
+        dinov2.DINOLoss(9, backend="native").softmax_center_teacher(torch.randn(4, 9), 0.1)
+
+
+def test_heads_of_two_kinds_are_refused_unless_the_loss_makes_them_one() -> None:
+    student, teacher = some_logits(2 * IMAGES, 0).with_vmf(), some_logits(2 * IMAGES, 1)
+    for pair, said in (
+        ((student, teacher), "student's prototypes are"),
+        ((teacher, student), "teacher's prototypes are"),
+    ):
+        with pytest.raises(ValueError, match=f"the {said} von Mises-Fisher components but the"):
+            DINOLoss(*CROPS)(*pair, 0)
+    one_kind = DINOvMFLoss(*CROPS)(student, teacher.with_vmf(), 0)
+    assert torch.equal(DINOvMFLoss(*CROPS)(student, teacher, 0), one_kind)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.centering.logit import LogitCenter
-from vmf_kernels.centering.probability import ProbabilityCenter
+from vmf_kernels.centering.probability import AVERAGES, ProbabilityCenter
 from vmf_kernels.centering.rule import CenteringRule
+from vmf_kernels.centering.running_mean import STARTS
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
 
 
@@ -38,27 +39,33 @@ RULES: dict[str, Callable[[RuleOptions], CenteringRule]] = {
     ),
     "sinkhorn_knopp": lambda o: SinkhornKnopp(3, **o.common),
 }
+ASKED = sorted(name for name in vars(CenteringRule) if not name.startswith("_"))  # what every rule has
 
 
 def make_rule(centering: str | CenteringRule, options: RuleOptions) -> CenteringRule:
     """The rule of this name, or the rule itself.
 
     Raises:
-        ValueError: the name is unknown, an option is out of range, or the rule has another prototype group.
+        ValueError: the name is unknown, an option is out of range, or the rule has other groups of ranks.
         TypeError: it is neither a name nor a rule; the text says what it lacks.
     """
+    for name, value, known in (("center_average", options.average, AVERAGES), ("center_start", options.start, STARTS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
     if isinstance(centering, str):
         if centering not in RULES:
             raise ValueError(f"centering is {centering!r}; expected one of {', '.join(RULES)}, or a CenteringRule")
         return RULES[centering](options)
-    if not isinstance(centering, CenteringRule):
-        lacks = [
-            name for name in sorted(vars(CenteringRule)) if not name.startswith("_") and not hasattr(centering, name)
-        ]
+    if isinstance(centering, type):
+        raise TypeError(f"centering is the class {centering.__name__}; expected an instance of it")
+    lacks = [name for name in ASKED if not hasattr(centering, name)]
+    if lacks:
         raise TypeError(
             f"centering is a {type(centering).__name__} without {', '.join(lacks)}; expected one of {', '.join(RULES)}, or a "
             "CenteringRule"
         )
+    if options.row_group is not None:
+        raise ValueError("row_group is given beside a centring rule; expected it to be given to the rule itself")
     if options.prototype_group is not None and centering.prototype_group is not options.prototype_group:
         raise ValueError("prototype_group is not that of the centring rule; expected one group, given to both")
     return centering

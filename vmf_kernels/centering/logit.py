@@ -30,10 +30,12 @@ class LogitCenter(RunningMean):
         [[0.5, 1.0, 0.0]]
     """
 
-    def bias(self, temperature: float | Tensor) -> Tensor:
-        """[K] ``-c / tau``, nats."""
-        tau = temperature_tensor(temperature, "teacher_temperature", self.center.device)
-        return -self.center[0] / tau.to(self.center.dtype)
+    def bias(self, temperature: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[K] ``-c / tau``, nats, on the temperature's device and in ``dtype``; by default those of the centre."""
+        device = temperature.device if dtype is not None and isinstance(temperature, Tensor) else self.center.device
+        center = self.center[0].to(device, dtype or self.center.dtype)
+        tau = temperature_tensor(temperature, "teacher_temperature", device)
+        return -center / tau.to(center.dtype)
 
     @torch.no_grad()
     def _statistic(

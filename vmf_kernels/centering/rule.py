@@ -5,7 +5,8 @@ Legend: R rows, K prototypes.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import abstractmethod
+from typing import Protocol
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -13,12 +14,14 @@ from torch.distributed import ProcessGroup
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 
-@runtime_checkable
 class CenteringRule(Protocol):
     """A centring rule: the target is ``softmax(logits / temperature + target_bias)``, with one bias for each prototype.
 
-    Every loss takes any object with these attributes and methods as ``centering=``; if it is an ``nn.Module``, it becomes a
-    submodule of the loss. A class that inherits from this one only has to define ``target_bias``.
+    Every loss takes any object with these attributes and methods as ``centering=``. An ``nn.Module`` becomes a submodule of the
+    loss. A class that inherits from this one only has to define ``target_bias``; if it is also a module, ``nn.Module`` comes
+    first among its bases. Every loss, and each of iBOT's two streams, needs a rule of its own, because it moves the rule.
+
+    A loss hands over detached logits. A rank may have no rows; a rule that reduces over ranks must still take part.
 
     Attributes:
         prototype_group: ranks over which the prototypes are split; None if each rank has all of them.
@@ -44,7 +47,9 @@ class CenteringRule(Protocol):
 
     def begin(self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None) -> None:
         """Start from this batch, if the rule has not started; arguments as ``target_bias``."""
+        return
 
+    @abstractmethod
     def target_bias(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor, bias: Tensor | None = None
     ) -> Tensor:
@@ -54,13 +59,21 @@ class CenteringRule(Protocol):
             teacher: [..., K] raw teacher logits, not divided by the temperature.
             temperature: of the teacher, positive.
             bias: [K] nats that stored logits lack (the vMF log-normaliser), or None.
+
+        Returns:
+            Floating point, K elements, on the logits' device, without a gradient, the same on all ranks.
         """
-        ...
 
     def accumulate(
         self, teacher: PrototypeLogits | Tensor, temperature: float | Tensor | None, bias: Tensor | None = None
     ) -> None:
-        """Record a batch after its use, without changing the next bias; arguments as ``target_bias``."""
+        """Record a batch after its use, without changing the next bias.
+
+        Arguments as ``target_bias``; the temperature may be None, which only a rule ``over_probabilities`` has to refuse. With
+        masked patches these are the rows that the centre is to take in, all patches or the masked ones.
+        """
+        return
 
     def apply_pending(self) -> None:
         """Update the next bias with the recorded batches."""
+        return

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.backends.choice import check_backend_name
-from vmf_kernels.ranks import RowRanks, Shared, all_finite
+from vmf_kernels.centering.rank_rule import RankRule
+from vmf_kernels.ranks import all_finite
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits, outside_transforms
 
 STARTS = ("zero", "first_batch")
@@ -30,7 +30,7 @@ def check_momentum(value: float, name: str) -> None:
         raise ValueError(f"{name} is {value}; expected a number in [0, 1)")
 
 
-class RunningMean(nn.Module):
+class RunningMean(RankRule):
     """A centring rule whose bias depends on a running mean of the batches: the buffer, its start, and its update.
 
     ``module.center = tensor`` copies the tensor's K values and its device; shape and dtype stay. The buffer stays fp32 (fp64
@@ -52,7 +52,6 @@ class RunningMean(nn.Module):
     """
 
     center: Tensor
-    over_probabilities = False
     _no_rows = 0.0  # the sum over 0 rows
 
     def __init__(
@@ -65,27 +64,18 @@ class RunningMean(nn.Module):
         prototype_group: ProcessGroup | None = None,
         row_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(backend, prototype_group, row_group)
         if start not in STARTS:
             raise ValueError(f"start is {start!r}; expected one of {', '.join(STARTS)}")
         if num_prototypes < 1:
             raise ValueError(f"num_prototypes is {num_prototypes}; expected at least 1")
-        check_backend_name(backend)
         check_momentum(momentum, "center momentum")
         self.momentum = momentum
-        self.backend = backend
-        self._prototype_group = Shared(prototype_group)
-        self._row_ranks = RowRanks.of(prototype_group, row_group)
         # fp32 for any default dtype of torch: at 16 bits, small steps would be rounded away
         empty = torch.empty(1, num_prototypes, dtype=torch.float32, device=torch.get_default_device())
         self.register_buffer("center", empty)
         self._start = torch.nan if start == "first_batch" else 0.0
         self.reset_parameters()
-
-    @property
-    def prototype_group(self) -> ProcessGroup | None:
-        """Ranks over which the prototypes are split."""
-        return self._prototype_group.value
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

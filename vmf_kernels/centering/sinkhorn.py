@@ -6,16 +6,15 @@ Legend: R rows, K prototypes.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.backends.choice import check_backend_name
 from vmf_kernels.centering.log_sums import LogSums
-from vmf_kernels.ranks import RowRanks, Shared
+from vmf_kernels.centering.rank_rule import RankRule
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 
 
-class SinkhornKnopp(nn.Module):
+class SinkhornKnopp(RankRule):
     """Targets in which every prototype receives the same mass from the batch, up to the last normalisation of the rows.
 
     The published algorithm scales prototypes and rows of ``exp(l)`` alternately, prototypes first. In log space, starting
@@ -47,8 +46,6 @@ class SinkhornKnopp(nn.Module):
         True
     """
 
-    over_probabilities = False  # batches are not recorded
-
     def __init__(
         self,
         iterations: int = 3,
@@ -57,19 +54,10 @@ class SinkhornKnopp(nn.Module):
         prototype_group: ProcessGroup | None = None,
         row_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(backend, prototype_group, row_group)
         if iterations < 1:
             raise ValueError(f"iterations is {iterations}; expected at least 1")
-        check_backend_name(backend)
         self.iterations = iterations
-        self.backend = backend
-        self._prototype_group = Shared(prototype_group)
-        self._row_ranks = RowRanks.of(prototype_group, row_group)
-
-    @property
-    def prototype_group(self) -> ProcessGroup | None:
-        """Ranks over which the prototypes are split."""
-        return self._prototype_group.value
 
     @torch.no_grad()
     def target_bias(

@@ -8,14 +8,15 @@ from __future__ import annotations
 from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.arguments import temperature_tensor
+from vmf_kernels.backends.stored.choice import check_stored_backend_name
 from vmf_kernels.centering.logit import LogitCenter, RankMeanCenter
 from vmf_kernels.centering.running_mean import check_momentum
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
-from vmf_kernels.losses.center_state import publish_center
+from vmf_kernels.losses.center_state import CenterOwner, publish_center
 from vmf_kernels.losses.masked_patches import patch_weights
 from vmf_kernels.losses.stream import check_logits
 from vmf_kernels.losses.temperatures import check_positive
@@ -38,7 +39,7 @@ class RankOptions(TypedDict, total=False):
     row_group: ProcessGroup | None
 
 
-class LazilyCentered(nn.Module):
+class LazilyCentered(CenterOwner):
     """A teacher's targets, and a centre whose update is pending until targets are next requested or its state is saved.
 
     Targets depend on the teacher's output: ``TeacherTargets``, which store no probabilities, for ``PrototypeLogits``;
@@ -81,30 +82,32 @@ class LazilyCentered(nn.Module):
         self.student_temp = student_temp
         options: RankOptions = {"backend": backend, "prototype_group": prototype_group, "row_group": row_group}
         self._options = Shared(options)
-        self.rule = self.rule_class(num_prototypes, center_momentum, **options)
-        publish_center(self, "center", "rule.center", self.center_dims)
+        self.centering = self.rule_class(num_prototypes, center_momentum, **options)
+        publish_center(self, "center", "centering.center", self.center_dims)
         self._known_to_be_set = False
         self.statistics: AssignmentStatistics | None = None
 
     @property
     def center(self) -> Tensor:
         """[1, K] (for patches [1, 1, K]) the centre; may be assigned."""
-        return self.rule.center.view(*[1] * (self.center_dims - 1), -1)
+        center: Tensor = self.centering.center
+        # the buffer itself where it can be: what is written to its .data stays
+        return center if self.center_dims == 2 else center[None]
 
     @center.setter
     def center(self, value: Tensor) -> None:
         self._known_to_be_set = False
-        self.rule.center = value
+        self.centering.center = value
 
     @property
     def center_momentum(self) -> float:
         """Momentum of the centre; may be assigned."""
-        return self.rule.momentum
+        return self.centering.momentum
 
     @center_momentum.setter
     def center_momentum(self, value: float) -> None:
         check_momentum(value, "center_momentum")
-        self.rule.momentum = value
+        self.centering.momentum = value
 
     @property
     def options(self) -> RankOptions:
@@ -114,7 +117,7 @@ class LazilyCentered(nn.Module):
     @property
     def updated(self) -> bool:
         """Whether no batch is pending."""
-        return self.rule.pending is None
+        return self.centering.pending is None
 
     @property
     def reduce_handle(self) -> None:
@@ -124,11 +127,11 @@ class LazilyCentered(nn.Module):
     @property
     def async_batch_center(self) -> Tensor | None:
         """The sum of the pending batches over all ranks, in the shape of the centre; None if there are none."""
-        return None if self.rule.pending is None else self.rule.pending[0].reshape(self.center.shape)
+        return None if self.centering.pending is None else self.centering.pending[0].reshape(self.center.shape)
 
     def reset_parameters(self) -> None:
         """Set the centre to 0; pending batches are dropped."""
-        self.rule.reset_parameters()
+        self.centering.reset_parameters()
         self._known_to_be_set = False
 
     def update_center(self, teacher_output: Logits) -> None:
@@ -144,11 +147,11 @@ class LazilyCentered(nn.Module):
 
     def reduce_center_update(self, teacher_output: Logits) -> None:
         """As ``update_center``."""
-        self.rule.accumulate(self._checked(teacher_output), None)
+        self.centering.accumulate(self._checked(teacher_output), None)
 
     def apply_center_update(self) -> None:
         """Move the centre by the pending batches, if any. Not collective."""
-        self.rule.apply_pending()
+        self.centering.apply_pending()
 
     def _centered_targets(self, teacher: Logits, temperature: float | Tensor) -> Targets:
         """``softmax((logits - center) / temperature)``."""
@@ -157,9 +160,8 @@ class LazilyCentered(nn.Module):
             teacher = teacher.unsqueeze(0)  # the shape after the published subtraction of the centre, by broadcasting
         self._check_set()
         tau = temperature_tensor(temperature, "teacher_temp", teacher.device)
-        dtype = accumulation_dtype(teacher.dtype)
-        center_K = self.center.reshape(-1).to(teacher.device, dtype)
-        return _like(teacher, TeacherTargets(teacher, temperature, -center_K / tau.to(dtype)))
+        bias = self.centering.bias(tau, accumulation_dtype(teacher.dtype))
+        return _like(teacher, TeacherTargets(teacher, temperature, bias))
 
     def _sinkhorn_targets(self, teacher: Logits, temperature: float | Tensor, n_iterations: int) -> Targets:
         return sinkhorn_targets(self._checked(teacher), temperature, n_iterations, self.options)
@@ -181,6 +183,8 @@ class LazilyCentered(nn.Module):
 
     def _checked(self, teacher: Logits) -> Logits:
         check_logits(teacher, "teacher")
+        if isinstance(teacher, Tensor):
+            check_stored_backend_name(self.options["backend"])
         if teacher.shape[-1] != self.center.shape[-1] or teacher.ndim < 2:
             raise ValueError(
                 f"teacher output has shape {tuple(teacher.shape)}; expected rows of the {self.center.shape[-1]} prototypes "
@@ -189,7 +193,7 @@ class LazilyCentered(nn.Module):
         return teacher
 
     def _waiting_weight(self) -> Tensor | None:
-        return None if self.rule.pending is None else self.rule.pending[1]
+        return None if self.centering.pending is None else self.centering.pending[1]
 
     def _check_set(self) -> None:
         if (

@@ -350,7 +350,7 @@ def _stream(output_dim: int, student_temp: float, momentum: float, center_mode: 
     """A stream whose logit centre averages over ranks as in lightly."""
     if center_mode not in CENTER_MODES:
         raise ValueError(f"center_mode is {center_mode!r}; expected one of {', '.join(CENTER_MODES)}")
-    if options.get("centering", "logit") == "logit":
+    if options.get("centering") in (None, "logit"):
         rule = RankMeanCenter(
             output_dim,
             momentum,

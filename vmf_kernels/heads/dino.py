@@ -67,6 +67,7 @@ class DINOvMFHead(DINOHead):
     """DINO-vMF's head: its prototypes are von Mises-Fisher components of precision ``||w_k|| / tau``, so their norms are free.
 
     Its logits carry this: every loss, and ``prototype_cross_entropy``, adds ``log C_D(||w_k|| / tau)`` at its temperature.
+    Stored logits (``materialize()``) do not: the normaliser depends on a temperature that they do not have.
     Parameters and checkpoints are those of ``DINOHead``. Arguments and errors as there, without ``norm_last_layer``.
 
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939), section 4.
@@ -82,6 +83,7 @@ class DINOvMFHead(DINOHead):
         in_dim: int,
         out_dim: int,
         use_bn: bool = False,
+        *,
         nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,

@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+class CenterOwner(nn.Module):
+    """A module with a property ``center``, which may be assigned any tensor, a parameter too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # nn.Module would register a parameter beside the property
+        else:
+            super().__setattr__(name, value)
 
 
 def publish_center(module: nn.Module, public: str, private: str, dims: int = 2) -> None:
@@ -16,7 +26,7 @@ def publish_center(module: nn.Module, public: str, private: str, dims: int = 2) 
     If the module keeps no centre (Sinkhorn-Knopp), the centre of a checkpoint is ignored with a ``UserWarning``.
     """
     module.register_state_dict_post_hook(_Publish(public, private, dims))  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(_Adopt(public, private))  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_Adopt(public, private, dims))  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(_NameMissing(public, private))  # type: ignore[no-untyped-call]
 
 
@@ -40,21 +50,29 @@ class _Adopt:
 
     public: str
     private: str
+    dims: int
 
     def __call__(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        if prefix + self.public not in state or not isinstance(state, dict):
+        name = prefix + self.public
+        if name not in state or not isinstance(state, dict):
             return
-        center = state.pop(prefix + self.public)
-        owner, _, name = self.private.rpartition(".")
-        if hasattr(module.get_submodule(owner), name):
-            state[prefix + self.private] = center.reshape(1, -1)
-        else:
+        given, kept = state.pop(name), _buffer_of(module, self.private)
+        if kept is None:
             warnings.warn(
-                f"{type(module).__name__} has a centring rule that keeps no centre: {prefix + self.public!r} of the "
-                "checkpoint is not used",
+                f"{type(module).__name__} has a centring rule that keeps no centre: {name!r} of the checkpoint is not used",
                 UserWarning,
                 stacklevel=2,
             )
+            return
+        if isinstance(given, Tensor) and given.numel() == kept.numel() and given.shape[-1:] == kept.shape[-1:]:
+            state[prefix + self.private] = given.reshape(kept.shape)
+            return
+        got = f"a shape {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        expected = [1] * (self.dims - 1) + list(kept.shape[-1:])
+        rest[-1].append(
+            f"{name} is {got} in the checkpoint; expected a tensor of shape {expected}"
+        )  # the list of errors
+        state[prefix + self.private] = kept  # or it would be said to be missing as well
 
 
 @dataclass
@@ -71,3 +89,12 @@ class _NameMissing:
             key.removesuffix(self.private) + self.public if f".{key}".endswith(f".{self.private}") else key
             for key in missing
         ]
+
+
+def _buffer_of(module: nn.Module, path: str) -> Tensor | None:
+    """The buffer at a dotted path; None if a part of the path is no module or it has no such buffer."""
+    *parts, name = path.split(".")
+    owner: Any = module
+    for part in parts:
+        owner = getattr(owner, part, None)
+    return owner._buffers.get(name) if isinstance(owner, nn.Module) else None

@@ -316,14 +316,14 @@ class IBOTvMFLoss(IBOTLoss):
 
 
 def _of_patches(options: StreamOptions, centering: str | CenteringRule | None) -> StreamOptions:
-    """The options, with the centring rule of the patches."""
-    if centering is not None:
-        return {**options, "centering": centering}
-    if not isinstance(options.get("centering", ""), str):
+    """The options with the patches' rule."""
+    of_class_tokens = options.get("centering")
+    named = of_class_tokens is None or isinstance(of_class_tokens, str)
+    if not named and (centering is None or centering is of_class_tokens):
         raise ValueError(
             "centering is a rule of the class tokens; expected another one as patch_centering=, of the patches"
         )
-    return options
+    return options if centering is None else {**options, "centering": centering}
 
 
 def _joined(student: PrototypeLogits | Tensor, local: PrototypeLogits | Tensor) -> PrototypeLogits | Tensor:

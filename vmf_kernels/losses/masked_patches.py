@@ -124,7 +124,7 @@ class IBOTPatchLoss(StreamLoss):
         """The second half of ``forward``: computes the loss and moves the centre."""
         masked, averaged, weights, teacher_temp = batch
         # start "first_batch" must use the same rows as later updates
-        self.stream.centering.begin(averaged, teacher_temp, masked.teacher_bias)
+        self.stream.centering.begin(averaged.detach(), teacher_temp, masked.teacher_bias)
         result = self.stream(masked, weights.new_ones(1, 1), teacher_temp, weights)
         self.statistics = result.statistics
         self.stream.observe(averaged, teacher_temp, masked.teacher_bias)

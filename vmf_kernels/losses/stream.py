@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from vmf_kernels.backends.stored.choice import check_stored_backend_name
 from vmf_kernels.centering.choice import RuleOptions, make_rule
 from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.centering.running_mean import check_momentum
+from vmf_kernels.losses.center_state import CenterOwner
 from vmf_kernels.losses.temperatures import check_positive
 from vmf_kernels.ops.prototype_cross_entropy import CrossEntropy
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
@@ -128,6 +130,8 @@ class Stream(nn.Module):
                 f"student output is {type(student).__name__} but teacher output {type(teacher).__name__}; expected both "
                 "heads to return PrototypeLogits, or both plain logits"
             )
+        if isinstance(teacher, Tensor):
+            check_stored_backend_name(self.backend)  # before a centre starts
         if teacher.shape[-1] != self.num_prototypes:
             raise ValueError(
                 f"teacher output has {teacher.shape[-1]} prototypes; expected out_dim = {self.num_prototypes}"
@@ -145,7 +149,8 @@ class Stream(nn.Module):
         """The cross-entropy over pairs, as ``prototype_cross_entropy``; a centre starts here, and moves in ``observe``."""
         teacher_rows, student_rows = (side.shape[:-1].numel() for side in (outputs.teacher, outputs.student))
         check_pairing(Pairing(pair_weights, image_weights), teacher_rows, student_rows)
-        bias = self.centering.target_bias(outputs.teacher, teacher_temp, outputs.teacher_bias)
+        _check_normalizers(outputs)
+        bias = self._target_bias(outputs, teacher_temp)
         if outputs.teacher_bias is not None:
             bias = bias + outputs.teacher_bias
         return target_cross_entropy(
@@ -159,13 +164,29 @@ class Stream(nn.Module):
             prototype_group=self.centering.prototype_group,
         )
 
+    def _target_bias(self, outputs: Outputs, teacher_temp: float | Tensor) -> Tensor:
+        """[K] what the rule returns, once it is known to be a bias of these logits."""
+        teacher = outputs.teacher
+        bias: Any = self.centering.target_bias(teacher.detach(), teacher_temp, outputs.teacher_bias)
+        fits = isinstance(bias, Tensor) and bias.is_floating_point() and bias.numel() == teacher.shape[-1]
+        if not fits or bias.device != teacher.device:
+            got = (
+                f"{bias.dtype} {list(bias.shape)} on {bias.device}" if isinstance(bias, Tensor) else type(bias).__name__
+            )
+            raise ValueError(
+                f"{type(self.centering).__name__}.target_bias returned {got}; expected a floating-point tensor "
+                f"[{teacher.shape[-1]}] on {teacher.device}"
+            )
+        flat: Tensor = bias.reshape(-1)
+        return flat
+
     def observe(
         self, teacher: PrototypeLogits | Tensor, teacher_temp: float | Tensor, bias: Tensor | None = None
     ) -> None:
         """Record the teacher's batch [R, K] for the centre, after its use; ``bias`` is the normaliser of stored logits."""
         if self.center_update == "forward" and inside_function():
             raise RuntimeError(MOVES_TWICE)
-        self.centering.accumulate(teacher, teacher_temp, bias)
+        self.centering.accumulate(teacher.detach(), teacher_temp, bias)
         if self.center_update == "forward":
             self.centering.apply_pending()
 
@@ -184,7 +205,7 @@ class Stream(nn.Module):
                     "update_center moves a centre of probabilities, which depend on the teacher's temperature; expected the "
                     "epoch (or the temperature) beside the logits"
                 )
-            self.centering.accumulate(self._uncentered(teacher), teacher_temp)
+            self.centering.accumulate(self._uncentered(teacher).detach(), teacher_temp)
         self.centering.apply_pending()
 
     def set_center(self, value: Tensor) -> None:
@@ -216,7 +237,7 @@ class Stream(nn.Module):
         return teacher
 
 
-class StreamLoss(nn.Module):
+class StreamLoss(CenterOwner):
     """A loss of one stream; it exposes the stream's values as the attributes of the published classes."""
 
     stream_class: type[Stream] = Stream
@@ -251,6 +272,19 @@ class StreamLoss(nn.Module):
     @center.setter
     def center(self, value: Tensor) -> None:
         self.stream.set_center(value)
+
+
+def _check_normalizers(outputs: Outputs) -> None:
+    """Raise ValueError if one network's prototypes are vMF components and the other's are not."""
+    student, teacher = outputs.student, outputs.teacher
+    if isinstance(student, PrototypeLogits) and isinstance(teacher, PrototypeLogits):
+        ours, theirs = student.prototypes.has_normalizer, teacher.prototypes.has_normalizer
+        if ours != theirs:
+            vmf, plain = ("student", "teacher") if ours else ("teacher", "student")
+            raise ValueError(
+                f"the {vmf}'s prototypes are von Mises-Fisher components but the {plain}'s are not; expected two heads of one "
+                "kind (DINOvMFHead for both), or a vMF loss, which makes both so"
+            )
 
 
 def check_logits(output: object, side: str) -> None:

@@ -84,7 +84,10 @@ class PrototypeLogits(UnstoredRows):
         return self.features.requires_grad or self.prototypes.requires_grad
 
     def materialize(self) -> Tensor:
-        """[..., K] the logits as a tensor, differentiable. It takes the memory that this class otherwise saves."""
+        """[..., K] the logits as a tensor, differentiable. It takes the memory that this class otherwise saves.
+
+        The vMF normaliser is not among them: it depends on a temperature (``Prototypes.log_normalizer``).
+        """
         refuse_severed(self.prototypes)
         dtype = torch.promote_types(self.features.dtype, self.prototypes.weight.dtype)
         # cast first, so that norms and effective prototypes are as exact as the features

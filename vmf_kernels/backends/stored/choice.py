@@ -36,5 +36,5 @@ def choose_stored_backend(backend: str, inputs: StoredInputs) -> StoredBackend:
 def check_stored_backend_name(backend: str) -> None:
     """Raise ValueError unless ``backend`` is "auto" or a backend for stored logits; others need features and prototypes."""
     if backend != "auto" and backend not in STORED_BACKENDS:
-        names = ", ".join(("auto", *STORED_BACKENDS))
+        names = "auto, streaming, triton"  # and "torch", which is streaming under the name that only this loss knows
         raise ValueError(f"backend {backend!r} has no pass over stored logits; expected one of {names}")
