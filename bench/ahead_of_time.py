@@ -1,4 +1,4 @@
-"""Compiling the kernels without a GPU: every launch of a run is recorded, and compiled as the launch itself would be.
+"""Compiles the kernels without a GPU: records every launch of a run, and compiles it as the launch itself would.
 
 A launch is recorded with its real arguments (on CPU tensors of the real sizes, whose memory is never touched), so that dtypes,
 divisibility by 16 and compile-time constants are those that the device would see.
@@ -43,7 +43,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says about one kernel; bytes."""
+    """The compiler's figures for one kernel; sizes in bytes."""
 
     registers: int
     spills: int  # loads from and stores to local memory

@@ -1,4 +1,4 @@
-"""B1 to B6: other ways to compute the same loss and gradients from the same ``HeadInputs``, none of them ours.
+"""B1 to B6: the same loss and gradients from the same ``HeadInputs``, computed without this library.
 
 B1 is the published loss with its last layer; B2 the same compiled; B3 row chunks that fit the L2 cache, compiled, once with
 recompute and once with gradients formed in the forward pass; B4 attention to the prototypes; B5 torch's own loss on stored
@@ -53,7 +53,7 @@ def effective_weights(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
 
 
 def published(inputs: HeadInputs) -> Tensor:
-    """B1, the centre held fixed: with multi-crop views every pair has its own log-softmax, as published."""
+    """B1 with a fixed centre: with multi-crop views, every pair has its own log-softmax, as published."""
     device = inputs.student_features.device.type
     with torch.autocast(device, torch.bfloat16):
         student_weight, teacher_weight = effective_weights(inputs)
@@ -125,7 +125,7 @@ def by_view(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
 
 
 def prepare_recomputed_chunks(inputs: HeadInputs, compile_: Compile) -> Loss:
-    """B3: nothing of a chunk is kept for the backward pass, which computes it again."""
+    """B3: the backward pass computes each chunk again; nothing is kept for it."""
     chunk, cache = compile_(chunk_loss), cache_bytes_of(inputs.student_features.device)
 
     def loss(inputs: HeadInputs) -> Tensor:
@@ -169,7 +169,7 @@ class _GradientsInForward(torch.autograd.Function):
 
 
 def prepare_gradient_chunks(inputs: HeadInputs, compile_: Compile) -> Loss:
-    """B3 with each chunk's gradients formed while its probabilities are in the cache: no recompute."""
+    """B3 without recompute: each chunk's gradients are computed while its probabilities are in the cache."""
     rest = compile_(chunk_gradients), cache_bytes_of(inputs.student_features.device)
 
     def loss(inputs: HeadInputs) -> Tensor:
@@ -315,7 +315,7 @@ def prepare_liger(inputs: HeadInputs, compile_: Compile) -> Loss:
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``Compile`` that does not."""
+    """A ``Compile`` that does not compile."""
     return function
 
 

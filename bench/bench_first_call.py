@@ -1,9 +1,9 @@
-"""What Python costs: the first call of a process, and a small call later, host time of forward and backward.
+"""The overhead of Python: host time of forward and backward, for the first call of a process and for small later calls.
 
     pytest bench/bench_first_call.py --benchmark-enable --benchmark-json=bench/results/cpu/first_call.json
 
-Each round is a process of its own (``bench.fresh_process``). Of the benchmark's own times, which are those of whole
-processes, nothing is read; ``extra_info`` has the first call, later calls and what was loaded. Held to: no compiler of torch is
+Each round is a separate process (``bench.fresh_process``). The benchmark's own times are ignored, since they are of whole
+processes; ``extra_info`` has the first call, later calls and the loaded modules. The test requires: no compiler of torch is
 loaded, the first call takes at most 20 MiB, no thread is woken for a small call; timed, a first call takes at most 0.1 s. The
 aim of 400 us for a later call with "native" on one thread is not a test: machines differ.
 """

@@ -1,4 +1,4 @@
-"""The loss with its last layer against the published ones: one training step, forward and backward, fp32 unless said.
+"""The last layer and the loss against the published ones: one training step, forward and backward, in fp32 by default.
 
     pytest bench --benchmark-enable --benchmark-json=bench/results/cpu/head.json
 
@@ -76,7 +76,7 @@ def test_dense_loss_against_published_loss(benchmark: Any, workload: Workload) -
 
 
 def skip_without(backend: str) -> None:
-    """Skip where an installation has no such backend."""
+    """Skip if this installation has no such backend."""
     reason = BACKENDS[backend].unsupported(torch.empty(1, 2), torch.empty(1, 2))
     if reason is not None:
         pytest.skip(reason)
@@ -88,7 +88,7 @@ def training_step(
     loss: nn.Module,
     change: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Step:
-    """Last layer of both networks on the features, changed or not, loss and gradients."""
+    """The last layer of both networks on the features (``change`` may replace them), the loss, and the gradients."""
     student, teacher = layers
 
     def step() -> None:

@@ -1,12 +1,12 @@
-"""What the compiler makes of every kernel as it ships, without a GPU.
+"""The compiler's report on every shipped kernel, without a GPU.
 
     python -m bench.compile_report --arch 90 --json bench/results/compiled/sm_90.json
     python -m bench.compile_report --arch 90 --kernels cuda --json ...    only those of csrc/cuda, the others' report is kept
 
-Each row says by a digest what it was made from (``bench.launch_digest``), and only launches whose digest the file does not have
-are compiled; ``--all`` compiles every one.
+Each row has a digest of its sources (``bench.launch_digest``). Only launches whose digest the file lacks are compiled; ``--all``
+compiles all of them.
 
-A report names the Triton that compiled it. The one that GPUs with torch 2.11 have, 3.6.0, has reports of its own:
+A report names its version of Triton. Triton 3.6.0, which comes with torch 2.11, has separate reports:
 
     python -m venv other && sed 's/^triton==.*/triton==3.6.0/' constraints.txt > other/constraints.txt
     other/bin/pip install -c other/constraints.txt torch triton numpy setuptools

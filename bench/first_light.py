@@ -1,15 +1,15 @@
-"""First light of the kernels on a GPU: each called by itself on integers whose exact result is known, compared elementwise.
+"""First light of the kernels on a GPU: each is called by itself on integers with a known exact result, compared elementwise.
 
     python -m bench.first_light --out DIR --seconds 40 --kernels cuda
     python -m bench.first_light --out DIR --seconds 60 --kernels cuda --only columns/bf16 --module build/bounded/_cuda.so
     python -m bench.first_light --out DIR --seconds 60 --dry-run        on the CPU, at toy size, on stand-ins of the tests
 
-A line a variant in DIR/first_light.txt as it is known, all in DIR/first_light.json, the first wrong tensors in
-DIR/first_light.npz (12 MiB at most; ``numpy.load``). This process never touches the GPU: processes of its own do, which are
-replaced where a kernel hangs, dies or is wrong (bench/light/crew.py).
+DIR/first_light.txt gets a line for each variant as soon as its result is known, and DIR/first_light.json has all results. The
+first wrong tensors are in DIR/first_light.npz (12 MiB at most; read it with ``numpy.load``). This process never uses the GPU: its
+child processes do. One in which a kernel hangs, dies or is wrong is replaced (bench/light/crew.py).
 
-Exit code 0: all are right; 1: one is not; 2: none is wrong, but not all were reached in time, or run here. Kernels that this
-version of the library does not have are no matter ("absent").
+Exit code 0: all are right; 1: one is wrong; 2: none is wrong, but not all were reached in time or can run here. Kernels that
+this version of the library lacks are ignored ("absent").
 """
 
 from __future__ import annotations

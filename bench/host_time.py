@@ -1,4 +1,4 @@
-"""What Python does around the Triton kernels of one step, counted and timed without a GPU: launches replaced by nothing.
+"""Counts and times Python's work around the Triton kernels of one step, without a GPU: launches do nothing.
 
     python -m bench.host_time
 

@@ -1,4 +1,4 @@
-"""From which size of a product on a second thread helps: what ``backends.native.module.LEAST_WORK`` was chosen by.
+"""The size of a product from which a second thread helps; ``backends.native.module.LEAST_WORK`` was chosen by it.
 
     python -m bench.least_work
 

@@ -1,4 +1,4 @@
-"""One step of the loss with its prototypes over ranks: more prototypes than the machine could hold stored logits of.
+"""One step of the loss with prototypes split over ranks: so many that their stored logits would not fit the machine.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=4 -m bench.many_prototypes --prototypes 1048576 --rows 4096 \
         --dim 64 --check --json bench/results/cpu/many_prototypes.json
@@ -40,7 +40,7 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one step; block p of the prototypes is the one that rank p holds."""
+    """Sizes of one step; rank p holds block p of the prototypes."""
 
     prototypes: int
     rows: int
@@ -64,7 +64,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one step gave."""
+    """The results of one step."""
 
     seconds: float
     loss: float
@@ -84,7 +84,7 @@ def features_of(sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 
 def prototypes_of(sizes: Sizes, blocks: Sequence[int]) -> tuple[Prototypes, Prototypes]:
-    """Student's (leaves of autograd) and teacher's prototypes of these blocks, the same whichever rank draws them."""
+    """The student's prototypes (leaves of autograd) and the teacher's in these blocks; the same for any rank."""
     drawn = [_draw_block(sizes, block) for block in blocks]
     direction, magnitude, noise = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     teacher = weight_norm_vmf_prototypes(magnitude, direction)
@@ -117,7 +117,7 @@ def run_step(sizes: Sizes, blocks: Sequence[int], group: ProcessGroup | None) ->
 
 
 def report_of(sizes: Sizes, shared: Outcome, group: ProcessGroup | None) -> dict[str, Any]:
-    """What the step took on every rank, and where it ran."""
+    """Time and memory of the step on every rank, and the machine."""
     mine = (shared.seconds, peak_resident_mib())
     everyone: list[Any] = [mine] * sizes.ranks
     if group is not None:
@@ -140,7 +140,7 @@ def report_of(sizes: Sizes, shared: Outcome, group: ProcessGroup | None) -> dict
 
 
 def machine_facts() -> dict[str, Any]:
-    """Of this process and where it runs."""
+    """Facts about this process and its machine."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -155,7 +155,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def check_of(sizes: Sizes, shared: Outcome) -> dict[str, Any] | None:
-    """On rank 0 how far its step alone, with all prototypes, is from the one over ranks; None on the others."""
+    """On rank 0, the difference between its own step with all prototypes and the step over ranks; None on other ranks."""
     rank = torch.distributed.get_rank() if sizes.ranks > 1 else 0
     if rank > 0:
         for name in ("weight", "magnitude"):
@@ -181,7 +181,7 @@ def check_of(sizes: Sizes, shared: Outcome) -> dict[str, Any] | None:
 
 
 def peak_resident_mib() -> float:
-    """Most memory that this process has held so far, the interpreter and torch included."""
+    """Peak memory of this process so far, including the interpreter and torch."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
 
 

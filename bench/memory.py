@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 def peak_extra_mib(step: Callable[[], object], kept_bytes: int) -> float:
-    """Largest sum of live allocations made during ``step``, in MiB, less ``kept_bytes`` (the gradients it leaves behind)."""
+    """Largest sum of live allocations during ``step``, in MiB, minus ``kept_bytes`` (the gradients that remain)."""
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()

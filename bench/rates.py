@@ -1,4 +1,4 @@
-"""What a GPU does in a second, as far as ``bench.roofline`` counts it."""
+"""The rates of a GPU that ``bench.roofline`` uses."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Rates(NamedTuple):
 
     @property
     def exponentials(self) -> float:
-        """A second, on the special-function units: 16 a clock and multiprocessor."""
+        """Exponentials per second on the special-function units: 16 per clock and multiprocessor."""
         return 16 * self.target.multiprocessors * self.clock
 
     @property
     def instructions(self) -> float:
-        """Instructions of warps a second: four schedulers a multiprocessor, each one a clock."""
+        """Warp instructions per second: four schedulers per multiprocessor, one instruction each per clock."""
         return 4 * self.target.multiprocessors * self.clock
 
     @property
     def shared_memory(self) -> float:
-        """Bytes/s that products read and copies write: 128 a clock and multiprocessor."""
+        """Bytes/s that products read and copies write: 128 per clock and multiprocessor."""
         return 128 * self.target.multiprocessors * self.clock
 
 

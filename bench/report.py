@@ -1,4 +1,4 @@
-"""Tables of the README from the results that are committed.
+"""Prints the tables of the README from committed results.
 
 python -m bench.report bench/results/cpu/head.json
 python -m bench.report bench/results/cpu/first_call.json

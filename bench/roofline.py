@@ -1,4 +1,4 @@
-"""The time each kernel should take, from what it must compute, issue and move; stated before anything was measured.
+"""The expected time of each kernel, from its arithmetic, instructions and memory traffic; stated before any measurement.
 
     python -m bench.roofline            prints the tables of ROOFLINE.md
     python -m bench.roofline --write    puts them there
@@ -39,7 +39,7 @@ CUDA_KERNELS = {
 
 
 class Cost(NamedTuple):
-    """What one kernel does; bytes to device memory and, where blocks are read again, to L2."""
+    """The work of one kernel; bytes to device memory and, for blocks that are read again, to L2."""
 
     kernel: str
     operations: float = 0.0
@@ -225,7 +225,7 @@ def _column_pass(students: int, teachers: int) -> Cost:
 
 
 def _columns(name: str, students: int, teachers: int, blocks: int, fullness: float) -> Cost:
-    """A column pass, but for its instructions."""
+    """A column pass, without its instructions."""
     return Cost(
         name,
         operations=4.0 * (students + teachers) * PROTOTYPES * DIM,
@@ -251,13 +251,13 @@ def _with_issue(cost: Cost, loop: dict[str, int], tiles: int, matrices: int) -> 
 
 
 def _steps(programs: int, tile: Tile) -> int:
-    """Programs that would run in the time of these, were every multiprocessor always busy."""
+    """How many programs would run in the same time if every multiprocessor were always busy."""
     at_once = TARGET.multiprocessors * (2 if tile.warps == 4 else 1)
     return at_once * -(-programs // at_once)
 
 
 def _cells(*seconds: float) -> str:
-    """Microseconds; empty where there is nothing."""
+    """Cells in microseconds; empty if there is no value."""
     return " | ".join(f"{1e6 * each:.0f}" if each else "" for each in seconds)
 
 

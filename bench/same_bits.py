@@ -1,4 +1,4 @@
-"""Shows that a refactoring has changed no bit of any loss, gradient, centre, state or statistic.
+"""Shows whether a refactoring has changed a bit of any loss, gradient, centre, state or statistic.
 
 python -m bench.same_bits write OUT.json
 python -m bench.same_bits compare BEFORE.json AFTER.json

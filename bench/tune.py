@@ -1,4 +1,4 @@
-"""Search for tile sizes: what compiles without a spill, and of that what is fastest.
+"""Searches for tile sizes: those that compile without a spill, and among them the fastest.
 
     python -m bench.tune --arch 90                        no GPU: the best that is expected of what compiles
     python -m bench.tune --seconds 150 --out tiles.json   on a GPU: the fastest of what compiles there
@@ -98,7 +98,7 @@ def _registers(name: str, tile: Tile, width: int) -> float:
 
 
 def expected_cost(name: str, tile: Tile, precision: str) -> float:
-    """Relative time expected of a tile; what steers the search where nothing can be measured.
+    """Expected relative time of a tile; it guides the search if nothing can be measured.
 
     The block that stays (rows in a row pass, prototypes in a column pass) decides how often the streamed matrix is read; the
     block that streams, how many products amortise an online-softmax step and a barrier; parts repeat the logits.
@@ -114,7 +114,7 @@ def expected_cost(name: str, tile: Tile, precision: str) -> float:
 
 
 def compiled(name: str, precision: str, width: int, tile: Tile, arch: int) -> Compiled:
-    """What the compiler makes of a pass with this tile."""
+    """The compiler's figures for a pass with this tile."""
     case = PassCase.of(name, precision, width, device=torch.device("cpu"))
     with recording(arch) as launches:
         case.run(tile)

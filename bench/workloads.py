@@ -1,4 +1,4 @@
-"""Named workloads of the head loss, and the tensors of each: modules in fp32, and the bare operator's arguments.
+"""Named workloads of the head's loss, and their tensors: modules in fp32, and arguments of the operator itself.
 
 Legend: V / G student / teacher views, B images, K prototypes, D bottleneck dim, S / T student / teacher rows.
 """
@@ -42,7 +42,7 @@ TOY = Workload(images=2, crops=4, prototypes=301, dim=24)  # the same code in mi
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the last layer of a head sees in one step; both heads' layers hold the same weights."""
+    """Inputs of a head's last layer in one step; the layers of both heads have the same weights."""
 
     student_features: Tensor  # [V * B, D] unit rows, requires grad
     teacher_features: Tensor  # [2 * B, D] unit rows
@@ -79,7 +79,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Sizes of one loss; rows are view-major. One view a side is the one-to-one pairing of masked patches."""
+    """Sizes of one loss; rows are view-major. One view on each side is the one-to-one pairing of masked patches."""
 
     images: int
     teacher_views: int = TEACHER_CROPS

@@ -1,4 +1,4 @@
-"""Cases of what losses are made of: prototypes, unstored logits and targets, centres, Sinkhorn-Knopp, KoLeo, normalisers.
+"""Cases of the parts of losses: prototypes, unstored logits and targets, centres, Sinkhorn-Knopp, KoLeo, normalisers.
 
 Legend: R rows, K prototypes, D embedding dim.
 """

@@ -1,4 +1,4 @@
-"""Cases of heads, those of the library and those of its drop-ins: features, gradients of all parameters, states, checkpoints.
+"""Cases of the heads of the library and of its drop-ins: features, gradients of all parameters, states, checkpoints.
 
 Legend: R rows, K prototypes, D bottleneck dim.
 """

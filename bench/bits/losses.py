@@ -72,7 +72,7 @@ def cases() -> Iterator[Case]:
 
 
 def takes(loss: type[nn.Module], form: str) -> bool:
-    """Whether a loss can do with stored logits: of the vMF ones, that of class tokens alone."""
+    """Whether a loss accepts stored logits; of the vMF losses, only the one of class tokens does."""
     return form == "unstored" or loss not in (IBOTvMFLoss, IBOTvMFPatchLoss)
 
 

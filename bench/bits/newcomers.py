@@ -1,4 +1,4 @@
-"""Cases of names that became public after the script was written: an older checkout has none of them.
+"""Cases of names that became public after the script was written; an older checkout lacks them.
 
 Legend: K prototypes.
 """

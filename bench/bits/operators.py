@@ -162,7 +162,7 @@ def _evaluate(setting: Setting, backend: str) -> dict[str, Any]:
 
 
 def _twice(backend: str) -> dict[str, Any]:
-    """A second backward pass, which forms the gradients anew."""
+    """A second backward pass, which computes the gradients again."""
     problem = Problem.of(Setting())
     loss = problem.loss(backend=backend).loss
     leaves = list(problem.leaves().values())

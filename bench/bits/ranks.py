@@ -1,4 +1,4 @@
-"""Cases over two gloo ranks: centres, Sinkhorn-Knopp, KoLeo, and prototypes that ranks share out.
+"""Cases on two gloo ranks: centres, Sinkhorn-Knopp, KoLeo, and prototypes that are split over ranks.
 
 Legend: B images, K prototypes, D embedding dim.
 """

@@ -1,4 +1,4 @@
-"""What is kept of a case, where it was run, and how two runs differ.
+"""The record of a case, its environment, and the differences between two runs.
 
 A record of a tensor is its dtype, its shape and the SHA-256 of its bytes, with the number itself where there is just one.
 """

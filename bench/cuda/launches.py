@@ -1,4 +1,4 @@
-"""The launches that the streaming passes make, recorded without a GPU: launchers as they ship, a runtime that writes down.
+"""Records the launches of the streaming passes without a GPU: the shipped launchers, with a runtime that records.
 
 A program links the compiled launchers with ``launch_cases.cpp``, which calls them, and with ``recording_runtime.cpp``, which
 stands in for the CUDA runtime; no kernel runs.

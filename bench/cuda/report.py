@@ -1,4 +1,4 @@
-"""What nvcc makes of ``csrc/cuda`` for one part, and what is wrong with it: the section "cuda" of a compile report.
+"""nvcc's figures for ``csrc/cuda`` on one GPU architecture, and their faults: the section "cuda" of a compile report.
 
 Every ``.cu`` file is compiled as the package's build does; the streaming passes' launches are recorded with their shared
 memory, so that what is checked is what would be launched.

@@ -1,4 +1,4 @@
-"""nvcc and what reads its output: kernels of a source file as the compiler leaves them.
+"""nvcc and the tools that read its output: the compiled kernels of a source file.
 
 The disassembler is Triton's, since a CUDA toolkit need not have one.
 """
@@ -53,7 +53,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Built:
-    """What nvcc makes of one source file."""
+    """The compiled kernels of one source file."""
 
     source: Path
     object: Path  # with the launchers

@@ -1,4 +1,4 @@
-"""Whether a loss is the same loss: value and gradients against the formula in fp32.
+"""Checks that a baseline computes the same loss: value and gradients against the formula in fp32.
 
 Legend: V / G student / teacher views, B images, K prototypes, D bottleneck dim.
 """
@@ -76,7 +76,7 @@ def relative_errors(outcome: Outcome, exact: Outcome) -> dict[str, float]:
 
 
 def refuse_disagreement(errors: dict[str, float]) -> None:
-    """Let pass what bf16 arithmetic explains.
+    """Accept errors that bf16 arithmetic explains.
 
     Raises:
         DisagreementError: an error is larger, or NaN.

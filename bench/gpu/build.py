@@ -1,10 +1,10 @@
-"""The CUDA module for another interpreter, built where that one may be all that is known of the machine it is for.
+"""Builds the CUDA module for another interpreter, which may be on another machine.
 
     python -m bench.gpu.build                      for this interpreter
-    python -m bench.gpu.build --python PYTHON      for that one: its headers are all that is taken of it
+    python -m bench.gpu.build --python PYTHON      for that one, of which only the headers are used
 
-Two modules with code for one part: ``vmf_kernels/_cuda*.so``, and ``build/bounded/_cuda*.so``, in which a wait that does not
-end traps. Git ignores both: take them along by name. Needs nvcc, and pybind11 and ninja of this interpreter.
+It builds two modules with code for one GPU architecture: ``vmf_kernels/_cuda*.so``, and ``build/bounded/_cuda*.so``, in which a
+wait that does not end traps. Git ignores both: copy them by name. It needs nvcc, and this interpreter's pybind11 and ninja.
 """
 
 from __future__ import annotations

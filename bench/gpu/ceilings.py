@@ -1,4 +1,4 @@
-"""The two ceilings of the device: how fast memory copies and how fast cuBLAS multiplies bf16."""
+"""The two ceilings of the device: the rate of memory copies and of cuBLAS's bf16 products."""
 
 from __future__ import annotations
 

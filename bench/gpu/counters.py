@@ -1,4 +1,4 @@
-"""Nsight Compute's counters of the hot kernels, as text: pipes, memory, occupancy, stalls, of one launch of each pass.
+"""Nsight Compute's counters for one launch of each pass, as text: pipes, memory, occupancy, stalls.
 
     python -m bench.gpu.counters cuda       what is profiled: the passes of a backend, each once, between two marks
 
@@ -66,7 +66,7 @@ def judged(status: dict[str, Any], output: str) -> dict[str, Any]:
 
 
 def launch_each(backend: str) -> None:
-    """Every pass once to compile and warm up, and once more between the profiler's marks.
+    """Launch every pass once to compile and warm up, and once more between the profiler's marks.
 
     Raises:
         RuntimeError: the backend does not run here.

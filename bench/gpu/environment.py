@@ -1,4 +1,4 @@
-"""What the numbers were measured on and with: GPU, driver, clocks, versions, commit. Reads only, never sets."""
+"""The environment of a measurement: GPU, driver, clocks, versions, commit. It only reads and sets nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
 
 
 def sources() -> str:
-    """Digest of the library's sources, of which a copy without git knows no commit."""
+    """Digest of the library's sources, because a copy without git has no commit."""
     digest = hashlib.sha256()
     files = (path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.is_file())
     for path in sorted(files):
@@ -55,7 +55,7 @@ def sources() -> str:
 
 
 def clocks() -> dict[str, str]:
-    """What nvidia-smi says of clocks, temperature and load; empty without it."""
+    """Clocks, temperature and load from nvidia-smi; empty without it."""
     return _query_gpu(CLOCK_FIELDS)
 
 

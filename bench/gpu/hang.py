@@ -1,4 +1,4 @@
-"""How a slow call is told from one that hangs: the slow one runs Python again at its limit, the other one does not.
+"""Distinguishes a slow call from one that hangs: at its time limit, a slow call still runs Python.
 
 A kernel that never ends keeps the host inside a wait, where no signal handler of Python's runs; a thread of C ends the process.
 """
@@ -17,7 +17,7 @@ STANDARD_ERROR = 2
 
 
 class OvertimeError(Exception):
-    """A call took longer than it may."""
+    """A call exceeded its time limit."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""One workload: every variant is prepared and checked, then all are timed together, then ours is looked into."""
+"""One workload: every variant is prepared and checked, then all are timed together, then this library's are profiled."""
 
 from __future__ import annotations
 
@@ -156,13 +156,13 @@ def warm_up(
 
 
 def count_kernels(name: str, loss: Loss, inputs: HeadInputs, record: Record | Under) -> None:
-    """What one of ours launches, and how long each kernel takes."""
+    """The kernels that one of this library's variants launches, and their times."""
     kernels, outcome = attempt(lambda: probes.kernels(loss, inputs))
     record.put("variants", name, "kernels", value=outcome if kernels is None else kernels)
 
 
 def look_into(name: str, loss: Loss, inputs: HeadInputs, settings: Settings, record: Record | Under) -> None:
-    """Repeatability and graph replay of one of ours."""
+    """Repeatability and graph replay of one of this library's variants."""
     repeatable, outcome = attempt(lambda: probes.is_repeatable(loss, inputs))
     record.put("variants", name, "repeatable", value=outcome if repeatable is None else repeatable)
     if settings.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""What each stage of a plan does: its job by the stage's first words; the other words are the job's arguments."""
+"""The job of each stage of a plan. The first words of a stage name its job; the other words are the job's arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TUNED_WIDTH = 256
 
 
 class Work(NamedTuple):
-    """What a job is given."""
+    """The inputs of a job."""
 
     settings: Settings
     record: Record
@@ -56,7 +56,7 @@ def perform(work: Work) -> Entry:
 
 
 def find_module(work: Work) -> Entry:
-    """Whether a CUDA module is here that imports, is of these sources, and has code for this GPU."""
+    """Whether there is a CUDA module that imports, was built from these sources, and has code for this GPU."""
     ended = Running(COMMANDS["module"], work.stage, work.settings.log).finish(work.seconds)
     return ended.status() | {"says": (ended.output.strip().splitlines() or [""])[-1]}
 

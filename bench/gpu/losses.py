@@ -1,4 +1,4 @@
-"""What is measured as ours: the operator, the stored-logit loss behind a plain head, and the module users call."""
+"""The measured variants of this library: the operator, the loss on stored logits of a plain head, and ``DINOLoss``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Variant(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What is to be found out about a workload."""
+    """What to measure on a workload."""
 
     variants: tuple[str, ...] | None  # None: all
     kernels: bool = False  # of ours, by a profile, which takes seconds
@@ -145,7 +145,7 @@ def variants(backend: str, shape: HeadShape) -> dict[str, Variant]:
 
 
 def other_ways(backend: str, shape: HeadShape) -> dict[str, Variant]:
-    """With the normaliser, as a module, in plain torch, and behind a plain head."""
+    """Further variants: with the normaliser, as a module, in plain torch, and with a plain head."""
     mine = {
         "ours vMF": Variant(
             f"operator, {backend}, vMF normaliser",

@@ -1,4 +1,4 @@
-"""The compiled CUDA module of this checkout: whether one is here that can be used, and loading one from a file.
+"""The compiled CUDA module of this checkout: whether it can be used, and loading one from a file.
 
     python -m bench.gpu.module      says which file is used, exit code 0; or why none can be, exit code 1
 
@@ -26,7 +26,7 @@ REPLY_SECONDS = 20
 
 
 def load(path: Path) -> ModuleType:
-    """A file as ``vmf_kernels._cuda``; what imports that afterwards gets it.
+    """Load a file as ``vmf_kernels._cuda``; later imports of that name get it.
 
     Raises:
         ImportError: the file is no module for this interpreter, or another one is loaded already.
@@ -43,7 +43,7 @@ def load(path: Path) -> ModuleType:
 
 
 def usable(gpu: str | None = None) -> str | None:
-    """Why the module of this checkout is of no use here, or None.
+    """Why the module of this checkout cannot be used here, or None.
 
     Args:
         gpu: compute capability, such as "9.0"; None for that of GPU 0, which need not be there.

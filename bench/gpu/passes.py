@@ -1,4 +1,4 @@
-"""Rates of the hot kernels alone: row pass and column pass of the library's backends on a GPU, interleaved.
+"""Rates of the row pass and the column pass alone, for the library's backends on a GPU, interleaved.
 
 Legend: R rows, K prototypes, D embedding dim.
 """
@@ -213,5 +213,5 @@ def step_of(inputs: PassCase, kernels: Any) -> Step:
 
 
 def tile_of(inputs: PassCase, kernels: Any) -> Any:
-    """What the kernels pad to in this pass."""
+    """The tile that the kernels pad to in this pass."""
     return kernels.tile(inputs.name, inputs.rows, inputs.layout)

@@ -1,4 +1,4 @@
-"""What each call measures, the most telling number first, and how long each stage is planned to take.
+"""What each call measures, the most important numbers first, and the planned time of each stage.
 
 ``python -m bench.gpu first`` works down FIRST, ``second`` SECOND, and ``all`` everything, for those whose GPU is their own.
 """

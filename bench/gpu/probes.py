@@ -1,4 +1,4 @@
-"""What a step does besides taking time: kernels, memory, graph capture, repeatability."""
+"""Properties of a step other than its time: kernels, memory, graph capture, repeatability."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def kernels(loss: Loss, inputs: HeadInputs) -> dict[str, Any]:
 
 
 def _profiled(runs: Sequence[Step], device: torch.device) -> dict[str, Any]:
-    """What a mean run launches."""
+    """The launches of an average run."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
         for run in runs:

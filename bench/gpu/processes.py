@@ -1,6 +1,6 @@
-"""Stages as processes of their own: a crash, a hang or a lost device ends one of them, not the run.
+"""Runs stages as separate processes: a crash, a hang or a lost device ends one stage, not the run.
 
-What a process prints is in the call's log the moment it is printed, so that a call that is cut off leaves it behind.
+The output of a process goes to the call's log at once, so a call that is cut off leaves it there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results that are on disk the moment they are known, and attempts whose failure is a result."""
+"""Results that are written to disk as soon as they are known, and attempts whose failure is a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage is told: where it runs, at which sizes, and how long it may take."""
+"""The settings of a stage: device, sizes and time limit."""
 
 from __future__ import annotations
 

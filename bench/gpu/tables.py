@@ -1,4 +1,4 @@
-"""Markdown from a GPU's ``head.json``: times and ratios, targets, kernels, errors, and what was not measured and why."""
+"""Markdown from a GPU's ``head.json``: times, ratios, targets, kernels, errors, and why something was not measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be reached on a GPU, and whether a run reached it."""
+"""The targets on a GPU, and whether a run reached them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Workload = Mapping[str, Any]
 
 
 class Target(NamedTuple):
-    """A target and what came of it; ``met`` is None where nothing was measured."""
+    """A target and its result; ``met`` is None if nothing was measured."""
 
     quantity: str
     to_reach: str

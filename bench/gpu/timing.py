@@ -64,7 +64,7 @@ class Stopwatch:
         return statistics.median(walls)
 
     def device_milliseconds(self, step: Step) -> float:
-        """Time on the device, whatever the host needs."""
+        """Time on the device, independent of the host's time."""
         if self.device.type != "cuda":
             return self.wall_milliseconds(step)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ class Stopwatch:
 
 
 def interleaved(measure: Measure, steps: Mapping[str, Step], rounds: int) -> dict[str, Times]:
-    """Each step once a round, so that all meet the same clocks; the order turns by one from round to round."""
+    """Run each step once per round, so that all see the same clocks; the order rotates by one each round."""
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds if names else 0):

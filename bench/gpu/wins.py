@@ -1,4 +1,4 @@
-"""The package's table of measured wins, from a GPU's result file: where "auto" is to take ``csrc/cuda`` before Triton.
+"""Writes the package's table of measured wins from a GPU's result file: where "auto" prefers ``csrc/cuda`` to Triton.
 
     python -m bench.gpu.wins bench/results/<name of the GPU>/head.json
 
@@ -26,7 +26,7 @@ CUDA, TRITON = "cuda", "triton"
 
 
 class UntrustworthyError(ValueError):
-    """The results are of no use for the table; says which and why."""
+    """The results cannot be used for the table; the text says which and why."""
 
 
 def measured_table(data: Mapping[str, Any], source: str) -> dict[str, Any]:

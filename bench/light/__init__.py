@@ -1,1 +1,1 @@
-"""First light: every kernel called by itself on inputs whose result is known; ``bench/first_light.py`` is the program."""
+"""First light: every kernel is called by itself on inputs with a known result; ``bench/first_light.py`` is the program."""

@@ -104,12 +104,12 @@ def narrow_dim(stand: Stand) -> int:
 
 
 def factor() -> np.float32:
-    """Of the vectors, as the kernels form it."""
+    """The factor of the vectors, computed as in the kernels."""
     return np.float32(1.0 / (LOG2_E / SCALES["student"] * UNIT))
 
 
 def room(stand: Stand, count: int, dim: int, *, alone: bool) -> Columns:
-    """Where a pass writes."""
+    """Buffers for the results of a pass."""
     usage = stand.poisoned("usage", count)
     if alone:
         return Columns(None, None, usage)
@@ -117,5 +117,5 @@ def room(stand: Stand, count: int, dim: int, *, alone: bool) -> Columns:
 
 
 def written(out: Columns) -> dict[str, Any]:
-    """By name, without what is not asked for."""
+    """Results by name, without those not requested."""
     return {name: tensor for name, tensor in out._asdict().items() if tensor is not None}

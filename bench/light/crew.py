@@ -1,4 +1,4 @@
-"""Processes that try variants, and what becomes of one that hangs or dies: it is ended, named, and replaced.
+"""Processes that try variants. One that hangs or dies is ended, reported, and replaced.
 
 Each process tries one variant after the other, as starting one takes longer than a variant does. It is only trusted as long as
 all it gave was right: after anything else a new one takes its place, and a variant that came out wrong in a process that had
@@ -118,7 +118,7 @@ class Child:
 
 
 class Crew:
-    """So many processes that share out the variants."""
+    """A number of processes that share the variants."""
 
     def __init__(self, orders: Orders, workers: int, deadline: float) -> None:
         self.orders, self.workers, self.deadline = orders, workers, deadline

@@ -1,4 +1,4 @@
-"""Where a tensor is wrong, and what pattern that has: enough to look for the fault without the machine it showed on.
+"""Where a tensor is wrong, and the pattern of wrong elements: enough to find the fault without the GPU.
 
 Of first light's kernels on exact inputs, and of a pass whose result is not that of another backend (``bench.gpu.passes``).
 
@@ -35,7 +35,7 @@ class Difference(NamedTuple):
 
 
 def compared(case: str, tensor: str, got: Array, exact: Exact) -> Difference | None:
-    """None where all is right.
+    """The difference from the exact result; None if all elements are right.
 
     Raises:
         ValueError: the shapes differ.
@@ -161,7 +161,7 @@ def moved(got: Array, exact: Exact, axis: int) -> Iterator[str]:
 
 
 def verdict(tensors: Collection[str], wrong: Collection[str]) -> str:
-    """Which half of a pass to look at, from which of its results are wrong; "" where that says nothing."""
+    """Which half of a pass to inspect, given which of its results are wrong; "" if that tells nothing."""
     weighted = {"barycentre", "vectors"} & set(tensors)  # what the second product forms
     if not weighted or not wrong:
         return ""

@@ -1,4 +1,4 @@
-"""What the passes are to give, in float64 on the host, and how far off rounding may take it.
+"""The exact results of the passes, in float64 on the host, and the allowed rounding errors.
 
 Everything is formed from integers and powers of two, so that rounding takes it nowhere; the allowance is for an exponential
 that is off by its last bits.
@@ -90,7 +90,7 @@ def column_pass(
 
 
 def merged(statistics: Array, barycentre: Array, weight_R: Array, unit: float) -> dict[str, Exact]:
-    """What ``rows.merge_teachers`` makes of parts; logarithms are rounded, so that this is near and not exact."""
+    """The result of ``rows.merge_teachers`` for these parts; logarithms are rounded, so it is near and not exact."""
     tops, masses, moments, biases = statistics
     top_R = tops.max(axis=0)
     decay = np.exp2(tops - top_R)
@@ -113,5 +113,5 @@ def merged(statistics: Array, barycentre: Array, weight_R: Array, unit: float) -
 
 
 def near(value: Array, axes: tuple[str, ...], relative: float = 2.0**-15) -> Exact:
-    """Of numbers about 1 that fp32 rounds more than once."""
+    """Allows for several roundings in fp32 of numbers near 1."""
     return Exact(value, relative * np.maximum(1.0, np.abs(np.where(np.isfinite(value), value, 0.0))), axes)

@@ -1,4 +1,4 @@
-"""Preparation of the prototypes and the gradient's way back, on weights whose norm is 2.
+"""Checks of packing prototypes and pulling gradients back, on weights of norm 2.
 
 Legend: K prototypes, D embedding dim.
 """

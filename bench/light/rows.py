@@ -93,7 +93,7 @@ def logits_of(rows: Array, keys: Array, bias: Array, scale: float) -> Array:
 
 
 def expected(problem: Problem, values: str, *, has_value_bias: bool) -> dict[str, exact.Exact]:
-    """What the pass leaves behind."""
+    """The exact results of the pass."""
     logits = logits_of(problem.rows, problem.keys, problem.bias, SCALES[values])
     of = {"scores": None, "keys": problem.keys, "own": problem.values}[values]
     bias = padded_vector(problem.value_bias, len(problem.keys), LOWEST) if has_value_bias else None
@@ -136,7 +136,7 @@ def handed_out(splits: int, size: int, parts: Parts) -> Iterator[None]:
 
 
 def check_merge(stand: Stand) -> None:
-    """The parts of one exact row pass, put together."""
+    """Check the merge of the parts of one exact row pass."""
     case = CASES[2]
     stand.say("preparing", case.name)
     problem, layout, _ = problem_of(stand, case, "own")

@@ -1,4 +1,4 @@
-"""Where one variant is tried: its tensors on the device, poisoned room for results, launches that say how far they are.
+"""The test stand of one variant: its tensors on the device, poisoned buffers for results, launches that report progress.
 
 Legend: R rows, K prototypes, D embedding dim.
 """
@@ -64,7 +64,7 @@ class Stand:
 
     @property
     def padding(self) -> int:
-        """What K is padded to."""
+        """The number that K is padded to a multiple of."""
         return cuda_layouts.PAD_TO if self.is_cuda else tiles.pad_to(launch.target_of(self.device))
 
     def tile(self, name: str, layout: tiles.Layout, rows: int = MANY) -> tiles.Tile:
@@ -98,7 +98,7 @@ class Stand:
         return PackedPrototypes(self.matrix(keys_KD), bias, self.temperature(scale), len(bias_K), layout, has_bias)
 
     def poisoned(self, name: str, *shape: int) -> Tensor:
-        """Room for an fp32 result, between two guards."""
+        """A buffer for an fp32 result, between two guards."""
         count = math.prod(shape)
         bits = torch.full((count + 2 * GUARD,), POISON, dtype=torch.int32, device=self.device)
         self._buffers.append((name, bits, count))

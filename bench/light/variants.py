@@ -1,4 +1,4 @@
-"""What first light looks at: every kernel by the backend it is of, its family, dtype and embedding dim, in one table.
+"""The variants of first light: a table of every kernel by backend, family, dtype and embedding dim.
 
 Nothing here imports torch: the program that starts the processes need not wait for it.
 """
