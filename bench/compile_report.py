@@ -3,8 +3,8 @@
     python -m bench.compile_report --arch 90 --json bench/results/compiled/sm_90.json
     python -m bench.compile_report --arch 90 --kernels cuda --json ...    only those of csrc/cuda, the others' report is kept
 
-Each row has a digest of its sources (``bench.launch_digest``). Only launches whose digest the file lacks are compiled; ``--all``
-compiles all of them.
+Each row has a digest of its sources (``bench.launch_digest``). Only launches whose digest the file lacks are compiled;
+``--all`` compiles all of them.
 
 A report names its version of Triton. Triton 3.6.0, which comes with torch 2.11, has separate reports:
 
@@ -12,10 +12,10 @@ A report names its version of Triton. Triton 3.6.0, which comes with torch 2.11,
     other/bin/pip install -c other/constraints.txt torch triton numpy setuptools
     other/bin/python -m bench.compile_report --arch 90 --kernels triton --json bench/results/compiled/triton_3.6.0/sm_90.json
 
-Runs the operator on untouched CPU tensors at K = 65,536 for every embedding dim and precision of the tile table, records
-each launch of a Triton kernel, and compiles the different ones as the launch would: registers, spills, shared memory against
-what the part has, tensor-core instructions, the instructions of the loops that hold them. Compiles csrc/cuda with nvcc, where
-there is one (``bench.cuda.report``). Exits with 1 if a kernel spills, does not fit, or misses its tensor cores.
+It runs the operator on untouched CPU tensors at K = 65,536 for every embedding dim and precision of the tile table, records
+each launch of a Triton kernel, and compiles the distinct ones as the launch would. The report has registers, spills, shared
+memory against the GPU's limit, tensor-core instructions, and the instructions of the loops that contain them. If there is nvcc,
+csrc/cuda is compiled too (``bench.cuda.report``). Exit code 1: a kernel spills, does not fit, or misses its tensor cores.
 
 Legend: S / T student / teacher rows, K prototypes, D embedding dim.
 """

@@ -5,8 +5,8 @@
     python -m bench.first_light --out DIR --seconds 60 --dry-run        on the CPU, at toy size, on stand-ins of the tests
 
 DIR/first_light.txt gets a line for each variant as soon as its result is known, and DIR/first_light.json has all results. The
-first wrong tensors are in DIR/first_light.npz (12 MiB at most; read it with ``numpy.load``). This process never uses the GPU: its
-child processes do. One in which a kernel hangs, dies or is wrong is replaced (bench/light/crew.py).
+first wrong tensors are in DIR/first_light.npz (12 MiB at most; read it with ``numpy.load``). This process never uses the GPU:
+its child processes do. One in which a kernel hangs, dies or is wrong is replaced (bench/light/crew.py).
 
 Exit code 0: all are right; 1: one is wrong; 2: none is wrong, but not all were reached in time or can run here. Kernels that
 this version of the library lacks are ignored ("absent").
