@@ -1,4 +1,4 @@
-"""Nothing of something: no rows are no loss, no prototypes an error that says so."""
+"""Empty inputs: without rows the loss is 0, without prototypes there is an error that says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients that would silently go nowhere: they arrive, or it is said that they do not."""
+"""Gradients that could be lost silently: either they arrive or an error says that they would not."""
 
 from __future__ import annotations
 

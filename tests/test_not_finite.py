@@ -1,4 +1,4 @@
-"""NaN in, NaN out: as of stored logits, one number that is not finite makes the loss so, and nothing raises or waits.
+"""NaN in, NaN out: as with stored logits, one non-finite number makes the loss non-finite; nothing raises or waits.
 
 Legend: R rows of either network, K prototypes, D embedding dim.
 """

@@ -1,4 +1,4 @@
-"""Pairings: masses and carries are those of the [T, S] matrix of pair weights, which is never formed."""
+"""Pairings: masses and sums over partners equal those of the [T, S] matrix of pair weights, which is never built."""
 
 from __future__ import annotations
 

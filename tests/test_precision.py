@@ -1,4 +1,4 @@
-"""The dtype of the sums is that of the features: fp64 rows meet stored prototypes of fewer bits as exactly as their own.
+"""Sums have the dtype of the features: fp64 rows with prototypes of fewer bits are as exact as with fp64 prototypes.
 
 Legend: R rows of either network, K prototypes, D embedding dim.
 """

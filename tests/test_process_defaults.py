@@ -1,4 +1,4 @@
-"""Defaults of the process, torch's dtype and device, reach no memory of the library: results have the same bits."""
+"""torch's default dtype and device do not affect the library's memory: results have the same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prototypes: what is stored becomes keys, norms and gradients as the plain formulas say."""
+"""Prototypes: keys, norms and gradients of the stored tensors agree with the plain formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics: entropies in nats, and a mutual information that names a dead head."""
+"""Statistics: entropies in nats, and a mutual information near 0 for a collapsed head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What machinery around modules does with their outputs: precision plugins, replicas, einops, FLOP counters, ``torch.func``."""
+"""Outputs inside tools around modules: precision plugins, replicas, einops, FLOP counters, ``torch.func``."""
 
 # mypy: disable-error-code="no-untyped-call"
 

@@ -1,4 +1,4 @@
-"""What wrappers on ranks hand out: copies of a head's outputs, call by call, that still are of one head.
+"""Outputs of wrappers on ranks: copies of a head's outputs at each call, which still count as those of one head.
 
 Each case trains a head for two steps through a wrapper that copies outputs, or frees parameters, once with all views in one
 call and once with a call for each; both have to end in the same weights.

@@ -1,4 +1,4 @@
-"""The contract of the backends as one measurement: how far the worst of all results is from the dense formula in fp64.
+"""Measures how well a backend fulfils the contract: the largest error of all its results against the dense formula in fp64.
 
 Legend: R rows of a query, K prototypes, D embedding dim, J column weightings.
 """

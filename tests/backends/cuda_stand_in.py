@@ -1,7 +1,7 @@
-"""The interface of ``vmf_kernels._cuda`` in plain torch, on the memory of CPU tensors, where there is no GPU to run it.
+"""The interface of ``vmf_kernels._cuda`` in plain torch, on the memory of CPU tensors, for machines without a GPU.
 
-It is handed addresses as the compiled module is, reads and writes what its documentation (csrc/cuda/*.h) says and nothing else,
-and asserts what that asks of the caller. So all around the kernels is tested: padding, offsets, splits, layouts, tails.
+Like the compiled module, it gets addresses. It reads and writes only what the documentation (csrc/cuda/*.h) says,
+and asserts the caller's duties. So everything around the kernels is tested: padding, offsets, splits, layouts, tails.
 
 Legend: R rows, S / T student / teacher rows, K prototypes, D embedding dim, N splits.
 """

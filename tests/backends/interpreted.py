@@ -1,4 +1,4 @@
-"""What the tests of Triton's kernels share where there is no GPU: bf16 for the interpreter, and damaged launches.
+"""Shared parts of the tests of Triton's kernels without a GPU: bf16 for the interpreter, and damaged launches.
 
 Triton's interpreter multiplies the bit patterns of bf16 operands and truncates casts to bf16, in every version so far; the
 kernels are right about both, so the interpreter is put right here.

@@ -1,4 +1,4 @@
-"""What the tests of the native backend share: the dtype of its products, its budget, and calls that are damaged on purpose.
+"""Shared parts of the native backend's tests: the dtype of its products, its budget, and deliberately damaged calls.
 
 Legend: R rows, K prototypes, D embedding dim.
 """

@@ -1,4 +1,4 @@
-"""What the tests of prototypes over ranks share: a problem's block, what a rank makes of it, and the ranks' results as one.
+"""Shared parts of the tests of prototypes over ranks: a rank's block of a problem, its results, and their combination.
 
 Legend: K prototypes (of all ranks), R rows, D embedding dim.
 """

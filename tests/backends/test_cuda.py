@@ -1,4 +1,4 @@
-"""The CUDA backend around its kernels, against the fp64 truth: a stand-in in torch for the kernels, Triton's interpreted.
+"""The CUDA backend without its kernels, against the fp64 truth: torch stands in for them, and Triton's are interpreted.
 
 What the kernels themselves compute is tested on a GPU (tests/gpu/test_cuda.py).
 

@@ -1,4 +1,4 @@
-"""Where the CUDA backend is chosen, what it says where it cannot run, and the compiled module where there is no driver."""
+"""When the CUDA backend is chosen, its message when it cannot run, and the compiled module without a driver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA backend with its prototypes over two gloo ranks, its kernels stood in for: equal to the truth, as one process is.
+"""The CUDA backend, with stand-ins for its kernels, with prototypes over two gloo ranks: equal to the fp64 truth.
 
 Legend: G / V teacher / student views, B images, K prototypes, D embedding dim.
 """

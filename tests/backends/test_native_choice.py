@@ -1,4 +1,4 @@
-"""Where the native backend is chosen, and what it says where it cannot run."""
+"""When the native backend is chosen, and its message when it cannot run."""
 
 from __future__ import annotations
 

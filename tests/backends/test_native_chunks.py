@@ -1,4 +1,4 @@
-"""Chunks of the native backend: which rows each takes, what they add up to, and what they save.
+"""Chunks of the native backend: the rows of each, the sum of their results, and the memory they save.
 
 Legend: S / T student / teacher rows, G / V their views, B images, R rows of either, K prototypes, D embedding dim.
 """

@@ -1,4 +1,4 @@
-"""The vMF loss where prototypes' norms spread far: rows see biases that are small beside those of prototypes they do not use.
+"""The vMF loss for widely different norms: rows use biases that are small compared with those of prototypes they do not use.
 
 Legend: G / V teacher / student views, B images, R rows of either network, K prototypes, D embedding dim.
 """

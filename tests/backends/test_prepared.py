@@ -1,4 +1,4 @@
-"""What a backend prepares of a teacher's prototypes serves every sum of one call, and never outlives it.
+"""Prepared prototypes of a teacher are used by every sum of one call, and are never kept after it.
 
 Run by Triton's interpreter. Legend: R rows, K prototypes, D embedding dim.
 """

@@ -1,4 +1,4 @@
-"""Temperatures from one end of fp32 to beyond the other: what the dense formula makes finite, every backend does.
+"""Temperatures over the whole range of fp32 and beyond: wherever the dense formula is finite, every backend is.
 
 Legend: R rows of either network, K prototypes, D embedding dim.
 """

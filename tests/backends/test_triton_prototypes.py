@@ -1,4 +1,4 @@
-"""Preparation of the prototypes in Triton, and the gradient's way back, against fp64, under Triton's interpreter.
+"""Packing prototypes in Triton and pulling gradients back, against fp64, under Triton's interpreter.
 
 Norms run from 0 over 1e-3 to 1e4, so that kappa reaches 1e5 at the temperature of 0.1.
 

@@ -1,4 +1,4 @@
-"""The Triton backend's tiles: how the embedding dim is cut, which entry of the table a pass takes, what the table holds.
+"""The Triton backend's tiles: how the embedding dim is cut, which entry of the table a pass uses, and the table itself.
 
 Legend: R rows, K prototypes, D embedding dim.
 """

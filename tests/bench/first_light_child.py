@@ -1,6 +1,6 @@
-"""What ``bench.light.child`` says, made up: a process of first light that has faults, by the family of the variant.
+"""A stand-in for ``bench.light.child``: a process of first light that fails in a way given by the variant's family.
 
-It imports nothing slow, so that a test may start many.
+It imports nothing slow, so a test can start many.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every baseline computes the loss it is compared with, and what computes another one is refused."""
+"""Every baseline computes the loss that it is compared with; one that computes another loss is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of the CUDA C++ kernels: what nvcc says and what launches ask for is found, as are all that can be wrong.
+"""The report of the CUDA C++ kernels: it has nvcc's figures and the launches' requests, and finds every fault.
 
 Small kernels stand in for the passes' (``smallest_passes.cu``), behind the same header; the passes themselves are in the
 committed reports. Without nvcc what compiles is skipped.

@@ -1,4 +1,4 @@
-"""First light without a GPU: its inputs and exact results, its kernels' stand-ins, its processes and what they may do wrong."""
+"""First light without a GPU: its inputs and exact results, stand-ins for its kernels, and its processes with their faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What first light says of wrong tensors: broken copies of one result, and the words they have to bring."""
+"""First light's reports on wrong tensors: broken copies of a result, and the words that must describe them."""
 
 from __future__ import annotations
 

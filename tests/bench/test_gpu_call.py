@@ -1,4 +1,4 @@
-"""A call on a GPU, without one: its plan, its processes and shares of tests, and what is made of those that fail or hang."""
+"""A call on a GPU, tested without one: its plan, its processes and shares of tests, and how failures and hangs are handled."""
 
 from __future__ import annotations
 

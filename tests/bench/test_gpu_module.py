@@ -1,4 +1,4 @@
-"""The CUDA module for a GPU: built for another interpreter, with bounded waits, and whether one that is here can be used."""
+"""The CUDA module for a GPU: built for another interpreter, with bounded waits, and the check whether it can be used."""
 
 from __future__ import annotations
 

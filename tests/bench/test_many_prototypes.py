@@ -1,4 +1,4 @@
-"""The bench of prototypes over ranks, through torchrun at toy size, and the report of it that is committed."""
+"""The benchmark of prototypes over ranks, through torchrun at toy size, and its committed report."""
 
 from __future__ import annotations
 

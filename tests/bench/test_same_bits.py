@@ -1,4 +1,4 @@
-"""The proof that a refactoring changed no bit: it looks at everything public, by public names, and finds what it should."""
+"""The check that a refactoring changed no bit: it covers every public name, uses only public names, and finds changes."""
 
 from __future__ import annotations
 

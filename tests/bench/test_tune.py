@@ -1,4 +1,4 @@
-"""The search for tile sizes: what is tried, in which order, and what is written; nothing is compiled or timed here."""
+"""The search for tile sizes: the candidates, their order, and the written table; nothing is compiled or timed here."""
 
 from __future__ import annotations
 

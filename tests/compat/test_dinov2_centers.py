@@ -1,4 +1,4 @@
-"""What waits for the centres of ``compat.dinov2`` and ``compat.dinov3``: several batches, bad ones, copies, dtypes.
+"""Pending updates of the centres of ``compat.dinov2`` and ``compat.dinov3``: several batches, bad ones, copies, dtypes.
 
 Legend: K prototypes.
 """

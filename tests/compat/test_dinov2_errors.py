@@ -1,4 +1,4 @@
-"""What ``compat.dinov2`` and ``compat.dinov3`` refuse, and that their sections of the README run."""
+"""Errors of ``compat.dinov2`` and ``compat.dinov3``, and that their sections of the README run."""
 
 # mypy: disable-error-code="no-untyped-call"
 

@@ -1,4 +1,4 @@
-"""What the losses of ``compat.dinov2`` and ``compat.dinov3`` take, give, allocate and refuse, one by one.
+"""Inputs, results, allocations and errors of each loss of ``compat.dinov2`` and ``compat.dinov3``.
 
 Legend: B images, C masked images, N patches, M masked patches, K prototypes, D bottleneck dim.
 """

@@ -1,4 +1,4 @@
-"""Heads and losses that are built without memory, as FSDP2 users start: ``to_empty()``, then ``reset_parameters()`` everywhere.
+"""Heads and losses built without memory, as FSDP2 users do: ``to_empty()``, then ``reset_parameters()`` of all modules.
 
 Legend: K prototypes, D bottleneck dim.
 """

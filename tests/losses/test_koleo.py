@@ -1,4 +1,4 @@
-"""KoLeo against its formula written row by row, and where it used to give infinity; that of prototypes is in its own file."""
+"""KoLeo of features against its formula written row by row, also where a naive formula gives infinity."""
 
 # mypy: disable-error-code="no-untyped-call"
 

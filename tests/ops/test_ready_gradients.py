@@ -1,4 +1,4 @@
-"""Gradients formed in the forward pass: given away once, in place, and formed again when asked for again."""
+"""Gradients computed in forward: returned once, in place, and computed again for a second backward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distillation with another bottleneck on each side: the teacher's D is in its logits alone, K is one.
+"""Distillation with different bottleneck dims: the teacher's D enters only its logits; K is the same.
 
 Legend: G / V teacher / student views, B images, K prototypes, D embedding dim.
 """

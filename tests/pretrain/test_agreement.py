@@ -1,4 +1,4 @@
-"""Log and summary tell the same mutual information, or the summary says that they do not."""
+"""Log and summary agree about the mutual information, or the summary says that they do not."""
 
 from __future__ import annotations
 

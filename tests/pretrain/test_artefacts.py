@@ -1,4 +1,4 @@
-"""Weights that load, and plots that are pictures."""
+"""The weights load, and the plots are readable images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network is fed: one scale in training, judging and plots, for every kind of data, and made in one place."""
+"""A network's input has one scale in training, evaluation and plots, for every kind of data, set in one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, and that a run that was stopped goes on as if it had not been."""
+"""Whole runs: their files, and that a stopped run continues as if it had not been stopped."""
 
 from __future__ import annotations
 

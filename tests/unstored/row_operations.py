@@ -1,4 +1,4 @@
-"""Operations on rows, and those that need values, by name: what unstored rows do as stored ones, and what they refuse."""
+"""By name, operations that unstored rows support as stored ones do, and operations that need values and are refused."""
 
 # mypy: disable-error-code="no-untyped-call"
 
