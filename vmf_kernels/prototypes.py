@@ -17,8 +17,8 @@ from vmf_kernels.tensors import has_memory
 KINDS = ("linear", "normalized", "weight_norm", "linear_vmf", "weight_norm_vmf")
 PULL_BACK_BLOCK = 4096  # prototypes per step of the in-place pull-back: 4 MiB of fp32 at D = 256, stays in L2/L3
 FREED = (
-    "the memory of prototypes of shape {shape} has been freed: FSDP, or a loop that reshards by itself, took it after the "
-    "head's forward and before the loss, which reads it; expected a teacher that is resharded after the loss; or with "
+    "the memory of prototypes of shape {shape} has been freed: FSDP, or a training loop that reshards, freed it after the "
+    "head's forward pass, but the loss reads it later; expected a teacher that is resharded after the loss; or with "
     "fully_shard (FSDP2) fully_shard(head.last_layer) before fully_shard(head), or reshard_after_forward=False, or "
     "head.unshard() between the head and the loss; or with FullyShardedDataParallel (FSDP1) a head wrapped by itself, not "
     "inside another one, or ShardingStrategy.SHARD_GRAD_OP, or FSDP.summon_full_params(teacher_head) around the loss, where "
@@ -26,9 +26,9 @@ FREED = (
 )
 SEVERED = (
     "the student's head ran inside the forward pass of an autograd.Function, such as torch.utils.checkpoint with "
-    "use_reentrant=True, which connects tensors only: these logits are not stored, so their gradient would be lost; expected "
-    "checkpoint(..., use_reentrant=False), or a checkpoint around the backbone or the head's MLP alone, or around head and "
-    "loss together with center_update='manual'"
+    "use_reentrant=True, which gives a graph only to tensors: these logits are not stored, so their gradient would be lost; "
+    "expected checkpoint(..., use_reentrant=False), a checkpoint around only the backbone or the head's MLP, or one around "
+    "head and loss together with center_update='manual'"
 )
 LOWEST_BIAS = -1e30  # nats; stands for -inf, whose product with a zero probability would be NaN
 

@@ -54,7 +54,7 @@ def refuse_gradients(**arguments: object) -> None:
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
-                f"{name} requires a gradient, which is formed for the student's outputs and prototypes only; expected "
+                f"{name} requires a gradient, but only the student's outputs and prototypes get one; expected "
                 f"{name}.detach()"
             )
 

@@ -49,7 +49,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], NetworkInput]:
     if not isinstance(facts, dict) or not isinstance(facts.get("input"), dict):
         raise PretrainError(
             f"weights {path} do not say what they were trained on; expected input with size, channels, mean and deviation in "
-            f"{beside.name}, as every version but the first writes it."
+            f"{beside.name}, which every version except the first writes."
         )
     return tensors, NetworkInput.from_facts(facts["input"])
 

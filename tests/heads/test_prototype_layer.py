@@ -155,7 +155,7 @@ def test_a_layer_of_another_class_is_not_changed() -> None:
     layer = Mine(DIM, K)
     with pytest.raises(
         RuntimeError,
-        match=r"to be removed from a Mine whose weight_v is a Parameter; expected a PrototypeLayer itself",
+        match=r"remove weight norm from a Mine whose weight_v is a Parameter; expected a PrototypeLayer with",
     ):
         nn.utils.remove_weight_norm(layer)
     assert layer(torch.randn(4, DIM)).shape == (4, K)

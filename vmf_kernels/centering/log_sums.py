@@ -49,7 +49,7 @@ class LogSums:
         if isinstance(self.logits, Tensor):
             check_stored_backend_name(self.backend)
         if isinstance(self.logits, PrototypeLogits) and self.bias is not None:
-            raise ValueError("bias is given for PrototypeLogits, whose prototypes already bring theirs; expected None")
+            raise ValueError("bias is given for PrototypeLogits, whose prototypes already include it; expected None")
 
     def __enter__(self) -> LogSums:
         """Until exit, the prototypes are prepared once for all sums; nobody may change them."""

@@ -19,8 +19,8 @@ WHOLE = ("model", "state_dict")
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 MOST_NAMES = 12  # names of a checkpoint that an error lists
 WHOLE_TENSORS = (
-    "expected a whole tensor: save FSDP's FULL_STATE_DICT, or get_model_state_dict with full_state_dict=True; of DINOv2 the "
-    "teacher_checkpoint.pth of an evaluation has the teacher's"
+    "expected a whole tensor: save FSDP's FULL_STATE_DICT, or get_model_state_dict with full_state_dict=True; for DINOv2, the "
+    "teacher_checkpoint.pth of an evaluation has the teacher's tensors"
 )
 
 

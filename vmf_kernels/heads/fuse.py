@@ -24,9 +24,7 @@ from vmf_kernels.heads.prototype_layer import (
 from vmf_kernels.prototypes import Prototypes, weight_norm_prototypes
 
 LAST_LAYERS = ("last_layer", "last_layer2")  # as the published heads name them; the second is iBOT's, of the patches
-EXPECTED = (
-    "expected an nn.Linear without bias, plain or with weight norm over dim 0; fuse_head(module, layer=...) names it"
-)
+EXPECTED = "expected an nn.Linear without bias, plain or with weight norm over dim 0; choose it by fuse_head(module, layer=...)"
 
 
 class FusedLinear(LinearPrototypes):

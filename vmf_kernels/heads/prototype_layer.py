@@ -61,8 +61,8 @@ class StoredNorm(WeightNorm):
         kinds = type(module), type(module._parameters["weight_v"])
         if kinds != (self.of, nn.Parameter):
             raise RuntimeError(
-                f"weight norm is to be removed from a {kinds[0].__name__} whose weight_v is a {kinds[1].__name__}; expected a "
-                f"{self.of.__name__} itself with a Parameter, which it is before fully_shard"
+                f"cannot remove weight norm from a {kinds[0].__name__} whose weight_v is a {kinds[1].__name__}; expected a "
+                f"{self.of.__name__} with a Parameter, as it is before fully_shard"
             )
         weight, trained = self.compute_weight(module).detach(), module.get_parameter("weight_v").requires_grad
         del module._parameters["weight_g"], module._parameters["weight_v"]

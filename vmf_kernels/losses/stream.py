@@ -29,8 +29,8 @@ from vmf_kernels.unstored.teacher_targets import TeacherTargets
 UPDATES = ("forward", "manual")
 MOVES_TWICE = (
     "the loss runs inside the forward pass of an autograd.Function, such as torch.utils.checkpoint with use_reentrant=True, "
-    "which runs it again in the backward pass: its centre would move twice, and the gradient be that of another loss; expected "
-    "center_update='manual' and update_center() once a step, or use_reentrant=False, or the loss outside of the checkpoint"
+    "which runs it again in the backward pass: its centre would move twice, and the gradient would be of another loss; "
+    "expected center_update='manual' and update_center() once per step, use_reentrant=False, or the loss outside the checkpoint"
 )
 
 

@@ -12,12 +12,12 @@ from vmf_kernels.ops.operators import OperatorFunction, below_autograd, operator
 from vmf_kernels.tensors import has_memory, is_moved, version_of
 
 TWICE = (
-    "{name} cannot be differentiated twice: its gradient is formed in closed form and recorded as a constant; "
+    "{name} cannot be differentiated twice: its gradient is computed in closed form and recorded as a constant; "
     "expected backward() or autograd.grad() of the loss alone, not of its gradient"
 )
 MOVED = (
-    "a second backward pass of {name} forms its gradient anew, but a tensor of shape {shape} that it needs has been changed "
-    "in place since the loss; expected the teacher to follow the student after the last backward pass"
+    "a second backward pass of {name} computes its gradient again, but a tensor of shape {shape} that it needs has been "
+    "changed in place since the loss; expected the teacher to be updated after the last backward pass"
 )
 
 

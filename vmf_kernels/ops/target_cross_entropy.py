@@ -90,7 +90,7 @@ def target_cross_entropy(
             prototype_group=prototype_group,
         )
     if prototype_group is not None:
-        raise ValueError("prototype_group came with stored logits; expected PrototypeLogits, which ranks can share out")
+        raise ValueError("prototype_group came with stored logits; expected PrototypeLogits, which ranks can split")
     rows = _flat(student, "student")
     options = _StoredOptions(student_temperature, student_bias, backend)
     if isinstance(targets, TeacherTargets):

@@ -60,7 +60,7 @@ def top(features: Tensor, prototypes: Prototypes, k: int, *, largest: bool, in_o
         RuntimeError: k is not in 0 to K.
     """
     if not 0 <= k <= prototypes.count:
-        raise RuntimeError(f"topk of {k} among {prototypes.count} prototypes; expected k from 0 to as many")
+        raise RuntimeError(f"topk of {k} among {prototypes.count} prototypes; expected k from 0 to {prototypes.count}")
     values, indices = [], []
     with torch.no_grad():
         for rows in _row_tiles(features, prototypes):

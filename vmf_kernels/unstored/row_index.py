@@ -12,7 +12,7 @@ import torch
 PROTOTYPE_DIM = "the last dim holds the prototypes, which are never split"
 STORED = f"{PROTOTYPE_DIM}; materialize() gives the stored values"
 _PROBABILITIES = "TeacherTargets(logits, temperature) stands for a detached softmax of logits"
-_ALL_FINITE = "max() and min() of logits are NaN where one of them is, and infinite where one is and none is NaN"
+_ALL_FINITE = "max() and min() of logits are NaN if any logit is, and one of them is infinite if any logit is"
 _MOMENTS = "mean, max, min, topk and sum of logits need no stored values"
 # operations that training loops use, and what does the same; by name
 INSTEAD = {

@@ -44,7 +44,7 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
     images = check_pairing(inputs.pairing, len(inputs.teacher_features), len(inputs.student_features))
     if inputs.student.count != inputs.teacher.count:  # both networks' logits lie side by side
         raise ValueError(
-            f"networks have {inputs.student.count} and {inputs.teacher.count} prototypes; expected as many"
+            f"networks have {inputs.student.count} and {inputs.teacher.count} prototypes; expected the same number"
         )
     step = _Step.of(inputs, images)
     group = inputs.prototype_group
