@@ -148,9 +148,9 @@ def check_python(name: str, folder: Path, *, with_trainer: bool, any_torch: bool
     check_installation(python, folder / "empty", tree, modules=modules, with_torch=with_torch)
     if extra:
         run([python.parent / "vmf-pretrain", "--help"], folder)
-    ran = "the README's blocks run" if with_torch else "nothing run, for pip finds no CPU build of torch for it"
+    ran = "the README's blocks run" if with_torch else "the README not run, for pip finds no CPU build of torch"
     trainer = ", vmf-pretrain too" if extra else ""
-    return f"{wheel.name} with {' and '.join(modules)}; {ran}{trainer}; {time.monotonic() - start:.0f} s"
+    return f"{wheel.name} with {' and '.join(modules)}, which loads; {ran}{trainer}; {time.monotonic() - start:.0f} s"
 
 
 def main() -> int:
