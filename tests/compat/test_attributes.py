@@ -391,7 +391,9 @@ def test_a_center_of_another_kind_is_refused(name: str) -> None:
 def test_without_a_center_none_is_assigned(name: str) -> None:
     loss = LOSSES[name].make(centering="sinkhorn_knopp")
     for attribute, value in (("center", torch.zeros(1, K)), ("center_momentum", 0.5)):
-        with pytest.raises(ValueError, match="centering='sinkhorn_knopp' keeps no centre"):
+        with pytest.raises(
+            ValueError, match="SinkhornKnopp keeps no centre; expected centering='logit' or 'probability'"
+        ):
             setattr(loss, attribute, value)
     if name != "lightly-patches":  # whose ``center`` is the rule
         assert not hasattr(loss, "center")

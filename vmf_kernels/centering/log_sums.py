@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.arguments import check_bias, temperature_tensor
 from vmf_kernels.backends.prepared import drop_prepared, keep_prepared
-from vmf_kernels.backends.stored.choice import check_stored_backend_name
 from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.ranks import log_sum_exp_over_ranks
@@ -46,8 +45,6 @@ class LogSums:
 
     def __post_init__(self) -> None:
         check_bias(self.bias, self.logits.shape[-1], "bias")
-        if isinstance(self.logits, Tensor):
-            check_stored_backend_name(self.backend)
         if isinstance(self.logits, PrototypeLogits) and self.bias is not None:
             raise ValueError("bias is given for PrototypeLogits, whose prototypes already include it; expected None")
 

@@ -33,7 +33,7 @@ class LogitCenter(RunningMean):
     def bias(self, temperature: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[K] ``-c / tau``, nats, on the temperature's device and in ``dtype``; by default those of the centre."""
         device = temperature.device if dtype is not None and isinstance(temperature, Tensor) else self.center.device
-        center = self.center[0].to(device, dtype or self.center.dtype)
+        center = self._values.to(device, dtype or self.center.dtype)
         tau = temperature_tensor(temperature, "teacher_temperature", device)
         return -center / tau.to(center.dtype)
 

@@ -69,7 +69,7 @@ class ProbabilityCenter(RunningMean):
 
     def bias(self, temperature: float | Tensor) -> Tensor:
         """[K] ``-c``, nats. It is in units of log-probability, so it is not divided by the temperature."""
-        return -self.center[0]
+        return -self._values
 
     @torch.no_grad()
     def _statistic(

@@ -52,6 +52,7 @@ class RunningMean(RankRule):
     """
 
     center: Tensor
+    center_dims = 2  # of the buffer [1, ..., K]
     _no_rows = 0.0  # the sum over 0 rows
 
     def __init__(
@@ -72,7 +73,8 @@ class RunningMean(RankRule):
         check_momentum(momentum, "center momentum")
         self.momentum = momentum
         # fp32 for any default dtype of torch: at 16 bits, small steps would be rounded away
-        empty = torch.empty(1, num_prototypes, dtype=torch.float32, device=torch.get_default_device())
+        shape = (*[1] * (self.center_dims - 1), num_prototypes)
+        empty = torch.empty(shape, dtype=torch.float32, device=torch.get_default_device())
         self.register_buffer("center", empty)
         self._start = torch.nan if start == "first_batch" else 0.0
         self.reset_parameters()
@@ -125,7 +127,7 @@ class RunningMean(RankRule):
         if self.center.isnan().all():
             batch = self._mean(*self._statistic(teacher, temperature, bias))
             finite = all_finite(batch, group=self.prototype_group)
-            self.center.copy_(torch.where(finite, batch, self.center[0])[None])
+            self._move_to(torch.where(finite, batch, self._values))
         self._started = not bool(self.center.isnan().all())
 
     @property
@@ -148,9 +150,9 @@ class RunningMean(RankRule):
         Raises:
             ValueError: the teacher's K is not the centre's, or the temperature is not positive.
         """
-        if teacher.shape[-1] != self.center.shape[1]:
+        if teacher.shape[-1] != self.center.shape[-1]:
             raise ValueError(
-                f"teacher has {teacher.shape[-1]} prototypes; expected the center's {self.center.shape[1]}"
+                f"teacher has {teacher.shape[-1]} prototypes; expected the center's {self.center.shape[-1]}"
             )
         self._add(*self._statistic(teacher, temperature, bias))
 
@@ -172,11 +174,12 @@ class RunningMean(RankRule):
             return
         batch = self._mean(*self._pending)
         # a centre that has not started takes the batch's mean here, if ``begin`` has not been called
-        moved = self._step(self.center[0], batch)
+        center_K = self._values
+        moved = self._step(center_K, batch)
         if math.isnan(self._start):
-            moved = torch.where(self.center[0].isnan().all(), batch, moved)
+            moved = torch.where(center_K.isnan().all(), batch, moved)
         # not finite only if nothing is pending, which is then the case on all ranks
-        self.center.copy_(torch.where(batch.isfinite().all(), moved, self.center[0])[None])
+        self._move_to(torch.where(batch.isfinite().all(), moved, center_K))
         self._pending = None
 
     def update(
@@ -203,6 +206,13 @@ class RunningMean(RankRule):
     def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
         """[K] mean in the units of the centre; not finite for 0 rows."""
         return (total / rows).to(self.center.dtype)
+
+    @property
+    def _values(self) -> Tensor:
+        return self.center.view(-1)
+
+    def _move_to(self, center_K: Tensor) -> None:
+        self.center.copy_(center_K.view(self.center.shape))
 
     def _step(self, center: Tensor, batch: Tensor) -> Tensor:
         """[K] the centre after a batch with this mean."""

@@ -16,7 +16,6 @@ from vmf_kernels.backends.stored.choice import check_stored_backend_name
 from vmf_kernels.centering.logit import LogitCenter, RankMeanCenter
 from vmf_kernels.centering.running_mean import check_momentum
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
-from vmf_kernels.losses.center_state import CenterOwner, publish_center
 from vmf_kernels.losses.masked_patches import patch_weights
 from vmf_kernels.losses.stream import check_logits
 from vmf_kernels.losses.temperatures import check_positive
@@ -39,8 +38,8 @@ class RankOptions(TypedDict, total=False):
     row_group: ProcessGroup | None
 
 
-class LazilyCentered(CenterOwner):
-    """A teacher's targets, and a centre whose update is pending until targets are next requested or its state is saved.
+class LazilyCentered(LogitCenter):
+    """A centre whose update is pending until targets are next requested or its state is saved, and the targets by it.
 
     Targets depend on the teacher's output: ``TeacherTargets``, which store no probabilities, for ``PrototypeLogits``;
     probabilities for stored logits, so that anything else a loop does with them still works.
@@ -63,9 +62,6 @@ class LazilyCentered(CenterOwner):
     Source: facebookresearch/dinov2 dinov2/loss/dino_clstoken_loss.py.
     """
 
-    rule_class: type[LogitCenter] = LogitCenter
-    center_dims = 2
-
     def __init__(
         self,
         num_prototypes: int,
@@ -76,38 +72,23 @@ class LazilyCentered(CenterOwner):
         prototype_group: ProcessGroup | None = None,
         row_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        options: RankOptions = {"backend": backend, "prototype_group": prototype_group, "row_group": row_group}
         check_positive(student_temp, "student_temp")
         check_momentum(center_momentum, "center_momentum")
+        super().__init__(num_prototypes, center_momentum, **options)
         self.student_temp = student_temp
-        options: RankOptions = {"backend": backend, "prototype_group": prototype_group, "row_group": row_group}
         self._options = Shared(options)
-        self.centering = self.rule_class(num_prototypes, center_momentum, **options)
-        publish_center(self, "center", "centering.center", self.center_dims)
-        self._known_to_be_set = False
         self.statistics: AssignmentStatistics | None = None
-
-    @property
-    def center(self) -> Tensor:
-        """[1, K] (for patches [1, 1, K]) the centre; may be assigned."""
-        center: Tensor = self.centering.center
-        # the buffer itself where it can be: what is written to its .data stays
-        return center if self.center_dims == 2 else center[None]
-
-    @center.setter
-    def center(self, value: Tensor) -> None:
-        self._known_to_be_set = False
-        self.centering.center = value
 
     @property
     def center_momentum(self) -> float:
         """Momentum of the centre; may be assigned."""
-        return self.centering.momentum
+        return self.momentum
 
     @center_momentum.setter
     def center_momentum(self, value: float) -> None:
         check_momentum(value, "center_momentum")
-        self.centering.momentum = value
+        self.momentum = value
 
     @property
     def options(self) -> RankOptions:
@@ -117,7 +98,7 @@ class LazilyCentered(CenterOwner):
     @property
     def updated(self) -> bool:
         """Whether no batch is pending."""
-        return self.centering.pending is None
+        return self.pending is None
 
     @property
     def reduce_handle(self) -> None:
@@ -127,11 +108,11 @@ class LazilyCentered(CenterOwner):
     @property
     def async_batch_center(self) -> Tensor | None:
         """The sum of the pending batches over all ranks, in the shape of the centre; None if there are none."""
-        return None if self.centering.pending is None else self.centering.pending[0].reshape(self.center.shape)
+        return None if self.pending is None else self.pending[0].reshape(self.center.shape)
 
     def reset_parameters(self) -> None:
         """Set the centre to 0; pending batches are dropped."""
-        self.centering.reset_parameters()
+        super().reset_parameters()
         self._known_to_be_set = False
 
     def update_center(self, teacher_output: Logits) -> None:
@@ -147,11 +128,11 @@ class LazilyCentered(CenterOwner):
 
     def reduce_center_update(self, teacher_output: Logits) -> None:
         """As ``update_center``."""
-        self.centering.accumulate(self._checked(teacher_output), None)
+        self.accumulate(self._checked(teacher_output), None)
 
     def apply_center_update(self) -> None:
         """Move the centre by the pending batches, if any. Not collective."""
-        self.centering.apply_pending()
+        self.apply_pending()
 
     def _centered_targets(self, teacher: Logits, temperature: float | Tensor) -> Targets:
         """``softmax((logits - center) / temperature)``."""
@@ -160,7 +141,7 @@ class LazilyCentered(CenterOwner):
             teacher = teacher.unsqueeze(0)  # the shape after the published subtraction of the centre, by broadcasting
         self._check_set()
         tau = temperature_tensor(temperature, "teacher_temp", teacher.device)
-        bias = self.centering.bias(tau, accumulation_dtype(teacher.dtype))
+        bias = self.bias(tau, accumulation_dtype(teacher.dtype))
         return _like(teacher, TeacherTargets(teacher, temperature, bias))
 
     def _sinkhorn_targets(self, teacher: Logits, temperature: float | Tensor, n_iterations: int) -> Targets:
@@ -193,7 +174,7 @@ class LazilyCentered(CenterOwner):
         return teacher
 
     def _waiting_weight(self) -> Tensor | None:
-        return None if self.centering.pending is None else self.centering.pending[1]
+        return None if self.pending is None else self.pending[1]
 
     def _check_set(self) -> None:
         if (
@@ -208,8 +189,8 @@ class LazilyCentered(CenterOwner):
         self.apply_center_update()  # otherwise the last batch would be lost, as in the published code
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *arguments: object) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _center_was_set(self) -> None:
+        super()._center_was_set()
         self._known_to_be_set = False
 
 
@@ -222,7 +203,7 @@ class ClassTokenLoss(LazilyCentered):
         return self._waiting_weight()
 
 
-class PatchLoss(LazilyCentered):
+class PatchLoss(LazilyCentered, RankMeanCenter):
     """The shared part of the patches' losses: their reductions, and a [1, 1, K] centre over ranks with masked patches.
 
     The centre moves by the mean of those ranks' means; every such rank has the same weight.
@@ -230,7 +211,6 @@ class PatchLoss(LazilyCentered):
     Source: Zhou et al., "iBOT", ICLR 2022, equation 2; facebookresearch/dinov2 dinov2/loss/ibot_patch_loss.py.
     """
 
-    rule_class = RankMeanCenter
     center_dims = 3
 
     @property

@@ -56,7 +56,7 @@ class _Adopt:
         name = prefix + self.public
         if name not in state or not isinstance(state, dict):
             return
-        given, kept = state.pop(name), _buffer_of(module, self.private)
+        given, kept = state.pop(name), _kept(module, self.private)
         if kept is None:
             warnings.warn(
                 f"{type(module).__name__} has a centring rule that keeps no centre: {name!r} of the checkpoint is not used",
@@ -91,10 +91,11 @@ class _NameMissing:
         ]
 
 
-def _buffer_of(module: nn.Module, path: str) -> Tensor | None:
-    """The buffer at a dotted path; None if a part of the path is no module or it has no such buffer."""
+def _kept(module: nn.Module, path: str) -> Tensor | None:
+    """The centre at a dotted path; None if its owner is no module, whose state is not loaded, or has none."""
     *parts, name = path.split(".")
     owner: Any = module
     for part in parts:
         owner = getattr(owner, part, None)
-    return owner._buffers.get(name) if isinstance(owner, nn.Module) else None
+    center = getattr(owner, name, None) if isinstance(owner, nn.Module) else None
+    return center if isinstance(center, Tensor) else None
