@@ -91,7 +91,7 @@ class LazilyCentered(CenterOwner):
     def center(self) -> Tensor:
         """[1, K] (for patches [1, 1, K]) the centre; may be assigned."""
         center: Tensor = self.centering.center
-        # the buffer itself where it can be: what is written to its .data stays
+        # return the buffer itself if possible, so that writing to its .data has an effect
         return center if self.center_dims == 2 else center[None]
 
     @center.setter

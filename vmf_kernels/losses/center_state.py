@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class CenterOwner(nn.Module):
-    """A module with a property ``center``, which may be assigned any tensor, a parameter too."""
+    """A module with a property ``center`` to which any tensor may be assigned, even a parameter."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):
@@ -72,7 +72,7 @@ class _Adopt:
         rest[-1].append(
             f"{name} is {got} in the checkpoint; expected a tensor of shape {expected}"
         )  # the list of errors
-        state[prefix + self.private] = kept  # or it would be said to be missing as well
+        state[prefix + self.private] = kept  # otherwise it would also be reported as missing
 
 
 @dataclass
@@ -92,7 +92,7 @@ class _NameMissing:
 
 
 def _buffer_of(module: nn.Module, path: str) -> Tensor | None:
-    """The buffer at a dotted path; None if a part of the path is no module or it has no such buffer."""
+    """The buffer at a dotted path; None if a part of the path is not a module or there is no such buffer."""
     *parts, name = path.split(".")
     owner: Any = module
     for part in parts:
