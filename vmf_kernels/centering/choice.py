@@ -39,7 +39,7 @@ RULES: dict[str, Callable[[RuleOptions], CenteringRule]] = {
     ),
     "sinkhorn_knopp": lambda o: SinkhornKnopp(3, **o.common),
 }
-ASKED = sorted(name for name in vars(CenteringRule) if not name.startswith("_"))  # what every rule has
+ASKED = sorted(name for name in vars(CenteringRule) if not name.startswith("_"))  # attributes that every rule must have
 
 
 def make_rule(centering: str | CenteringRule, options: RuleOptions) -> CenteringRule:

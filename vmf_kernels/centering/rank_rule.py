@@ -1,4 +1,4 @@
-"""What the rules of this folder share: a backend for their sums, and the ranks that these run over."""
+"""The base of the rules in this folder: a backend for their sums, and the ranks that the sums include."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class RankRule(nn.Module):
     Args:
         backend: of passes over unstored logits, see ``choose_backend``.
         prototype_group: ranks over which the prototypes are split and that hold the same rows, or None.
-        row_group: ranks whose rows count together; None for all ranks, or, with a prototype group, for this rank alone.
+        row_group: ranks whose rows form one batch; None means all ranks, or, with a prototype group, this rank only.
 
     Raises:
-        ValueError: the backend is unknown, or a prototype group leaves other ranks out and no row group is given.
+        ValueError: the backend is unknown, or there are ranks outside the prototype group and no row group is given.
     """
 
     over_probabilities = False

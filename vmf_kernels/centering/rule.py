@@ -21,7 +21,7 @@ class CenteringRule(Protocol):
     loss. A class that inherits from this one only has to define ``target_bias``; if it is also a module, ``nn.Module`` comes
     first among its bases. Every loss, and each of iBOT's two streams, needs a rule of its own, because it moves the rule.
 
-    A loss hands over detached logits. A rank may have no rows; a rule that reduces over ranks must still take part.
+    A loss passes detached logits. A rank may have no rows; if a rule reduces over ranks, this rank must still take part.
 
     Attributes:
         prototype_group: ranks over which the prototypes are split; None if each rank has all of them.
@@ -69,8 +69,8 @@ class CenteringRule(Protocol):
     ) -> None:
         """Record a batch after its use, without changing the next bias.
 
-        Arguments as ``target_bias``; the temperature may be None, which only a rule ``over_probabilities`` has to refuse. With
-        masked patches these are the rows that the centre is to take in, all patches or the masked ones.
+        Arguments as ``target_bias``. The temperature may be None; only a rule with ``over_probabilities`` must raise then. With
+        masked patches, the rows are those for the centre: all patches or the masked ones.
         """
         return
 

@@ -321,7 +321,7 @@ def _of_patches(options: StreamOptions, centering: str | CenteringRule | None) -
     named = of_class_tokens is None or isinstance(of_class_tokens, str)
     if not named and (centering is None or centering is of_class_tokens):
         raise ValueError(
-            "centering is a rule for the class tokens; expected another rule for the patches as patch_centering="
+            "centering is a rule for the class tokens; expected another one as patch_centering=, for the patches"
         )
     return options if centering is None else {**options, "centering": centering}
 

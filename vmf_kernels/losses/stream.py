@@ -165,7 +165,7 @@ class Stream(nn.Module):
         )
 
     def _target_bias(self, outputs: Outputs, teacher_temp: float | Tensor) -> Tensor:
-        """[K] what the rule returns, once it is known to be a bias of these logits."""
+        """[K] the rule's result, after a check that it is a bias for these logits."""
         teacher = outputs.teacher
         bias: Any = self.centering.target_bias(teacher.detach(), teacher_temp, outputs.teacher_bias)
         fits = isinstance(bias, Tensor) and bias.is_floating_point() and bias.numel() == teacher.shape[-1]

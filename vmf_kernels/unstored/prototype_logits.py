@@ -86,7 +86,7 @@ class PrototypeLogits(UnstoredRows):
     def materialize(self) -> Tensor:
         """[..., K] the logits as a tensor, differentiable. It takes the memory that this class otherwise saves.
 
-        The vMF normaliser is not among them: it depends on a temperature (``Prototypes.log_normalizer``).
+        They do not include the vMF normaliser, which depends on a temperature (``Prototypes.log_normalizer``).
         """
         refuse_severed(self.prototypes)
         dtype = torch.promote_types(self.features.dtype, self.prototypes.weight.dtype)
