@@ -7,6 +7,7 @@ are left out, in one line of the report.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +73,14 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if count := config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(f"{count} GPU tests did not run: {why_no_gpu()}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quicker_interpreter() -> None:
+    if "TRITON_INTERPRET" in os.environ and "triton" in sys.modules:  # some test may launch a kernel
+        from tests.backends.quicker_interpreter import install
+
+        install()
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,8 @@ from vmf_kernels import bessel
 from vmf_kernels._debye import DEBYE_LOG_COEFFICIENTS
 from vmf_kernels.bessel import log_vmf_constant, vmf_mean_resultant_length
 
+pytestmark = pytest.mark.quick
+
 DIGITS = 40
 BUDGET = {torch.float32: 5e-7, torch.float64: 1e-12}
 SMALL_DIM_BUDGET = {torch.float32: 2e-6, torch.float64: 1e-12}  # dim < 64, where up to 31 steps of recurrence add up

@@ -9,6 +9,8 @@ from torch import Tensor
 from vmf_kernels import multi_crop_weights
 from vmf_kernels.pairing import Pairing, check_pairing
 
+pytestmark = pytest.mark.quick
+
 BUDGET = 1e-14
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from tests.backends import quicker_interpreter
 from tests.backends.interpreted import correct_bf16
 from tests.backends.prototype_ranks import (
     ALONE_BUDGETS,
@@ -89,6 +90,7 @@ def bias_cases(place: Place) -> dict[str, Tensor]:
 
 def run_rank(rank: int, folder: str) -> None:
     start_rank(rank, folder, RANKS)
+    quicker_interpreter.install()
     place = Place.of(rank, SIZES, torch.distributed.group.WORLD)
     cases = {str(case): run_case(case, place) for case in CASES}
     repeated = run_case(CASES[0], place)

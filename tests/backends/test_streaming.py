@@ -14,6 +14,8 @@ from vmf_kernels.backends import reference, streaming
 from vmf_kernels.backends.contract import Query
 from vmf_kernels.prototypes import LOWEST_BIAS
 
+pytestmark = pytest.mark.quick
+
 FP64_BUDGET = 1e-12
 ROUNDING = 1e-6  # of fp32, on top of twice the reference's error
 ROWS = [(1,), (0,), (63, 65), (0, 7), (7, 0), (65, 0, 1, 257)]

@@ -33,6 +33,8 @@ from vmf_kernels.centering.running_mean import RunningMean
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
 from vmf_kernels.prototypes import Prototypes
 
+pytestmark = pytest.mark.quick
+
 RANKS = 4
 PROTOTYPES, DIM, TAU = 301, 24, 0.05
 FOUR, TWO = (1, 120, 37, 143), (88, 213)  # prototypes of each rank

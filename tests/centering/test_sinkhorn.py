@@ -26,6 +26,8 @@ from vmf_kernels import PrototypeLogits
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
 from vmf_kernels.prototypes import Prototypes
 
+pytestmark = pytest.mark.quick
+
 DIM = 24
 TAU = 0.07
 BUDGETS = {torch.float64: 1e-12, torch.float32: 1e-6}  # largest difference of a target's probability

@@ -30,6 +30,8 @@ from vmf_kernels.compat import _dinov2_and_v3, dinov2, dinov3
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
+pytestmark = pytest.mark.quick
+
 PROTOTYPES, DIM = 61, 8
 BUDGET = 1e-10  # relative, in norm, fp64
 TAU = 0.05

@@ -39,6 +39,8 @@ from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import dinov3
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
+pytestmark = pytest.mark.quick
+
 GLOBAL_CROPS = 2
 HEADS = ["dino_head", "ibot_head"]
 PUBLISHED = Parts(

@@ -24,6 +24,8 @@ from tests.published_solo import PublishedSoloHead, PublishedSoloLoss
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import solo
 
+pytestmark = pytest.mark.quick
+
 BUDGET = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, in norm, of each tensor of each step
 SEEN = 100  # a broken formula must be off by so many budgets
 STEPS, IMAGES, IN_DIM, PROTOTYPES = 6, 4, 12, 301

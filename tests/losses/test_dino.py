@@ -46,6 +46,8 @@ from vmf_kernels import (
     weight_norm_prototypes,
 )
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("prototypes", PROTOTYPES)

@@ -38,6 +38,8 @@ from tests.published_ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.losses.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
 
+pytestmark = pytest.mark.quick
+
 BUDGET = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, in norm, of each tensor of each step
 SEEN = 100  # a broken formula must be off by so many budgets
 DTYPES = [pytest.param(torch.float64, id="fp64"), pytest.param(torch.float32, id="fp32")]

@@ -15,6 +15,8 @@ from tests.losses.ibot_steps import PATCHES, PROTOTYPES, Batch, Record, heads, m
 from tests.measure import allocations_of, worst_error
 from vmf_kernels.losses.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss
 
+pytestmark = pytest.mark.quick
+
 
 def moved_loss(loss_class: type[IBOTLoss] = IBOTLoss) -> IBOTLoss:
     """A loss whose centres have moved."""

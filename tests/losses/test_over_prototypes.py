@@ -34,6 +34,8 @@ from vmf_kernels import (
     weight_norm_prototypes,
 )
 
+pytestmark = pytest.mark.quick
+
 RANKS = 2
 CLASSES, PATCHES = (13, 27), (21, 5)  # prototypes of each rank: of class tokens, of patches
 DIM, IMAGES, SIDE, STEPS = 8, 3, 2, 3

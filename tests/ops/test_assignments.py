@@ -21,6 +21,8 @@ from vmf_kernels.ops.operators import without_autocast
 from vmf_kernels.prototypes import KINDS, prepare_keys
 from vmf_kernels.testing import random_problem
 
+pytestmark = pytest.mark.quick
+
 BACKENDS = ["streaming", "reference"]
 TEMPERATURE = 0.07
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

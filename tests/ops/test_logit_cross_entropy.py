@@ -20,6 +20,8 @@ from tests.measure import allocations_of, relative_error, worst_error
 from vmf_kernels import CrossEntropy, PrototypeLogits, linear_prototypes, logit_cross_entropy, prototype_cross_entropy
 from vmf_kernels.backends.stored import streaming
 
+pytestmark = pytest.mark.quick
+
 BUDGET = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, in norm
 STUDENT_TAU, TEACHER_TAU = 0.1, 0.05
 GRADIENTS = ("student_logits", "student_bias")

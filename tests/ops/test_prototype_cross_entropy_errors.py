@@ -14,6 +14,8 @@ from vmf_kernels import (
     prototype_cross_entropy,
 )
 
+pytestmark = pytest.mark.quick
+
 S, T, K, D = 6, 4, 17, 5
 
 

@@ -38,6 +38,8 @@ from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
 from vmf_kernels.prototypes import LOWEST_BIAS
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
+pytestmark = pytest.mark.quick
+
 
 def plain_loss(student_SK: Tensor, q_TK: Tensor, pair_weights: Tensor, image_weights: Tensor | None) -> Tensor:
     """The published formula on stored logits over temperature and probabilities of any row sums."""

@@ -29,6 +29,8 @@ from tests.unstored.row_operations import (
 )
 from vmf_kernels import DINOHead, DINOLoss, PrototypeLogits, linear_prototypes
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("name", ROW_OPERATIONS)
 def test_row_operation_equals_that_on_stored_logits(name: str) -> None:

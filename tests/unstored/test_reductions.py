@@ -20,6 +20,8 @@ from tests.unstored.row_operations import DIM, PROTOTYPES, ROWS, by_image, make_
 from vmf_kernels import PrototypeLogits, TeacherTargets, linear_prototypes
 from vmf_kernels.unstored import reductions
 
+pytestmark = pytest.mark.quick
+
 Operation = Callable[[Any], Any]
 
 

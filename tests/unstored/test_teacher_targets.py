@@ -29,6 +29,8 @@ from vmf_kernels import (
 )
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
+pytestmark = pytest.mark.quick
+
 ROWS, PROTOTYPES, DIM = 12, 7, 4
 IMAGES, TEACHER_VIEWS, STUDENT_VIEWS = 3, 2, 5
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.06
