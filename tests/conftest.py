@@ -58,7 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``pytest -n``, tests of a file stay on one worker, for they share what they set up; files go in the usual order."""
     if config.getvalue("dist") != "load":
         return None  # asked for by name
-    from xdist.scheduler import LoadFileScheduling
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
     config.option.loadscopereorder = False  # the files with the fewest tests would go last, which may take the longest
     return LoadFileScheduling(config, log)
