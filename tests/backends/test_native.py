@@ -101,6 +101,7 @@ MIXTURES = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_dtypes_may_be_mixed(mixture: str, isa: str) -> None:
     problem = random_problem(images=5, views=(2, 6), prototypes=1000, dim=24, dtype=FP32)
@@ -169,6 +170,7 @@ def test_one_rounding_to_bf16_fails_the_budget_of_log_sums(
         check_log_sums(x, prototypes, problem.teacher_bias, isa)
 
 
+@pytest.mark.quick
 def test_no_rows_give_no_row_sums_and_empty_column_sums(isa: str) -> None:
     none, prototypes = torch.empty(0, 4), linear_prototypes(torch.randn(5, 4))
     rows = row_log_sum_exp(none, prototypes, 0.1, backend="native")
@@ -197,6 +199,7 @@ def test_left_out_prototypes_weigh_nothing(left_out: slice, isa: str) -> None:
     torch.testing.assert_close(rows, expected_rows, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("wanted", ["features", "prototypes", "neither", "no grad"])
 @pytest.mark.parametrize("kind", ["linear", "weight_norm_vmf"])
 def test_only_the_gradients_that_are_wanted_are_formed(kind: str, wanted: str, isa: str) -> None:
