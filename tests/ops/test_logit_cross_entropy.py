@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.measure import allocations_of, relative_error, worst_error
+from tests.plain_loss import plain_loss
 from vmf_kernels import CrossEntropy, PrototypeLogits, linear_prototypes, logit_cross_entropy, prototype_cross_entropy
 from vmf_kernels.backends.stored import streaming
 
@@ -68,21 +69,12 @@ def loss_of(given: Problem) -> CrossEntropy:
 
 
 def dense_loss(given: Problem) -> Tensor:
-    """The formula, pair by pair, in the dtype of the weights."""
+    """The formula in the dtype of the weights."""
     dtype = given.pair_weights.dtype
-    views_T, views_S = given.pair_weights.shape
-    images = given.student_logits.shape[0] // views_S
-    log_p = given.student_logits.to(dtype) / STUDENT_TAU
-    l_t = given.teacher_logits.to(dtype) / TEACHER_TAU
-    log_p = (log_p if given.student_bias is None else log_p + given.student_bias).log_softmax(dim=1)
+    l_s, l_t = given.student_logits.to(dtype) / STUDENT_TAU, given.teacher_logits.to(dtype) / TEACHER_TAU
+    l_s = l_s if given.student_bias is None else l_s + given.student_bias
     q = (l_t if given.teacher_bias is None else l_t + given.teacher_bias).softmax(dim=1)
-    weights = torch.ones(images, dtype=dtype) if given.image_weights is None else given.image_weights
-    total = torch.zeros((), dtype=dtype)
-    for g, q_BK in enumerate(q.split(images)):
-        for v, log_p_BK in enumerate(log_p.split(images)):
-            total = total - given.pair_weights[g, v] * (weights * (q_BK * log_p_BK).sum(dim=1)).sum()
-    assert views_T * images == given.teacher_logits.shape[0]
-    return total
+    return plain_loss(l_s, q, given.pair_weights, given.image_weights)
 
 
 def outcome(given: Problem, compute: Callable[[Problem], Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.measure import allocations_of, relative_error
+from tests.plain_loss import plain_loss
 from tests.unstored.test_teacher_targets import (
     DIM,
     IMAGES,
@@ -39,16 +40,6 @@ from vmf_kernels.prototypes import LOWEST_BIAS
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 pytestmark = pytest.mark.quick
-
-
-def plain_loss(student_SK: Tensor, q_TK: Tensor, pair_weights: Tensor, image_weights: Tensor | None) -> Tensor:
-    """The published formula on stored logits over temperature and probabilities of any row sums."""
-    views = pair_weights.shape
-    log_p = student_SK.log_softmax(dim=-1).unflatten(0, (views[1], -1))
-    q = q_TK.unflatten(0, (views[0], -1))
-    pairs_GVB = -torch.einsum("gbk,vbk->gvb", q, log_p)
-    weighted = pairs_GVB if image_weights is None else pairs_GVB * image_weights
-    return (weighted * pair_weights[:, :, None]).sum()
 
 
 def student_and_weights(stored_student: bool = False, kind: str = "linear") -> tuple[Any, list[Tensor], Tensor, Tensor]:
