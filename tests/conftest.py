@@ -32,6 +32,12 @@ def why_no_gpu() -> str | None:
     return unsupported_device(torch.device("cuda", torch.cuda.current_device()))
 
 
+def pytest_report_header() -> str:
+    from vmf_kernels.backends.native import module
+
+    return f"native backend: {', '.join(module.instruction_sets()) if module.native() is not None else 'not built'}"
+
+
 @pytest.hookimpl(tryfirst=True)  # what -m leaves out afterwards is counted neither way
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]

@@ -260,7 +260,6 @@ def test_strides_do_not_matter(layout: Callable[[Tensor], Tensor], stand_in: Sta
     assert not changed, f"{changed} differ"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("rows", "prototypes", "dim", "dtype"), [(1, 1, 2, FP16), (63, 127, 24, BF16), (17, 257, 96, FP16)]
 )
