@@ -39,8 +39,6 @@ from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
 from vmf_kernels.prototypes import LOWEST_BIAS
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
-pytestmark = pytest.mark.quick
-
 
 def student_and_weights(stored_student: bool = False, kind: str = "linear") -> tuple[Any, list[Tensor], Tensor, Tensor]:
     """A student [V, B, K], the leaves it depends on, and the weights of its pairs and images."""
@@ -64,6 +62,7 @@ def assert_same_loss(result: CrossEntropy, expected: Tensor, leaves: list[Tensor
         torch.testing.assert_close(got, other, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["auto", "streaming", "reference"])
 @pytest.mark.parametrize("kind", ["linear", "vmf"])
 def test_unstored_loss_is_the_plain_formula(kind: str, backend: str) -> None:
@@ -79,6 +78,7 @@ def test_unstored_loss_is_the_plain_formula(kind: str, backend: str) -> None:
     assert_same_loss(got, plain_loss(scaled, targets.materialize(), pairs, images), leaves)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["auto", "streaming", "torch"])
 def test_loss_on_stored_logits_is_the_plain_formula(backend: str) -> None:
     student, leaves, pairs, images = student_and_weights(stored_student=True)
@@ -117,6 +117,7 @@ def make_probabilities(case: str, rows: int) -> Tensor:
     return q
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("pairing", ["crops", "one-teacher-view", "patches", "single-rows"])
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
 @pytest.mark.parametrize("case", PROBABILITIES)
@@ -154,6 +155,7 @@ def test_kernels_take_any_probabilities(case: str, images: int) -> None:
     assert relative_error(gradient, other) < 1e-6
 
 
+@pytest.mark.quick
 def test_a_padded_row_is_not_a_uniform_target() -> None:
     """Negative control: the softmax of an empty row is uniform, and without its sum as a weight it would count."""
     student, _, _, _ = student_and_weights(stored_student=True)
@@ -163,6 +165,7 @@ def test_a_padded_row_is_not_a_uniform_target() -> None:
     assert relative_error(naive, expected) > 0.1
 
 
+@pytest.mark.quick
 def test_all_rows_padded_give_no_loss_and_no_gradient() -> None:
     student, leaves, pairs, images = student_and_weights(stored_student=True)
     q = torch.zeros(TEACHER_VIEWS * IMAGES, PROTOTYPES)
@@ -174,6 +177,7 @@ def test_all_rows_padded_give_no_loss_and_no_gradient() -> None:
     assert all(x.isfinite().all() for x in (result.statistics.kl, result.statistics.usage))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("sums", ["one", "any"])
 def test_statistics_of_several_teacher_views_are_those_of_one_pass(sums: str) -> None:
     """With rows that sum to 1 one call gives them; otherwise usage is the weighted mean of q over its weighted sum."""
@@ -192,6 +196,7 @@ def test_statistics_of_several_teacher_views_are_those_of_one_pass(sums: str) ->
     torch.testing.assert_close((got.teacher_entropy + got.kl) * total.sum(), loss)
 
 
+@pytest.mark.quick
 def test_another_pairing_fails_the_comparison() -> None:
     """Negative control: swapping the teacher's views is another loss."""
     student, leaves, pairs, images = student_and_weights()
@@ -202,6 +207,7 @@ def test_another_pairing_fails_the_comparison() -> None:
         assert_same_loss(got, plain_loss(scaled, targets.materialize(), pairs, images), leaves)
 
 
+@pytest.mark.quick
 def test_unstored_targets_give_what_the_functions_below_give() -> None:
     """Same result, bit for bit, and with targets as they come out of a training loop."""
     student, _, pairs, images = student_and_weights()
@@ -241,6 +247,7 @@ def test_a_step_compiles_whole() -> None:
     torch.testing.assert_close(compiled(features, teacher), step(features, teacher))
 
 
+@pytest.mark.quick
 def test_unstored_loss_stores_nothing() -> None:
     """[2^12, 2^14] probabilities would take 256 MiB."""
     prototypes = linear_prototypes(torch.randn(2**14, 2))
@@ -257,6 +264,7 @@ def test_unstored_loss_stores_nothing() -> None:
     assert largest <= 2**25, f"{largest / 2**20:.1f} MiB allocated at once"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("student", "targets", "said"),
     [
@@ -280,6 +288,7 @@ def test_sides_of_different_kinds_are_refused(student: str, targets: str, said: 
         target_cross_entropy(given, kinds[targets], torch.ones(1, 1))
 
 
+@pytest.mark.quick
 def test_other_misfits_are_refused() -> None:
     logits, stored_logits, ones = make_logits(), make_logits().materialize(), torch.ones(1, 1)
     targets = TeacherTargets(make_logits(), 0.1)
