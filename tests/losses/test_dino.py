@@ -60,7 +60,7 @@ def test_dino_equals_the_published_formula_over_steps(dtype: torch.dtype, protot
 @pytest.mark.quick
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize(("centering", "average"), VMF_RULES)
-@pytest.mark.parametrize("prototypes", PROTOTYPES)
+@pytest.mark.parametrize("prototypes", PROTOTYPES[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dino_vmf_equals_the_published_formula_over_steps(
     dtype: torch.dtype, prototypes: int, centering: str, average: str, output: str
