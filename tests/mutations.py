@@ -109,7 +109,7 @@ MUTATIONS = (
         "vmf_kernels/pairing.py",
         "if not (least >= 0 and most < math.inf):",
         "if not (least >= 0 or most < math.inf):",
-        ("tests/ops/test_prototype_cross_entropy_errors.py",),
+        ("tests/test_pairing.py",),
     ),
     Mutation(
         "weight of a masked patch in its image",
@@ -228,7 +228,8 @@ def noticed(folder: Path, mutation: Mutation, files: tuple[str, ...]) -> str | N
         path.write_text(whole)
     if done.returncode not in (0, FAILED):
         raise RuntimeError(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")
-    failures = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    said = [line.partition(" ")[2] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failures = [line.partition(" - ")[0] for line in said]
     return failures[0] if failures else None
 
 
