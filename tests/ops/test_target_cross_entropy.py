@@ -141,6 +141,20 @@ def test_loss_on_stored_probabilities_is_the_plain_formula(case: str, weighted: 
     torch.testing.assert_close(gradient, other, rtol=tolerance, atol=1e-9)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("teacher_views", [1, TEACHER_VIEWS])
+def test_no_gradient_reaches_stored_probabilities(teacher_views: int) -> None:
+    """Of any row sums, which become weights: the teacher's graph is cut off before that."""
+    student, leaves, pairs, _ = student_and_weights(stored_student=True)
+    q = make_probabilities("any-sum", teacher_views * IMAGES)
+    expected = target_cross_entropy(student, q, pairs[:teacher_views], backend="streaming").loss
+    loss = target_cross_entropy(student, q.requires_grad_(), pairs[:teacher_views], backend="streaming").loss
+    assert torch.equal(loss, expected)
+    of_student, of_targets = torch.autograd.grad(loss, [leaves[0], q], allow_unused=True)
+    assert of_student is not None
+    assert of_targets is None, "the targets have a gradient"
+
+
 @pytest.mark.parametrize("images", [IMAGES, 1])
 @pytest.mark.parametrize("case", ["transposed", "zeros", "padded"])
 def test_kernels_take_any_probabilities(case: str, images: int) -> None:
