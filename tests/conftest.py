@@ -7,6 +7,7 @@ are left out, in one line of the report.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,12 @@ def why_no_gpu() -> str | None:
     from vmf_kernels.backends.triton.launch import unsupported_device
 
     return unsupported_device(torch.device("cuda", torch.cuda.current_device()))
+
+
+def pytest_report_header() -> str:
+    from vmf_kernels.backends.native import module
+
+    return f"native backend: {', '.join(module.instruction_sets()) if module.native() is not None else 'not built'}"
 
 
 @pytest.hookimpl(tryfirst=True)  # what -m leaves out afterwards is counted neither way
@@ -57,7 +64,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``pytest -n``, tests of a file stay on one worker, for they share what they set up; files go in the usual order."""
     if config.getvalue("dist") != "load":
         return None  # asked for by name
-    from xdist.scheduler import LoadFileScheduling
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
     config.option.loadscopereorder = False  # the files with the fewest tests would go last, which may take the longest
     return LoadFileScheduling(config, log)
@@ -72,6 +79,14 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if count := config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(f"{count} GPU tests did not run: {why_no_gpu()}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quicker_interpreter() -> None:
+    if "TRITON_INTERPRET" in os.environ and "triton" in sys.modules:  # some test may launch a kernel
+        from tests.backends.quicker_interpreter import install
+
+        install()
 
 
 @pytest.fixture(autouse=True)

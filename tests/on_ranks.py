@@ -7,15 +7,21 @@ A case takes a share, which says what of the data is this process's; its class i
 
 from __future__ import annotations
 
+import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 RANKS = 2
+IMPORTED = (
+    "torch.distributed.fsdp",
+    "vmf_kernels.compat.dinov2",
+    "vmf_kernels.testing",
+)  # once for the ranks of all files
 Case = Callable[[Any], Any]
 
 
@@ -26,11 +32,21 @@ class Runs(NamedTuple):
     alone: dict[str, Any]
 
 
+def start_ranks(run: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
+    """``run(rank, *arguments)`` in a process for each rank; waits for all, and raises what one raises.
+
+    They are forked from a server that has imported torch, which takes a rank of its own seconds. Forks of this process would
+    not do: autograd refuses to run in those.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*IMPORTED])
+    start_processes(run, arguments, nprocs=ranks, start_method="forkserver")
+
+
 def run_cases(
     folder: Path, cases: Sequence[Case], share: Callable[[int | None], Any], filters: str = "default"
 ) -> Runs:
     """All cases, results by name; ``filters`` is what the ranks do with warnings."""
-    spawn(_run_rank, (str(folder), cases, share, filters), nprocs=RANKS)
+    start_ranks(_run_rank, (str(folder), cases, share, filters), RANKS)
     return Runs(
         [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)],
         {case.__name__: case(share(None)) for case in cases},

@@ -111,6 +111,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [*EMBEDDING_DIMS, 2, 3, 17, 63])
 def test_log_constant_matches_bessel_functions(dim: int, dtype: torch.dtype) -> None:
@@ -120,6 +121,7 @@ def test_log_constant_matches_bessel_functions(dim: int, dtype: torch.dtype) -> 
     assert error <= budget(dim, dtype), f"relative error {error:.2e}, budget {budget(dim, dtype):.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [*EMBEDDING_DIMS, 2, 3, 17, 63])
 def test_mean_resultant_length_matches_bessel_functions(dim: int, dtype: torch.dtype) -> None:
@@ -142,6 +144,7 @@ def test_every_dim_is_within_budget(first: int, last: int, dtype: torch.dtype) -
     assert worst <= allowed, f"{name} at dim {dim}: relative error {worst:.2e}, budget {allowed:.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [*DIMS_OF_EACH_KIND, 1024])
 def test_slope_of_mean_resultant_length_does_not_cancel(dim: int, dtype: torch.dtype) -> None:
@@ -150,6 +153,7 @@ def test_slope_of_mean_resultant_length_does_not_cancel(dim: int, dtype: torch.d
     assert error <= SLOPE_BUDGET[dtype], f"relative error {error:.2e}, budget {SLOPE_BUDGET[dtype]:.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_expansion_cut_after_one_term_fails_the_budget(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the shorter expansion, everything else equal."""
@@ -160,6 +164,7 @@ def test_expansion_cut_after_one_term_fails_the_budget(dtype: torch.dtype, monke
         assert error > BUDGET[dtype], f"{function.__name__} with one term passes: error {error:.2e}"
 
 
+@pytest.mark.quick
 def test_large_argument_form_fails_the_budget() -> None:
     """Negative control: Hankel's ``log I ~ kappa - log(2 pi kappa)/2``, in float64, is not for moderate kappa."""
     dim, kappa = 256, kappa_grid(49).double()
@@ -170,11 +175,13 @@ def test_large_argument_form_fails_the_budget() -> None:
     assert error > BUDGET[torch.float32], f"the large-argument form passes: error {error:.2e}"
 
 
+@pytest.mark.quick
 def test_a_value_that_is_not_finite_fails_the_budget() -> None:
     """Negative control: NaN compares false with everything, and must not slip through a maximum."""
     assert worst_relative_error(torch.tensor([1.0, float("nan")]), [mp.mpf(1), mp.mpf(1)]) == float("inf")
 
 
+@pytest.mark.quick
 def test_coefficients_solve_the_riccati_equation() -> None:
     def multiply(a: list[Fraction], b: list[Fraction]) -> list[Fraction]:
         product = [Fraction(0)] * (len(a) + len(b) - 1)
@@ -196,6 +203,7 @@ def test_coefficients_solve_the_riccati_equation() -> None:
         assert derived == dict(zip(range(j, 3 * j + 1, 2), debye, strict=True)), f"D_{j} differs"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS_OF_EACH_KIND)
 def test_no_concentration_means_the_uniform_density(dim: int, dtype: torch.dtype) -> None:
@@ -207,6 +215,7 @@ def test_no_concentration_means_the_uniform_density(dim: int, dtype: torch.dtype
     assert slope == pytest.approx(1 / dim, rel=budget(dim, dtype)), f"slope at 0 is {slope}, expected 1/{dim}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS_OF_EACH_KIND)
 def test_tiny_concentration_follows_the_first_term_of_the_series(dim: int, dtype: torch.dtype) -> None:
@@ -221,6 +230,7 @@ def test_tiny_concentration_follows_the_first_term_of_the_series(dim: int, dtype
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS_OF_EACH_KIND)
 def test_subnormal_concentration_is_finite(dim: int, dtype: torch.dtype) -> None:
@@ -231,6 +241,7 @@ def test_subnormal_concentration_is_finite(dim: int, dtype: torch.dtype) -> None
     assert slope_of(vmf_mean_resultant_length, kappa, dim).isfinite().all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS_OF_EACH_KIND)
 def test_huge_concentration_does_not_overflow(dim: int, dtype: torch.dtype) -> None:
@@ -244,6 +255,7 @@ def test_huge_concentration_does_not_overflow(dim: int, dtype: torch.dtype) -> N
     assert ((slope >= 0) & (slope < 1e-30)).all(), f"slope {slope.tolist()}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dim", DIMS_OF_EACH_KIND)
 def test_nan_in_is_nan_out(dim: int) -> None:
     kappa = torch.tensor([1.0, float("nan")])
@@ -251,6 +263,7 @@ def test_nan_in_is_nan_out(dim: int) -> None:
     assert vmf_mean_resultant_length(kappa, dim).isnan().tolist() == [False, True]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dim", [*DIMS_OF_EACH_KIND, 1024])
 def test_values_are_monotone_and_inside_the_amos_bracket(dim: int) -> None:
     kappa = torch.logspace(-3, 4, 4001, dtype=torch.float64)
@@ -264,6 +277,7 @@ def test_values_are_monotone_and_inside_the_amos_bracket(dim: int) -> None:
     assert excess <= BUDGET[torch.float64], f"outside by {excess:.2e} of A, budget {BUDGET[torch.float64]:.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", range(58, 70))
 def test_neighbouring_orders_agree_across_the_switch_to_recurrence(dim: int, dtype: torch.dtype) -> None:
@@ -276,6 +290,7 @@ def test_neighbouring_orders_agree_across_the_switch_to_recurrence(dim: int, dty
     assert error <= allowed, f"relative jump {error:.2e}, budget {allowed:.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dim", [*DIMS_OF_EACH_KIND, 1024])
 def test_first_and_second_derivatives_match_finite_differences(dim: int) -> None:
     kappa = torch.tensor([0.0, 1e-8, 1e-3, 0.5, 3.0, 50.0, 400.0], dtype=torch.float64, requires_grad=True)
@@ -284,6 +299,7 @@ def test_first_and_second_derivatives_match_finite_differences(dim: int) -> None
     assert torch.autograd.gradgradcheck(lambda k: vmf_mean_resultant_length(k, dim), (kappa,), rtol=1e-6, atol=2e-7)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS_OF_EACH_KIND)
 def test_gradient_is_minus_the_mean_resultant_length(dim: int, dtype: torch.dtype) -> None:
@@ -291,6 +307,7 @@ def test_gradient_is_minus_the_mean_resultant_length(dim: int, dtype: torch.dtyp
     assert torch.equal(slope_of(log_vmf_constant, kappa, dim), -vmf_mean_resultant_length(kappa, dim))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0, 3), (2, 3)], ids=str)
 @pytest.mark.parametrize("function", [log_vmf_constant, vmf_mean_resultant_length])
 def test_shape_is_kept(function: Callable[[Tensor, int], Tensor], shape: tuple[int, ...]) -> None:
@@ -302,12 +319,14 @@ def test_shape_is_kept(function: Callable[[Tensor, int], Tensor], shape: tuple[i
         assert kappa.grad.shape == shape
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dim", DIMS_OF_EACH_KIND)
 def test_strided_input_gives_the_values_of_its_copy(dim: int) -> None:
     kappa = torch.rand(6, 4).mul(100).T[::2]
     assert torch.equal(log_vmf_constant(kappa, dim), log_vmf_constant(kappa.contiguous(), dim))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dim", DIMS_OF_EACH_KIND)
 def test_no_value_is_read_by_the_host(dim: int) -> None:
     """A meta tensor has no values, so any branch or check on them would raise."""
@@ -318,6 +337,7 @@ def test_no_value_is_read_by_the_host(dim: int) -> None:
     assert (log_constant.shape, gradient.shape, second.shape) == ((7,), (7,), (7,))
 
 
+@pytest.mark.quick
 def test_no_grad_gives_the_same_values_without_a_graph() -> None:
     kappa = kappa_grid(25).requires_grad_()
     with torch.no_grad():
@@ -337,6 +357,7 @@ def test_compiled_without_graph_breaks_is_bitwise_equal() -> None:
         assert torch.equal(kappa.grad, eager_kappa.grad), f"gradients differ at dim {dim}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("function", [log_vmf_constant, vmf_mean_resultant_length])
 def test_wrong_arguments_are_named(function: Callable[..., Tensor]) -> None:
     kappa = torch.ones(3)

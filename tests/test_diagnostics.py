@@ -9,6 +9,8 @@ from torch import Tensor
 from tests.measure import allocations_of
 from vmf_kernels import diagnostics, unique_prototypes, weight_norm_prototypes
 
+pytestmark = pytest.mark.quick
+
 DIM = 6
 
 

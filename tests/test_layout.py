@@ -13,6 +13,8 @@ import pytest
 
 import vmf_kernels
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 400
 

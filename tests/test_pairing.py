@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from vmf_kernels import multi_crop_weights
-from vmf_kernels.pairing import Pairing, check_pairing
+from vmf_kernels.pairing import FEW, Pairing, check_pairing, check_weights
+
+pytestmark = pytest.mark.quick
 
 BUDGET = 1e-14
 
@@ -71,3 +75,20 @@ def test_a_pairing_that_does_not_fit_the_rows_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         check_pairing(Pairing(view_weights, image_weights), *rows)
+
+
+@pytest.mark.parametrize("count", [3, FEW + 1], ids=["few", "many"])
+@pytest.mark.parametrize("side", ["pair weights", "image or row weights"])
+@pytest.mark.parametrize("bad", [-0.5, math.nan, math.inf])
+def test_weights_that_are_negative_or_not_finite_are_refused(bad: float, side: str, count: int) -> None:
+    good, weights = torch.ones(1, 1), torch.zeros(count)
+    weights[1] = bad
+    pairing = Pairing(weights[None], None) if side == "pair weights" else Pairing(good, weights)
+    with pytest.raises(ValueError, match=rf"{side} go from .*; expected finite numbers >= 0"):
+        check_weights(pairing)
+
+
+@pytest.mark.parametrize("count", [0, 3, FEW + 1])
+def test_weights_of_zero_are_taken(count: int) -> None:
+    """Negative control."""
+    check_weights(Pairing(torch.zeros(1, count), torch.zeros(count)))

@@ -15,6 +15,8 @@ from vmf_kernels import DINOvMFLoss, LogitCenter, PrototypeLogits, Prototypes
 from vmf_kernels.prototypes import KINDS
 from vmf_kernels.testing import GRADIENTS, Problem, dense_outcome, library_outcome, random_problem
 
+pytestmark = pytest.mark.quick
+
 BUDGET = 1e-12  # relative to the largest element
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -73,9 +73,10 @@ def unnamed_allocations(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_every_allocation_names_its_dtype_and_device(path: Path) -> None:
-    assert not unnamed_allocations(path.read_text())
+def test_every_allocation_names_its_dtype_and_device(subtests: pytest.Subtests) -> None:
+    for path in SOURCES:
+        with subtests.test(path.name):
+            assert not unnamed_allocations(path.read_text())
 
 
 def test_an_allocation_without_a_dtype_is_found() -> None:

@@ -20,6 +20,8 @@ from vmf_kernels import (
 )
 from vmf_kernels.prototypes import KINDS, prepare_keys, pull_back_to_stored
 
+pytestmark = pytest.mark.quick
+
 COUNT, DIM = 127, 24
 TEMPERATURE = 0.07
 BUDGET = 1e-10  # fp64, relative to the largest element

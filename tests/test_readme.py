@@ -11,6 +11,8 @@ import pytest
 from bench.report import table
 from tests.readme_blocks import python_blocks
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = python_blocks(ROOT / "README.md")

@@ -11,6 +11,8 @@ from torch import Tensor
 from vmf_kernels import AssignmentStatistics
 from vmf_kernels.statistics import entropy
 
+pytestmark = pytest.mark.quick
+
 K = 16
 
 

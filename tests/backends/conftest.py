@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.backends.native_calls import INSTRUCTION_SETS
+from tests.backends.native_calls import HERE, INSTRUCTION_SETS
 from vmf_kernels.backends.native import module
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(params=HERE or INSTRUCTION_SETS[:1])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An instruction set that the native backend takes for the best there is; skipped where the machine does not have it."""
     name: str = request.param

@@ -22,6 +22,8 @@ from vmf_kernels.prototypes import prepare_keys
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")  # of csrc/cpu, the best last
+# those of this machine, which the report's first lines name: a skip for each test of the others would say it hundreds of times
+HERE = tuple(name for name in INSTRUCTION_SETS if module.native() is not None and name in module.instruction_sets())
 TASKS = ("Score", "Gather", "PullBack")  # what the module is called with
 ROUNDINGS = 4  # of the largest logit, for every logarithm
 

@@ -22,6 +22,8 @@ from vmf_kernels.backends import choice
 from vmf_kernels.backends.cuda import binding, measured
 from vmf_kernels.backends.triton import launch
 
+pytestmark = pytest.mark.quick
+
 BF16 = torch.bfloat16
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: tests/gpu")
 BUILT = pytest.mark.skipif(

@@ -15,6 +15,8 @@ from vmf_kernels.backends import native as package
 from vmf_kernels.backends.native import module
 from vmf_kernels.testing import library_outcome, random_problem
 
+pytestmark = pytest.mark.quick
+
 BUILT = pytest.mark.skipif(module.native() is None, reason="vmf_kernels._native was not built")
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 

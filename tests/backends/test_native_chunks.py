@@ -277,6 +277,7 @@ def test_logits_in_the_gradient_and_in_pieces_match_the_fp64_truth(
     )
 
 
+@pytest.mark.quick
 def test_constants_are_those_of_the_module() -> None:
     built = module.built()
     assert (chunks.ROW_PADDING, scores.MOST_PIECES) == (built.ROW_PADDING, built.MOST_PIECES)

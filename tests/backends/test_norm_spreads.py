@@ -49,8 +49,10 @@ def spread(factor: float, near: str, size: tuple[int, int, int, int]) -> Problem
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("near", ["small", "large"])
-@pytest.mark.parametrize("factor", [1.0, 10.0, 100.0, 1e4])
-@pytest.mark.parametrize("backend", SIZES)
+@pytest.mark.parametrize(
+    ("backend", "factor"),
+    [(name, factor) for name in SIZES for factor in (1.0, 10.0, 100.0, 1e4) if name != "triton" or factor > 10],
+)
 def test_norms_may_spread(backend: str, factor: float, near: str) -> None:
     if backend == "native" and module.native() is None:
         pytest.skip("vmf_kernels._native was not built")

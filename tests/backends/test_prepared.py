@@ -111,6 +111,7 @@ def test_sums_agree_with_torch_at_every_bias() -> None:
             torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.quick
 def test_what_is_kept_is_freed_also_by_an_error() -> None:
     logits = PrototypeLogits(features(5), linear_prototypes(weight())).detach()
 
@@ -125,6 +126,7 @@ def test_what_is_kept_is_freed_also_by_an_error() -> None:
     assert prepared_of(logits.prototypes) is None
 
 
+@pytest.mark.quick
 def test_dropping_twice_is_no_error_and_traced_weights_keep_nothing() -> None:
     for prototypes in (linear_prototypes(weight()), linear_prototypes(weight().to("meta"))):
         keep_prepared(prototypes)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
+from tests.backends import quicker_interpreter
 from tests.backends.interpreted import correct_bf16
 from tests.backends.prototype_ranks import (
     ALONE_BUDGETS,
@@ -30,6 +30,7 @@ from tests.backends.prototype_ranks import (
     start_rank,
 )
 from tests.measure import relative_error
+from tests.on_ranks import start_ranks
 from tests.ops.test_prototype_cross_entropy import HARD
 from vmf_kernels import ProbabilityCenter, PrototypeLogits
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
@@ -89,6 +90,7 @@ def bias_cases(place: Place) -> dict[str, Tensor]:
 
 def run_rank(rank: int, folder: str) -> None:
     start_rank(rank, folder, RANKS)
+    quicker_interpreter.install()
     place = Place.of(rank, SIZES, torch.distributed.group.WORLD)
     cases = {str(case): run_case(case, place) for case in CASES}
     repeated = run_case(CASES[0], place)
@@ -100,7 +102,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
+    start_ranks(run_rank, (str(folder),), RANKS)
     return results_in(Path(folder), RANKS)
 
 

@@ -9,6 +9,8 @@ from tests.backends.conformance import Case, column_error, random_case, worst_er
 from vmf_kernels.backends import reference
 from vmf_kernels.backends.contract import Query
 
+pytestmark = pytest.mark.quick
+
 BUDGET = {torch.float64: 1e-12, torch.float32: 5e-6}
 ROWS = [(1,), (0,), (63, 65), (0, 7), (7, 0)]
 

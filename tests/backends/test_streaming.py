@@ -41,6 +41,7 @@ def counted_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("biased", [True, False], ids=["gain and bias", "plain"])
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize(("prototypes", "dim"), [(1, 2), (127, 24), (1000, 256), (4099, 24)])
@@ -62,6 +63,7 @@ def test_fp32_is_as_good_as_the_reference(prototypes: int, dim: int, rows: tuple
     assert errors[0] <= budget, f"relative error {errors[0]:.1e}, budget {budget:.1e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_many_chunks_and_ragged_blocks_follow_the_contract(
     rows: tuple[int, ...], many_chunks: None, monkeypatch: pytest.MonkeyPatch
@@ -73,6 +75,7 @@ def test_many_chunks_and_ragged_blocks_follow_the_contract(
     assert error <= FP64_BUDGET, f"relative error {error:.1e} in {len(chunks)} chunks, budget {FP64_BUDGET:.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("damage", ["a chunk", "a block"])
 def test_a_lost_chunk_or_block_fails(damage: str, many_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the last of them is left out of the sums over rows."""
@@ -87,6 +90,7 @@ def test_a_lost_chunk_or_block_fails(damage: str, many_chunks: None, monkeypatch
     assert error > FP64_BUDGET, f"without {damage} it passes: relative error {error:.1e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("prototypes", [1, 127, 4099])
 def test_column_sums_follow_the_contract(prototypes: int, rows: tuple[int, ...]) -> None:
@@ -94,17 +98,20 @@ def test_column_sums_follow_the_contract(prototypes: int, rows: tuple[int, ...])
     assert error <= FP64_BUDGET, f"error {error:.1e} nats, budget {FP64_BUDGET:.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_column_sums_follow_the_contract_in_many_chunks(rows: tuple[int, ...], many_chunks: None) -> None:
     error = column_error(streaming, random_case(rows, 127, 24))
     assert error <= FP64_BUDGET, f"error {error:.1e} nats, budget {FP64_BUDGET:.0e}"
 
 
+@pytest.mark.quick
 def test_no_element_is_left_unwritten(many_chunks: None, uninitialised_memory_is_nan: None) -> None:
     error = worst_error(streaming, random_case((63, 0, 65), 127, 24))
     assert error <= FP64_BUDGET, f"relative error {error:.1e}, budget {FP64_BUDGET:.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("left_out", [slice(0, 48), slice(48, 96), slice(96, 127), slice(0, 126)], ids=str)
 def test_blocks_of_left_out_prototypes_weigh_nothing(left_out: slice, many_chunks: None) -> None:
     case = random_case((9, 4), 127, 24, torch.float32)
@@ -132,6 +139,7 @@ def test_blocks_of_left_out_prototypes_weigh_nothing(left_out: slice, many_chunk
         torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("layout", [lambda x: x.T.contiguous().T, lambda x: x.repeat(1, 2)[:, : x.shape[1]]])
 def test_strides_do_not_matter(layout: Callable[[Tensor], Tensor], many_chunks: None) -> None:
     case = random_case((63, 65), 127, 24)
@@ -150,6 +158,7 @@ def test_strides_do_not_matter(layout: Callable[[Tensor], Tensor], many_chunks: 
     assert error <= FP64_BUDGET, f"relative error {error:.1e}, budget {FP64_BUDGET:.0e}"
 
 
+@pytest.mark.quick
 def test_a_repeat_is_bitwise_equal(many_chunks: None) -> None:
     torch.set_num_threads(2)
     results = []

@@ -54,9 +54,15 @@ def test_fp32_matches_the_fp64_truth_at_every_shape(shape: str, uninitialised_me
     assert_within_budget(library_outcome(problem, "triton"), problem)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("views", [(2, 4), (1, 1)], ids=["views", "one to one"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "views"),
+    [
+        *(pytest.param(kind, torch.float32, (2, 4), marks=pytest.mark.quick) for kind in KINDS[-1:]),
+        *((kind, torch.float32, (2, 4)) for kind in KINDS[:-1]),
+        *((kind, torch.bfloat16, (1, 1)) for kind in KINDS),
+        *(("weight_norm_vmf", torch.float16, views) for views in ((2, 4), (1, 1))),
+    ],
+)
 def test_every_kind_and_dtype_matches_the_fp64_truth(kind: str, dtype: torch.dtype, views: tuple[int, int]) -> None:
     problem = random_problem(images=7, views=views, prototypes=127, dim=40, kind=kind, dtype=dtype)
     products = None if dtype == torch.float32 else dtype
@@ -116,7 +122,7 @@ def one_heavy_image(problem: Problem) -> Problem:
 @pytest.mark.parametrize("change", [small_weights, one_heavy_image])
 def test_fp16_keeps_probabilities_in_range(change: Callable[[Problem], Problem], views: tuple[int, int]) -> None:
     """A weighted probability of 1e-10 would be 0 in fp16, one of 1e5 infinite."""
-    problem = random_problem(images=7, views=views, prototypes=1000, dim=24, kind="linear_vmf", dtype=torch.float32)
+    problem = random_problem(images=7, views=views, prototypes=300, dim=24, kind="linear_vmf", dtype=torch.float32)
     problem = change(problem.to(torch.float16))
     assert_within_budget(library_outcome(problem, "triton"), problem, torch.float16)
 
@@ -150,7 +156,7 @@ def test_every_way_to_tile_matches_the_fp64_truth(
 @pytest.mark.parametrize("multiprocessors", [1, 3, 40])
 def test_every_number_of_splits_matches_the_fp64_truth(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "target_of", lambda device: launch.Target(launch.INTERPRETER_ARCH, multiprocessors))
-    problem = random_problem(images=2, views=(2, 3), prototypes=1000, dim=24, dtype=torch.float32)
+    problem = random_problem(images=2, views=(2, 3), prototypes=500, dim=24, dtype=torch.float32)
     assert_within_budget(library_outcome(problem, "triton"), problem)
 
 
@@ -211,14 +217,11 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_damaged_launch_fails_the_budget(damage: Damage, dtype: torch.dtype) -> None:
+def test_a_damaged_launch_fails_the_budget(damage: Damage) -> None:
     """Negative control."""
-    if (damage, dtype) == (a_coarse_expansion, torch.float16):
-        pytest.skip("fp16 rounds the logits by more than the coarser normaliser is off")
-    problem = random_problem(images=6, views=(2, 4), prototypes=127, dim=24, dtype=dtype)
+    problem = random_problem(images=6, views=(2, 4), prototypes=127, dim=24, dtype=torch.float32)
     with damaged(damage), pytest.raises(AssertionError, match=r"error .*, budget"):
-        assert_within_budget(library_outcome(problem, "triton"), problem, None if dtype == torch.float32 else dtype)
+        assert_within_budget(library_outcome(problem, "triton"), problem)
 
 
 def test_an_undamaged_launch_passes() -> None:
@@ -229,6 +232,7 @@ def test_an_undamaged_launch_passes() -> None:
     assert len(names) == 9, f"launched {names}"
 
 
+@pytest.mark.quick
 def test_forward_and_backward_are_nine_launches() -> None:
     """Seven up to the loss, two for the gradient at the prototypes; scaling on a GPU adds one for each gradient."""
     problem = random_problem(images=2, views=(2, 3), prototypes=127, dim=24, dtype=torch.float32)

@@ -10,7 +10,10 @@ from vmf_kernels.backends import choice
 from vmf_kernels.backends.triton import launch, tiles
 from vmf_kernels.backends.triton.tiles import Tile
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here: tests/gpu")
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here: tests/gpu"),
+]
 
 
 def test_auto_never_takes_the_interpreter() -> None:

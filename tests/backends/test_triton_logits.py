@@ -151,6 +151,7 @@ def test_splits_over_prototypes_and_images_do_not_matter(
     assert launched["gradient_kernel"] == (tiles, groups)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dropped", ["student_bias", "teacher_bias", "image_weights"])
 def test_optional_arguments_may_be_left_out_and_matter(dropped: str) -> None:
     given = problem()

@@ -42,6 +42,8 @@ from vmf_kernels.backends.triton.tiles import (
     tile_of,
 )
 
+pytestmark = pytest.mark.quick
+
 FAMILIES = ("80", "86", "90", "100")
 # Wide fp32, of which the smallest blocks there are, 16 rows and 16 prototypes, spill or take more than the shared memory.
 UNSERVED = {

@@ -19,6 +19,8 @@ from tests.published import exact_log_vmf_constant, log_mean_probability
 from vmf_kernels import LogitCenter, ProbabilityCenter, PrototypeLogits, vmf_prototypes
 from vmf_kernels.centering.running_mean import RunningMean
 
+pytestmark = pytest.mark.quick
+
 ROWS, PROTOTYPES, DIM = 70, 301, 24  # more rows than are formed at once from stored logits
 TAU = 0.05
 BUDGET = 1e-5  # relative, in norm; the centres are fp32

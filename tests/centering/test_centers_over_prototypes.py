@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from tests.backends.prototype_ranks import Place, results_in, start_rank
 from tests.centering.published_sinkhorn import published_sinkhorn_knopp
 from tests.measure import relative_error
+from tests.on_ranks import start_ranks
 from tests.published import exact_log_vmf_constant
 from vmf_kernels import LogitCenter, ProbabilityCenter, PrototypeLogits
 from vmf_kernels.centering.running_mean import RunningMean
@@ -161,7 +161,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
+    start_ranks(run_rank, (str(folder),), RANKS)
     return results_in(Path(folder), RANKS)
 
 

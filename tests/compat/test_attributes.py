@@ -21,6 +21,8 @@ from tests.compat.lightly_networks import published
 from vmf_kernels import DINOvMFLoss, PrototypeLogits, weight_norm_prototypes
 from vmf_kernels.compat import dino, dinov2, dinov3, ibot, lightly, solo
 
+pytestmark = pytest.mark.quick
+
 K, K2, DIM, IMAGES, PATCHES, EPOCHS, TAU = 11, 7, 5, 4, 6, 4, 0.06
 SCHEDULE = np.array([0.04, 0.07, 0.07, 0.07])
 CALL = object()  # a method

@@ -28,6 +28,8 @@ from tests.published_dinov2 import PublishedPatchLoss, PublishedV2Head, Publishe
 from tests.published_ibot import PublishedIBOTHead, PublishedIBOTLoss
 from vmf_kernels.compat import dino, dinov2, ibot, lightly, solo
 
+pytestmark = pytest.mark.quick
+
 DIM, K, K2 = 6, 31, 23
 SIZES: dict[str, Any] = {"hidden_dim": 16, "bottleneck_dim": 8}
 SCHEDULE = (0.04, 0.07, 2, 5)

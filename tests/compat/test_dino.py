@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tests.published import PublishedDINOHead, PublishedDINOLoss
 from vmf_kernels.compat import dino
 
+pytestmark = pytest.mark.quick
+
 IN_DIM, PROTOTYPES, CROPS = 6, 31, 4
 SIZES: dict[str, Any] = {"nlayers": 3, "hidden_dim": 16, "bottleneck_dim": 8}
 SCHEDULE = (PROTOTYPES, CROPS, 0.04, 0.07, 2, 5)

@@ -18,6 +18,8 @@ import torch
 from tests.compat.test_dinov2_parts import MODULES, OUTPUTS, assert_close, given, logits, made
 from vmf_kernels.compat import dinov2
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_two_updates_in_a_row_count_as_one_batch(output: str) -> None:

@@ -16,6 +16,8 @@ from tests.compat.test_dinov2_parts import PROTOTYPES, TAU, logits, made
 from vmf_kernels.compat import dinov2, dinov3
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
+pytestmark = pytest.mark.quick
+
 README = (Path(dinov2.__file__).parent / "README.md").read_text()
 
 REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [

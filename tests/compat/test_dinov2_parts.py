@@ -80,6 +80,7 @@ def assert_same_step(got: Tensor, ours: PrototypeLogits, expected: Tensor, publi
         assert_close(mine, theirs)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("rule", ["center", "sinkhorn"])
@@ -109,6 +110,7 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_v2_takes_entries_in_any_form(output: str, form: str) -> None:
@@ -120,6 +122,7 @@ def test_v2_takes_entries_in_any_form(output: str, form: str) -> None:
     assert_same_step(got, ours, expected, theirs)
 
 
+@pytest.mark.quick
 def test_v2_sums_all_pairs_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -135,6 +138,7 @@ def test_v2_sums_all_pairs_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(2, 8), (1, 8)], "stored targets come as their sum, which the loss is linear in"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_v2_takes_entries_centred_apart(output: str) -> None:
     """Different temperatures and centres, which no single pass has."""
@@ -150,11 +154,13 @@ def test_v2_takes_entries_centred_apart(output: str) -> None:
     assert_same_step(got, ours, expected, theirs)
 
 
+@pytest.mark.quick
 def test_v2_of_no_entries_is_0() -> None:
     loss = made(dinov2.DINOLoss)
     assert loss([], [values_of(loss.softmax_center_teacher(logits(3), TAU))]) == 0
 
 
+@pytest.mark.quick
 def test_v2_takes_targets_of_any_strides_and_dtype() -> None:
     loss, raw, student = made(dinov2.DINOLoss), logits(6).materialize().detach(), logits(6, seed=1).materialize()
     targets = loss.sinkhorn_knopp_teacher(raw, TAU)
@@ -164,6 +170,7 @@ def test_v2_takes_targets_of_any_strides_and_dtype() -> None:
     assert_close(loss([student], [targets.half(), targets.half()]), 2 * loss([student], [targets]), 1e-3)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("ignore", [False, True], ids=["all", "off-diagonal"])
 @pytest.mark.parametrize("crops", [(2, 2), (5, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -176,6 +183,7 @@ def test_v3_means_over_pairs(output: str, crops: tuple[int, int], ignore: bool) 
     assert_same_step(got, ours, expected, theirs)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_all_patches_with_masks_equal_the_published_mean(output: str, module: ModuleType) -> None:
@@ -191,6 +199,7 @@ def test_all_patches_with_masks_equal_the_published_mean(output: str, module: Mo
     assert_close(masked, expected)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_without_masked_patches_the_loss_and_its_gradients_are_0(output: str, module: ModuleType) -> None:
@@ -210,6 +219,7 @@ def test_without_masked_patches_the_loss_and_its_gradients_are_0(output: str, mo
     assert torch.equal(loss.center, before)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("name", ["DINOLoss", "iBOTPatchLoss"])
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -251,6 +261,7 @@ def test_unstored_steps_allocate_no_rows_by_prototypes(rule: str) -> None:
     assert stored >= whole, "negative control: stored logits go unseen"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 def test_koleo_equals_the_published_formula(eps: float) -> None:
     x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
@@ -262,18 +273,21 @@ def test_koleo_equals_the_published_formula(eps: float) -> None:
         assert_close(got, results[-1])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("topk", [1, 3])
 def test_distributed_koleo_averages_over_neighbours(topk: int) -> None:
     x = torch.randn(9, 5, dtype=torch.float64)
     assert_close(dinov3.KoLeoLossDistributed(topk)(x), PublishedKoLeoLoss(topk)(x))
 
 
+@pytest.mark.quick
 def test_koleo_of_equal_fp16_rows_is_finite_and_of_one_row_refused() -> None:
     assert dinov2.KoLeoLoss()(torch.ones(4, 8, dtype=torch.float16)).isfinite()
     with pytest.raises(ValueError, match=r"shape \(1, 8\); expected \[B, D\] with B >= 2 rows"):
         dinov2.KoLeoLoss()(torch.ones(1, 8))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("module", MODULES)
 def test_heads_take_any_leading_dims_half_precision_and_copies(module: ModuleType) -> None:
     head = module.DINOHead(6, PROTOTYPES, nlayers=2, hidden_dim=10, bottleneck_dim=DIM)
@@ -285,6 +299,7 @@ def test_heads_take_any_leading_dims_half_precision_and_copies(module: ModuleTyp
     assert zero(torch.zeros(2, 6, dtype=torch.float16)).features.eq(0).all(), "a zero row was divided by 0"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("module", MODULES)
 def test_heads_start_as_published(module: ModuleType) -> None:
     head = module.DINOHead(64, 500)
@@ -299,6 +314,7 @@ def test_heads_start_as_published(module: ModuleType) -> None:
     assert all(layer.bias.eq(0).all() for layer in head.mlp[::2])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("rule", ["center", "sinkhorn"])
 def test_vmf_heads_add_each_network_s_normalizer(rule: str) -> None:
     sizes: dict[str, Any] = {"nlayers": 2, "hidden_dim": 10, "bottleneck_dim": DIM}

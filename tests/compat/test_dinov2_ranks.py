@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from tests.measure import relative_error
+from tests.on_ranks import start_ranks
 from tests.published_dinov2 import (
     PublishedKoLeoLoss,
     PublishedPatchLoss,
@@ -173,7 +173,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
+    start_ranks(run_rank, (str(folder),), RANKS)
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
 
 

@@ -111,6 +111,7 @@ def published_step(
     return {"local": local, "global": across, "koleo": koleo, "ibot": ibot, "total": total}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ignore_diagonal", [True, False], ids=["off-diagonal", "all"])
 @pytest.mark.parametrize("centering", CENTERINGS)
@@ -123,6 +124,7 @@ def test_several_steps_equal_the_published_ones(
     assert error <= BUDGET[dtype], f"{name}: relative error {error:.2e}, budget {BUDGET[dtype]:.0e}"
 
 
+@pytest.mark.quick
 def test_the_diagonal_shows() -> None:
     """Negative control: pairs of a crop with itself, which one side leaves out, make another run."""
     records = []
@@ -139,6 +141,7 @@ def state_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
+@pytest.mark.quick
 def test_state_dicts_have_the_published_keys_and_shapes() -> None:
     ours, published = OURS["unstored"].make_losses(torch.float32), PUBLISHED.make_losses(torch.float32)
     assert state_of(ours) == state_of(published)
@@ -148,6 +151,7 @@ def test_state_dicts_have_the_published_keys_and_shapes() -> None:
     assert {"mlp.0.weight", "last_layer.weight"} <= set(state_of(heads[0]))
 
 
+@pytest.mark.quick
 def test_a_checkpoint_goes_to_the_published_modules_and_back() -> None:
     networks, losses = make_heads(dinov3.DINOHead, HEADS, torch.float64), OURS["unstored"].make_losses(torch.float64)
     train(networks, losses, partial(published_step, centering="centering"), torch.float64)
@@ -166,6 +170,7 @@ def test_a_checkpoint_goes_to_the_published_modules_and_back() -> None:
     assert targets.materialize().isfinite().all()  # type: ignore[union-attr]
 
 
+@pytest.mark.quick
 def test_the_head_s_halves_make_the_whole() -> None:
     head, twin = dinov3.DINOHead(IN_DIM, PROTOTYPES, **SIZES), PublishedV3Head(IN_DIM, PROTOTYPES, **SIZES)
     twin.load_state_dict(head.state_dict())
@@ -200,6 +205,7 @@ def parameters_of(function: Any) -> list[tuple[str, Any]]:
     ]
 
 
+@pytest.mark.quick
 def test_signatures_are_the_published_ones() -> None:
     """Spelt out: a slip shared with the published formulas of these tests would pass a comparison with those."""
     none = inspect.Parameter.empty
@@ -239,6 +245,7 @@ def test_signatures_are_the_published_ones() -> None:
         assert parameters_of(function) == parameters, function.__qualname__
 
 
+@pytest.mark.quick
 def test_a_model_built_without_memory_starts_by_init_weights() -> None:
     """As the published training builds it: on the meta device, everything NaN until initialised."""
     with torch.device("meta"):

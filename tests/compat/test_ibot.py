@@ -32,6 +32,8 @@ from tests.published_ibot import PublishedIBOTHead, PublishedIBOTLoss
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import ibot
 
+pytestmark = pytest.mark.quick
+
 IN_DIM, TOKENS = 6, 5
 SIZES: dict[str, Any] = {"patch_out_dim": 23, "hidden_dim": 16, "bottleneck_dim": 8}
 SHAPES = [{"nlayers": 1}, {"nlayers": 2}, {"norm": "ln"}, {"norm": "bn"}, {"act": "relu"}, {"shared_head": True}]

@@ -35,7 +35,10 @@ from vmf_kernels.compat import lightly
 from vmf_kernels.losses import stream
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # what lightly's heads are made with
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),  # what lightly's heads are made with
+]
 
 BUDGET = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, in norm, of each tensor of each step
 SEEN = 100  # a broken formula must be off by so many budgets

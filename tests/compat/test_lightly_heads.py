@@ -18,7 +18,10 @@ from tests.compat.lightly_networks import DIM, HIDDEN, IN_DIM, PROTOTYPES, publi
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import lightly
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # what lightly's heads are made with
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),  # what lightly's heads are made with
+]
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from tests.compat.lightly_networks import GRID, IN_DIM, PROTOTYPES, Record, our_network, published
 from tests.measure import relative_error, worst_error
+from tests.on_ranks import start_ranks
 from vmf_kernels.compat import lightly
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # what lightly's heads are made with
@@ -67,7 +67,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
+    start_ranks(run_rank, (str(folder),), RANKS)
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
 
 

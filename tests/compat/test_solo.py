@@ -95,6 +95,7 @@ def error_over_steps(
     return worst_error(train(student, teacher, ours, crops), expected)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("use_bn", [False, True], ids=["plain", "batch-norm"])
 @pytest.mark.parametrize("head", ["our-head", "published-head"])
@@ -103,12 +104,14 @@ def test_steps_equal_the_published_ones(head: str, use_bn: bool, dtype: torch.dt
     assert error <= BUDGET[dtype], f"{quantity}: relative error {error:.2e}, budget {BUDGET[dtype]:.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", [{"crops": 4}, {"frozen": True}], ids=["four-crops", "frozen-norms"])
 def test_steps_with_options_equal_the_published_ones(options: dict[str, Any]) -> None:
     error, quantity = error_over_steps("our-head", torch.float64, **options)
     assert error <= 1e-10, f"{quantity}: relative error {error:.2e}, budget 1e-10"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("changed", [{"center_momentum": 0.8}, {"student_temp": 0.11}])
 def test_a_changed_option_is_seen(changed: dict[str, Any]) -> None:
     """Negative control of the comparisons above."""
@@ -116,6 +119,7 @@ def test_a_changed_option_is_seen(changed: dict[str, Any]) -> None:
     assert error > SEEN * BUDGET[torch.float32], f"relative difference {error:.2e}"
 
 
+@pytest.mark.quick
 def test_the_epoch_selects_the_temperature() -> None:
     logits = torch.randn(8, 50)
     values = []
@@ -128,6 +132,7 @@ def test_the_epoch_selects_the_temperature() -> None:
     assert values[1] == values[2]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("use_bn", [False, True])
 def test_state_dicts_go_both_ways(use_bn: bool) -> None:
     ours, theirs = our_network(torch.float32, use_bn=use_bn), PublishedSoloHead(IN_DIM, PROTOTYPES, use_bn, **SIZES)
@@ -149,6 +154,7 @@ def test_state_dicts_go_both_ways(use_bn: bool) -> None:
     assert torch.equal(back.center, loss.center)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("ours", "published"),
     [(solo.DINOHead, PublishedSoloHead), (solo.DINOLoss, PublishedSoloLoss)],
@@ -161,6 +167,7 @@ def test_signature_starts_with_the_published_one(ours: Any, published: Any) -> N
         assert all(p.kind == p.VAR_KEYWORD for p in got[len(expected) :])
 
 
+@pytest.mark.quick
 def test_published_parameters_are_the_documented_ones() -> None:
     """The published side of the comparison, spelt out: a shared slip would pass above."""
     required = inspect.Parameter.empty
@@ -176,6 +183,7 @@ def test_published_parameters_are_the_documented_ones() -> None:
     assert list(inspect.signature(solo.DINOLoss.forward).parameters) == ["self", "student_output", "teacher_output"]
 
 
+@pytest.mark.quick
 def test_update_center_takes_logits_as_the_published_one_or_what_waits() -> None:
     logits = torch.randn(8, 50)
     given, waited, whole = (
@@ -207,6 +215,7 @@ def update_at_epoch(epoch: int) -> None:
     loss.update_center(torch.zeros(4, 9))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("call", "said"),
     [

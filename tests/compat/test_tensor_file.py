@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from vmf_kernels.compat.tensor_file import Placeholder, UnreadTensor, open_entries
 
+pytestmark = pytest.mark.quick
+
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 
 

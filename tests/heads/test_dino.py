@@ -16,6 +16,8 @@ from tests.measure import worst_error
 from tests.published import PublishedDINOHead
 from vmf_kernels import DINOHead, DINOLoss, DINOvMFHead, DINOvMFLoss, PrototypeLayer, PrototypeLogits
 
+pytestmark = pytest.mark.quick
+
 SMALL: dict[str, Any] = {"hidden_dim": 16, "bottleneck_dim": 8}
 VARIANTS = [
     pytest.param({}, id="default"),

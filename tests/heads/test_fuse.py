@@ -29,6 +29,8 @@ from tests.published import follow
 from vmf_kernels import DINOHead, DINOLoss, DINOvMFLoss, PrototypeLogits
 from vmf_kernels.heads.fuse import FusedLinear, fuse_head
 
+pytestmark = pytest.mark.quick
+
 IN_DIM, DIM, PROTOTYPES, CROPS, IMAGES = 12, 24, 301, 4, 3
 BUDGET = 1e-10  # relative, in norm, of fp64: a few steps amplify the rounding of fp32 beyond what tells formulas apart
 NORMS = torch.linspace(0.5, 1.5, PROTOTYPES)[:, None]

@@ -11,6 +11,8 @@ from torch import nn
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.heads.fuse import FusedLinear, fuse_head
 
+pytestmark = pytest.mark.quick
+
 DIM, PROTOTYPES, OTHERS = 8, 12, 7
 
 

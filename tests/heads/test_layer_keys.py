@@ -20,6 +20,8 @@ from vmf_kernels import DINOHead, PrototypeLayer, fuse_head
 from vmf_kernels.compat import dinov2, dinov3, ibot, lightly, solo
 from vmf_kernels.heads.layer_keys import PARAMETRIZED, PLAIN, WEIGHT_NORM
 
+pytestmark = pytest.mark.quick
+
 K, D = 7, 5
 NAMES = {"plain": PLAIN, "hook": WEIGHT_NORM, "parametrization": PARAMETRIZED}
 

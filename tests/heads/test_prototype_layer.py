@@ -22,6 +22,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from vmf_kernels import DINOHead, PrototypeLayer, PrototypeLogits, fuse_head
 from vmf_kernels.compat import dinov2, ibot
 
+pytestmark = pytest.mark.quick
+
 K, DIM = 11, 6
 
 

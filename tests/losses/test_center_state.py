@@ -20,6 +20,8 @@ from vmf_kernels import DINOLoss, DINOvMFLoss
 from vmf_kernels.compat import lightly
 from vmf_kernels.losses.ibot import IBOTLoss, IBOTPatchLoss
 
+pytestmark = pytest.mark.quick
+
 K = 50
 LOSSES: dict[str, tuple[Callable[..., nn.Module], list[str]]] = {
     "dino": (lambda **options: DINOLoss(K, *SCHEDULE, **options), ["center"]),

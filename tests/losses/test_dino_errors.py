@@ -31,6 +31,8 @@ from vmf_kernels import (
     normalized_prototypes,
 )
 
+pytestmark = pytest.mark.quick
+
 ARGUMENTS = [
     pytest.param({"student_temp": 0.0}, "student_temp is 0.0; expected a number > 0", id="student_temp"),
     pytest.param({"teacher_temp": -1.0}, "teacher_temp is -1.0; expected a number > 0", id="teacher_temp"),

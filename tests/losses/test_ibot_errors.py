@@ -24,6 +24,8 @@ from tests.losses.ibot_steps import (
 from vmf_kernels import PrototypeLogits, linear_prototypes, weight_norm_prototypes
 from vmf_kernels.losses.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
 
+pytestmark = pytest.mark.quick
+
 NAMES = (
     *("out_dim", "patch_out_dim", "ngcrops", "nlcrops", "warmup_teacher_temp", "teacher_temp"),
     *("warmup_teacher_temp2", "teacher_temp2", "warmup_teacher_temp_epochs", "nepochs"),

@@ -30,6 +30,7 @@ def assert_same_centers(one: IBOTLoss, other: IBOTLoss) -> None:
     assert other.center2.ne(0).any()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("loss_class", [IBOTLoss, IBOTvMFLoss])
 def test_state_dict_holds_both_centers_alone_and_loads_back(loss_class: type[IBOTLoss]) -> None:
     loss, other = moved_loss(loss_class), loss_class(*schedule())
@@ -40,6 +41,7 @@ def test_state_dict_holds_both_centers_alone_and_loads_back(loss_class: type[IBO
     assert_same_centers(other, loss)
 
 
+@pytest.mark.quick
 def test_state_dict_of_a_module_that_holds_the_loss_loads_back() -> None:
     holder, other = nn.ModuleDict({"loss": moved_loss()}), nn.ModuleDict({"loss": IBOTLoss(*schedule())})
     other.load_state_dict(holder.state_dict())
@@ -47,6 +49,7 @@ def test_state_dict_of_a_module_that_holds_the_loss_loads_back() -> None:
     assert_same_centers(other["loss"], holder["loss"])  # type: ignore[arg-type]
 
 
+@pytest.mark.quick
 def test_state_dict_of_the_patch_loss_holds_its_center_alone() -> None:
     (student, teacher), batch = heads(), make_batch(1)
     loss, other = IBOTPatchLoss(PROTOTYPES[1]), IBOTPatchLoss(PROTOTYPES[1])
@@ -57,6 +60,7 @@ def test_state_dict_of_the_patch_loss_holds_its_center_alone() -> None:
     assert loss.center.ne(0).any()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
 @pytest.mark.parametrize("loss_class", [IBOTLoss, IBOTvMFLoss])
 def test_a_copied_loss_goes_on_as_the_original(loss_class: type[IBOTLoss], way: str) -> None:
@@ -105,6 +109,7 @@ MANY = 16001
 MANY_IMAGES = 128  # so many that [masked patches, K] is larger than any backend's workspace
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("loss_class", "tokens"), [(IBOTLoss, "all"), (IBOTvMFLoss, "all"), (IBOTvMFLoss, "masked")])
 def test_nothing_of_the_size_of_the_logits_is_allocated(loss_class: type[IBOTLoss], tokens: str) -> None:
     networks, batch, masked = many_patches(MANY_IMAGES)
@@ -113,6 +118,7 @@ def test_nothing_of_the_size_of_the_logits_is_allocated(loss_class: type[IBOTLos
     assert peak < masked * MANY * 4, f"{peak} bytes live at once for {masked} masked patches"
 
 
+@pytest.mark.quick
 def test_logits_of_all_patches_are_seen_where_they_are_stored() -> None:
     """Negative control of the one above."""
     networks, batch, _ = many_patches(MANY_IMAGES // 2)

@@ -13,6 +13,8 @@ from torch import Tensor
 from tests.measure import relative_error
 from vmf_kernels.losses.koleo import DistributedKoLeoLoss, KoLeoLoss
 
+pytestmark = pytest.mark.quick
+
 EPS = 1e-8
 
 

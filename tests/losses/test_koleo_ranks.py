@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from tests.measure import relative_error
+from tests.on_ranks import start_ranks
 from vmf_kernels.compat import dinov3
 from vmf_kernels.losses import prototype_koleo
 from vmf_kernels.losses.koleo import DistributedKoLeoLoss, KoLeoLoss
 from vmf_kernels.losses.prototype_koleo import PrototypeKoLeoLoss
 from vmf_kernels.prototypes import weight_norm_prototypes
 from vmf_kernels.ranks import gather_rows
+
+pytestmark = pytest.mark.quick
 
 RANKS, IMAGES, DIM = 2, 8, 6
 BUDGET = 1e-12  # relative, in norm; everything is fp64
@@ -158,7 +160,7 @@ class Runs(NamedTuple):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
+    start_ranks(run_rank, (str(folder),), RANKS)
     ranks = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
     return Runs(ranks, cases(None))
 

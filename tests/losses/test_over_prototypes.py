@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from tests.backends.prototype_ranks import Place, as_one, results_in, start_rank
 from tests.measure import relative_error, worst_error
+from tests.on_ranks import start_ranks
 from vmf_kernels import (
     DINOLoss,
     DINOvMFLoss,
@@ -167,7 +167,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=RANKS)
+    start_ranks(run_rank, (str(folder),), RANKS)
     return results_in(Path(folder), RANKS)
 
 

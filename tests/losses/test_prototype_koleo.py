@@ -20,6 +20,8 @@ from vmf_kernels.losses import prototype_koleo
 from vmf_kernels.losses.prototype_koleo import PrototypeKoLeoLoss
 from vmf_kernels.prototypes import Prototypes, linear_prototypes, normalized_prototypes, weight_norm_prototypes
 
+pytestmark = pytest.mark.quick
+
 EPS = 1e-8
 DIM = 6
 # K, tile, block of distances

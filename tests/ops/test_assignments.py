@@ -39,6 +39,7 @@ def dense(features: Tensor, prototypes: Prototypes, bias: Tensor | None = None) 
     return assignment.log_sum_exp, p_RK
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,6 +58,7 @@ def test_usage_and_log_sums_match_the_dense_formula(kind: str, dtype: torch.dtyp
     assert max(errors) <= budget, f"log usage, rows, columns are off by {errors} nats, budget {budget:.1e}"
 
 
+@pytest.mark.quick
 def test_bfloat16_rows_fail_the_budget() -> None:
     """Negative control of the one above: the same measurement, one rounding of the rows to half precision."""
     features, prototypes = rows_and_prototypes("linear", torch.float32)
@@ -65,6 +67,7 @@ def test_bfloat16_rows_fail_the_budget() -> None:
     assert error > 100 * budget, f"off by {error:.1e} nats, budget {budget:.1e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_usage_sums_to_one_and_a_bias_moves_it(backend: str) -> None:
     features, prototypes = rows_and_prototypes("weight_norm_vmf", torch.float32)
@@ -75,6 +78,7 @@ def test_usage_sums_to_one_and_a_bias_moves_it(backend: str) -> None:
     assert usage[3].item() == pytest.approx(1, abs=1e-5), "a bias of 50 nats did not take all the mass"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_row_sums_take_a_bias(backend: str) -> None:
     features, prototypes = rows_and_prototypes("weight_norm_vmf", torch.float64)
@@ -86,6 +90,7 @@ def test_row_sums_take_a_bias(backend: str) -> None:
     assert error < 1e-10, f"off by {error:.1e} nats"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_log_of_a_column_does_not_underflow(backend: str) -> None:
     """A prototype no row is near has probability exp(-1000), 0 in any dtype; its logarithm is what a centre needs."""
@@ -95,6 +100,7 @@ def test_log_of_a_column_does_not_underflow(backend: str) -> None:
     assert columns[1].item() == pytest.approx(-1000 + torch.tensor(3.0).log().item(), rel=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_give_no_row_sums_and_empty_column_sums(backend: str) -> None:
     features, prototypes = rows_and_prototypes("linear", torch.float32, rows=0)
@@ -113,6 +119,7 @@ def each_op(features: Tensor, prototypes: Prototypes, bias: Tensor, backend: str
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_nothing(backend: str) -> None:
     features, prototypes = rows_and_prototypes("weight_norm_vmf", torch.float32)
@@ -123,6 +130,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True)), "autocast changes a result"
 
 
+@pytest.mark.quick
 def test_autocast_would_change_an_op_not_shielded_from_it() -> None:
     """Negative control: the same product with and without the shield."""
     x = torch.randn(9, 9)
@@ -131,6 +139,7 @@ def test_autocast_would_change_an_op_not_shielded_from_it() -> None:
         assert without_autocast(torch.mm)(x, x).dtype == torch.float32
 
 
+@pytest.mark.quick
 def test_results_have_no_graph_whatever_asks_for_one() -> None:
     features, prototypes = rows_and_prototypes("linear", torch.float32)
     features.requires_grad_()
@@ -163,6 +172,7 @@ def test_compiled_in_one_graph_they_equal_eager() -> None:
     assert all(torch.equal(a, b) for a, b in zip(compiled, each_op(features, prototypes, bias), strict=True))
 
 
+@pytest.mark.quick
 def test_auto_takes_the_first_backend_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3)
     able = cast(Backend, SimpleNamespace(unsupported=lambda rows, weight: None))
@@ -172,6 +182,7 @@ def test_auto_takes_the_first_backend_that_can_run(monkeypatch: pytest.MonkeyPat
     assert choose_backend("auto", x, x) is able
 
 
+@pytest.mark.quick
 def test_auto_means_streaming_for_fp64_and_a_name_means_that_backend() -> None:
     x = torch.randn(2, 3, dtype=torch.float64)
     assert choose_backend("auto", x, x) is choice.BACKENDS["streaming"]
@@ -179,6 +190,7 @@ def test_auto_means_streaming_for_fp64_and_a_name_means_that_backend() -> None:
     assert choose_backend("reference", x, x) is choice.BACKENDS["reference"]
 
 
+@pytest.mark.quick
 def test_a_backend_asked_for_by_name_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3)
     unable = cast(Backend, SimpleNamespace(unsupported=lambda rows, weight: "no such processor"))
@@ -195,6 +207,7 @@ OPS: dict[str, Op] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("features", "temperature", "said"),
@@ -216,6 +229,7 @@ def test_wrong_arguments_are_named(op: str, features: Tensor, temperature: float
         OPS[op](features, linear_prototypes(torch.randn(7, 4)), temperature)
 
 
+@pytest.mark.quick
 def test_what_only_one_op_needs_is_checked_too() -> None:
     prototypes = linear_prototypes(torch.randn(7, 4))
     with pytest.raises(ValueError, match="features has 0 rows; expected at least one to take a mean over"):
@@ -228,6 +242,7 @@ def test_what_only_one_op_needs_is_checked_too() -> None:
         prototype_usage(torch.randn(3, 4), prototypes, 0.1, backend="gpu")
 
 
+@pytest.mark.quick
 def test_temperature_becomes_one_fp64_number_without_a_graph() -> None:
     for value in (
         0.1,
@@ -242,6 +257,7 @@ def test_temperature_becomes_one_fp64_number_without_a_graph() -> None:
         temperature_tensor(torch.tensor(torch.nan), "temperature", torch.device("cpu"))
 
 
+@pytest.mark.quick
 def test_more_than_2_to_the_31_logits_have_their_shapes() -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
@@ -251,6 +267,7 @@ def test_more_than_2_to_the_31_logits_have_their_shapes() -> None:
     assert shapes == [(count,), (rows,), (count,)]
 
 
+@pytest.mark.quick
 def test_bare_weight_instead_of_prototypes_is_named() -> None:
     with pytest.raises(ValueError, match=r"prototypes are a Tensor; expected Prototypes, .*linear_prototypes"):
         prototype_usage(torch.randn(3, 4), torch.randn(7, 4), 0.1)  # type: ignore[arg-type]

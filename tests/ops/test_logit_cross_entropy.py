@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.measure import allocations_of, relative_error, worst_error
+from tests.plain_loss import plain_loss
 from vmf_kernels import CrossEntropy, PrototypeLogits, linear_prototypes, logit_cross_entropy, prototype_cross_entropy
 from vmf_kernels.backends.stored import streaming
 
@@ -66,21 +67,12 @@ def loss_of(given: Problem) -> CrossEntropy:
 
 
 def dense_loss(given: Problem) -> Tensor:
-    """The formula, pair by pair, in the dtype of the weights."""
+    """The formula in the dtype of the weights."""
     dtype = given.pair_weights.dtype
-    views_T, views_S = given.pair_weights.shape
-    images = given.student_logits.shape[0] // views_S
-    log_p = given.student_logits.to(dtype) / STUDENT_TAU
-    l_t = given.teacher_logits.to(dtype) / TEACHER_TAU
-    log_p = (log_p if given.student_bias is None else log_p + given.student_bias).log_softmax(dim=1)
+    l_s, l_t = given.student_logits.to(dtype) / STUDENT_TAU, given.teacher_logits.to(dtype) / TEACHER_TAU
+    l_s = l_s if given.student_bias is None else l_s + given.student_bias
     q = (l_t if given.teacher_bias is None else l_t + given.teacher_bias).softmax(dim=1)
-    weights = torch.ones(images, dtype=dtype) if given.image_weights is None else given.image_weights
-    total = torch.zeros((), dtype=dtype)
-    for g, q_BK in enumerate(q.split(images)):
-        for v, log_p_BK in enumerate(log_p.split(images)):
-            total = total - given.pair_weights[g, v] * (weights * (q_BK * log_p_BK).sum(dim=1)).sum()
-    assert views_T * images == given.teacher_logits.shape[0]
-    return total
+    return plain_loss(l_s, q, given.pair_weights, given.image_weights)
 
 
 def outcome(given: Problem, compute: Callable[[Problem], Tensor]) -> dict[str, Tensor]:
@@ -103,6 +95,7 @@ def measured(given: Problem) -> dict[str, Tensor]:
     return outcome(given, lambda p: loss_of(p).loss)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("prototypes", [1, 301, 4099])
 @pytest.mark.parametrize("images", [1, 5])
@@ -115,6 +108,7 @@ def test_loss_and_gradients_equal_the_formula(images: int, prototypes: int, dtyp
     assert error <= BUDGET[dtype], f"{name}: relative error {error:.2e}, budget {BUDGET[dtype]:.0e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dropped", ["student_bias", "teacher_bias", "image_weights"])
 def test_optional_arguments_may_be_left_out_and_matter(dropped: str) -> None:
     given = problem()
@@ -126,6 +120,7 @@ def test_optional_arguments_may_be_left_out_and_matter(dropped: str) -> None:
     assert seen > 1e-3, f"dropping {dropped} changes the loss by {seen:.2e} only"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_logits_give_the_loss_to_fp32_and_the_gradient_to_one_rounding(dtype: torch.dtype) -> None:
     given = problem(dtype=dtype)
@@ -141,6 +136,7 @@ def test_half_logits_give_the_loss_to_fp32_and_the_gradient_to_one_rounding(dtyp
     assert gradient <= budget, f"gradient: relative error {gradient:.2e}, budget {budget:.1e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_has_the_dtype_and_shape_of_the_logits(dtype: torch.dtype) -> None:
     gradient = measured(problem(dtype=dtype))["student_logits"]
@@ -157,6 +153,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("chunk_bytes", [1, 2**23], ids=["image-by-image", "one-chunk"])
 @pytest.mark.parametrize("layout", STRIDES)
 def test_strides_do_not_matter(layout: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +170,7 @@ def test_strides_do_not_matter(layout: str, chunk_bytes: int, monkeypatch: pytes
     assert error <= 1e-13, f"{name}: relative error {error:.2e}, budget 1e-13"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("chunk_bytes", [1, 6 * 301 * 8 * 2, 6 * 301 * 8 * 4])
 def test_chunks_do_not_matter(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem()
@@ -182,6 +180,7 @@ def test_chunks_do_not_matter(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch)
     assert error <= 1e-13, f"{name}: relative error {error:.2e}, budget 1e-13"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_an_offset_common_to_a_row_does_not_matter(dtype: torch.dtype) -> None:
     given = problem(dtype=dtype)
@@ -193,6 +192,7 @@ def test_an_offset_common_to_a_row_does_not_matter(dtype: torch.dtype) -> None:
         assert error <= allowed, f"{name}: relative error {error:.2e}, budget {allowed:.2e}, twice the dense formula's"
 
 
+@pytest.mark.quick
 def test_dominating_logits_give_a_finite_loss_and_gradient() -> None:
     given = problem(dtype=torch.float32)
     student = torch.zeros(20, 301)
@@ -204,6 +204,7 @@ def test_dominating_logits_give_a_finite_loss_and_gradient() -> None:
     assert all(t.isfinite().all() for t in got.values())
 
 
+@pytest.mark.quick
 def test_gradient_is_that_of_finite_differences() -> None:
     given = problem(2, 9)
 
@@ -214,6 +215,7 @@ def test_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(loss, (given.student_logits, given.student_bias), eps=1e-5, atol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("frozen", GRADIENTS)
 def test_either_gradient_is_formed_without_the_other(frozen: str) -> None:
     given = problem()
@@ -224,6 +226,7 @@ def test_either_gradient_is_formed_without_the_other(frozen: str) -> None:
     torch.testing.assert_close(gradient, full[wanted], rtol=0, atol=0)
 
 
+@pytest.mark.quick
 def test_the_teacher_gets_no_gradient() -> None:
     given = problem()
     given.teacher_logits.requires_grad_()
@@ -231,6 +234,7 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert given.teacher_logits.grad is None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_a_scaled_loss_has_the_scaled_gradient(scale: float) -> None:
     given = problem(dtype=torch.float16)
@@ -245,6 +249,7 @@ def test_a_scaled_loss_has_the_scaled_gradient(scale: float) -> None:
         assert error <= 2e-3, f"relative error {error:.2e}, budget 2e-03"
 
 
+@pytest.mark.quick
 def test_backward_twice_with_retain_graph_gives_the_same() -> None:
     given = problem()
     loss = loss_of(given).loss
@@ -252,6 +257,7 @@ def test_backward_twice_with_retain_graph_gives_the_same() -> None:
     assert torch.equal(torch.autograd.grad(loss, given.student_logits)[0], first)
 
 
+@pytest.mark.quick
 def test_differentiating_twice_is_refused() -> None:
     given = problem()
     (gradient,) = torch.autograd.grad(loss_of(given).loss, given.student_logits, create_graph=True)
@@ -259,6 +265,7 @@ def test_differentiating_twice_is_refused() -> None:
         torch.autograd.grad(gradient.sum(), given.student_logits)
 
 
+@pytest.mark.quick
 def test_statistics_equal_those_of_unstored_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = torch.randn(20, 8, dtype=torch.float64), torch.randn(10, 8, dtype=torch.float64)
     prototypes = linear_prototypes(torch.randn(301, 8, dtype=torch.float64))
@@ -273,6 +280,7 @@ def test_statistics_equal_those_of_unstored_logits(monkeypatch: pytest.MonkeyPat
     assert error <= 1e-10, f"{name}: relative error {error:.2e}, budget 1e-10"
 
 
+@pytest.mark.quick
 def test_no_images_give_no_loss_and_an_empty_gradient() -> None:
     given = problem(0)
     loss, statistics = loss_of(given)
@@ -283,6 +291,7 @@ def test_no_images_give_no_loss_and_an_empty_gradient() -> None:
     assert statistics.usage.eq(0).all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_round(dtype: torch.dtype) -> None:
     given = problem(dtype=torch.float32)
@@ -383,6 +392,7 @@ WRONG: list[Any] = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {

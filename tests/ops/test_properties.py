@@ -27,6 +27,8 @@ from vmf_kernels.testing import (
     rounding_sizes,
 )
 
+pytestmark = pytest.mark.quick
+
 PROBLEMS = 40
 AGREEMENT = 1e-11  # of the sizes that roundings are relative to: fp64's own, written in two ways
 

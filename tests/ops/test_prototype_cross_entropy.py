@@ -54,6 +54,7 @@ def test_loss_and_gradients_match_the_fp64_truth_at_every_shape(shape: str, dtyp
     assert_within_budget(library_outcome(problem, backend), problem)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,6 +194,7 @@ def test_strides_do_not_matter(layout: Callable[[Tensor], Tensor], backend: str)
     assert_within_budget(library_outcome(strided, backend), problem)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("views", [(7, 11), (2, 3)], ids=["pairs of rows", "views of images"])
 def test_no_element_is_left_unwritten(
@@ -203,6 +205,7 @@ def test_no_element_is_left_unwritten(
     assert_within_budget(library_outcome(problem, backend), problem)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_matched_sibling_pairs_row_with_row(dtype: torch.dtype, backend: str) -> None:
@@ -247,6 +250,7 @@ def test_loss_is_teacher_entropy_plus_divergence_times_the_weight() -> None:
     assert error <= 1e-12, f"relative error {error:.1e}, budget 1e-12"
 
 
+@pytest.mark.quick
 def test_a_student_equal_to_its_teacher_has_no_divergence() -> None:
     problem = random_problem(views=(9, 9), prototypes=127, kind="linear_vmf")
     outcome = library_outcome(
@@ -330,6 +334,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_backend_fails_the_budget(

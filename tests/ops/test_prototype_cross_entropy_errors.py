@@ -27,6 +27,7 @@ def arguments() -> dict[str, Any]:
     }
 
 
+@pytest.mark.quick
 def test_the_arguments_below_are_good_but_for_their_one_fault() -> None:
     assert prototype_cross_entropy(**arguments()).loss.isfinite()
 
@@ -80,6 +81,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_argument_is_named_with_what_was_expected(fault: str) -> None:
     changed, said = WRONG[fault]
@@ -87,6 +89,7 @@ def test_a_wrong_argument_is_named_with_what_was_expected(fault: str) -> None:
         prototype_cross_entropy(**(arguments() | changed))
 
 
+@pytest.mark.quick
 def test_matched_rows_must_be_as_many_as_their_weights() -> None:
     good = arguments()
     del good["pair_weights"]

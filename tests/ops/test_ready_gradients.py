@@ -11,6 +11,8 @@ from torch import Tensor
 from vmf_kernels.backends.scaling import scale_in_place
 from vmf_kernels.ops.ready_gradients import Form, Kept, ReadyGradients, no_gradients, once_differentiable
 
+pytestmark = pytest.mark.quick
+
 
 def never() -> Sequence[Tensor]:
     raise AssertionError("recomputed although the gradients were there")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.measure import allocations_of, relative_error
+from tests.plain_loss import plain_loss
 from tests.unstored.test_teacher_targets import (
     DIM,
     IMAGES,
@@ -39,16 +40,6 @@ from vmf_kernels.prototypes import LOWEST_BIAS
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
 
-def plain_loss(student_SK: Tensor, q_TK: Tensor, pair_weights: Tensor, image_weights: Tensor | None) -> Tensor:
-    """The published formula on stored logits over temperature and probabilities of any row sums."""
-    views = pair_weights.shape
-    log_p = student_SK.log_softmax(dim=-1).unflatten(0, (views[1], -1))
-    q = q_TK.unflatten(0, (views[0], -1))
-    pairs_GVB = -torch.einsum("gbk,vbk->gvb", q, log_p)
-    weighted = pairs_GVB if image_weights is None else pairs_GVB * image_weights
-    return (weighted * pair_weights[:, :, None]).sum()
-
-
 def student_and_weights(stored_student: bool = False, kind: str = "linear") -> tuple[Any, list[Tensor], Tensor, Tensor]:
     """A student [V, B, K], the leaves it depends on, and the weights of its pairs and images."""
     prototypes = make_prototypes(kind)
@@ -71,6 +62,7 @@ def assert_same_loss(result: CrossEntropy, expected: Tensor, leaves: list[Tensor
         torch.testing.assert_close(got, other, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["auto", "streaming", "reference"])
 @pytest.mark.parametrize("kind", ["linear", "vmf"])
 def test_unstored_loss_is_the_plain_formula(kind: str, backend: str) -> None:
@@ -86,6 +78,7 @@ def test_unstored_loss_is_the_plain_formula(kind: str, backend: str) -> None:
     assert_same_loss(got, plain_loss(scaled, targets.materialize(), pairs, images), leaves)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["auto", "streaming", "torch"])
 def test_loss_on_stored_logits_is_the_plain_formula(backend: str) -> None:
     student, leaves, pairs, images = student_and_weights(stored_student=True)
@@ -124,6 +117,7 @@ def make_probabilities(case: str, rows: int) -> Tensor:
     return q
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("pairing", ["crops", "one-teacher-view", "patches", "single-rows"])
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
 @pytest.mark.parametrize("case", PROBABILITIES)
@@ -147,6 +141,20 @@ def test_loss_on_stored_probabilities_is_the_plain_formula(case: str, weighted: 
     torch.testing.assert_close(gradient, other, rtol=tolerance, atol=1e-9)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("teacher_views", [1, TEACHER_VIEWS])
+def test_no_gradient_reaches_stored_probabilities(teacher_views: int) -> None:
+    """Of any row sums, which become weights: the teacher's graph is cut off before that."""
+    student, leaves, pairs, _ = student_and_weights(stored_student=True)
+    q = make_probabilities("any-sum", teacher_views * IMAGES)
+    expected = target_cross_entropy(student, q, pairs[:teacher_views], backend="streaming").loss
+    loss = target_cross_entropy(student, q.requires_grad_(), pairs[:teacher_views], backend="streaming").loss
+    assert torch.equal(loss, expected)
+    of_student, of_targets = torch.autograd.grad(loss, [leaves[0], q], allow_unused=True)
+    assert of_student is not None
+    assert of_targets is None, "the targets have a gradient"
+
+
 @pytest.mark.parametrize("images", [IMAGES, 1])
 @pytest.mark.parametrize("case", ["transposed", "zeros", "padded"])
 def test_kernels_take_any_probabilities(case: str, images: int) -> None:
@@ -161,6 +169,7 @@ def test_kernels_take_any_probabilities(case: str, images: int) -> None:
     assert relative_error(gradient, other) < 1e-6
 
 
+@pytest.mark.quick
 def test_a_padded_row_is_not_a_uniform_target() -> None:
     """Negative control: the softmax of an empty row is uniform, and without its sum as a weight it would count."""
     student, _, _, _ = student_and_weights(stored_student=True)
@@ -170,6 +179,7 @@ def test_a_padded_row_is_not_a_uniform_target() -> None:
     assert relative_error(naive, expected) > 0.1
 
 
+@pytest.mark.quick
 def test_all_rows_padded_give_no_loss_and_no_gradient() -> None:
     student, leaves, pairs, images = student_and_weights(stored_student=True)
     q = torch.zeros(TEACHER_VIEWS * IMAGES, PROTOTYPES)
@@ -181,6 +191,7 @@ def test_all_rows_padded_give_no_loss_and_no_gradient() -> None:
     assert all(x.isfinite().all() for x in (result.statistics.kl, result.statistics.usage))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("sums", ["one", "any"])
 def test_statistics_of_several_teacher_views_are_those_of_one_pass(sums: str) -> None:
     """With rows that sum to 1 one call gives them; otherwise usage is the weighted mean of q over its weighted sum."""
@@ -199,6 +210,7 @@ def test_statistics_of_several_teacher_views_are_those_of_one_pass(sums: str) ->
     torch.testing.assert_close((got.teacher_entropy + got.kl) * total.sum(), loss)
 
 
+@pytest.mark.quick
 def test_another_pairing_fails_the_comparison() -> None:
     """Negative control: swapping the teacher's views is another loss."""
     student, leaves, pairs, images = student_and_weights()
@@ -209,6 +221,7 @@ def test_another_pairing_fails_the_comparison() -> None:
         assert_same_loss(got, plain_loss(scaled, targets.materialize(), pairs, images), leaves)
 
 
+@pytest.mark.quick
 def test_unstored_targets_give_what_the_functions_below_give() -> None:
     """Same result, bit for bit, and with targets as they come out of a training loop."""
     student, _, pairs, images = student_and_weights()
@@ -248,6 +261,7 @@ def test_a_step_compiles_whole() -> None:
     torch.testing.assert_close(compiled(features, teacher), step(features, teacher))
 
 
+@pytest.mark.quick
 def test_unstored_loss_stores_nothing() -> None:
     """[2^12, 2^14] probabilities would take 256 MiB."""
     prototypes = linear_prototypes(torch.randn(2**14, 2))
@@ -264,6 +278,7 @@ def test_unstored_loss_stores_nothing() -> None:
     assert largest <= 2**25, f"{largest / 2**20:.1f} MiB allocated at once"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("student", "targets", "said"),
     [
@@ -287,6 +302,7 @@ def test_sides_of_different_kinds_are_refused(student: str, targets: str, said: 
         target_cross_entropy(given, kinds[targets], torch.ones(1, 1))
 
 
+@pytest.mark.quick
 def test_other_misfits_are_refused() -> None:
     logits, stored_logits, ones = make_logits(), make_logits().materialize(), torch.ones(1, 1)
     targets = TeacherTargets(make_logits(), 0.1)

@@ -16,6 +16,8 @@ from vmf_pretrain.agreement import SPREADS, agreement
 from vmf_pretrain.config import PhotoViewConfig
 from vmf_pretrain.judge import Judge
 
+pytestmark = pytest.mark.quick
+
 MILD = PhotoViewConfig(
     global_area=(0.9, 1.0), jitter=0.0, grayscale=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0
 )  # as an image is judged, nearly

@@ -29,6 +29,8 @@ from vmf_pretrain.network_input import network_input
 from vmf_pretrain.networks import build_networks
 from vmf_pretrain.run_folder import MetricsLog, RunFolder
 
+pytestmark = pytest.mark.quick
+
 FED = network_input(digits_config())
 REPORT = HeadReport(
     mutual_information=1.0,

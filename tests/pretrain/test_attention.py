@@ -16,6 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from vmf_pretrain.attention import attention_maps
 from vmf_pretrain.errors import PretrainError
 
+pytestmark = pytest.mark.quick
+
 HEADS = 3
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},

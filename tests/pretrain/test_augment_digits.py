@@ -12,6 +12,8 @@ from tests.pretrain.tiny import some_digits
 from vmf_pretrain.augment_digits import UNIFORM_DRAWS, affine_views, digit_view, draw, ink_middles
 from vmf_pretrain.config import DigitViewConfig
 
+pytestmark = pytest.mark.quick
+
 CANVAS = 16
 ZOOM, ROTATION, SHIFT_X, SHIFT_Y, GAIN = range(UNIFORM_DRAWS)
 STILL = DigitViewConfig(

@@ -12,6 +12,8 @@ from torchvision.transforms.v2 import functional
 from vmf_pretrain.augment_photos import photo_view
 from vmf_pretrain.config import PhotoViewConfig
 
+pytestmark = pytest.mark.quick
+
 SIDE = 32
 BLUR_SIDE = 112  # of small images a blur takes next to nothing
 DRAWS = 60

@@ -27,6 +27,8 @@ from vmf_pretrain.batches import ViewBatches, load_from
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.images import folder_images
 
+pytestmark = pytest.mark.quick
+
 KINDS = ["digits", "folder"]
 
 

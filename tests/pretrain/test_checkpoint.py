@@ -18,6 +18,8 @@ from vmf_pretrain import checkpoint
 from vmf_pretrain.checkpoint import load_checkpoint, save_checkpoint
 from vmf_pretrain.errors import PretrainError
 
+pytestmark = pytest.mark.quick
+
 # What comes back
 
 

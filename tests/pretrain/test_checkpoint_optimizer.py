@@ -12,6 +12,8 @@ from tests.pretrain.saved import assert_same_bits, quiet_load
 from vmf_pretrain.checkpoint import flatten_optimizer, restore_optimizer, save_checkpoint
 from vmf_pretrain.errors import PretrainError
 
+pytestmark = pytest.mark.quick
+
 
 def small_model() -> nn.Module:
     torch.manual_seed(1)

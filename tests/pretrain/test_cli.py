@@ -48,6 +48,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", list(UNFIT))
 def test_unfit_configuration_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, parts = UNFIT[name]
@@ -111,6 +112,7 @@ def test_unknown_backbone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "run").exists(), "a refused backbone left a run folder"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("seed", ["-1", "2147483648"])
 def test_seed_out_of_range_is_refused(seed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(["demo", "--seed", seed, "--out", str(tmp_path / "run")], capsys)
@@ -146,6 +148,7 @@ def test_unknown_arguments_exit_with_2(arguments: list[str], capsys: pytest.Capt
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.quick
 def test_fit_on_a_folder_of_photographs_runs_to_its_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_classes(tmp_path / "photos")
     path = yaml_of(photos_config(tmp_path / "photos"), tmp_path / "config.yaml")

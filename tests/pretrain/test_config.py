@@ -13,6 +13,8 @@ from tests.pretrain.tiny import changed, digits_config, one_sentence
 from vmf_pretrain.config import Config
 from vmf_pretrain.errors import PretrainError
 
+pytestmark = pytest.mark.quick
+
 OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
     ("data", {"batch_size": 0}, "data.batch_size is 0 but must be greater than 0"),
     ("data", {"workers": -1}, "data.workers is -1 but must be 0 or greater"),

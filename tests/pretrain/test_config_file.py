@@ -14,6 +14,8 @@ from vmf_pretrain.config import DigitViewConfig, PhotoViewConfig
 from vmf_pretrain.config_file import read_config, write_config
 from vmf_pretrain.errors import PretrainError
 
+pytestmark = pytest.mark.quick
+
 DIGITS = {"data": {"kind": "digits"}, "views": {"global_size": 16, "local_size": 8}, "backbone": {"patch_size": 4}}
 UNFIT: list[tuple[str, str, list[str]]] = [
     ("empty", "", ["holds NoneType", "expected a mapping"]),

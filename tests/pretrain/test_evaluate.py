@@ -21,6 +21,8 @@ from vmf_pretrain.evaluate import (
     report_head,
 )
 
+pytestmark = pytest.mark.quick
+
 IN_DIM = 6
 PROTOTYPES = 12
 TEMPERATURE = 0.1

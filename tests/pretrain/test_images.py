@@ -18,6 +18,8 @@ from tests.pretrain.tiny import one_sentence, save_photos, two_classes
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.images import FolderImages, digits, folder_images
 
+pytestmark = pytest.mark.quick
+
 EXIF_ORIENTATION = 0x0112
 TURN_BY_270 = 6  # the value of a camera held upright
 SIZE = 32  # of evaluation images

@@ -9,6 +9,8 @@ import pytest
 
 from vmf_pretrain.interruption import SIGNALS, Interruption
 
+pytestmark = pytest.mark.quick
+
 
 def handlers() -> list[object]:
     return [signal.getsignal(number) for number in SIGNALS]

@@ -16,6 +16,8 @@ from vmf_pretrain.images import DigitImages, digits, folder_images
 from vmf_pretrain.judge import Judge
 from vmf_pretrain.networks import build_networks
 
+pytestmark = pytest.mark.quick
+
 
 class Pixels(nn.Module):
     """A backbone that gives the image back, and counts the images."""

@@ -11,6 +11,8 @@ import pytest
 import vmf_pretrain
 from tests.pretrain.tiny import SUMMARY_KEYS
 
+pytestmark = pytest.mark.quick
+
 PACKAGE = Path(str(vmf_pretrain.__file__)).parent
 README = (PACKAGE / "README.md").read_text()
 TABLE = README.split("## Why")[0]

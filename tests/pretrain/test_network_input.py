@@ -22,6 +22,8 @@ from vmf_pretrain.judge import Judge
 from vmf_pretrain.network_input import SCALES, NetworkInput, network_input
 from vmf_pretrain.run import load_images
 
+pytestmark = pytest.mark.quick
+
 KINDS = get_args(get_type_hints(DataConfig)["kind"])
 PHOTOS = NetworkInput(32, *SCALES["folder"])
 PACKAGE = Path(str(vmf_pretrain.__file__)).parent

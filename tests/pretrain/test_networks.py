@@ -12,6 +12,8 @@ from tests.pretrain.tiny import differing, digits_config, one_sentence
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.networks import Network, build_networks, follow
 
+pytestmark = pytest.mark.quick
+
 IMAGES = 3
 VIEWS = [torch.randn(IMAGES, 1, side, side, generator=torch.Generator().manual_seed(0)) for side in (16, 16, 8, 8)]
 

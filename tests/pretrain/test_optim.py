@@ -16,6 +16,8 @@ from vmf_pretrain.optim import (
     update_average,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def network(*, norm_prototypes: bool = False) -> nn.Module:
     """A backbone with every kind of parameter, and a head with batch normalisation."""

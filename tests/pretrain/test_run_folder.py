@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.run_folder import MetricsLog, RunFolder, read_metrics
 
+pytestmark = pytest.mark.quick
+
 
 def folder_with(records: int, path: Path) -> RunFolder:
     folder = RunFolder.create(path)

@@ -10,6 +10,8 @@ from tests.pretrain.tiny import digits_config
 from vmf_pretrain.schedules import CosineSchedule
 from vmf_pretrain.training import Training
 
+pytestmark = pytest.mark.quick
+
 STEPS = 37
 
 

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from vmf_pretrain.summary import comparison, print_summary, verdict, write_summary
 
+pytestmark = pytest.mark.quick
+
 PROTOTYPES = 256
 FIGURES: dict[str, Any] = {
     "knn": 81.234,

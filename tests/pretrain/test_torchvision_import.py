@@ -13,6 +13,8 @@ import torch
 import vmf_pretrain
 from vmf_pretrain import torchvision_import
 
+pytestmark = pytest.mark.quick
+
 LACKING_OPERATORS = RuntimeError("operator torchvision::nms does not exist")
 
 

@@ -20,6 +20,8 @@ from vmf_pretrain.batches import ViewBatches
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.training import Training
 
+pytestmark = pytest.mark.quick
+
 METHODS = ["dino-vmf", "dino"]
 PROTOTYPES = ("head.last_layer.weight_g", "head.last_layer.weight_v")
 FRESH = {"warmup_epochs": 0, "freeze_last_layer_epochs": 0}  # the first step moves everything

@@ -29,18 +29,21 @@ from tests.unstored.row_operations import (
 )
 from vmf_kernels import DINOHead, DINOLoss, PrototypeLogits, linear_prototypes
 
+pytestmark = pytest.mark.quick
 
-@pytest.mark.parametrize("name", ROW_OPERATIONS)
-def test_row_operation_equals_that_on_stored_logits(name: str) -> None:
-    logits, do = make_logits(), ROW_OPERATIONS[name]
-    got, expected = stored(do(logits)), stored(do(logits.materialize()))
-    assert len(got) == len(expected)
-    for one, other in zip(got, expected, strict=True):
-        if not isinstance(other, Tensor):
-            assert one == other
-            continue
-        assert (one.shape, one.dtype, one.requires_grad) == (other.shape, other.dtype, other.requires_grad)
-        torch.testing.assert_close(one, other)
+
+def test_row_operation_equals_that_on_stored_logits(subtests: pytest.Subtests) -> None:
+    for name in ROW_OPERATIONS:
+        with subtests.test(name):
+            logits, do = make_logits(), ROW_OPERATIONS[name]
+            got, expected = stored(do(logits)), stored(do(logits.materialize()))
+            assert len(got) == len(expected)
+            for one, other in zip(got, expected, strict=True):
+                if not isinstance(other, Tensor):
+                    assert one == other
+                    continue
+                assert (one.shape, one.dtype, one.requires_grad) == (other.shape, other.dtype, other.requires_grad)
+                torch.testing.assert_close(one, other)
 
 
 HALF_OPERATIONS: dict[str, Operation] = {
@@ -52,14 +55,15 @@ HALF_OPERATIONS: dict[str, Operation] = {
 }
 
 
-@pytest.mark.parametrize("name", HALF_OPERATIONS)
-def test_a_cast_to_16_bits_gives_the_logits_of_rounded_features(name: str) -> None:
-    logits, do = make_logits(), HALF_OPERATIONS[name]
-    got, expected = do(logits), do(logits.materialize())
-    assert got.dtype == expected.dtype
-    error = (got.materialize().double() - logits.materialize()).abs().max()
-    budget = 32 * torch.finfo(expected.dtype).eps * logits.features.norm(dim=1).max()
-    assert 0 < error <= budget, f"{error} against a budget of {budget}"
+def test_a_cast_to_16_bits_gives_the_logits_of_rounded_features(subtests: pytest.Subtests) -> None:
+    for name in HALF_OPERATIONS:
+        with subtests.test(name):
+            logits, do = make_logits(), HALF_OPERATIONS[name]
+            got, expected = do(logits), do(logits.materialize())
+            assert got.dtype == expected.dtype
+            error = (got.materialize().double() - logits.materialize()).abs().max()
+            budget = 32 * torch.finfo(expected.dtype).eps * logits.features.norm(dim=1).max()
+            assert 0 < error <= budget, f"{error} against a budget of {budget}"
 
 
 def test_a_cast_keeps_gradients() -> None:
@@ -105,16 +109,19 @@ def test_gradients_flow_through_row_operations_to_features_and_prototypes() -> N
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", VALUE_OPERATIONS)
-def test_an_operation_on_values_names_materialize(name: str) -> None:
-    with pytest.raises((TypeError, AttributeError), match=r"\.materialize\(\)"):
-        VALUE_OPERATIONS[name](make_logits())
+def test_an_operation_on_values_names_materialize(subtests: pytest.Subtests) -> None:
+    for name in VALUE_OPERATIONS:
+        with subtests.test(name), pytest.raises((TypeError, AttributeError), match=r"\.materialize\(\)"):
+            VALUE_OPERATIONS[name](make_logits())
 
 
-@pytest.mark.parametrize("name", PROTOTYPE_DIM_OPERATIONS)
-def test_the_dim_of_prototypes_is_not_split(name: str) -> None:
-    with pytest.raises((TypeError, ValueError, IndexError), match=r"holds the prototypes.*materialize\(\)"):
-        PROTOTYPE_DIM_OPERATIONS[name](make_logits())
+def test_the_dim_of_prototypes_is_not_split(subtests: pytest.Subtests) -> None:
+    for name in PROTOTYPE_DIM_OPERATIONS:
+        with (
+            subtests.test(name),
+            pytest.raises((TypeError, ValueError, IndexError), match=r"holds the prototypes.*materialize\(\)"),
+        ):
+            PROTOTYPE_DIM_OPERATIONS[name](make_logits())
 
 
 @pytest.mark.parametrize("join", [torch.cat, torch.stack])

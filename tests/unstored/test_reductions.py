@@ -20,6 +20,8 @@ from tests.unstored.row_operations import DIM, PROTOTYPES, ROWS, by_image, make_
 from vmf_kernels import PrototypeLogits, TeacherTargets, linear_prototypes
 from vmf_kernels.unstored import reductions
 
+pytestmark = pytest.mark.quick
+
 Operation = Callable[[Any], Any]
 
 
@@ -100,49 +102,53 @@ def assert_same(got: Any, expected: Any) -> None:
 
 
 @pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize("name", OVER_PROTOTYPES)
-def test_a_reduction_equals_that_of_stored_logits_with_its_gradients(name: str) -> None:
-    logits, do = make_logits(), OVER_PROTOTYPES[name]
-    got, expected = do(logits), do(logits.materialize())
-    assert_same(got, expected)
-    value = parts(got)[0]
-    if not value.requires_grad or value.numel() == 0 or value.isnan().any():
-        return
-    leaves = [logits.features, logits.prototypes.weight, logits.prototypes.magnitude]
-    weights = torch.randn_like(value)
-    ours = torch.autograd.grad((value * weights).sum(), leaves)
-    for one, other in zip(ours, torch.autograd.grad((parts(expected)[0] * weights).sum(), leaves), strict=True):
-        torch.testing.assert_close(one, other)
+def test_a_reduction_equals_that_of_stored_logits_with_its_gradients(subtests: pytest.Subtests) -> None:
+    for name in OVER_PROTOTYPES:
+        with subtests.test(name):
+            logits, do = make_logits(), OVER_PROTOTYPES[name]
+            got, expected = do(logits), do(logits.materialize())
+            assert_same(got, expected)
+            value = parts(got)[0]
+            if not value.requires_grad or value.numel() == 0 or value.isnan().any():
+                continue
+            leaves = [logits.features, logits.prototypes.weight, logits.prototypes.magnitude]
+            weights = torch.randn_like(value)
+            ours = torch.autograd.grad((value * weights).sum(), leaves)
+            for one, other in zip(ours, torch.autograd.grad((parts(expected)[0] * weights).sum(), leaves), strict=True):
+                torch.testing.assert_close(one, other)
 
 
 @pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize("name", OVER_ROWS)
-def test_an_extreme_over_rows_equals_that_of_stored_logits(name: str) -> None:
-    logits = make_logits().detach()
-    assert_same(OVER_ROWS[name](logits), OVER_ROWS[name](logits.materialize()))
+def test_an_extreme_over_rows_equals_that_of_stored_logits(subtests: pytest.Subtests) -> None:
+    for name in OVER_ROWS:
+        with subtests.test(name):
+            logits = make_logits().detach()
+            assert_same(OVER_ROWS[name](logits), OVER_ROWS[name](logits.materialize()))
 
 
-@pytest.mark.parametrize("name", [name for name in OVER_ROWS if "arg" not in name])
-def test_a_gradient_that_an_extreme_over_rows_lacks_is_not_dropped(name: str) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"over rows, for each prototype, has no gradient here; expected .*detach\(\)"
-    ):
-        OVER_ROWS[name](make_logits())
-    with torch.no_grad():
-        OVER_ROWS[name](make_logits())
+def test_a_gradient_that_an_extreme_over_rows_lacks_is_not_dropped(subtests: pytest.Subtests) -> None:
+    for name in [name for name in OVER_ROWS if "arg" not in name]:
+        with subtests.test(name):
+            with pytest.raises(
+                RuntimeError, match=r"over rows, for each prototype, has no gradient here; expected .*detach\(\)"
+            ):
+                OVER_ROWS[name](make_logits())
+            with torch.no_grad():
+                OVER_ROWS[name](make_logits())
 
 
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["max-dim", "min-dim", "argmax", "argmin", "topk", "torch.max"])
-def test_equal_prototypes_are_ranked_as_stored_ones(name: str, dtype: torch.dtype) -> None:
+def test_equal_prototypes_are_ranked_as_stored_ones(dtype: torch.dtype, subtests: pytest.Subtests) -> None:
     """Every other prototype is a copy of the one before: the first of equals is taken."""
-    weight = torch.randint(-2, 3, (PROTOTYPES, DIM)).repeat_interleave(2, dim=0).to(dtype)
-    logits: Any = PrototypeLogits(torch.randint(-2, 3, (ROWS, DIM)).to(dtype), linear_prototypes(weight))
-    got, expected = (parts(OVER_PROTOTYPES[name](x)) for x in (logits, logits.materialize()))
-    assert torch.equal(got[0], expected[0])
-    if name != "topk":  # which of equals, torch leaves open
-        assert torch.equal(got[-1], expected[-1])
+    for name in ["max-dim", "min-dim", "argmax", "argmin", "topk", "torch.max"]:
+        with subtests.test(name):
+            weight = torch.randint(-2, 3, (PROTOTYPES, DIM)).repeat_interleave(2, dim=0).to(dtype)
+            logits: Any = PrototypeLogits(torch.randint(-2, 3, (ROWS, DIM)).to(dtype), linear_prototypes(weight))
+            got, expected = (parts(OVER_PROTOTYPES[name](x)) for x in (logits, logits.materialize()))
+            assert torch.equal(got[0], expected[0])
+            if name != "topk":  # which of equals, torch leaves open
+                assert torch.equal(got[-1], expected[-1])
 
 
 def with_nan() -> Iterator[Any]:
@@ -156,15 +162,16 @@ def with_nan() -> Iterator[Any]:
 
 
 @pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize("name", [*OVER_PROTOTYPES, *(f"rows-{name}" for name in OVER_ROWS)])
-def test_nan_is_taken_as_of_stored_logits(name: str) -> None:
-    do = OVER_ROWS[name.removeprefix("rows-")] if name.startswith("rows-") else OVER_PROTOTYPES[name]
-    for logits in with_nan():
-        got, expected = do(logits), do(logits.materialize())
-        if "topk" in name:  # which of several NaN, torch leaves open
-            assert torch.equal(parts(got)[0].isnan(), parts(expected)[0].isnan())
-        else:
-            assert_same(got, expected)
+def test_nan_is_taken_as_of_stored_logits(subtests: pytest.Subtests) -> None:
+    for name in [*OVER_PROTOTYPES, *(f"rows-{name}" for name in OVER_ROWS)]:
+        with subtests.test(name):
+            do = OVER_ROWS[name.removeprefix("rows-")] if name.startswith("rows-") else OVER_PROTOTYPES[name]
+            for logits in with_nan():
+                got, expected = do(logits), do(logits.materialize())
+                if "topk" in name:  # which of several NaN, torch leaves open
+                    assert torch.equal(parts(got)[0].isnan(), parts(expected)[0].isnan())
+                else:
+                    assert_same(got, expected)
 
 
 def test_ranking_of_other_logits_fails_the_comparison() -> None:

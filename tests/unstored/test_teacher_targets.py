@@ -29,6 +29,8 @@ from vmf_kernels import (
 )
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
+pytestmark = pytest.mark.quick
+
 ROWS, PROTOTYPES, DIM = 12, 7, 4
 IMAGES, TEACHER_VIEWS, STUDENT_VIEWS = 3, 2, 5
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.06
@@ -55,17 +57,18 @@ def make_targets(kind: str = "unstored", rows: int = ROWS) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ROW_OPERATIONS)
-def test_row_operation_equals_that_on_stored_probabilities(name: str, kind: str) -> None:
-    targets, do = make_targets(kind), ROW_OPERATIONS[name]
-    got, expected = stored(do(targets)), stored(do(targets.materialize()))
-    assert len(got) == len(expected)
-    for one, other in zip(got, expected, strict=True):
-        if not isinstance(other, Tensor):
-            assert one == other
-            continue
-        assert (one.shape, one.dtype, one.requires_grad) == (other.shape, other.dtype, other.requires_grad)
-        torch.testing.assert_close(one, other)
+def test_row_operation_equals_that_on_stored_probabilities(kind: str, subtests: pytest.Subtests) -> None:
+    for name in ROW_OPERATIONS:
+        with subtests.test(name):
+            targets, do = make_targets(kind), ROW_OPERATIONS[name]
+            got, expected = stored(do(targets)), stored(do(targets.materialize()))
+            assert len(got) == len(expected)
+            for one, other in zip(got, expected, strict=True):
+                if not isinstance(other, Tensor):
+                    assert one == other
+                    continue
+                assert (one.shape, one.dtype, one.requires_grad) == (other.shape, other.dtype, other.requires_grad)
+                torch.testing.assert_close(one, other)
 
 
 def test_wrong_rows_fail_the_comparison() -> None:
@@ -76,18 +79,22 @@ def test_wrong_rows_fail_the_comparison() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*VALUE_OPERATIONS, "half"])
-def test_an_operation_on_values_names_materialize(name: str, kind: str) -> None:
-    do = VALUE_OPERATIONS.get(name, lambda x: x.half())
-    with pytest.raises((TypeError, AttributeError), match=r"\.materialize\(\)"):
-        do(make_targets(kind))
+def test_an_operation_on_values_names_materialize(kind: str, subtests: pytest.Subtests) -> None:
+    for name in [*VALUE_OPERATIONS, "half"]:
+        with subtests.test(name):
+            do = VALUE_OPERATIONS.get(name, lambda x: x.half())
+            with pytest.raises((TypeError, AttributeError), match=r"\.materialize\(\)"):
+                do(make_targets(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PROTOTYPE_DIM_OPERATIONS)
-def test_the_dim_of_prototypes_is_not_split(name: str, kind: str) -> None:
-    with pytest.raises((TypeError, ValueError, IndexError), match=r"holds the prototypes.*materialize\(\)"):
-        PROTOTYPE_DIM_OPERATIONS[name](make_targets(kind))
+def test_the_dim_of_prototypes_is_not_split(kind: str, subtests: pytest.Subtests) -> None:
+    for name in PROTOTYPE_DIM_OPERATIONS:
+        with (
+            subtests.test(name),
+            pytest.raises((TypeError, ValueError, IndexError), match=r"holds the prototypes.*materialize\(\)"),
+        ):
+            PROTOTYPE_DIM_OPERATIONS[name](make_targets(kind))
 
 
 @pytest.mark.parametrize("bias", ["centred", "none", "closed"])

@@ -1,0 +1,258 @@
+"""Faults, each put into a copy of the tree in place of one of the lines that matter most: do the tests notice?
+
+    python -m tests.mutations                  # each against the quick tests of the files that have to notice it
+    python -m tests.mutations --all            # each against the whole quick loop instead: half an hour
+    python -m tests.mutations "sign of the centre" ...
+
+Exits 1 if a fault is missed. What the quick loop notices the whole suite does too, for it runs the same tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("vmf_kernels", "python", "tests", "bench", "pyproject.toml", "README.md", "constraints.txt")
+FAILED = 1  # exit code of pytest where a test fails; another means that none ran, or that pytest broke
+
+
+class Mutation(NamedTuple):
+    """A text that is in a file once, what takes its place, and the test files that have to notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        "sign of the centre",
+        "vmf_kernels/centering/logit.py",
+        "return -self.center[0] / tau",
+        "return self.center[0] / tau",
+        ("tests/centering/test_centers.py",),
+    ),
+    Mutation(
+        "direction of the centre's running mean",
+        "vmf_kernels/centering/running_mean.py",
+        "return center * self.momentum + batch * (1 - self.momentum)",
+        "return batch * self.momentum + center * (1 - self.momentum)",
+        ("tests/centering/test_centers.py",),
+    ),
+    Mutation(
+        "rounds of Sinkhorn-Knopp",
+        "vmf_kernels/centering/sinkhorn.py",
+        "for _ in range(self.iterations - 1):",
+        "for _ in range(self.iterations):",
+        ("tests/centering/test_sinkhorn.py",),
+    ),
+    Mutation(
+        "temperature of the gradient at the features, equation (4)",
+        "vmf_kernels/backends/composed.py",
+        "feature_grad = student_keys.scale * (n_S",
+        "feature_grad = (n_S",
+        ("tests/ops/test_prototype_cross_entropy.py",),
+    ),
+    Mutation(
+        "student's against teacher's mass in the gradient of the normaliser, equation (6)",
+        "vmf_kernels/backends/composed.py",
+        "return self.mass_2K[0] - self.mass_2K[1]",
+        "return self.mass_2K[1] - self.mass_2K[0]",
+        ("tests/ops/test_prototype_cross_entropy.py",),
+    ),
+    Mutation(
+        "rescaling of the online softmax",
+        "vmf_kernels/backends/streaming.py",
+        "self.mass_R = decay * self.mass_R + p_BR.sum(dim=0)",
+        "self.mass_R = self.mass_R + p_BR.sum(dim=0)",
+        ("tests/backends/test_streaming.py",),
+    ),
+    Mutation(
+        "rescaling of the kernels' online softmax",
+        "vmf_kernels/backends/triton/row_kernels.py",
+        "mass = decay * mass + tl.sum(b_p, 1)",
+        "mass = mass + tl.sum(b_p, 1)",
+        ("tests/backends/test_triton.py",),
+    ),
+    Mutation(
+        "projection of the weight norm's pull-back",
+        "vmf_kernels/prototypes.py",
+        "gradient_KD[rows].addcmul_(weight, (along * inverse_norm)[:, None], value=-1).mul_(gain[:, None])",
+        "gradient_KD[rows].mul_(gain[:, None])",
+        ("tests/ops/test_prototype_cross_entropy.py",),
+    ),
+    Mutation(
+        "slope of the vMF normaliser",
+        "vmf_kernels/bessel.py",
+        "return -grad * vmf_mean_resultant_length(kappa, ctx.dim), None",
+        "return grad * vmf_mean_resultant_length(kappa, ctx.dim), None",
+        ("tests/test_bessel.py",),
+    ),
+    Mutation(
+        "pairs of a view with itself",
+        "vmf_kernels/pairing.py",
+        "weights.fill_diagonal_(0.0)",
+        "weights.fill_diagonal_(1.0)",
+        ("tests/losses/test_dino.py",),
+    ),
+    Mutation(
+        "negative and infinite weights",
+        "vmf_kernels/pairing.py",
+        "if not (least >= 0 and most < math.inf):",
+        "if not (least >= 0 or most < math.inf):",
+        ("tests/test_pairing.py",),
+    ),
+    Mutation(
+        "weight of a masked patch in its image",
+        "vmf_kernels/losses/masked_patches.py",
+        "return mask_CN / mask_CN.sum(dim=1, keepdim=True).clamp(min=1.0)",
+        "return mask_CN / mask_CN.sum().clamp(min=1.0)",
+        ("tests/losses/test_ibot.py",),
+    ),
+    Mutation(
+        "a row as its own neighbour",
+        "vmf_kernels/losses/koleo.py",
+        "similarity_BN.diagonal(start).fill_(-torch.inf)",
+        "similarity_BN.diagonal(start).fill_(1.0)",
+        ("tests/losses/test_koleo.py",),
+    ),
+    Mutation(
+        "epoch of the teacher's temperature",
+        "vmf_kernels/losses/temperatures.py",
+        "else self.values[epoch]",
+        "else self.values[max(epoch - 1, 0)]",
+        ("tests/losses/test_dino.py",),
+    ),
+    Mutation(
+        "incoming gradient of the loss",
+        "vmf_kernels/ops/ready_gradients.py",
+        "return [self._scale_in_place(g, scale) for g in gradients]",
+        "return list(gradients)",
+        ("tests/ops/test_ready_gradients.py",),
+    ),
+    Mutation(
+        "second backward pass of a retained graph",
+        "vmf_kernels/ops/ready_gradients.py",
+        "        self._gradients = None\n        if scale",
+        "        if scale",
+        ("tests/ops/test_ready_gradients.py",),
+    ),
+    Mutation(
+        "gradient into the targets",
+        "vmf_kernels/ops/target_cross_entropy.py",
+        '_flat(targets.detach(), "targets")',
+        '_flat(targets, "targets")',
+        ("tests/ops/test_target_cross_entropy.py",),
+    ),
+    Mutation(
+        "sum over ranks",
+        "vmf_kernels/ranks.py",
+        "return _all_reduce(tensor, ReduceOp.SUM, group)",
+        "return _all_reduce(tensor, ReduceOp.MAX, group)",
+        ("tests/losses/test_koleo_ranks.py",),
+    ),
+    Mutation(
+        "direction of the teacher's running mean",
+        "python/vmf_pretrain/optim.py",
+        "[value.detach() for value in current], 1.0 - momentum)",
+        "[value.detach() for value in current], momentum)",
+        ("tests/pretrain/test_optim.py",),
+    ),
+    Mutation(
+        "temperature of the k-NN votes",
+        "python/vmf_pretrain/evaluate.py",
+        "votes = ((nearest - nearest[:, :1]) / temperature).exp()",
+        "votes = ((nearest - nearest[:, :1]) * temperature).exp()",
+        ("tests/pretrain/test_evaluate.py",),
+    ),
+    Mutation(
+        "random numbers of a step that a resumed run repeats",
+        "python/vmf_pretrain/training.py",
+        "torch.manual_seed(stream_seed(self.config.seed, TRAINING_STEP, step))",
+        "stream_seed(self.config.seed, TRAINING_STEP, step)",
+        ("tests/pretrain/test_training.py",),
+    ),
+    Mutation(
+        "state of the optimizer that a resumed run goes on with",
+        "python/vmf_pretrain/checkpoint.py",
+        'step = tensors[f"{index}.step"].to(',
+        'step = (0 * tensors[f"{index}.step"]).to(',
+        ("tests/pretrain/test_checkpoint_optimizer.py",),
+    ),
+)
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """What the tests read, modules that have been built among it."""
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    """The file's text with the fault; ValueError unless what it replaces is there once."""
+    count = text.count(mutation.old)
+    if count != 1:
+        raise ValueError(f"{mutation.file} has {mutation.old!r} {count} times; expected once, for {mutation.name!r}")
+    return text.replace(mutation.old, mutation.new)
+
+
+def quick_tests(folder: Path, files: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """The quick tests of some files, or of all, against the tree in a folder; ends with the first failure."""
+    command = [sys.executable, "-m", "pytest", "-m", "quick", "-x", "-q", "-p", "no:cacheprovider", *files]
+    path = os.pathsep.join([str(folder), str(folder / "python"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def noticed(folder: Path, mutation: Mutation, files: tuple[str, ...]) -> str | None:
+    """The test that notices a fault in the copy of the tree, which is mended afterwards; None where none does."""
+    path = folder / mutation.file
+    whole = path.read_text()
+    path.write_text(mutated(whole, mutation))
+    try:
+        done = quick_tests(folder, files)
+    finally:
+        path.write_text(whole)
+    if done.returncode not in (0, FAILED):
+        raise RuntimeError(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")
+    said = [line.partition(" ")[2] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failures = [line.partition(" - ")[0] for line in said]
+    return failures[0] if failures else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the script; 1 if a fault was missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("names", nargs="*", help="of the faults; all by default")
+    parser.add_argument("--all", action="store_true", help="against the whole quick loop")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - {mutation.name for mutation in MUTATIONS}
+    if unknown:
+        parser.error(f"no fault is named {', '.join(sorted(unknown))}")
+    chosen = [mutation for mutation in MUTATIONS if not options.names or mutation.name in options.names]
+    missed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = copy_of_the_tree(Path(name))
+        for mutation in chosen:
+            by = noticed(folder, mutation, () if options.all else mutation.tests)
+            missed += by is None
+            print(f"{mutation.name}: {'MISSED' if by is None else f'noticed by {by}'}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults are noticed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
