@@ -37,8 +37,8 @@ MUTATIONS = (
     Mutation(
         "sign of the centre",
         "vmf_kernels/centering/logit.py",
-        "return -self.center[0] / tau",
-        "return self.center[0] / tau",
+        "return -center / tau",
+        "return center / tau",
         ("tests/centering/test_centers.py",),
     ),
     Mutation(

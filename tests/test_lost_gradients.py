@@ -127,6 +127,7 @@ def head(request: pytest.FixtureRequest) -> nn.Module:
 def loss_of(student: PrototypeLogits, **options: Any) -> Tensor:
     torch.manual_seed(1)
     teacher = PrototypeLogits(torch.randn(4, D), linear_prototypes(torch.randn(K, D)))
+    teacher = teacher.with_vmf() if student.prototypes.has_normalizer else teacher
     loss: Tensor = DINOLoss(K, CROPS, 0.04, 0.04, 0, 10, **options)(student, teacher, 0)
     return loss
 
