@@ -84,17 +84,18 @@ def logit_cross_entropy(
     pairing = Pairing(weights, images)
     check_pairing(pairing, teacher_logits.shape[0], student_logits.shape[0])
     check_weights(pairing)
-    loss, summary, usage, _, _ = _logit_op(
-        student_logits,
-        student_bias,
-        teacher_logits.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        weights,
-        images,
-        temperature_tensor(student_temperature, "student_temperature", device),
-        temperature_tensor(teacher_temperature, "teacher_temperature", device),
-        backend,
+    arguments = _Arguments(
+        student_logits=student_logits,
+        student_bias=student_bias,
+        teacher_logits=teacher_logits.detach(),
+        teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
+        view_weights=weights,
+        image_weights=images,
+        student_temperature=temperature_tensor(student_temperature, "student_temperature", device),
+        teacher_temperature=temperature_tensor(teacher_temperature, "teacher_temperature", device),
+        backend=backend,
     )
+    loss, summary, usage, _, _ = _logit_op(*arguments)
     return CrossEntropy(loss, AssignmentStatistics.of_op(summary, usage))
 
 

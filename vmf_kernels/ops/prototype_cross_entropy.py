@@ -129,25 +129,26 @@ def prototype_cross_entropy(
     check_pairing(pairing, teacher_features.shape[0], student_features.shape[0])
     check_weights(pairing)
     student, teacher = student_prototypes, teacher_prototypes.detach()
-    outputs = _cross_entropy_op(
-        student_features,
-        student.weight,
-        student.magnitude,
-        student.kind,
-        teacher_features.detach(),
-        teacher.weight,
-        teacher.magnitude,
-        teacher.kind,
-        None if teacher_bias is None else teacher_bias.detach(),
-        *pairing,
-        temperature_tensor(student_temperature, "student_temperature", device),
-        temperature_tensor(teacher_temperature, "teacher_temperature", device),
-        _wants_gradient(student_features),
-        _wants_gradient(student.weight, student.magnitude),
-        backend,
-        name_of(prototype_group),
+    arguments = _Arguments(
+        student_features=student_features,
+        student_weight=student.weight,
+        student_magnitude=student.magnitude,
+        student_kind=student.kind,
+        teacher_features=teacher_features.detach(),
+        teacher_weight=teacher.weight,
+        teacher_magnitude=teacher.magnitude,
+        teacher_kind=teacher.kind,
+        teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
+        view_weights=pairing.view_weights,
+        image_weights=pairing.image_weights,
+        student_temperature=temperature_tensor(student_temperature, "student_temperature", device),
+        teacher_temperature=temperature_tensor(teacher_temperature, "teacher_temperature", device),
+        feature_gradient=_wants_gradient(student_features),
+        prototype_gradient=_wants_gradient(student.weight, student.magnitude),
+        backend=backend,
+        group=name_of(prototype_group),
     )
-    loss, summary, usage = outputs[:3]
+    loss, summary, usage = _cross_entropy_op(*arguments)[:3]
     statistics = AssignmentStatistics.of_op(summary, usage)
     if prototype_group is not None:
         usage_entropy = sum_over_ranks(entropy(statistics.usage), prototype_group)
