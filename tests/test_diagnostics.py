@@ -9,8 +9,6 @@ from torch import Tensor
 from tests.measure import allocations_of
 from vmf_kernels import diagnostics, unique_prototypes, weight_norm_prototypes
 
-pytestmark = pytest.mark.quick
-
 DIM = 6
 
 
@@ -65,6 +63,7 @@ def test_groups_equal_the_greedy_count(
     assert found.largest.tolist() == max(members(expected), key=len)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("block", [2, 5, 1024])
 def test_zero_rows_form_one_group_across_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnostics, "BLOCK", block)
@@ -75,6 +74,7 @@ def test_zero_rows_form_one_group_across_blocks(block: int, monkeypatch: pytest.
     assert unique_prototypes(torch.zeros(5, DIM)).count == 1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("block", [3, 1024])
 def test_the_greedy_rule_depends_on_the_order(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a chain a, b, c of neighbours, the middle first makes one group, an end first makes two."""
@@ -85,6 +85,7 @@ def test_the_greedy_rule_depends_on_the_order(block: int, monkeypatch: pytest.Mo
     assert counts == [1, 2, 2]
 
 
+@pytest.mark.quick
 def test_duplicates_share_a_group_in_any_order() -> None:
     weight = torch.randn(30, DIM).repeat(3, 1)
     order = torch.randperm(90)
@@ -94,6 +95,7 @@ def test_duplicates_share_a_group_in_any_order() -> None:
     assert all(len({int(found.group[order == i + 30 * copy]) for copy in range(3)}) == 1 for i in range(30))
 
 
+@pytest.mark.quick
 def test_the_largest_group_may_be_that_of_zero_rows() -> None:
     weight = torch.eye(DIM)
     weight[[0, 3, 5]] = 0
@@ -103,10 +105,12 @@ def test_the_largest_group_may_be_that_of_zero_rows() -> None:
     assert found.largest.dtype == torch.int64
 
 
+@pytest.mark.quick
 def test_of_equally_large_groups_the_first_is_the_largest() -> None:
     assert unique_prototypes(torch.eye(DIM)).largest.tolist() == [0]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("weight", [torch.randn(64, DIM), torch.eye(DIM).repeat(3, 1), torch.zeros(4, DIM)])
 def test_the_prototypes_stay_as_they_are(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnostics, "BLOCK", 8)
@@ -115,6 +119,7 @@ def test_the_prototypes_stay_as_they_are(weight: Tensor, monkeypatch: pytest.Mon
     assert torch.equal(weight, before)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicates"])
 def test_memory_is_that_of_tiles_and_directions(duplicates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnostics, "BLOCK", 256)
@@ -130,17 +135,20 @@ def test_memory_is_that_of_tiles_and_directions(duplicates: bool, monkeypatch: p
     assert allocations_of(lambda: weight[: diagnostics.BLOCK] @ weight.T).largest > budget, "negative control"
 
 
+@pytest.mark.quick
 def test_opposite_directions_and_norms() -> None:
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [100.0, 0.0]])
     assert unique_prototypes(weight).group.tolist() == [0, 1, 0]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_dtype_is_counted(dtype: torch.dtype) -> None:
     weight = torch.eye(DIM).repeat(2, 1).to(dtype)
     assert unique_prototypes(weight).count == DIM
 
 
+@pytest.mark.quick
 def test_autocast_does_not_round_the_similarities() -> None:
     angles = torch.tensor([0.0, 0.05])  # 1 - cos is 1.2e-3, under half a step of bfloat16 below 1
     weight = torch.stack([angles.cos(), angles.sin()], dim=1)
@@ -148,10 +156,12 @@ def test_autocast_does_not_round_the_similarities() -> None:
         assert unique_prototypes(weight, 1e-4).count == 2
 
 
+@pytest.mark.quick
 def test_weights_that_require_a_gradient_are_counted() -> None:
     assert unique_prototypes(torch.randn(4, DIM, requires_grad=True)).count == 4
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("weight", "options", "message"),
     [
@@ -168,6 +178,7 @@ def test_wrong_arguments_are_refused(weight: Tensor, options: dict[str, object],
         unique_prototypes(weight, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.quick
 def test_freed_prototypes_are_refused_not_read() -> None:
     weight = torch.randn(5, DIM)
     assert unique_prototypes(weight).count == 5
@@ -176,6 +187,7 @@ def test_freed_prototypes_are_refused_not_read() -> None:
         unique_prototypes(weight)
 
 
+@pytest.mark.quick
 def test_prototypes_count_as_their_effective_weight() -> None:
     g, v = torch.randn(7, 1), torch.randn(7, 3)
     g[1] = 2 * g[0]

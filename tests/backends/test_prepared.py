@@ -29,7 +29,7 @@ from vmf_kernels.prototypes import Prototypes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton interprets nothing where there is a GPU")
 
-K, DIM, IMAGES = 40, 16, 2
+K, DIM, IMAGES = 24, 16, 2
 TAU = 0.07
 PACKING = ("pack_networks_kernel", "pack_prototypes_kernel", "bias_kernel")
 

@@ -16,8 +16,6 @@ from vmf_pretrain.agreement import SPREADS, agreement
 from vmf_pretrain.config import PhotoViewConfig
 from vmf_pretrain.judge import Judge
 
-pytestmark = pytest.mark.quick
-
 MILD = PhotoViewConfig(
     global_area=(0.9, 1.0), jitter=0.0, grayscale=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0
 )  # as an image is judged, nearly
@@ -33,6 +31,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
 
 
+@pytest.mark.quick
 def test_log_between_batches_of_once_and_twice_the_size_agrees() -> None:
     found = agreement(LOGGED, ONCE, TWICE)
     assert found is not None
@@ -42,6 +41,7 @@ def test_log_between_batches_of_once_and_twice_the_size_agrees() -> None:
     assert found.holds
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("side", [-1, 1], ids=["below", "above"])
 @pytest.mark.parametrize(("spreads", "holds"), [(SPREADS - 0.1, True), (SPREADS + 0.1, False)])
 def test_log_outside_agrees_within_the_spread_of_batches(side: int, spreads: float, holds: bool) -> None:
@@ -53,6 +53,7 @@ def test_log_outside_agrees_within_the_spread_of_batches(side: int, spreads: flo
     assert found.holds is holds
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("logged", "once", "twice"),
     [([2.0], ONCE, TWICE), (LOGGED, [2.0], TWICE), (LOGGED, ONCE, []), ([2.0, math.nan], ONCE, TWICE)],
@@ -62,6 +63,7 @@ def test_too_little_is_not_compared(logged: list[float], once: list[float], twic
     assert agreement(logged, once, twice) is None
 
 
+@pytest.mark.quick
 def test_batch_that_sees_each_image_twice_lies_between_its_size_and_twice_that() -> None:
     """Of assignments drawn for images, a second time with some of them changed."""
     source = torch.Generator().manual_seed(0)

@@ -29,8 +29,6 @@ from vmf_pretrain.network_input import network_input
 from vmf_pretrain.networks import build_networks
 from vmf_pretrain.run_folder import MetricsLog, RunFolder
 
-pytestmark = pytest.mark.quick
-
 FED = network_input(digits_config())
 REPORT = HeadReport(
     mutual_information=1.0,
@@ -44,6 +42,7 @@ REPORT = HeadReport(
 )
 
 
+@pytest.mark.quick
 def test_weights_load_strictly_into_a_fresh_network(tmp_path: Path) -> None:
     training, batches = training_on(digits_config(data={"batch_size": 32}), 64)
     training.step(0, views_of(batches, 0))
@@ -57,6 +56,7 @@ def test_weights_load_strictly_into_a_fresh_network(tmp_path: Path) -> None:
     assert json.loads((folder.weights / "last.json").read_text()) == {"step": 1, "input": FED.facts()}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("beside", [None, "not JSON", "[]", '{"step": 1}', '{"input": {"size": 16}}'])
 def test_weights_that_do_not_say_what_they_were_trained_on_are_refused(beside: str | None, tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
@@ -68,6 +68,7 @@ def test_weights_that_do_not_say_what_they_were_trained_on_are_refused(beside: s
     assert one_sentence(str(caught.value)), str(caught.value)
 
 
+@pytest.mark.quick
 def test_scale_of_photographs_is_beside_their_weights(tmp_path: Path) -> None:
     folder, config = RunFolder.create(tmp_path / "run"), photos_config(tmp_path)
     save_weights(folder, "last", build_networks(config)[1], network_input(config), {})
@@ -75,6 +76,7 @@ def test_scale_of_photographs_is_beside_their_weights(tmp_path: Path) -> None:
     assert said == {"size": 32, "channels": 3, "mean": [0.485, 0.456, 0.406], "deviation": [0.229, 0.224, 0.225]}
 
 
+@pytest.mark.quick
 def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     for step in (1, 2):
@@ -85,6 +87,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert differing(load_file(folder.weights / "last.safetensors"), teacher.state_dict()) == []
 
 
+@pytest.mark.quick
 def test_attention_is_drawn_beside_the_photograph_and_not_what_was_made_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

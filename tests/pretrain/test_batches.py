@@ -27,8 +27,6 @@ from vmf_pretrain.batches import ViewBatches, load_from
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.images import folder_images
 
-pytestmark = pytest.mark.quick
-
 KINDS = ["digits", "folder"]
 
 
@@ -50,6 +48,7 @@ def loaded(batches: ViewBatches, step: int) -> list[list[Tensor]]:
     return [views for views in got if isinstance(views, list)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
 def test_views_have_their_sizes_and_channels_the_global_ones_first(kind: str, tmp_path: Path) -> None:
     batches = batches_of(kind, tmp_path)
@@ -58,6 +57,7 @@ def test_views_have_their_sizes_and_channels_the_global_ones_first(kind: str, tm
     assert shapes == [(4, channels, large, large)] * 2 + [(4, channels, small, small)] * 2
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
 def test_row_is_the_same_whatever_the_batch_around_it(kind: str, tmp_path: Path) -> None:
     batches = batches_of(kind, tmp_path)
@@ -67,6 +67,7 @@ def test_row_is_the_same_whatever_the_batch_around_it(kind: str, tmp_path: Path)
         assert torch.equal(alone[view][0], other[view][1]), f"view {view} changes with its place in the batch"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_seed_epoch_index_or_view_gives_another_view(kind: str, tmp_path: Path) -> None:
     batches, reseeded = batches_of(kind, tmp_path), batches_of(kind, tmp_path, seed=1)
@@ -82,6 +83,7 @@ def test_another_seed_epoch_index_or_view_gives_another_view(kind: str, tmp_path
     assert not torch.allclose(first[2], first[3], atol=1e-3), "both local views are the same"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_leave_the_global_generator_alone_and_do_not_read_it(kind: str, tmp_path: Path) -> None:
     batches = batches_of(kind, tmp_path)
@@ -94,6 +96,7 @@ def test_batches_leave_the_global_generator_alone_and_do_not_read_it(kind: str, 
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
+@pytest.mark.quick
 def test_order_is_a_permutation_that_changes_with_epoch_and_seed() -> None:
     orders = {
         (seed, epoch): ViewBatches(some_digits(50), digits_config(seed=seed, data={"batch_size": 8})).order(epoch)
@@ -104,6 +107,7 @@ def test_order_is_a_permutation_that_changes_with_epoch_and_seed() -> None:
     assert len({tuple(order.tolist()) for order in orders.values()}) == 4, "two of four orders are the same"
 
 
+@pytest.mark.quick
 def test_epoch_shows_no_image_twice_and_holds_whole_batches_only(tmp_path: Path) -> None:
     batches = batches_of("digits", tmp_path)
     assert (batches.steps_per_epoch, len(batches)) == (2, 6)
@@ -133,6 +137,7 @@ def test_loader_gives_the_same_batches_with_and_without_workers_from_any_step(
         assert not wrong, f"{name}: batches {wrong} differ"
 
 
+@pytest.mark.quick
 def test_workers_outlive_the_signals_that_a_terminal_sends_them(tmp_path: Path) -> None:
     batches = batches_of("digits", tmp_path, data={"workers": 2}, train={"epochs": 10})
     others = set(multiprocessing.active_children())
@@ -145,10 +150,12 @@ def test_workers_outlive_the_signals_that_a_terminal_sends_them(tmp_path: Path) 
     assert len(before) + len(list(iterator)) == 20
 
 
+@pytest.mark.quick
 def test_finished_run_has_no_batch_left(tmp_path: Path) -> None:
     assert loaded(batches_of("digits", tmp_path), 6) == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_arrives_as_one_sentence(workers: int, tmp_path: Path) -> None:
     two_classes(tmp_path / "photos")
@@ -162,6 +169,7 @@ def test_unreadable_image_arrives_as_one_sentence(workers: int, tmp_path: Path) 
     assert str(broken) in str(errors[0])
 
 
+@pytest.mark.quick
 def test_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(PretrainError, match=r"data\.batch_size is 11 but there are 10 training images") as caught:
         ViewBatches(some_digits(10), digits_config(data={"batch_size": 11}))

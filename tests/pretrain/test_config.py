@@ -13,8 +13,6 @@ from tests.pretrain.tiny import changed, digits_config, one_sentence
 from vmf_pretrain.config import Config
 from vmf_pretrain.errors import PretrainError
 
-pytestmark = pytest.mark.quick
-
 OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
     ("data", {"batch_size": 0}, "data.batch_size is 0 but must be greater than 0"),
     ("data", {"workers": -1}, "data.workers is -1 but must be 0 or greater"),
@@ -68,6 +66,7 @@ def test_value_out_of_range_is_refused_in_one_sentence(section: str, values: dic
     assert one_sentence(str(caught.value)), str(caught.value)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("section", "values", "message"), VIEWS_OUT_OF_RANGE, ids=[row[2] for row in VIEWS_OUT_OF_RANGE]
 )
@@ -78,16 +77,19 @@ def test_view_out_of_range_is_refused_in_one_sentence(section: str, values: dict
     assert one_sentence(str(caught.value)), str(caught.value)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("seed", [-1, 2**31])
 def test_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(PretrainError, match=f"seed is {seed} but must lie between 0 and 2147483647"):
         digits_config(seed=seed)
 
 
+@pytest.mark.quick
 def test_local_size_does_not_matter_without_local_views() -> None:
     assert digits_config(views={"local_size": 12, "local_count": 0}).view_count == 2
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("method", "chosen", "frozen"),
     [("dino-vmf", None, False), ("dino-vmf", False, False), ("dino", None, True), ("dino", False, False)],
@@ -99,6 +101,7 @@ def test_prototype_norms_are_frozen_for_dino_unless_told_otherwise(
     assert config.norm_prototypes is frozen
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", list(classes_of_configuration()), ids=lambda kind: kind.__name__)
 def test_every_field_is_described(kind: type) -> None:
     described = re.findall(r"^ +(\w+):", str(kind.__doc__).split("Attributes:")[1], flags=re.MULTILINE)
@@ -106,6 +109,7 @@ def test_every_field_is_described(kind: type) -> None:
     assert described == fields, f"described {described}, fields {fields}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", list(classes_of_configuration()), ids=lambda kind: kind.__name__)
 def test_no_field_can_be_set_afterwards(kind: type) -> None:
     assert kind.__dataclass_params__.frozen, f"{kind.__name__} is not frozen"  # type: ignore[attr-defined]

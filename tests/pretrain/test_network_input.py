@@ -22,8 +22,6 @@ from vmf_pretrain.judge import Judge
 from vmf_pretrain.network_input import SCALES, NetworkInput, network_input
 from vmf_pretrain.run import load_images
 
-pytestmark = pytest.mark.quick
-
 KINDS = get_args(get_type_hints(DataConfig)["kind"])
 PHOTOS = NetworkInput(32, *SCALES["folder"])
 PACKAGE = Path(str(vmf_pretrain.__file__)).parent
@@ -50,6 +48,7 @@ def config_of(kind: str, folder: Path, **sections: Any) -> Config:
     return photos_config(folder, **sections)
 
 
+@pytest.mark.quick
 def test_every_kind_of_data_has_a_scale_of_its_own_channels() -> None:
     assert {kind: len(mean) for kind, (mean, _) in SCALES.items()} == {"digits": 1, "folder": 3}
     assert set(SCALES) == set(KINDS)
@@ -58,12 +57,14 @@ def test_every_kind_of_data_has_a_scale_of_its_own_channels() -> None:
 # The scale
 
 
+@pytest.mark.quick
 def test_pixels_come_back_from_what_was_made_of_them() -> None:
     pixels = torch.rand(2, 3, 5, 4)
     error = (PHOTOS.pixels(PHOTOS.of(pixels)) - pixels).abs().max().item()
     assert error < 1e-6, f"off by {error:.1e}"
 
 
+@pytest.mark.quick
 def test_each_channel_has_its_own_mean_and_deviation() -> None:
     pixels = torch.rand(2, 3, 5, 4)
     for channel, (mean, deviation) in enumerate(zip(PHOTOS.mean, PHOTOS.deviation, strict=True)):
@@ -71,6 +72,7 @@ def test_each_channel_has_its_own_mean_and_deviation() -> None:
         assert torch.equal(PHOTOS.of(pixels)[:, channel], expected), f"channel {channel}"
 
 
+@pytest.mark.quick
 def test_bytes_are_read_as_shares_of_255_and_left_alone() -> None:
     decoded = torch.randint(256, (3, 5, 4), dtype=torch.uint8)
     before = decoded.clone()
@@ -78,21 +80,25 @@ def test_bytes_are_read_as_shares_of_255_and_left_alone() -> None:
     assert torch.equal(decoded, before)
 
 
+@pytest.mark.quick
 def test_ink_is_fed_as_it_is_to_the_bit() -> None:
     ink = torch.randn(3, 1, 16, 16)
     assert torch.equal(network_input(digits_config()).of(ink), ink)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(1, 8, 8), (8, 8), (3, 8)])
 def test_images_of_other_channels_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected \[\.\.\., 3, H, W\]"):
         PHOTOS.of(torch.zeros(shape))
 
 
+@pytest.mark.quick
 def test_facts_come_back_from_json_as_they_were() -> None:
     assert NetworkInput.from_facts(json.loads(json.dumps(PHOTOS.facts()))) == PHOTOS
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -131,6 +137,7 @@ def apart(trained: Tensor, judged: Tensor) -> float:
     return ((moments(trained) - moments(judged)).abs() / moments(trained)[1]).max().item()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
 def test_judged_inputs_have_the_statistics_of_training_views(kind: str, tmp_path: Path) -> None:
     trained, judged, fed = training_and_judged(kind, tmp_path)
@@ -171,6 +178,7 @@ def test_nothing_reaches_a_network_in_a_whole_run_but_through_the_one_way(
     assert min(seen.least) > MOVED / 2, f"an input as low as {min(seen.least):.2f} came another way"
 
 
+@pytest.mark.quick
 def test_views_are_the_same_pixels_on_the_networks_scale(tmp_path: Path) -> None:
     config = config_of("folder", tmp_path)
     batches = ViewBatches(load_images(config)[0], config)
@@ -202,11 +210,13 @@ def scalings(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
 def test_no_other_module_scales_images(path: Path) -> None:
     assert scalings(path.read_text()) == [], f"{path.name}; only network_input.py may"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "source",
     [
@@ -223,5 +233,6 @@ def test_every_way_of_scaling_is_found(source: str) -> None:
     assert scalings(source), "not found"
 
 
+@pytest.mark.quick
 def test_means_of_tensors_are_not_mistaken_for_scales() -> None:
     assert scalings("from torch.nn import functional\nfunctional.normalize(rows.mean(dim=0) / rows.std())") == []

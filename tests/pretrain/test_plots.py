@@ -19,8 +19,6 @@ from matplotlib.text import Text
 from vmf_pretrain import plots
 from vmf_pretrain.plots import plot_attention, plot_kappa, plot_knn, plot_loss, plot_usage
 
-pytestmark = pytest.mark.quick
-
 PROTOTYPES = 512
 RECORDS = [{"step": 10 * i, "loss": 5.0 - i, "teacher_entropy": 4.0 - i, "kl": 1.0} for i in range(4)]
 

@@ -13,8 +13,6 @@ import torch
 import vmf_pretrain
 from vmf_pretrain import torchvision_import
 
-pytestmark = pytest.mark.quick
-
 LACKING_OPERATORS = RuntimeError("operator torchvision::nms does not exist")
 
 
@@ -56,10 +54,12 @@ def test_after_the_package_a_fresh_process_can_import_torchvision_timm_and_light
     assert done.stdout.strip() == "imported", f"exit code {done.returncode}: {done.stderr[-500:]}"
 
 
+@pytest.mark.quick
 def test_second_import_declares_nothing() -> None:
     assert vmf_pretrain.import_torchvision() is None, "torchvision was importable, yet schemas were declared again"
 
 
+@pytest.mark.quick
 def test_missing_operators_are_declared_and_half_imported_modules_dropped(
     monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType | None]
 ) -> None:
@@ -70,6 +70,7 @@ def test_missing_operators_are_declared_and_half_imported_modules_dropped(
     assert list(modules) == ["torchvisionary"], f"left over or lost: {list(modules)}"
 
 
+@pytest.mark.quick
 def test_working_torchvision_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType | None]
 ) -> None:
@@ -78,6 +79,7 @@ def test_working_torchvision_is_left_alone(
     assert "torchvision.ops" in modules, "a working import was undone"
 
 
+@pytest.mark.quick
 def test_another_failure_is_passed_on(monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType | None]) -> None:
     answer_imports(monkeypatch, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
