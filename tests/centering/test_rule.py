@@ -28,6 +28,8 @@ from vmf_kernels.centering.probability import ProbabilityCenter
 from vmf_kernels.compat import dino, dinov2, ibot, lightly, solo
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
+pytestmark = pytest.mark.quick
+
 PROTOTYPES, DIM, IMAGES, PATCHES = 33, 8, 3, 5
 TAU = 0.05
 SCHEDULE = (TAU, TAU, 0, 1)  # warm-up temperature, temperature, epochs of warm-up, epochs
