@@ -385,7 +385,7 @@ WRONG: list[Any] = [
     pytest.param({"teacher_temperature": torch.ones(2)}, "teacher_temperature has 2 elements", id="taus"),
     pytest.param(
         {"backend": "numpy"},
-        "backend 'numpy' has no pass over stored logits; expected one of auto, torch,",
+        "backend 'numpy' has no pass over stored logits; expected one of auto, streaming,",
         id="backend",
     ),
     pytest.param({"backend": "native"}, "backend 'native' has no pass over stored logits", id="unstored-backend"),
