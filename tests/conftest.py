@@ -20,6 +20,7 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
 
 LEFT_OUT = pytest.StashKey[int]()  # tests that need a GPU
+QUICK_CASES = 5  # of a parametrised test
 COUNT = "tests that need a GPU"  # the same, as a worker of pytest-xdist tells it
 
 
@@ -42,9 +43,29 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpu and why_no_gpu() is not None:
-        items[:] = [item for item in items if item not in for_gpu]
-        config.hook.pytest_deselected(items=for_gpu)
+        leave_out(config, items, for_gpu)
         config.stash[LEFT_OUT] = len(for_gpu)
+    if config.getoption("markexpr") == "quick":
+        leave_out(config, items, beyond_a_few(items))
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], these: list[pytest.Item]) -> None:
+    """Take some tests off the list, in place."""
+    ids = {id(item) for item in these}
+    items[:] = [item for item in items if id(item) not in ids]
+    config.hook.pytest_deselected(items=these)
+
+
+def beyond_a_few(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Cases that the quick loop leaves to the suite: of a parametrised test all but ``QUICK_CASES``, evenly spread."""
+    cases: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault((str(item.path), getattr(item, "originalname", item.name)), []).append(item)
+    beyond = []
+    for group in cases.values():
+        kept = {round(i * (len(group) - 1) / (QUICK_CASES - 1)) for i in range(QUICK_CASES)}
+        beyond += [item for i, item in enumerate(group) if len(group) > QUICK_CASES and i not in kept]
+    return beyond
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -46,7 +46,7 @@ def clustered(prototypes: int, clusters: int, spread: float) -> Tensor:
     return weight * (0.1 + 10 * torch.rand(prototypes, 1))
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 1024])
+@pytest.mark.parametrize("block", [7, 1024])
 @pytest.mark.parametrize("spread", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize(("metric", "eps"), [("cosine", 0.025), ("euclidean", 0.025), ("euclidean", 0.3)])
 def test_groups_equal_the_greedy_count(

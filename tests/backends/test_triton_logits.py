@@ -346,7 +346,7 @@ def test_the_ops_are_well_formed(absent: tuple[int, ...]) -> None:
     leaves = [x.clone().requires_grad_() if i < 2 and x is not None else x for i, x in enumerate(tensors)]
     torch.library.opcheck(torch.ops.vmf_kernels.logit_cross_entropy.default, (*leaves, "triton"))
     *_, student_lse, teacher_lse = torch.ops.vmf_kernels.logit_cross_entropy(*tensors, "triton")
-    arguments = (torch.ones((), device=DEVICE), *tensors, student_lse, teacher_lse, "triton")
+    arguments = (*tensors, "triton", torch.ones((), device=DEVICE), student_lse, teacher_lse)
     torch.library.opcheck(torch.ops.vmf_kernels.logit_cross_entropy_backward.default, arguments)
 
 

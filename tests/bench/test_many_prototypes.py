@@ -59,8 +59,8 @@ def assert_equal_to_one_rank(report: dict[str, Any]) -> None:
         assert gradient["largest_difference"] <= 1e-3 * gradient["largest"], f"one element of {name} is off"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_torchrun_on_several_ranks_equals_one_rank(tmp_path: Path, ranks: int) -> None:
+def test_torchrun_on_several_ranks_equals_one_rank(tmp_path: Path) -> None:
+    ranks = 4
     report = report_over(ranks, tmp_path / "report.json")
     assert report.keys() == KEYS
     assert (report["ranks"], len(report["peak_rss_mib"])) == (ranks, ranks)

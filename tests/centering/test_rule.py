@@ -171,7 +171,11 @@ class Nameless(CenteringRule):
         (lambda: DINOLoss(*CROPS, centering="median"), ValueError, "centering is 'median'; expected one of logit,"),
         (lambda: DINOLoss(*CROPS, centering=Half()), TypeError, "is a Half without accumulate, apply_pending, begin,"),
         (lambda: DINOLoss(*CROPS, centering=3), TypeError, "centering is a int without accumulate"),
-        (lambda: IBOTLoss(*BOTH, centering=Ramp()), ValueError, "expected another one as patch_centering=, for the patches"),
+        (
+            lambda: IBOTLoss(*BOTH, centering=Ramp()),
+            ValueError,
+            "expected another one as patch_centering=, for the patches",
+        ),
         (lambda: DINOLoss(*CROPS, centering=Ramp()).update_center(), None, ""),
         (
             lambda: DINOLoss(*CROPS, centering=ProbabilityCenter(PROTOTYPES)).update_center(some_logits(2, 0)),

@@ -55,9 +55,9 @@ def skip_unless_available(program: Path, instruction_set: str) -> None:
         pytest.skip(f"this machine has no {instruction_set}")
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_no_sanitizer_complains(program: Path, instruction_set: str) -> None:
-    skip_unless_available(program, instruction_set)
+def test_no_sanitizer_complains(program: Path) -> None:
+    """Of the widest vectors that there are, which read the farthest: what they are compiled from is the same for all."""
+    instruction_set = run(program)[1].split()[-1]
     code, printed = run(program, instruction_set)
     kinds = 2 if instruction_set == "avx512bf16" else 1
     assert (code, printed) == (0, f"{CASES * kinds} cases\n"), printed

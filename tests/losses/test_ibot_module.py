@@ -79,7 +79,6 @@ def test_a_copied_loss_goes_on_as_the_original(loss_class: type[IBOTLoss], way: 
 
 COMPILED = [
     pytest.param(IBOTLoss, 2, True, id="ibot-one-graph"),
-    pytest.param(IBOTvMFLoss, 0, True, id="vmf-one-graph"),
     pytest.param(IBOTLoss, 0, False, id="ibot-with-breaks"),
 ]
 

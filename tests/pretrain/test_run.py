@@ -87,12 +87,9 @@ def summary_of(run: Run) -> dict[str, Any]:
 
 
 RESUMPTIONS: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "0 workers": ({"data": {"workers": 0}}, [2]),
-    "2 workers": ({"data": {"workers": 2}}, [2]),
     "stopped twice, at an epoch's end too": ({}, [4, 7]),
     "drop path": ({"backbone": {"drop_path": 0.4, "depth": 2}, "data": {"workers": 2}}, [6]),
-    "dino": ({"method": "dino"}, [6]),
-    "logit centring": ({"loss": {"centering": "logit", "center_start": "zero"}}, [6]),
+    "dino, which centres logits": ({"method": "dino", "loss": {"center_start": "zero"}}, [6]),
     "checkpoints seldom, prototypes frozen": (
         {"train": {"checkpoint_every": 5}, "optim": {"freeze_last_layer_epochs": 2}},
         [3],

@@ -359,7 +359,7 @@ def _stream(output_dim: int, student_temp: float, momentum: float, center_mode: 
             prototype_group=options.get("prototype_group"),
             row_group=options.get("row_group"),
         )
-        options = {**options, "centering": rule}
+        options = {**options, "centering": rule, "row_group": None}  # which the rule has
     return Stream(output_dim, student_temp, momentum, **options)
 
 
