@@ -54,6 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         leave_out(config, items, for_gpu)
         config.stash[LEFT_OUT] = len(for_gpu)
     if config.getoption("markexpr") == "quick":
+        leave_out(config, items, [item for item in items if item.get_closest_marker("thorough")])
         leave_out(config, items, beyond_a_few(items))
 
 

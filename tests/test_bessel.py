@@ -144,7 +144,6 @@ def test_every_dim_is_within_budget(first: int, last: int, dtype: torch.dtype) -
     assert worst <= allowed, f"{name} at dim {dim}: relative error {worst:.2e}, budget {allowed:.0e}"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [*DIMS_OF_EACH_KIND, 1024])
 def test_slope_of_mean_resultant_length_does_not_cancel(dim: int, dtype: torch.dtype) -> None:

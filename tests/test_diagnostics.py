@@ -119,7 +119,6 @@ def test_the_prototypes_stay_as_they_are(weight: Tensor, monkeypatch: pytest.Mon
     assert torch.equal(weight, before)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicates"])
 def test_memory_is_that_of_tiles_and_directions(duplicates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnostics, "BLOCK", 256)

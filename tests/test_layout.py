@@ -259,6 +259,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
+@pytest.mark.thorough
 def test_the_library_works_where_triton_is_absent() -> None:
     printed = run_python(
         WITHOUT_TRITON
@@ -276,12 +277,14 @@ print(bool(x.grad.isfinite().all() and w.grad.isfinite().all()), "triton" in sys
     assert printed.split() == ["True", "False"]
 
 
+@pytest.mark.thorough
 def test_triton_is_absent_there() -> None:
     """Negative control of the one above: the same process cannot import it."""
     with pytest.raises(AssertionError, match="No module named 'triton'"):
         run_python(WITHOUT_TRITON + "import triton")
 
 
+@pytest.mark.thorough
 def test_importing_changes_no_state_of_the_process() -> None:
     run_python(
         """

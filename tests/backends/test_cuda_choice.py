@@ -234,6 +234,7 @@ def test_a_name_runs_it_whatever_was_measured() -> None:
         assert choice.choose_backend("cuda", *tensors()) is choice.BACKENDS["cuda"]
 
 
+@pytest.mark.thorough
 def test_the_library_imports_no_compiled_module() -> None:
     code = f"import sys, vmf_kernels; print({binding.NAME!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

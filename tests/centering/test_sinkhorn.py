@@ -128,7 +128,6 @@ def test_kernels_give_the_published_targets(rows: int, prototypes: int, kind: st
     assert error <= 1e-6, f"largest difference {error:.1e}, budget 1e-06"
 
 
-@pytest.mark.quick
 def test_many_rounds_give_every_prototype_the_same_mass() -> None:
     teacher = teacher_logits(257, 40)
     few, many = (targets_of(SinkhornKnopp(rounds), teacher).mean(dim=0) * 40 - 1 for rounds in (1, 400))

@@ -108,7 +108,6 @@ MANY = 16001
 MANY_IMAGES = 128  # so many that [masked patches, K] is larger than any backend's workspace
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("loss_class", "tokens"), [(IBOTLoss, "all"), (IBOTvMFLoss, "all"), (IBOTvMFLoss, "masked")])
 def test_nothing_of_the_size_of_the_logits_is_allocated(loss_class: type[IBOTLoss], tokens: str) -> None:
     networks, batch, masked = many_patches(MANY_IMAGES)
@@ -117,7 +116,6 @@ def test_nothing_of_the_size_of_the_logits_is_allocated(loss_class: type[IBOTLos
     assert peak < masked * MANY * 4, f"{peak} bytes live at once for {masked} masked patches"
 
 
-@pytest.mark.quick
 def test_logits_of_all_patches_are_seen_where_they_are_stored() -> None:
     """Negative control of the one above."""
     networks, batch, _ = many_patches(MANY_IMAGES // 2)

@@ -261,7 +261,6 @@ def test_a_step_compiles_whole() -> None:
     torch.testing.assert_close(compiled(features, teacher), step(features, teacher))
 
 
-@pytest.mark.quick
 def test_unstored_loss_stores_nothing() -> None:
     """[2^12, 2^14] probabilities would take 256 MiB."""
     prototypes = linear_prototypes(torch.randn(2**14, 2))
