@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch.distributed import ProcessGroup
@@ -32,7 +32,8 @@ class RuleOptions(NamedTuple):
 
 
 # a rule by its name: one line for each, from the options to the rule
-RULES: dict[str, Callable[[RuleOptions], CenteringRule]] = {
+Rules = Mapping[str, Callable[[RuleOptions], CenteringRule]]
+RULES: Rules = {
     "logit": lambda o: LogitCenter(o.num_prototypes, o.momentum, start=o.start, **o.common),
     "probability": lambda o: ProbabilityCenter(
         o.num_prototypes, o.momentum, average=o.average, start=o.start, **o.common
@@ -42,8 +43,8 @@ RULES: dict[str, Callable[[RuleOptions], CenteringRule]] = {
 ASKED = sorted(name for name in vars(CenteringRule) if not name.startswith("_"))  # attributes that every rule must have
 
 
-def make_rule(centering: str | CenteringRule, options: RuleOptions) -> CenteringRule:
-    """The rule of this name, or the rule itself.
+def make_rule(centering: str | CenteringRule, options: RuleOptions, rules: Rules = RULES) -> CenteringRule:
+    """The rule of this name in ``rules``, or the rule itself.
 
     Raises:
         ValueError: the name is unknown, an option is out of range, or the rule has other groups of ranks.
@@ -53,15 +54,15 @@ def make_rule(centering: str | CenteringRule, options: RuleOptions) -> Centering
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
     if isinstance(centering, str):
-        if centering not in RULES:
-            raise ValueError(f"centering is {centering!r}; expected one of {', '.join(RULES)}, or a CenteringRule")
-        return RULES[centering](options)
+        if centering not in rules:
+            raise ValueError(f"centering is {centering!r}; expected one of {', '.join(rules)}, or a CenteringRule")
+        return rules[centering](options)
     if isinstance(centering, type):
         raise TypeError(f"centering is the class {centering.__name__}; expected an instance of it")
     lacks = [name for name in ASKED if not hasattr(centering, name)]
     if lacks:
         raise TypeError(
-            f"centering is a {type(centering).__name__} without {', '.join(lacks)}; expected one of {', '.join(RULES)}, or a "
+            f"centering is a {type(centering).__name__} without {', '.join(lacks)}; expected one of {', '.join(rules)}, or a "
             "CenteringRule"
         )
     if options.row_group is not None:

@@ -31,10 +31,9 @@ class LogitCenter(RunningMean):
     """
 
     def bias(self, temperature: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """[K] ``-c / tau``, nats, on the temperature's device and in ``dtype``; by default those of the centre."""
-        device = temperature.device if dtype is not None and isinstance(temperature, Tensor) else self.center.device
-        center = self._values.to(device, dtype or self.center.dtype)
-        tau = temperature_tensor(temperature, "teacher_temperature", device)
+        """[K] ``-c / tau``, nats, in ``dtype``; None for that of the centre."""
+        center = self._values.to(dtype or self.center.dtype)
+        tau = temperature_tensor(temperature, "teacher_temperature", center.device)
         return -center / tau.to(center.dtype)
 
     @torch.no_grad()

@@ -141,7 +141,7 @@ class LazilyCentered(LogitCenter):
             teacher = teacher.unsqueeze(0)  # the shape after the published subtraction of the centre, by broadcasting
         self._check_set()
         tau = temperature_tensor(temperature, "teacher_temp", teacher.device)
-        bias = self.bias(tau, accumulation_dtype(teacher.dtype))
+        bias = self.bias(tau, accumulation_dtype(teacher.dtype)).to(teacher.device)
         return _like(teacher, TeacherTargets(teacher, temperature, bias))
 
     def _sinkhorn_targets(self, teacher: Logits, temperature: float | Tensor, n_iterations: int) -> Targets:

@@ -9,13 +9,14 @@ Legend: G / V teacher / student views, B images, M masked patches, K prototypes,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vmf_kernels.centering import logit as centering
+from vmf_kernels.centering.choice import RULES, Rules
 from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.compat._lightly_heads import DINOProjectionHead, DINOv2ProjectionHead
 from vmf_kernels.compat.checkpoints import load_modules as load_checkpoint
@@ -73,6 +74,15 @@ class RankMeanCenter(centering.RankMeanCenter):
 
     def _weighed(self, summed: Tensor, rows: int) -> tuple[Tensor, int]:
         return summed / max(rows, 1), min(rows, 1)  # a quotient, not a product: the last bit is that of a mean
+
+
+class _LightlyStream(Stream):
+    """A stream whose logit centre averages over ranks as in lightly."""
+
+    rules: ClassVar[Rules] = {
+        **RULES,
+        "logit": lambda o: RankMeanCenter(o.num_prototypes, o.momentum, start=o.start, **o.common),
+    }
 
 
 class _Loss(StreamLoss):
@@ -347,20 +357,10 @@ class KoLeoLoss(koleo.KoLeoLoss):
 
 
 def _stream(output_dim: int, student_temp: float, momentum: float, center_mode: str, options: StreamOptions) -> Stream:
-    """A stream whose logit centre averages over ranks as in lightly."""
+    """The stream of a loss, once its ``center_mode`` is known."""
     if center_mode not in CENTER_MODES:
         raise ValueError(f"center_mode is {center_mode!r}; expected one of {', '.join(CENTER_MODES)}")
-    if options.get("centering") in (None, "logit"):
-        rule = RankMeanCenter(
-            output_dim,
-            momentum,
-            start=options.get("center_start", "zero"),
-            backend=options.get("backend", "auto"),
-            prototype_group=options.get("prototype_group"),
-            row_group=options.get("row_group"),
-        )
-        options = {**options, "centering": rule, "row_group": None}  # which the rule has
-    return Stream(output_dim, student_temp, momentum, **options)
+    return _LightlyStream(output_dim, student_temp, momentum, **options)
 
 
 def _checked_temperature(value: float, name: str) -> float:

@@ -7,13 +7,13 @@ Legend: R rows, S / T student / teacher rows, G / V teacher / student views, B i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.stored.choice import check_stored_backend_name
-from vmf_kernels.centering.choice import RuleOptions, make_rule
+from vmf_kernels.centering.choice import RULES, RuleOptions, Rules, make_rule
 from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.centering.running_mean import check_momentum
 from vmf_kernels.losses.center_state import CenterOwner
@@ -79,6 +79,7 @@ class Stream(nn.Module):
     """
 
     default_centering = "logit"
+    rules: ClassVar[Rules] = RULES  # by the names that ``centering`` takes
 
     def __init__(
         self,
@@ -110,7 +111,9 @@ class Stream(nn.Module):
         self.backend = backend
         running = (center_momentum, center_average, center_start)
         options = RuleOptions(num_prototypes, *running, backend, prototype_group, row_group)
-        self.centering: CenteringRule = make_rule(self.default_centering if centering is None else centering, options)
+        self.centering: CenteringRule = make_rule(
+            self.default_centering if centering is None else centering, options, self.rules
+        )
 
     def prepare(
         self,

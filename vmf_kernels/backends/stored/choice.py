@@ -25,7 +25,8 @@ def choose_stored_backend(backend: str, inputs: StoredInputs) -> StoredBackend:
     if backend == "auto":
         # never on the CPU, where Triton is only interpreted
         on_gpu = inputs.student.logits.device.type == "cuda"
-        backend = "triton" if on_gpu and STORED_BACKENDS["triton"].unsupported(inputs) is None else "torch"
+        triton = STORED_BACKENDS["triton"]
+        return triton if on_gpu and triton.unsupported(inputs) is None else _STREAMING
     chosen = STORED_BACKENDS[backend]
     reason = chosen.unsupported(inputs)
     if reason is not None:
