@@ -36,8 +36,10 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 source_digest = runpy.run_path(str(CSRC / "digest.py"))["source_digest"]
 
 # csrc/cpu/kernels.cpp is compiled once for each, VMF_ISA being its name.
+AVX512_BF16 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"]
 INSTRUCTION_SETS = {
-    "avx512bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"],
+    "amx_bf16": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16": AVX512_BF16,
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
@@ -47,6 +49,12 @@ CUDA_ARCHS = ["80", "90a", "100"]  # Ampere and Ada, Hopper with its own instruc
 OLDEST_ARCH = 80
 BOUNDED = "VMF_CUDA_BOUNDED_WAITS"
 IS_X86 = "#ifndef __x86_64__\n#error another processor\n#endif\n"
+# what csrc/cpu/tiles.h needs of the compiler beside the flags; GCC 12 and clang 12 have it
+HAS_AMX = """#include <immintrin.h>
+typedef int Words __attribute__((vector_size(64)));
+Words halves(Words a, Words b) { return __builtin_shufflevector(a, b, 0,1,2,3,4,5,6,7,16,17,18,19,20,21,22,23); }
+void zero() { _tile_zero(0); }
+"""
 HAS_OPENMP = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
 WITHOUT = {
     "native": "On CPUs the streaming backend, plain torch, does the same. The module takes g++ 10, clang++ 9, or later.",
@@ -118,12 +126,21 @@ def binding_flags(python: Interpreter) -> list[str]:
     return ["-isystem", str(headers), "-isystem", python.include]
 
 
-def native_units(is_x86: bool) -> list[Unit]:
+def known_sets(compiler: list[str]) -> list[str]:
+    """The instruction sets that this compiler has and the processor may have."""
+    if not compiles(compiler, IS_X86):
+        return ["portable"]
+    has_amx = compiles(compiler, HAS_AMX, *INSTRUCTION_SETS["amx_bf16"])
+    return [name for name in INSTRUCTION_SETS if has_amx or name != "amx_bf16"]
+
+
+def native_units(names: list[str]) -> list[Unit]:
     """What csrc/cpu is compiled to: bindings.cpp, the slowest, among the first; the kernels once for each instruction set."""
-    names = INSTRUCTION_SETS if is_x86 else ["portable"]
     kernels = CSRC / "cpu" / "kernels.cpp"
     others = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if path != kernels]
-    units = [Unit(path, f"{path.stem}.o", ["-DVMF_HAS_X86"] if is_x86 else []) for path in others]
+    present = {"-DVMF_HAS_X86": "avx2", "-DVMF_HAS_AMX": "amx_bf16"}
+    defines = [define for define, name in present.items() if name in names]
+    units = [Unit(path, f"{path.stem}.o", defines) for path in others]
     flags = {name: [*INSTRUCTION_SETS[name], f"-DVMF_ISA={name}"] for name in names}
     return units + [Unit(kernels, f"kernels.{name}.o", flags[name]) for name in names]
 
@@ -137,7 +154,7 @@ def native_plan() -> Plan:
     """``vmf_kernels._native``."""
     compiler = host_compiler()
     openmp = ["-fopenmp"] if compiles(compiler, HAS_OPENMP, "-fopenmp") else []
-    units = with_bindings(native_units(compiles(compiler, IS_X86)), binding_flags(HERE))
+    units = with_bindings(native_units(known_sets(compiler)), binding_flags(HERE))
     is_mac = sys.platform == "darwin"
     link = ["-bundle", "-undefined", "dynamic_lookup"] if is_mac else ["-shared", "-Wl,-s"]
     return Plan(compiler, CXX_FLAGS + openmp, units, link + openmp)

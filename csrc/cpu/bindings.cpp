@@ -38,27 +38,27 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "The streaming operator on a CPU (csrc/cpu); vmf_kernels.backends.native checks what it passes in.";
   m.attr("ROW_PADDING") = ROW_PADDING;
   m.attr("MOST_PIECES") = Logits::MOST_PIECES;
-  py::enum_<Products>(m, "Products").value("fp32", Products::fp32).value("bf16", Products::bf16);
-  py::enum_<Stored>(m, "Stored")
+  py::enum_<Products>(m, "Products", py::module_local()).value("fp32", Products::fp32).value("bf16", Products::bf16);
+  py::enum_<Stored>(m, "Stored", py::module_local())
       .value("fp32", Stored::fp32)
       .value("bf16", Stored::bf16)
       .value("fp16", Stored::fp16);
-  py::enum_<Norms>(m, "Norms")
+  py::enum_<Norms>(m, "Norms", py::module_local())
       .value("free", Norms::free)
       .value("fixed", Norms::fixed)
       .value("magnitude", Norms::magnitude);
 
-  py::class_<Execution>(m, "Execution")
+  py::class_<Execution>(m, "Execution", py::module_local())
       .def(py::init(&execution_of), py::kw_only(), py::arg("isa"), py::arg("products"), py::arg("threads"),
            py::arg("least_work"));
-  py::class_<Weight>(m, "Weight")
+  py::class_<Weight>(m, "Weight", py::module_local())
       .def(py::init([](Address data, Stored stored, std::ptrdiff_t stride, int prototypes, int dim) {
              return Weight{pointer<const void>(data), stored, stride, prototypes, dim};
            }),
            py::kw_only(), py::arg("data"), py::arg("stored"), py::arg("stride"), py::arg("prototypes"), py::arg("dim"));
-  py::class_<Logits>(m, "Logits")
+  py::class_<Logits>(m, "Logits", py::module_local())
       .def(py::init(&logits_of), py::kw_only(), py::arg("pieces"), py::arg("prototypes"), py::arg("stride"));
-  py::class_<Score>(m, "Score")
+  py::class_<Score>(m, "Score", py::module_local())
       .def(py::init([](const Weight& weight, Address multiplier, Address bias, Address features, float uniform,
                        float row_factor, int rows, const Logits& logits, Address top, Address mass, Address moment) {
              return Score{weight, pointer<const float>(multiplier), pointer<const float>(bias),
@@ -67,14 +67,14 @@ PYBIND11_MODULE(_native, m) {
            }),
            py::kw_only(), py::arg("weight"), py::arg("multiplier"), py::arg("bias"), py::arg("features"),
            py::arg("uniform"), py::arg("row_factor"), py::arg("rows"), py::arg("logits"), py::arg("top"), py::arg("mass"), py::arg("moment"));
-  py::class_<PullBack>(m, "PullBack")
+  py::class_<PullBack>(m, "PullBack", py::module_local())
       .def(py::init([](Norms norms, Address norm, Address magnitude, Address slope, Address magnitude_gradient) {
              return PullBack{norms, pointer<const float>(norm), pointer<const float>(magnitude),
                              pointer<const float>(slope), pointer<float>(magnitude_gradient)};
            }),
            py::kw_only(), py::arg("norms"), py::arg("norm"), py::arg("magnitude"), py::arg("slope"),
            py::arg("magnitude_gradient"));
-  py::class_<Gather>(m, "Gather")
+  py::class_<Gather>(m, "Gather", py::module_local())
       .def(py::init([](const Weight& weight, Address gain, const Logits& logits, std::ptrdiff_t teacher_column,
                        int student_rows, int teacher_rows, int images, int student_views, int teacher_views,
                        Address student_top, Address student_mass, Address student_moment, Address teacher_top,
@@ -114,7 +114,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("view_weights"), py::arg("image_weights"), py::arg("features"), py::arg("scale"),
            py::arg("feature_gradient"), py::arg("weight_gradient"), py::arg("bias_gradient"), py::arg("usage"),
            py::arg("first"), py::arg("pull_back").none(true));
-  py::class_<Sums>(m, "Sums")
+  py::class_<Sums>(m, "Sums", py::module_local())
       .def_readonly("student_entropy", &Sums::student_entropy)
       .def_readonly("teacher_entropy", &Sums::teacher_entropy)
       .def_readonly("weight", &Sums::weight);

@@ -12,9 +12,11 @@ constexpr int MOST_TILES = 20;  // in a block: with few dims G would outgrow the
 
 inline int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
 inline std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+// Words of a sum over n numbers; those beyond are 0.
 template <class Dot>
 inline int words(int n) {
-  return (n + Dot::PER_WORD - 1) / Dot::PER_WORD;
+  constexpr int numbers = Dot::PER_WORD * Dot::LEAST_WORDS;
+  return (n + numbers - 1) / numbers * Dot::LEAST_WORDS;
 }
 
 // Prototypes of a block: a whole number of tiles of every height, and even.
@@ -70,23 +72,21 @@ inline Ahead ahead_of(const Weight& w, int first, int last) {
 }
 
 // Words of one row [D], as A of the logits' product reads them.
-inline void pack_row(const float* row, int dim, float* out) { std::memcpy(out, row, sizeof(float) * dim); }
-#if defined(__AVX512BF16__)
-inline void pack_row(const float* row, int dim, std::uint32_t* out) {
-  int d = 0;
-  for (; d + 32 <= dim; d += 32)
-    _mm512_storeu_si512(out + d / 2, (__m512i)_mm512_cvtne2ps_pbh(load(row + d + 16), load(row + d)));
-  for (; d < dim; d += 2)
-    out[d / 2] = to_bf16(row[d]) | std::uint32_t(d + 1 < dim ? to_bf16(row[d + 1]) : 0) << 16;
-}
-
-// Words whose halves come from two vectors.
-inline __m512i interleave(Floats low, Floats high) {
-  const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
-  const __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
-  return _mm512_or_si512(l, _mm512_slli_epi32(h, 16));
-}
+template <class Dot>
+inline void pack_row(const float* row, int dim, typename Dot::Word* out) {
+  if constexpr (Dot::PER_WORD == 1) {
+    std::memcpy(out, row, sizeof(float) * dim);
+  } else {
+#if defined(VMF_HAS_BF16)
+    std::uint16_t* numbers = reinterpret_cast<std::uint16_t*>(out);
+    const int whole = Dot::PER_WORD * words<Dot>(dim);
+    int d = 0;
+    for (; d + LANES <= dim; d += LANES) store_bf16(numbers + d, load(row + d));
+    for (; d < dim; ++d) numbers[d] = to_bf16(row[d]);
+    std::memset(numbers + d, 0, sizeof(std::uint16_t) * (whole - d));
 #endif
+  }
+}
 
 // [count, D] with `at(i)` the rows -> panels [column tile][words of count][columns], zeros beyond either edge.
 template <class Dot, class Row>
@@ -104,9 +104,9 @@ inline void pack_panels(int count, int dim, Row&& at, typename Dot::Word* out) {
         typename Dot::Word* to = panel + std::ptrdiff_t(step) * width + j;
         if constexpr (Dot::PER_WORD == 1)
           store(reinterpret_cast<float*>(to), load(lines[0]));
-#if defined(__AVX512BF16__)
+#if defined(VMF_HAS_BF16)
         else
-          _mm512_storeu_si512(to, interleave(load(lines[0]), load(lines[1])));
+          store_pairs(to, load(lines[0]), load(lines[1]));
 #endif
       }
     }
@@ -137,8 +137,8 @@ inline void pack_transposed(const float* rows, int count, int dim, typename Dot:
           if constexpr (Dot::PER_WORD == 1)
             word = row[step];
           else
-            word = to_bf16(row[2 * step]) |
-                   std::uint32_t(2 * step + 1 < dim ? to_bf16(row[2 * step + 1]) : 0) << 16;
+            word = (2 * step < dim ? to_bf16(row[2 * step]) : 0u) |
+                   (2 * step + 1 < dim ? std::uint32_t(to_bf16(row[2 * step + 1])) << 16 : 0u);
         }
         panel[std::ptrdiff_t(step) * width + r] = word;
       }

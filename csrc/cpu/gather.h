@@ -34,14 +34,16 @@ struct Gatherer {
 
   // A thread's memory, in this order.
   struct Room {
-    std::size_t block, values, by_row, by_prototype, gradient, teacher, cycles, line, bytes;
+    std::size_t block, values, by_row, by_prototype, by_student, gradient, teacher, cycles, line, bytes;
     explicit Room(const Gather& g) {
       const std::size_t n = block_prototypes(g.weight.dim), w = padded(g.weight.dim), s = padded(g.student_rows);
       block = 0;
       values = block + block_bytes(g.weight);
       by_row = values + aligned(sizeof(Word) * words<Dot>(n) * w);
       by_prototype = by_row + aligned(sizeof(Word) * words<Dot>(s) * n);
-      gradient = by_prototype + (Dot::PER_WORD == 1 ? 0 : aligned(sizeof(Word) * words<Dot>(n) * s));
+      const std::size_t transposed = Dot::PER_WORD == 1 ? 0 : aligned(sizeof(Word) * words<Dot>(n) * s);
+      by_student = by_prototype + transposed;
+      gradient = by_student + (Dot::LEAST_WORDS == 1 ? 0 : transposed);
       teacher = gradient + (std::size_t(g.weight.dim) == w ? 0 : aligned(sizeof(float) * n * w));
       cycles = teacher + aligned(sizeof(float) * (padded(g.teacher_rows) + LANES));
       line = cycles + aligned(sizeof(float) * std::size_t(g.teacher_views) * (g.images + LANES));
@@ -56,6 +58,7 @@ struct Gatherer {
   static std::size_t scratch(const Gather& g) { return Room(g).bytes; }
 
   void run() const {
+    [[maybe_unused]] const typename Dot::Registers registers;
     for (int k = task.first, count; k < task.last; k += count) {
       count = block_size(gather.logits, dim, k, task.last);
       const Block weight = block_of(gather.weight, k, count, at<float>(room.block));
@@ -97,20 +100,40 @@ struct Gatherer {
         store_pair(k, low, high);
       }
     }
+#if defined(VMF_HAS_TILES)
+    Word* by_prototype = at<Word>(room.by_prototype);
+    const int pairs = (count + 1) / 2, whole = words<Dot>(count);
+    std::memset(by_prototype + std::ptrdiff_t(pairs) * students, 0, sizeof(Word) * (whole - pairs) * std::size_t(students));
+    transpose_words(by_prototype, whole, students, at<Word>(room.by_student));
+#endif
   }
 
   void store_pair(int k, const float* low, const float* high) const {
-#if defined(__AVX512BF16__)
+#if defined(VMF_HAS_BF16)
+    const int stride = 2 * words<Dot>(students);
     Word* by_prototype = at<Word>(room.by_prototype) + std::ptrdiff_t(k / 2) * students;
-    std::uint16_t* by_row = at<std::uint16_t>(room.by_row) + std::ptrdiff_t(k) * students;
+    std::uint16_t *by_row = at<std::uint16_t>(room.by_row) + std::ptrdiff_t(k) * stride, *next = by_row + stride;
     for (int s = 0; s < students; s += LANES) {
       const Floats l = load(low + s), h = load(high + s);
-      _mm512_storeu_si512(by_prototype + s, interleave(l, h));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_row + s), (__m256i)_mm512_cvtneps_pbh(l));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_row + students + s), (__m256i)_mm512_cvtneps_pbh(h));
+      store_pairs(by_prototype + s, l, h);
+      store_bf16(by_row + s, l);
+      store_bf16(next + s, h);
     }
+    std::memset(by_row + students, 0, sizeof(std::uint16_t) * (stride - students));
+    std::memset(next + students, 0, sizeof(std::uint16_t) * (stride - students));
 #else
     (void)k, (void)low, (void)high;
+#endif
+  }
+
+  // G of a block of `count` prototypes from student s on, as A of the product of dz.
+  auto students_of(int count, int s) const {
+#if defined(VMF_HAS_TILES)
+    const int steps = words<Dot>(count);
+    return Rows<Word>{at<Word>(room.by_student) + std::ptrdiff_t(s) * steps, steps};
+#else
+    (void)count;
+    return Columns<Word>{at<Word>(Dot::PER_WORD == 1 ? room.by_row : room.by_prototype) + s, students};
 #endif
   }
 
@@ -160,16 +183,15 @@ struct Gatherer {
 
   void add_feature_gradient(int count, bool first, Ahead soon) const {
     const int steps = words<Dot>(count);
-    const Word* by_prototype = at<Word>(Dot::PER_WORD == 1 ? room.by_row : room.by_prototype);
     for_each_tile(Cut(width / LANES), [&](auto n, int vector) __attribute__((always_inline)) {
       constexpr int N = decltype(n)::value;
       const Word* panel = at<Word>(room.values) + std::ptrdiff_t(vector) * LANES * steps;
-      for_each_rows<N>(students, [&](auto m, int s) __attribute__((always_inline)) {
+      for_each_rows<N>(students, [&](auto m, int s, int valid) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         float* out = task.feature_gradient + std::ptrdiff_t(s) * width + vector * LANES;
-        tile<Dot, M, N>(steps, Columns<Word>{by_prototype + s, students}, panel, share_of(soon, steps),
-                        [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
-                          put<M, N>(out, width, first, sums);
+        tile<Dot, M, N>(steps, students_of(count, s), panel, valid, share_of(soon, steps),
+                        [&](int row, auto& sums) __attribute__((always_inline)) {
+                          put(out + std::ptrdiff_t(row) * width, width, first, sums);
                         });
       });
     });
@@ -186,13 +208,13 @@ struct Gatherer {
     for_each_tile(Cut(width / LANES), [&](auto n, int vector) __attribute__((always_inline)) {
       constexpr int N = decltype(n)::value;
       const Word* panel = static_cast<const Word*>(task.panels) + std::ptrdiff_t(vector) * LANES * steps;
-      for_each_rows<N>(count, [&](auto m, int k) __attribute__((always_inline)) {
+      for_each_rows<N>(count, [&](auto m, int k, int valid) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         float* out = start + std::ptrdiff_t(k) * width + vector * LANES;
-        tile<Dot, M, N>(steps, Rows<Word>{at<Word>(room.by_row) + std::ptrdiff_t(k) * steps, steps}, panel,
+        tile<Dot, M, N>(steps, Rows<Word>{at<Word>(room.by_row) + std::ptrdiff_t(k) * steps, steps}, panel, valid,
                         share_of(weights.start < weights.end ? weights : scores, steps),
-                        [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
-                          put<M, N>(out, width, !direct || gather.first, sums);
+                        [&](int row, auto& sums) __attribute__((always_inline)) {
+                          put(out + std::ptrdiff_t(row) * width, width, !direct || gather.first, sums);
                         });
       });
     });

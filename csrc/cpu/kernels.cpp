@@ -43,7 +43,7 @@ struct Table {
 }  // namespace VMF_ISA
 
 const Kernels* VMF_NAMED(VMF_ISA, _kernels)(Products products) {
-#if defined(__AVX512BF16__)
+#if defined(VMF_HAS_BF16)
   return products == Products::bf16 ? &VMF_ISA::Table<VMF_ISA::Bf16>::kernels : nullptr;
 #else
   return products == Products::fp32 ? &VMF_ISA::Table<VMF_ISA::Fp32>::kernels : nullptr;

@@ -45,5 +45,6 @@ const Kernels* portable_kernels(Products);
 const Kernels* avx2_kernels(Products);
 const Kernels* avx512_kernels(Products);
 const Kernels* avx512bf16_kernels(Products);
+const Kernels* amx_bf16_kernels(Products);
 
 }  // namespace vmf::cpu

@@ -31,10 +31,22 @@ int threads_for(double products, const Execution& run) {
 
 double products_of(int rows, const Weight& weight) { return double(rows) * weight.prototypes * weight.dim; }
 
+// The functions of the matrix unit's instruction set; it has none of its own for fp32.
+const Kernels* matrix_kernels([[maybe_unused]] Products products) {
+#if defined(VMF_TILES_STAND_IN)
+  return products == Products::bf16 ? amx_bf16_kernels(products) : portable_kernels(products);
+#elif defined(VMF_HAS_AMX)
+  return products == Products::bf16 ? amx_bf16_kernels(products) : avx512_kernels(products);
+#else
+  return nullptr;
+#endif
+}
+
 const Kernels& kernels_of(const Execution& run) {
   const Kernels* found = nullptr;
   switch (run.isa) {
     case Isa::portable: found = portable_kernels(run.products); break;
+    case Isa::amx_bf16: found = matrix_kernels(run.products); break;
 #if defined(VMF_HAS_X86)
     case Isa::avx2: found = avx2_kernels(run.products); break;
     case Isa::avx512: found = avx512_kernels(run.products); break;

@@ -11,7 +11,7 @@
 
 namespace vmf::cpu {
 
-enum class Isa { portable, avx2, avx512, avx512bf16 };
+enum class Isa { portable, avx2, avx512, avx512bf16, amx_bf16 };
 enum class Products { fp32, bf16 };  // dtype of what is multiplied; sums are fp32
 enum class Stored { fp32, bf16, fp16 };
 enum class Norms { free, fixed, magnitude };  // w_k = v_k, v_k / ||v_k||, g_k v_k / ||v_k||

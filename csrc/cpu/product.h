@@ -2,21 +2,34 @@
 // A word is the operand of one step of k: an fp32 number, or a pair of bf16 numbers.
 #pragma once
 
-#include "simd.h"
+#include "tiles.h"
 
 namespace vmf::cpu::VMF_ISA {
 
+struct NoRegisters {};  // but those that every thread has
+
 struct Fp32 {
+  using Registers = NoRegisters;  // are configured while a pass runs
   using Word = float;
   static constexpr int PER_WORD = 1;
+  static constexpr int LEAST_WORDS = 1;  // of k: sums are over a multiple of so many
   static Floats broadcast(const Word* p) { return all(*p); }
   static Floats add_product(Floats a, Floats b, Floats sum) { return multiply_add(a, b, sum); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(VMF_HAS_TILES)
 struct Bf16 {
+  using Registers = TileRegisters;
   using Word = std::uint32_t;
   static constexpr int PER_WORD = 2;
+  static constexpr int LEAST_WORDS = TILE;
+};
+#elif defined(VMF_HAS_BF16)
+struct Bf16 {
+  using Registers = NoRegisters;
+  using Word = std::uint32_t;
+  static constexpr int PER_WORD = 2;
+  static constexpr int LEAST_WORDS = 1;
   static Floats broadcast(const Word* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(*p))); }
   static Floats add_product(Floats a, Floats b, Floats sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
@@ -26,14 +39,20 @@ struct Bf16 {
 
 // Vectors of C side by side in a tile, at most; and rows of C in it: as many accumulators as registers allow beside the
 // vectors of B and one of A. Measured on Zen 4 at D = 256 (bench/LOG.md).
+#if defined(VMF_HAS_TILES)
+constexpr int MOST_VECTORS = 2;  // four tile registers of sums
+constexpr int tile_rows(int) { return 2 * TILE; }
+constexpr int BLOCK_MULTIPLE = 2 * TILE;
+#else
 constexpr int MOST_VECTORS = REGISTERS == 32 ? 4 : 2;
 constexpr int tile_rows(int vectors) {
   return REGISTERS == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 24)
                          : (vectors == 2 ? 6 : 10);
 }
+constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // a multiple of every tile_rows()
+#endif
 constexpr int LINES_A_STEP = 4;  // cache lines of `Ahead` that are prefetched every four steps of k
 constexpr int SHORT_SUM = 64;       // steps of k
-constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // a multiple of every tile_rows()
 
 // Where A's rows lie: in `Rows`, m steps through memory by a stride and k is contiguous; in `Columns` the other way round.
 template <class Word>
@@ -81,6 +100,32 @@ inline Ahead share_of(Ahead& left, int steps) {
   return {start, left.start};
 }
 
+#if defined(VMF_HAS_TILES)
+
+// The slices in which sums leave a tile: as many rows as registers hold beside what is done with them.
+constexpr int SLICE = 8;
+
+// A tile of A B, of Rows only, by the matrix unit. Rows of A up to the next multiple of TILE must be readable, and so must
+// words up to `steps`; what they hold matters for no valid row if B is 0 there.
+template <int M, int N, class Done>
+__attribute__((always_inline)) inline void tile_on_matrix_unit(int steps, const Rows<std::uint32_t>& a, const std::uint32_t* b,
+                                                               int valid, Ahead ahead, Done&& done) {
+  Floats slices[M / SLICE][SLICE][N];
+  multiply_tiles<M / TILE, N>(steps, a.start, a.stride, b, &slices[0][0][0], [&]() __attribute__((always_inline)) {
+    for (int i = 0; i < TILE / 4 * LINES_A_STEP && ahead.start < ahead.end; ++i, ahead.start += 64)
+      __builtin_prefetch(ahead.start, 0, 2);
+  });
+  int m = 0;
+  for (; m + SLICE <= valid; m += SLICE) done(m, slices[m / SLICE]);
+  for (; m < valid; ++m) {
+    Floats row[1][N];
+    for (int n = 0; n < N; ++n) row[0][n] = slices[m / SLICE][m % SLICE][n];
+    done(m, row);
+  }
+}
+
+#else
+
 // Adds A B over `steps` of k to a tile of sums; B is a panel [k, N LANES] of words. Both move on to the steps that follow.
 template <class Dot, int M, int N, class Cursor>
 __attribute__((always_inline)) inline void accumulate(int steps, Cursor& a, const typename Dot::Word*& b, Ahead& ahead,
@@ -123,22 +168,33 @@ __attribute__((always_inline)) inline void clear(Floats (&sums)[M][N]) {
     for (int n = 0; n < N; ++n) sums[m][n] = zero();
 }
 
-// Calls done(sums) with a tile of A B.
+#endif
+
+// Calls done(first row, sums) with a tile of A B, or with one slice of its rows after the other; `valid` rows of it count.
 template <class Dot, int M, int N, class A, class Done>
-__attribute__((always_inline)) inline void tile(int steps, const A& a, const typename Dot::Word* b, Ahead ahead,
+__attribute__((always_inline)) inline void tile(int steps, const A& a, const typename Dot::Word* b, int valid, Ahead ahead,
                                                 Done&& done) {
+#if defined(VMF_HAS_TILES)
+  tile_on_matrix_unit<M, N>(steps, a, b, valid, ahead, done);
+#else
+  (void)valid;  // all of them
   Floats sums[M][N];
   clear(sums);
   typename A::template Cursor<M> cursor(a);
   accumulate<Dot, M, N>(steps, cursor, b, ahead, sums);
-  done(sums);
+  done(0, sums);
+#endif
 }
 
 // The same from several short sums: a logit computed as one long sum has up to twice the rounding error, and so has every
-// probability. Costs 2 to 3 % of the product.
+// probability. Costs 2 to 3 % of the product. A matrix unit adds up 32 products at a time as it is.
 template <class Dot, int M, int N, class A, class Done>
-__attribute__((always_inline)) inline void tile_in_short_sums(int steps, const A& a, const typename Dot::Word* b,
+__attribute__((always_inline)) inline void tile_in_short_sums(int steps, const A& a, const typename Dot::Word* b, int valid,
                                                               Ahead ahead, Done&& done) {
+#if defined(VMF_HAS_TILES)
+  tile_on_matrix_unit<M, N>(steps, a, b, valid, ahead, done);
+#else
+  (void)valid;
   Floats totals[M][N];  // in memory, while registers hold a short sum
   clear(totals);
   typename A::template Cursor<M> cursor(a);
@@ -151,10 +207,11 @@ __attribute__((always_inline)) inline void tile_in_short_sums(int steps, const A
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) totals[m][n] = add(totals[m][n], sums[m][n]);
   }
-  done(totals);
+  done(0, totals);
+#endif
 }
 
-// Calls body(integral constant M, first row) over `rows` rows: whole tiles, then what is left in smaller ones.
+// Calls body(integral constant M, first row, valid rows) over `rows` rows: whole tiles, then what is left in smaller ones.
 template <int I>
 struct Constant {
   static constexpr int value = I;
@@ -162,9 +219,14 @@ struct Constant {
 template <int N, class Body>
 __attribute__((always_inline)) inline void for_each_rows(int rows, Body&& body) {
   int m = 0;
-  for (; m + tile_rows(N) <= rows; m += tile_rows(N)) body(Constant<tile_rows(N)>{}, m);
-  for (; m + 4 <= rows; m += 4) body(Constant<4>{}, m);
-  for (; m < rows; ++m) body(Constant<1>{}, m);
+#if defined(VMF_HAS_TILES)
+  for (; m + 2 * TILE <= rows; m += 2 * TILE) body(Constant<2 * TILE>{}, m, 2 * TILE);
+  for (; m < rows; m += TILE) body(Constant<TILE>{}, m, m + TILE < rows ? TILE : rows - m);
+#else
+  for (; m + tile_rows(N) <= rows; m += tile_rows(N)) body(Constant<tile_rows(N)>{}, m, tile_rows(N));
+  for (; m + 4 <= rows; m += 4) body(Constant<4>{}, m, 4);
+  for (; m < rows; ++m) body(Constant<1>{}, m, 1);
+#endif
 }
 
 // How `vectors` columns of C are cut into tiles: as few as possible, of nearly equal width.

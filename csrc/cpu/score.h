@@ -74,6 +74,7 @@ struct Scorer {
   static std::size_t scratch(const Score& s) { return block_bytes(s.weight) + word_bytes(s.weight); }
 
   void run() const {
+    [[maybe_unused]] const typename Dot::Registers registers;
     for (int r = 0; r < rows; ++r) {
       task.statistics[r] = -3.4028234663852886e38f;  // finite: (-inf) - (-inf) would be NaN
       task.statistics[rows + r] = task.statistics[2 * rows + r] = 0;
@@ -92,7 +93,7 @@ struct Scorer {
       return {block.start, block.stride};
     } else {
       Word* out = static_cast<Word*>(room);
-      for (int k = 0; k < count; ++k) pack_row(block.row(k), score.weight.dim, out + std::ptrdiff_t(k) * steps);
+      for (int k = 0; k < count; ++k) pack_row<Dot>(block.row(k), score.weight.dim, out + std::ptrdiff_t(k) * steps);
       return {out, steps};
     }
   }
@@ -111,13 +112,14 @@ struct Scorer {
       const Word* panel = static_cast<const Word*>(task.panels) + std::ptrdiff_t(vector) * LANES * steps;
       BlockSums block;
       for (int i = 0; i < N; ++i) softmax(block, vector, i).open();
-      for_each_rows<N>(count, [&](auto m, int k) __attribute__((always_inline)) {
+      for_each_rows<N>(count, [&](auto m, int k, int valid) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
-        const Ahead soon = ahead_of(score.weight, begin + share * k / count, begin + share * (k + M) / count);
-        float* out = logits ? logits + k * score.logits.stride + vector * LANES : nullptr;
+        const Ahead soon = ahead_of(score.weight, begin + share * k / count, begin + share * (k + valid) / count);
         const Rows<Word> rows_of_m{weight.start + k * weight.stride, weight.stride};
-        tile_in_short_sums<Dot, M, N>(steps, rows_of_m, panel, soon, [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
-          finish<M, N>(first + k, vector, block, sums, out);
+        tile_in_short_sums<Dot, M, N>(steps, rows_of_m, panel, valid, soon,
+                                      [&](int row, auto& sums) __attribute__((always_inline)) {
+          float* out = logits ? logits + (k + row) * score.logits.stride + vector * LANES : nullptr;
+          finish(first + k + row, vector, block, sums, out);
         });
       });
       for (int i = 0; i < N; ++i) softmax(block, vector, i).close();

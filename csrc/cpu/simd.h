@@ -12,6 +12,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(VMF_TILES_STAND_IN) && defined(__AVX2__)
+#error the stand-in of tiles is for portable code
+#endif
+
 namespace vmf::cpu::VMF_ISA {
 
 // 2^f on [-1/2, 1/2], minimax in the relative error: 2e-9 before rounding.
@@ -88,13 +92,18 @@ inline Floats exp2(Floats x) {
 
 #else
 
+#if defined(VMF_TILES_STAND_IN)
+constexpr int LANES = 16;  // those of a tile register; the compiler makes them of what the machine has
+constexpr int REGISTERS = 32;
+#else
 constexpr int LANES = 4;  // the vectors of SSE2 and NEON
 constexpr int REGISTERS = 16;
-typedef float Floats __attribute__((vector_size(16)));
-typedef std::int32_t Integers __attribute__((vector_size(16)));
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef std::int32_t Integers __attribute__((vector_size(4 * LANES)));
 
-inline Floats zero() { return Floats{0, 0, 0, 0}; }
-inline Floats all(float x) { return Floats{x, x, x, x}; }
+inline Floats zero() { return Floats{}; }
+inline Floats all(float x) { return Floats{} + x; }
 inline Floats load(const float* p) {
   Floats x;
   std::memcpy(&x, p, sizeof x);
@@ -111,9 +120,15 @@ inline Floats subtract_product(Floats a, Floats b, Floats c) { return c - a * b;
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where either is NaN
 inline bool any_larger(Floats a, Floats b) {
   const Integers m = a > b;
-  return (m[0] | m[1] | m[2] | m[3]) != 0;
+  std::int32_t any = 0;
+  for (int i = 0; i < LANES; ++i) any |= m[i];
+  return any != 0;
 }
-inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline float sum(Floats x) {
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
 
 inline Floats exp2(Floats x) {
   const Floats least = all(LEAST_EXPONENT);
@@ -152,5 +167,37 @@ inline float from_fp16(std::uint16_t x) {
   // exact for subnormals too: the multiplication normalises them
   return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000u)));  // 2^112
 }
+
+// Where bf16 products have instructions, or a stand-in: LANES numbers rounded, and words of one number from each of two vectors.
+#if defined(__AVX512BF16__)
+#define VMF_HAS_BF16 1
+
+typedef std::uint32_t Words __attribute__((vector_size(64)));
+inline void store_bf16(std::uint16_t* p, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+}
+inline void store_pairs(std::uint32_t* p, Floats low, Floats high) {
+  const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
+  const __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+  _mm512_storeu_si512(p, _mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
+}
+
+#elif defined(VMF_TILES_STAND_IN)
+#define VMF_HAS_BF16 1
+
+typedef std::uint32_t Words __attribute__((vector_size(64)));
+inline void store_bf16(std::uint16_t* p, Floats x) {
+  for (int i = 0; i < LANES; ++i) p[i] = to_bf16(x[i]);
+}
+inline void store_pairs(std::uint32_t* p, Floats low, Floats high) {
+  for (int i = 0; i < LANES; ++i) p[i] = to_bf16(low[i]) | std::uint32_t(to_bf16(high[i])) << 16;
+}
+
+#endif
+
+// Whether bf16 products are those of a matrix unit.
+#if defined(__AMX_BF16__) || defined(VMF_TILES_STAND_IN)
+#define VMF_HAS_TILES 1
+#endif
 
 }  // namespace vmf::cpu::VMF_ISA

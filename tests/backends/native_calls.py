@@ -21,7 +21,7 @@ from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import prepare_keys
 from vmf_kernels.testing import Problem, assert_within_budget, library_outcome
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")  # of csrc/cpu, the best last
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx_bf16")  # of csrc/cpu, the best last
 # those of this machine, which the report's first lines name: a skip for each test of the others would say it hundreds of times
 HERE = tuple(name for name in INSTRUCTION_SETS if module.native() is not None and name in module.instruction_sets())
 TASKS = ("Score", "Gather", "PullBack")  # what the module is called with
@@ -33,7 +33,7 @@ Damage = Callable[[str, dict[str, Any]], None]
 def products_of(problem: Problem, isa: str) -> torch.dtype | None:
     """Dtype of the products where it is narrower than that of the sums, as the budget takes it."""
     rounded = {problem.student_features.dtype, problem.teacher_features.dtype} == {torch.bfloat16}
-    return torch.bfloat16 if rounded and isa == "avx512bf16" else None
+    return torch.bfloat16 if rounded and isa in module.WITH_BF16 else None
 
 
 def check(problem: Problem, isa: str) -> None:
@@ -61,7 +61,7 @@ def check_log_sums(features: Tensor, prototypes: Prototypes, bias: Tensor, isa: 
     logit = float(prototypes.norms().max()) / temperature + float(bias.abs().max())
     budget = ROUNDINGS * torch.finfo(torch.float32).eps * logit
     # rows of fewer bits than the stored prototypes' and their gains' product: that is rounded, each element on its own
-    if isa == "avx512bf16" and features.dtype == torch.bfloat16:
+    if isa in module.WITH_BF16 and features.dtype == torch.bfloat16:
         budget += torch.finfo(torch.bfloat16).eps * logit / prototypes.dim**0.5
     for name, got, truth in (
         ("usage", usage.log(), q_RK.mean(dim=0).log()),

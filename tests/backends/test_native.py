@@ -51,7 +51,7 @@ def test_every_shape_matches_the_fp64_truth(shape: str, isa: str, uninitialised_
     check(problem_of(shape, FP32), isa)
 
 
-@pytest.mark.parametrize("isa", ["avx512bf16"], indirect=True)
+@pytest.mark.parametrize("isa", module.WITH_BF16, indirect=True)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bf16_products_match_the_fp64_truth_at_every_shape(
     shape: str, isa: str, uninitialised_memory_is_nan: None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 READ = (
@@ -40,6 +42,47 @@ def setup_module() -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def units_of_the_stand_in(defines: list[str], optimisation: str) -> list[Any]:
+    """What of csrc/cpu knows of a matrix unit, compiled for one that any machine has: tiles_stand_in.h.
+
+    Its kernels for bf16 are those of tiles.h on portable vectors.
+
+    Args:
+        defines: of the instruction sets that there are besides.
+        optimisation: of these kernels.
+    """
+    stand_in = f'-DVMF_TILES_STAND_IN="{ROOT / "tests" / "csrc" / "tiles_stand_in.h"}"'
+    own = {"operator": defines, "dispatch": defines, "kernels": ["-DVMF_ISA=amx_bf16", "-Wno-psabi", optimisation]}
+    return [
+        setup_module().Unit(ROOT / "csrc" / "cpu" / f"{name}.cpp", f"{name}.stand_in.o", [*added, stand_in])
+        for name, added in own.items()
+    ]
+
+
+@functools.cache
+def module_with_stand_in() -> ModuleType | None:
+    """vmf_kernels._native whose matrix unit is a stand-in; None where a compiler or what tiles.h needs of it is not there.
+
+    What does not know of the stand-in is as in the module itself, and not compiled again if that was built here.
+    """
+    builder = setup_module()
+    try:
+        plan = builder.native_plan()
+    except builder.CannotBuildError:
+        return None
+    if "amx_bf16" not in builder.known_sets(plan.compiler):
+        return None
+    units = [unit for unit in plan.units if unit.object in ("bindings.o", "kernels.portable.o")]
+    plan = plan._replace(units=units + units_of_the_stand_in([], "-O2"))
+    path = builder.run_ninja(plan, builder.ninja_folder("native"), f"_native.stand_in{builder.SUFFIX}")
+    spec = importlib.util.spec_from_file_location("_native", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def copy_of_the_tree(folder: Path) -> Path:

@@ -229,7 +229,7 @@ void run(const Case& c) {
 int run_all(Isa isa) {
   int count = 0;
   for (const Products products : {Products::fp32, Products::bf16}) {
-    if (products == Products::bf16 && isa != Isa::avx512bf16) continue;  // only there are such products
+    if (products == Products::bf16 && isa != Isa::avx512bf16 && isa != Isa::amx_bf16) continue;  // no such products
     for (const int rows : ROWS)
       for (const int prototypes : PROTOTYPES)
         for (const int dim : DIMS)

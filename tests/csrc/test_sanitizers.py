@@ -14,14 +14,14 @@ import pytest
 
 pytest.importorskip("setuptools", reason="setup.py, which says how csrc/cpu is compiled, needs setuptools")
 
-from tests.csrc.building import ROOT, setup_module
+from tests.csrc.building import ROOT, setup_module, units_of_the_stand_in
 
 pytestmark = pytest.mark.compiles
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # Not optimised: with -O1, instrumented intrinsics of AVX-512 take six times as long to compile, and the cases run 4 s faster.
 FLAGS = ["-std=c++17", "-O0", "-g1", "-fopenmp", *SANITIZERS]
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx_bf16")
 CASES = 3 * 3 * 4 * 2  # rows, prototypes, dims, threads; once for each kind of products
 
 
@@ -35,8 +35,9 @@ def program() -> Path:
         pytest.skip(str(reason))
     if not builder.compiles(compiler, builder.HAS_OPENMP, *FLAGS):
         pytest.skip(f"{compiler[0]} has no sanitizers, or no OpenMP")
-    is_x86 = builder.compiles(compiler, builder.IS_X86)
-    units = [unit for unit in builder.native_units(is_x86) if unit.source.stem != "bindings"]
+    known, stood_for = builder.known_sets(compiler), ("bindings.o", "operator.o", "dispatch.o", "kernels.amx_bf16.o")
+    units = [unit for unit in builder.native_units(known) if unit.object not in stood_for]
+    units += units_of_the_stand_in(["-DVMF_HAS_X86"] if "avx2" in known else [], "-O1")
     units.append(builder.Unit(ROOT / "tests" / "csrc" / "sanitize.cpp", "sanitize.o", [f"-I{ROOT / 'csrc' / 'cpu'}"]))
     plan = builder.Plan(compiler, FLAGS, units, [*SANITIZERS, "-fopenmp"])
     return Path(builder.run_ninja(plan, builder.BUILD / "sanitizers", "sanitize"))
@@ -55,11 +56,15 @@ def skip_unless_available(program: Path, instruction_set: str) -> None:
         pytest.skip(f"this machine has no {instruction_set}")
 
 
-def test_no_sanitizer_complains(program: Path) -> None:
-    """Of the widest vectors that there are, which read the farthest: what they are compiled from is the same for all."""
-    instruction_set = run(program)[1].split()[-1]
+@pytest.mark.parametrize("last", [2, 1], ids=["vectors", "tiles"])
+def test_no_sanitizer_complains(program: Path, last: int) -> None:
+    """Of the widest vectors that there are, which read the farthest: what they are compiled from is the same for all.
+
+    And of a matrix unit's tiles, by a stand-in.
+    """
+    instruction_set = run(program)[1].split()[-last]
     code, printed = run(program, instruction_set)
-    kinds = 2 if instruction_set == "avx512bf16" else 1
+    kinds = 2 if instruction_set in ("avx512bf16", "amx_bf16") else 1
     assert (code, printed) == (0, f"{CASES * kinds} cases\n"), printed
 
 

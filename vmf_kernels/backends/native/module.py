@@ -20,6 +20,7 @@ MODULE = "vmf_kernels._native"
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 LEAST_WORK = 1 << 18  # products per thread: fewer are faster than waking another one (python -m bench.least_work)
+WITH_BF16 = ("avx512bf16", "amx_bf16")  # instruction sets with bf16 products
 MISFIT = "the native module was about to get {got}; expected {expected} (a fault of vmf_kernels: please report it)"
 STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -71,7 +72,7 @@ def _execution(products: torch.dtype, threads: int, least_work: int, sets: tuple
 
 def has_bf16_products() -> bool:
     """Whether the machine has instructions that multiply bf16 numbers."""
-    return instruction_sets()[-1] == "avx512bf16"
+    return instruction_sets()[-1] in WITH_BF16
 
 
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

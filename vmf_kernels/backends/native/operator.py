@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,22 @@ from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 
 def products_of(*rows: Tensor) -> torch.dtype:
-    """Dtype of the products: bf16 if all rows are bf16 and the machine has the instructions, else fp32."""
-    same = all(x.dtype == torch.bfloat16 for x in rows)
-    return torch.bfloat16 if same and module.has_bf16_products() else torch.float32
+    """Dtype of the products: bf16 where the machine has the instructions and all rows allow it, else fp32.
+
+    Rows of bf16 do, and rows of fp32 where torch's own products of fp32 matrices may be taken in bf16 on a CPU
+    (``torch.set_float32_matmul_precision("medium")``).
+    """
+    if not module.has_bf16_products():
+        return torch.float32
+    allowed = {torch.bfloat16, torch.float32} if _fp32_in_bf16() else {torch.bfloat16}
+    return torch.bfloat16 if all(x.dtype in allowed for x in rows) else torch.float32
+
+
+def _fp32_in_bf16() -> bool:
+    """Whether torch may multiply fp32 matrices in bf16 on a CPU; "none" follows the setting for all of oneDNN, and of torch."""
+    settings: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.mkldnn, torch.backends)  # type: ignore[attr-defined]
+    chosen = next((s.fp32_precision for s in settings if s.fp32_precision != "none"), "none")
+    return bool(chosen == "bf16")
 
 
 def cross_entropy(inputs: LossInputs) -> LossOutputs:
