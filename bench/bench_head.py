@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.memory import peak_extra_mib
 from bench.workloads import Inputs, Workload
 from tests.published import PublishedDINOLoss
+from vmf_bench.memory import cpu_peak_extra_mib
 from vmf_kernels import DINOLoss, DINOvMFLoss
 from vmf_kernels.backends.choice import BACKENDS
 from vmf_kernels.backends.native.module import has_bf16_products
@@ -41,8 +41,8 @@ def test_loss_against_published_loss(benchmark: Any, workload: Workload, backend
     loss = DINOLoss(workload.prototypes, workload.crops, *SCHEDULE, backend=backend)
     ours = training_step(inputs, inputs.layers, loss)
     compare(benchmark, ours, published, workload.flops if backend == "native" else None)
-    benchmark.extra_info["extra_mib"] = round(peak_extra_mib(ours, inputs.gradient_bytes), 1)
-    benchmark.extra_info["baseline_extra_mib"] = round(peak_extra_mib(published, inputs.gradient_bytes), 1)
+    benchmark.extra_info["extra_mib"] = round(cpu_peak_extra_mib(ours, inputs.gradient_bytes), 1)
+    benchmark.extra_info["baseline_extra_mib"] = round(cpu_peak_extra_mib(published, inputs.gradient_bytes), 1)
 
 
 def test_bf16_features_against_fp32_features(benchmark: Any, workload: Workload) -> None:

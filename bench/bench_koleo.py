@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.memory import peak_extra_mib
 from bench.workloads import TOY, Workload
+from vmf_bench.memory import cpu_peak_extra_mib
 from vmf_kernels.diagnostics import unique_prototypes
 from vmf_kernels.losses.prototype_koleo import PrototypeKoLeoLoss
 
@@ -50,7 +50,7 @@ def test_prototype_koleo(benchmark: Any, workload: Workload, collapse: str) -> N
         koleo(weight).backward()
 
     benchmark.pedantic(step, rounds=ROUNDS, iterations=1)
-    benchmark.extra_info["extra_mib"] = round(peak_extra_mib(step, weight.numel() * weight.element_size()), 1)
+    benchmark.extra_info["extra_mib"] = round(cpu_peak_extra_mib(step, weight.numel() * weight.element_size()), 1)
 
 
 @pytest.mark.parametrize("collapse", SHARE_UNIQUE)
@@ -58,4 +58,4 @@ def test_unique_prototypes(benchmark: Any, workload: Workload, collapse: str) ->
     weight = prototypes_of(workload, SHARE_UNIQUE[collapse])
     found = benchmark.pedantic(unique_prototypes, (weight,), rounds=ROUNDS, iterations=1)
     benchmark.extra_info["unique"] = found.count
-    benchmark.extra_info["extra_mib"] = round(peak_extra_mib(lambda: unique_prototypes(weight), 0), 1)
+    benchmark.extra_info["extra_mib"] = round(cpu_peak_extra_mib(lambda: unique_prototypes(weight), 0), 1)

@@ -8,14 +8,14 @@ Legend: B images, V student crops, K prototypes, D bottleneck dim, J terms of a 
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TEACHER_CROPS = 2
+from vmf_bench.published import mean_over_pairs
+
 SERIES_TERMS = 600  # the largest is at kappa / 2 or before, and falls off within a few square roots of that
 
 
@@ -170,17 +170,6 @@ class PublishedDINOvMFLoss(PublishedDINOLoss):
             return
         momentum = self.center_momentum
         self.center = (momentum * self.center.exp() + (1 - momentum) * log_mean.exp()).log()
-
-
-def mean_over_pairs(student: Tensor, targets: Tensor, crops: int) -> Tensor:
-    """Mean of ``-<q_i, log p_v>`` over the pairs v != i and over images; student logits over temperature, view-major."""
-    views = student.chunk(crops)
-    total, pairs = student.new_zeros(()), 0
-    for (i, q), (v, view) in itertools.product(enumerate(targets.chunk(TEACHER_CROPS)), enumerate(views)):
-        if v != i:
-            total = total + torch.sum(-q * view.log_softmax(dim=-1), dim=-1).mean()
-            pairs += 1
-    return total / pairs
 
 
 def log_mean_probability(logits: Tensor) -> Tensor:

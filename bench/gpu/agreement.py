@@ -6,22 +6,18 @@ Legend: V / G student / teacher views, B images, K prototypes, D bottleneck dim.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from bench.baselines import Loss, by_view, chunk_gradients, chunks_of_images, effective_weights
-from bench.workloads import HeadInputs
+from vmf_bench.agreement import Outcome, teacher_entropy
+from vmf_bench.errors import DisagreementError
+from vmf_bench.inputs import HeadInputs
+from vmf_bench.peers.chunks import chunk_gradients, chunks_of_images
+from vmf_bench.peers.peer import by_view, effective_weights
 
 LOSS_TOLERANCE = 0.01  # relative
 GRADIENT_TOLERANCE = (
     0.04  # relative, of Frobenius norms: bf16 logits of 10 are off by up to 0.03; 0.01 was seen on a CPU
 )
 TRUTH_CACHE_BYTES = 2**30  # of bf16 logits a chunk: 2 GiB for each fp32 copy
-
-Outcome = dict[str, Tensor]  # "loss" and the gradient of each of ``HeadInputs.leaves``
-
-
-class DisagreementError(ValueError):
-    """A baseline computes something else; the message has the numbers."""
 
 
 @torch.no_grad()
@@ -39,40 +35,11 @@ def exact_outcome(inputs: HeadInputs) -> tuple[Outcome, float]:
         features_grad[:, images] = at_rows
         weight_grad += at_weight
         loss += value
-        entropy += _teacher_entropy(rows[1], teacher_weight, inputs, inputs.image_weights[images])
+        entropy += teacher_entropy(rows[1], teacher_weight, inputs, inputs.image_weights[images])
     stored = inputs.student_magnitude, inputs.student_direction
     magnitude, direction = torch.autograd.grad(student_weight, stored, weight_grad)
     gradients = {"features": features_grad.flatten(0, 1), "magnitude": magnitude, "direction": direction}
     return {"loss": loss, **gradients}, entropy
-
-
-def _teacher_entropy(rows: Tensor, weight: Tensor, inputs: HeadInputs, image_weights: Tensor) -> float:
-    q_GBK = ((rows @ weight.T - inputs.center) / inputs.teacher_temperature).softmax(dim=-1)
-    mass_GB = inputs.pair_weights.sum(dim=1)[:, None] * image_weights
-    return -(mass_GB * torch.xlogy(q_GBK, q_GBK).sum(dim=-1)).sum().item()
-
-
-def outcome_of(loss: Loss, inputs: HeadInputs) -> Outcome:
-    """Value and gradients of one step; leaves no gradient behind."""
-    inputs.clear_gradients()
-    value = loss(inputs)
-    value.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: leaf.grad for name, leaf in inputs.leaves.items()}
-    inputs.clear_gradients()
-    missing = [name for name, gradient in gradients.items() if gradient is None]
-    if missing:
-        raise DisagreementError(f"no gradient reaches {', '.join(missing)}")
-    return {"loss": value.detach(), **{name: g for name, g in gradients.items() if g is not None}}
-
-
-def relative_errors(outcome: Outcome, exact: Outcome) -> dict[str, float]:
-    """``||got - exact|| / ||exact||`` by quantity."""
-    return {
-        name: (
-            torch.linalg.vector_norm(outcome[name].double() - value) / torch.linalg.vector_norm(value.double())
-        ).item()
-        for name, value in exact.items()
-    }
 
 
 def refuse_disagreement(errors: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from bench.gpu.record import Record
 from bench.gpu.settings import Settings
-from bench.gpu.timing import Stopwatch, interleaved
+from vmf_bench.timing import Stopwatch, interleaved
 
 COPY_BYTES = 2**32
 MATMUL_SIZE = 8192

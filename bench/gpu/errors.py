@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.baselines import published
-from bench.gpu.agreement import exact_outcome, outcome_of, relative_errors
-from bench.gpu.losses import ours
+from bench.gpu.agreement import exact_outcome
 from bench.gpu.record import Record, attempt
 from bench.gpu.settings import Settings
-from bench.workloads import HeadInputs, HeadShape, matched_shape
+from vmf_bench.agreement import outcome_of, relative_errors
+from vmf_bench.inputs import HeadInputs, HeadShape, matched_shape
+from vmf_bench.ours import ours
+from vmf_bench.peers.stored import published
 from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.testing import Outcome, Problem, assert_within_budget, dense_outcome, library_outcome, random_problem
 

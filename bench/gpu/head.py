@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
-from bench.baselines import Loss
 from bench.gpu import probes
-from bench.gpu.agreement import Outcome, exact_outcome, outcome_of, refuse_disagreement, relative_errors
+from bench.gpu.agreement import exact_outcome, refuse_disagreement
 from bench.gpu.environment import clocks
 from bench.gpu.hang import limited
 from bench.gpu.losses import ALL, BESIDE, OURS, SAME_KERNELS, Variant, Wanted, variants
 from bench.gpu.record import Record, Under, attempt
 from bench.gpu.settings import Settings
-from bench.gpu.timing import Measure, Step, Stopwatch, interleaved, rounds_within
-from bench.workloads import HeadInputs, HeadShape
+from vmf_bench.agreement import Outcome, outcome_of, relative_errors
+from vmf_bench.inputs import HeadInputs, HeadShape
+from vmf_bench.memory import peak_extra_mib
+from vmf_bench.peers.peer import Loss
+from vmf_bench.timing import Measure, Step, Stopwatch, interleaved, rounds_within
 
 PREPARE_SECONDS = 40  # most for one variant: mostly its compilation
 COMPILE_MEMORY_SHARE = 0.12  # of the device, for each process that only compiles: 9.6 GB of 80
@@ -110,7 +112,7 @@ def prepare(
         entry["disagreement"] = attempt(lambda: refuse_disagreement(errors))[1].get("reason")
     if loss is not None:
         step = probes.training_step(loss, inputs)
-        mib, memory = attempt(lambda: probes.peak_extra_mib(step, inputs))
+        mib, memory = attempt(lambda: peak_extra_mib(step, inputs))
         entry |= {"extra_mib": mib} if mib is not None else memory
         loss = loss if mib is not None else None
     record.put("variants", name, value=entry | {"prepare_seconds": round(time.monotonic() - start, 2)})

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
-from bench.baselines import BASELINES, Compile, Loss, UnavailableError, effective_weights
-from bench.workloads import HeadInputs, HeadShape
+from bench.baselines import BASELINES
+from vmf_bench.errors import UnavailableError
+from vmf_bench.inputs import HeadInputs, HeadShape
+from vmf_bench.ours import ours, stored_logits
+from vmf_bench.peers.peer import Compile, Loss
 from vmf_kernels import (
     DINOLoss,
     PrototypeLogits,
-    Prototypes,
-    logit_cross_entropy,
-    matched_prototype_cross_entropy,
-    prototype_cross_entropy,
     weight_norm_prototypes,
     weight_norm_vmf_prototypes,
 )
@@ -50,39 +47,6 @@ ALL = Wanted(None)
 QUICK = Wanted(("B1", OURS, *BESIDE))  # what needs no compilation
 
 
-def ours(backend: str, stored: Callable[[Tensor, Tensor], Prototypes] = weight_norm_prototypes) -> Loss:
-    """The operator on a backend; ``stored`` turns magnitude and direction into prototypes."""
-
-    def loss(inputs: HeadInputs) -> Tensor:
-        student_temperature, teacher_temperature = inputs.temperatures
-        sides = (
-            inputs.student_features,
-            stored(inputs.student_magnitude, inputs.student_direction),
-            inputs.teacher_features,
-            stored(inputs.teacher_magnitude, inputs.teacher_direction),
-        )
-        if inputs.shape.matched:
-            return matched_prototype_cross_entropy(
-                *sides,
-                inputs.image_weights,
-                student_temperature=student_temperature,
-                teacher_temperature=teacher_temperature,
-                teacher_bias=inputs.teacher_bias,
-                backend=backend,
-            ).loss
-        return prototype_cross_entropy(
-            *sides,
-            inputs.pair_weights,
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            teacher_bias=inputs.teacher_bias,
-            image_weights=inputs.image_weights,
-            backend=backend,
-        ).loss
-
-    return loss
-
-
 def prepare_beside(inputs: HeadInputs, backend: str) -> Loss:
     """The operator on the backend that was not asked for.
 
@@ -93,25 +57,6 @@ def prepare_beside(inputs: HeadInputs, backend: str) -> Loss:
     if reason is not None:
         raise UnavailableError(reason)
     return ours(backend)
-
-
-def stored_logits(inputs: HeadInputs) -> Tensor:
-    """A plain head, bf16 products under autocast, and ``logit_cross_entropy``."""
-    with torch.autocast(inputs.student_features.device.type, torch.bfloat16):
-        student_weight, teacher_weight = effective_weights(inputs)
-        student = functional.linear(inputs.student_features, student_weight)
-        with torch.no_grad():
-            teacher = functional.linear(inputs.teacher_features, teacher_weight)
-    student_temperature, teacher_temperature = inputs.temperatures
-    return logit_cross_entropy(
-        student,
-        teacher,
-        inputs.pair_weights,
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-        teacher_bias=inputs.teacher_bias,
-        image_weights=inputs.image_weights,
-    ).loss
 
 
 def prepare_module(inputs: HeadInputs, backend: str) -> Loss:

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.baselines import UnavailableError
 from bench.gpu.hang import limited
 from bench.gpu.head import refuse_lost_device
 from bench.gpu.record import Record, attempt
 from bench.gpu.settings import Settings
-from bench.gpu.timing import Step, Stopwatch, interleaved, rounds_within
 from bench.light.differences import compared
 from bench.light.exact import Exact
 from bench.light.inputs import Array
 from bench.pass_case import MANY_ROWS, PROTOTYPES, PassCase, relative_error
+from vmf_bench.errors import UnavailableError
+from vmf_bench.timing import Step, Stopwatch, interleaved, rounds_within
 from vmf_kernels.backends.choice import BACKENDS
 
 BACKENDS_BESIDE = (

@@ -10,27 +10,15 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.baselines import Loss
-from bench.gpu.agreement import outcome_of
-from bench.gpu.timing import Step
-from bench.memory import MIB
-from bench.memory import peak_extra_mib as cpu_peak_extra_mib
-from bench.workloads import HeadInputs
+from vmf_bench.agreement import outcome_of
+from vmf_bench.inputs import HeadInputs
+from vmf_bench.peers.peer import Loss
+from vmf_bench.timing import Step, training_step
 
 MOST_KERNELS = 30
 PROFILED_RUNS = 5
 NAME_LENGTH = 100
 GRAPH_WARM_UP_RUNS = 3
-
-
-def training_step(loss: Loss, inputs: HeadInputs) -> Step:
-    """Loss and gradients, each time into fresh memory."""
-
-    def step() -> None:
-        inputs.clear_gradients()
-        loss(inputs).backward()  # type: ignore[no-untyped-call]
-
-    return step
 
 
 def forward_step(loss: Loss, inputs: HeadInputs) -> Step:
@@ -40,22 +28,6 @@ def forward_step(loss: Loss, inputs: HeadInputs) -> Step:
         loss(inputs)
 
     return step
-
-
-def peak_extra_mib(step: Step, inputs: HeadInputs) -> float:
-    """Peak memory of a step in MiB over what was there before it and the gradients it leaves."""
-    device = inputs.student_features.device
-    if device.type != "cuda":
-        return cpu_peak_extra_mib(step, inputs.gradient_bytes)
-    inputs.clear_gradients()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    inputs.clear_gradients()
-    return (peak - before - inputs.gradient_bytes) / MIB
 
 
 def kernels(loss: Loss, inputs: HeadInputs) -> dict[str, Any]:

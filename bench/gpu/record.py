@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.baselines import UnavailableError
-from bench.gpu.agreement import DisagreementError
+from vmf_bench.errors import DisagreementError, UnavailableError
 
 Result = TypeVar("Result")
 TRACEBACK_LINES = 12

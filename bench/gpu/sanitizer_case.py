@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from bench.gpu.agreement import outcome_of
-from bench.gpu.losses import ours
-from bench.workloads import HeadInputs, HeadShape
+from vmf_bench.agreement import outcome_of
+from vmf_bench.inputs import HeadInputs, HeadShape
+from vmf_bench.ours import ours
 
 SHAPE = HeadShape(16, 2, 6, prototypes=1000, dim=64)  # 96/32 rows; no size is a multiple of a tile but D
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from bench.baselines import Compile
-from bench.workloads import HEAD_SHAPES, TOY_HEAD_SHAPES, HeadShape
+from bench.workloads import HEAD_SHAPES, TOY_HEAD_SHAPES
+from vmf_bench.inputs import HeadShape
+from vmf_bench.peers.peer import Compile
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,11 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import baselines
-from bench.baselines import BASELINES, UnavailableError, attention, chunks_of_images, eager
-from bench.gpu.agreement import DisagreementError, exact_outcome, outcome_of, refuse_disagreement, relative_errors
-from bench.gpu.losses import ours, stored_logits, variants
-from bench.workloads import HEAD_SHAPES, TOY_HEAD_SHAPES, HeadInputs, HeadShape, matched_shape
+from bench.baselines import BASELINES
+from bench.gpu.agreement import exact_outcome, refuse_disagreement
+from bench.gpu.losses import variants
+from bench.workloads import HEAD_SHAPES, TOY_HEAD_SHAPES
+from vmf_bench.agreement import outcome_of, relative_errors
+from vmf_bench.errors import DisagreementError, UnavailableError
+from vmf_bench.inputs import HeadInputs, HeadShape, matched_shape
+from vmf_bench.ours import ours, stored_logits
+from vmf_bench.peers import chunks
+from vmf_bench.peers.attention import attention
+from vmf_bench.peers.chunks import chunks_of_images
+from vmf_bench.peers.peer import eager
 
 CPU = torch.device("cpu")
 RUNNING = ("B1", "B2", "B3", "B3g")  # on the CPU, with any torch
@@ -59,8 +66,8 @@ def test_baseline_agrees(inputs: HeadInputs, name: str) -> None:
 def test_chunked_baseline_agrees_over_several_chunks(
     inputs: HeadInputs, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "CPU_CACHE_BYTES", 10_000)
-    assert len(list(chunks_of_images(inputs, baselines.cache_bytes_of(CPU)))) > 1, "one chunk proves nothing"
+    monkeypatch.setattr(chunks, "CPU_CACHE_BYTES", 10_000)
+    assert len(list(chunks_of_images(inputs, chunks.cache_bytes_of(CPU)))) > 1, "one chunk proves nothing"
     outcome = outcome_of(BASELINES[name].prepare(inputs, eager), inputs)
     refuse_disagreement(relative_errors(outcome, exact_outcome(inputs)[0]))
 
@@ -98,7 +105,7 @@ def test_linear_cross_entropy_baseline_says_that_torch_lacks_it(
 def test_liger_baseline_agrees(inputs: HeadInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a stand-in with its signature and its formula, the mean over rows of KL(q, p)."""
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
-    monkeypatch.setattr("bench.baselines.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("vmf_bench.peers.liger.importlib.util.find_spec", lambda name: name)
     chunked = types.ModuleType("liger_kernel.chunked_loss")
     chunked.LigerFusedLinearJSDLoss = _StandInForLiger  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", chunked)
@@ -123,7 +130,7 @@ class _StandInForLiger:
 
 
 def test_liger_baseline_says_that_it_is_not_installed(inputs: HeadInputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.baselines.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("vmf_bench.peers.liger.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match="not installed"):
         BASELINES["B6"].prepare(inputs, eager)
 
@@ -173,7 +180,7 @@ def test_chunks_cover_every_image_once(inputs: HeadInputs, cache_bytes: int) -> 
 def test_a_chunk_fits_the_cache_it_is_sized_to() -> None:
     l2_bytes = 50 * 2**20
     for shape in HEAD_SHAPES:
-        inputs = types.SimpleNamespace(shape=shape)
+        inputs = types.SimpleNamespace(shape=shape, dtype=torch.bfloat16)
         chunk = next(iter(chunks_of_images(inputs, l2_bytes)))  # type: ignore[arg-type]
         rows = (chunk.stop - chunk.start) * (shape.student_views + shape.teacher_views)
         assert 2 * rows * shape.prototypes <= l2_bytes, f"{shape.name}: {rows} rows do not fit"

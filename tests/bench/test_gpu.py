@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.baselines import BASELINES, Baseline, UnavailableError
+from bench.baselines import BASELINES
 from bench.gpu import __main__ as program
 from bench.gpu import head, jobs, losses, plan, probes, sanitizer_case
 from bench.gpu.hang import limited
@@ -21,10 +21,14 @@ from bench.gpu.record import Record, attempt
 from bench.gpu.settings import Settings
 from bench.gpu.tables import short_table, workloads
 from bench.gpu.targets import Target, targets
-from bench.gpu.timing import Stopwatch, Times, interleaved, rounds_within
 from bench.report import table
-from bench.workloads import TOY_HEAD_SHAPES, HeadInputs
+from bench.workloads import TOY_HEAD_SHAPES
 from tests.bench.gpu_calls import fake_first_light
+from vmf_bench.errors import UnavailableError
+from vmf_bench.inputs import HeadInputs
+from vmf_bench.memory import peak_extra_mib
+from vmf_bench.peers.peer import Peer
+from vmf_bench.timing import Stopwatch, Times, interleaved, rounds_within
 
 NOT_ON_A_CPU = {"B4", "B5", "B6"}
 
@@ -48,7 +52,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bench.gpu.ceilings.run", broken)
-        patch.setitem(BASELINES, "wrong", Baseline("B1 at another temperature", lambda inputs, compile_: wrong))
+        patch.setitem(BASELINES, "wrong", Peer("B1 at another temperature", lambda inputs, compile_: wrong))
         patch.setitem(jobs.COMMANDS, "module", [sys.executable, "-c", "print('_cuda.so')"])
         patch.setitem(jobs.COMMANDS, "first light", [sys.executable, str(fake_first_light(out / "fake"))])
         patch.setattr("bench.gpu.suite.DRY_RUN_TESTS", (str(a_test(out / "fake")),))
@@ -304,7 +308,7 @@ def test_probes_measure_on_a_gpu() -> None:
     step, stopwatch = probes.training_step(loss, inputs), Stopwatch(device)
     stopwatch.warm_up(step)
     assert 0 < stopwatch.device_milliseconds(step) < 100
-    assert buffer_mib <= probes.peak_extra_mib(step, inputs) < buffer_mib + 4
+    assert buffer_mib <= peak_extra_mib(step, inputs) < buffer_mib + 4
     counted = probes.kernels(loss, inputs)
     assert counted["forward"]["launches"] >= 2 * len(inputs.leaves), counted
     assert counted["forward"]["launches"] == int(counted["forward"]["launches"]), "runs launch the same kernels"

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.baselines import UnavailableError
 from bench.gpu import counters, head, losses, passes, processes, wins
 from bench.gpu.record import Record
 from bench.gpu.settings import Settings
 from bench.gpu.tables import gpu_table
 from bench.gpu.targets import targets
 from bench.pass_case import PassCase
-from bench.workloads import TOY_HEAD_SHAPES, HeadInputs
+from bench.workloads import TOY_HEAD_SHAPES
+from vmf_bench.errors import UnavailableError
+from vmf_bench.inputs import HeadInputs
 from vmf_kernels.backends.choice import BACKENDS
 from vmf_kernels.backends.cuda import measured
 from vmf_kernels.backends.triton.tiles import Tile

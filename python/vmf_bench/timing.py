@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vmf_bench.inputs import HeadInputs
+from vmf_bench.peers.peer import Loss
+
 Step = Callable[[], object]
 Measure = Callable[[Step], float]  # milliseconds of one run
 
@@ -51,10 +54,10 @@ class Stopwatch:
         self.flush: Tensor = torch.zeros(FLUSH_CACHES * size, dtype=torch.uint8, device=device)
         self.host_seconds: dict[int, float] = {}
 
-    def warm_up(self, step: Step) -> float:
+    def warm_up(self, step: Step, runs: int = WARM_UP_RUNS) -> float:
         """A few runs, also to learn what the host needs for one; the median run's milliseconds."""
         walls = []
-        for _ in range(WARM_UP_RUNS):
+        for _ in range(runs):
             self.synchronize()
             start = time.perf_counter()
             step()
@@ -102,7 +105,22 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
+def training_step(loss: Loss, inputs: HeadInputs) -> Step:
+    """Loss and gradients, each time into fresh memory."""
+
+    def step() -> None:
+        inputs.clear_gradients()
+        loss(inputs).backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
 def interleaved(measure: Measure, steps: Mapping[str, Step], rounds: int) -> dict[str, Times]:
+    """Times of every step over ``rounds_of``."""
+    return {name: Times.of(values) for name, values in rounds_of(measure, steps, rounds).items()}
+
+
+def rounds_of(measure: Measure, steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
     """Run each step once per round, so that all see the same clocks; the order rotates by one each round."""
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -110,7 +128,7 @@ def interleaved(measure: Measure, steps: Mapping[str, Step], rounds: int) -> dic
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(measure(steps[name]))
-    return {name: Times.of(values) for name, values in times.items()}
+    return times
 
 
 def rounds_within(seconds: float, milliseconds: float, *, least: int = 5, most: int = 50) -> int:

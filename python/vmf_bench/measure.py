@@ -1,0 +1,171 @@
+"""One case: every loss is prepared, compared with the published one, and then timed in rounds together with torch.mm."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from vmf_bench.agreement import outcome_of, relative_errors
+from vmf_bench.attempts import attempt
+from vmf_bench.check import dtype_name, expected_outcome, pairing_of, refuse_disagreement
+from vmf_bench.errors import UnavailableError
+from vmf_bench.inputs import HeadInputs
+from vmf_bench.machine import part
+from vmf_bench.memory import peak_extra_mib
+from vmf_bench.peers.peer import Loss, eager
+from vmf_bench.plan import Case
+from vmf_bench.roof import roof_of, square_product
+from vmf_bench.session import Session
+from vmf_bench.timing import Step, Stopwatch, Times, rounds_of, rounds_within, training_step
+from vmf_bench.variants import BASELINE, Variant
+
+MM = "torch.mm"
+LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+STEPS_BESIDE_ROUNDS = 4  # of each loss: one to compare it, two for its memory, one to warm up
+WARM_UPS = {"cpu": 1, "cuda": 3}
+STEP_SHARE = 0.04  # of a case's time that one step may take: it is run some seven times, and others wait
+COMPILING_SHARE = 0.7  # of a case's time that compilations may take
+
+Row = dict[str, Any]
+
+
+class Measurement:
+    """A case while it is measured.
+
+    Args:
+        case: sizes and dtype.
+        session: of the run.
+        share: seconds that the case may take, about.
+    """
+
+    def __init__(self, case: Case, session: Session, share: float) -> None:
+        self.case, self.session, self.share = case, session, share
+        self.start = time.monotonic()
+        self.inputs = HeadInputs.of(case.shape, device=session.device, dtype=case.dtype)
+        self.expected = expected_outcome(self.inputs)
+        self.rows: dict[str, Row] = {}
+        self.steps: dict[str, Step] = {}
+        self.mm_seconds: list[float] = []  # of the rounds
+
+    def add(self, name: str, variant: Variant) -> None:
+        """Prepare a loss, compare it, and take its memory; its row says what came of it."""
+        row: Row = {"title": variant.title, "is_ours": variant.is_ours, "on": part(self.session.device)}
+        loss, outcome = attempt(lambda: self._prepared(name, variant, row))
+        self.inputs.clear_gradients()
+        self.rows[name] = {"name": name, **row, **outcome}
+        if loss is not None:
+            self.steps[name] = training_step(loss, self.inputs)
+
+    def _prepared(self, name: str, variant: Variant, row: Row) -> Loss:
+        self._refuse_slow_products(variant)
+        loss = variant.prepare(self.inputs, torch.compile if variant.compiles else eager)
+        self._refuse_compilation(variant)
+        start = time.monotonic()
+        try:
+            outcome = outcome_of(loss, self.inputs)
+        finally:
+            row["prepare_seconds"] = round(time.monotonic() - start, 2)
+            if variant.compiles:
+                self.session.compilation = row["prepare_seconds"]
+        expected, entropy = self.expected
+        if variant.omits_teacher_entropy:
+            outcome["loss"] = outcome["loss"] + entropy
+        row["relative_errors"] = relative_errors(outcome, expected)
+        refuse_disagreement(row["relative_errors"], self.case.dtype)
+        del outcome
+        row["extra_mib"] = peak_extra_mib(training_step(loss, self.inputs), self.inputs)
+        return loss
+
+    def _refuse_slow_products(self, variant: Variant) -> None:
+        """Raise UnavailableError where a processor without 16-bit products would take all the time."""
+        session, dtype = self.session, self.case.dtype
+        if is_slow(variant, self.case, session, self.share):
+            seconds = session.products_seconds(self.case)
+            rate = f"torch.mm reaches {session.rates[dtype].operations / 1e9:.2g} Gop/s in {dtype_name(dtype)} here"
+            raise UnavailableError(f"left out: {rate}, so a step would take {seconds:.2g} s or more")
+
+    def _refuse_compilation(self, variant: Variant) -> None:
+        """Raise UnavailableError where compiling would leave no time for others."""
+        if not variant.compiles:
+            return
+        if not self.case.compiles:
+            raise UnavailableError("left out: it is compiled for the main sizes only")
+        spent, seconds = time.monotonic() - self.start, self.session.compilation
+        if spent + seconds > COMPILING_SHARE * self.share:
+            raise UnavailableError(f"left out: compiling takes about {seconds:.0f} s and would not fit the time")
+
+    def time(self) -> None:
+        """Time everything that is prepared: each round runs all of it once, so that all meet the same neighbours."""
+        stopwatch, size = Stopwatch(self.session.device), self.session.rates[self.case.dtype].mm_size
+        steps = {**self.steps, MM: square_product(size, self.case.dtype, self.session.device)}
+        total = sum(self._warm_up(stopwatch, steps, name) for name in list(steps))
+        left = self.start + self.share - time.monotonic()
+        rounds = rounds_within(left, total, least=LEAST_ROUNDS, most=MOST_ROUNDS)
+        for name, milliseconds in rounds_of(stopwatch.device_milliseconds, steps, rounds).items():
+            seconds = [value / 1e3 for value in milliseconds]
+            if name == MM:
+                self.mm_seconds = seconds
+            else:
+                self.rows[name]["seconds"] = seconds
+        self.inputs.clear_gradients()
+
+    def _warm_up(self, stopwatch: Stopwatch, steps: dict[str, Step], name: str) -> float:
+        """Milliseconds of a step; one that fails is taken off the list, and its row says why."""
+        runs = WARM_UPS[self.session.device.type]
+        milliseconds, outcome = attempt(lambda: stopwatch.warm_up(steps[name], runs))
+        if milliseconds is None:
+            self.rows[name] |= outcome
+            del steps[name]
+            return 0.0
+        self.session.remember(name, self.case, milliseconds / 1e3)
+        return milliseconds
+
+    def record(self) -> dict[str, Any]:
+        """What is written: every round's seconds, and what follows from them."""
+        shape, rates = self.case.shape, self.session.rates[self.case.dtype]
+        operations = 2 * rates.mm_size**3 / statistics.median(self.mm_seconds)
+        rates = replace(rates, operations=operations)  # of these rounds
+        roof = roof_of(shape, self.case.dtype, self.session.device.type, rates)
+        baseline = self.rows.get(BASELINE, {}).get("seconds")
+        for row in self.rows.values():
+            if "seconds" not in row:
+                continue
+            times = Times.of(row["seconds"])
+            row |= {"median": times.median, "p10": times.p10, "p90": times.p90}
+            row["operations_per_second"] = roof.operations / times.median
+            row["share_of_mm"] = roof.parts["products"] / times.median
+            row["share_of_roof"] = roof.seconds / times.median
+            row["speedup"] = statistics.median(baseline) / times.median if baseline else None
+        sizes = {name: getattr(shape, name) for name in ("student_rows", "teacher_rows", "prototypes", "dim")}
+        what = {"part": self.case.part, "pairing": pairing_of(shape), "dtype": dtype_name(self.case.dtype), **sizes}
+        roofs = {"rates": asdict(rates), "roof": asdict(roof), "mm_seconds": self.mm_seconds}
+        return {**what, **roofs, "rows": list(self.rows.values())}
+
+
+def measure(case: Case, variants: Mapping[str, Variant], session: Session, share: float) -> dict[str, Any]:
+    """The record of a case, measured in about ``share`` seconds."""
+    measurement = Measurement(case, session, share)
+    for name, variant in variants.items():
+        if variant.timed:
+            measurement.add(name, variant)
+    measurement.time()
+    return measurement.record()
+
+
+def least_seconds(case: Case, variants: Mapping[str, Variant], session: Session, share: float) -> float:
+    """Seconds that a case takes at the least, compilations aside."""
+    wanted = [name for name, variant in variants.items() if variant.timed and not variant.compiles]
+    wanted = [name for name in wanted if not is_slow(variants[name], case, session, share)]
+    runs = STEPS_BESIDE_ROUNDS + LEAST_ROUNDS
+    return runs * sum(session.predicted(name, case) for name in wanted if session.may_run(name))
+
+
+def is_slow(variant: Variant, case: Case, session: Session, share: float) -> bool:
+    """Whether a processor without 16-bit products would take all the time for a loss."""
+    in_16_bits = variant.multiplies_16_bits and case.dtype.itemsize == 2
+    return in_16_bits and session.products_seconds(case) > STEP_SHARE * share

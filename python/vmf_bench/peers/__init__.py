@@ -1,0 +1,1 @@
+"""Losses written by others, or as others would write them, on the same ``HeadInputs``."""

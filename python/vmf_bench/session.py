@@ -1,0 +1,55 @@
+"""What a run knows while it measures: the device and its rates, when it ends, and how long steps and compilations take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from vmf_bench.plan import Case
+from vmf_bench.roof import Rates, operations_of
+
+TYPICAL_SHARE = 0.5  # of the rate of torch.mm that a step reaches, before anything is known
+FIRST_COMPILATION = 20.0  # seconds, before one is known
+
+
+@dataclass
+class Session:
+    """State of a run."""
+
+    device: torch.device
+    rates: dict[torch.dtype, Rates]
+    end: float  # of ``time.monotonic``
+    compilation: float = FIRST_COMPILATION  # seconds that the last one took
+    steps: dict[tuple[str, torch.dtype], tuple[int, float]] = field(default_factory=dict)  # operations, seconds
+    left_out: list[str] = field(default_factory=list)  # sentences
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.end - time.monotonic()
+
+    def operations(self, case: Case) -> int:
+        """Of a step on this device."""
+        return operations_of(case.shape, self.device.type)
+
+    def products_seconds(self, case: Case) -> float:
+        """Seconds that torch.mm takes for the products of a step."""
+        return self.operations(case) / self.rates[case.dtype].operations
+
+    def remember(self, name: str, case: Case, seconds: float) -> None:
+        """A step of a loss took so long."""
+        self.steps[name, case.dtype] = self.operations(case), seconds
+
+    def may_run(self, name: str) -> bool:
+        """Whether a loss has run, or nothing has yet."""
+        return not self.steps or any(known == name for known, _ in self.steps)
+
+    def predicted(self, name: str, case: Case) -> float:
+        """Seconds of a step of a loss, from one at another size, or in another dtype, or else from the rate of torch.mm."""
+        of_other_dtypes = [value for (known, _), value in self.steps.items() if known == name]
+        known = self.steps.get((name, case.dtype)) or next(iter(of_other_dtypes), None)
+        if known is None:
+            return self.products_seconds(case) / TYPICAL_SHARE
+        operations, seconds = known
+        return self.operations(case) * seconds / operations
