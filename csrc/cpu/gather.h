@@ -2,7 +2,7 @@
 // dz = G W, dW = G^T z, and equation (7) for rows of dW that are complete.
 #pragma once
 
-#include "blocks.h"
+#include "pairs.h"
 
 namespace vmf::cpu::VMF_ISA {
 
@@ -34,7 +34,7 @@ struct Gatherer {
 
   // A thread's memory, in this order.
   struct Room {
-    std::size_t block, values, by_row, by_prototype, gradient, teacher, cycles, line, bytes;
+    std::size_t block, values, by_row, by_prototype, gradient, teacher, cycles, line, pairs, folded, bytes;
     explicit Room(const Gather& g) {
       const std::size_t n = block_prototypes(g.weight.dim), w = padded(g.weight.dim), s = padded(g.student_rows);
       block = 0;
@@ -45,7 +45,9 @@ struct Gatherer {
       teacher = gradient + (std::size_t(g.weight.dim) == w ? 0 : aligned(sizeof(float) * n * w));
       cycles = teacher + aligned(sizeof(float) * (padded(g.teacher_rows) + LANES));
       line = cycles + aligned(sizeof(float) * std::size_t(g.teacher_views) * (g.images + LANES));
-      bytes = line + aligned(sizeof(float) * 2 * (s + LANES));
+      pairs = line + aligned(sizeof(float) * 2 * (s + LANES));
+      folded = pairs + aligned(sizeof(float) * pair_floats(g));
+      bytes = folded + (Dot::PER_WORD == 1 || !folds_by_product(g) ? 0 : aligned(sizeof(float) * PAIR_PROTOTYPES * s));
     }
   };
   const Room room{gather};
@@ -83,6 +85,7 @@ struct Gatherer {
 
   // G of a block, by rows for dW and by prototypes for dz; with fp32 one matrix serves both.
   void fold(int first, int count) const {
+    if (folds_by_product(gather)) return fold_by_product(first, count);
     for (int k = 0; k < count; k += Dot::PER_WORD) {
       if constexpr (Dot::PER_WORD == 1) {
         fold_one(first + k, at<float>(room.by_row) + std::ptrdiff_t(k) * students);
@@ -95,6 +98,21 @@ struct Gatherer {
         else
           std::memset(high, 0, sizeof(float) * students);
         store_pair(k, low, high);
+      }
+    }
+  }
+
+  void fold_by_product(int first, int count) const {
+    const PairProduct pairs{task, gather, at<float>(room.pairs)};
+    for (int k = 0, more; k < count; k += more) {
+      more = count - k < PAIR_PROTOTYPES ? count - k : PAIR_PROTOTYPES;
+      if constexpr (Dot::PER_WORD == 1) {
+        pairs.fold(first + k, more, at<float>(room.by_row) + std::ptrdiff_t(k) * students);
+      } else {
+        float* rows = at<float>(room.folded);
+        pairs.fold(first + k, more, rows);
+        if (more % 2) std::memset(rows + std::ptrdiff_t(more) * students, 0, sizeof(float) * students);
+        for (int i = 0; i < more; i += 2, rows += 2 * students) store_pair(k + i, rows, rows + students);
       }
     }
   }

@@ -128,7 +128,7 @@ void merge(const Score& s, const float* statistics, int parts, int rows) {
 
 struct GatherRoom {
   char* panels;
-  float *student_top, *student_factor, *teacher_top, *teacher_factor, *coefficient, *feature_gradient;
+  float *student_top, *student_factor, *teacher_top, *teacher_factor, *coefficient, *packed, *feature_gradient;
   char* scratch;
   std::size_t scratch_bytes, bytes;
   GatherRoom(const Gather& g, const Execution& run, const Kernels& kernels, void* start)
@@ -142,6 +142,7 @@ struct GatherRoom {
     teacher_top = arena.take<float>(teachers);
     teacher_factor = arena.take<float>(teachers);
     coefficient = arena.take<float>(students * g.teacher_views);
+    packed = arena.take<float>(folds_by_product(g) ? students * g.teacher_views : 0);
     feature_gradient = arena.take<float>(std::size_t(part_count(g)) * students *
                                          padded_to(g.weight.dim, kernels.lanes));
     scratch = arena.take<char>(scratch_bytes * std::min(run.threads, MOST_PARTS));
@@ -248,12 +249,14 @@ Sums gather(const Gather& g, const Execution& run, void* workspace) {
   pad(g.student_top, g.student_rows, room.student_top, students, infinity);
   pad(g.teacher_top, g.teacher_rows, room.teacher_top, teachers, infinity);
   const Sums sums = weigh(g, room, students, teachers);
+  const bool product = folds_by_product(g);
+  if (product) kernels.pack_coefficients(room.coefficient, g.teacher_views, students, room.packed);
   // teachers have no products here, but an exponential for each logit
   const double exponentials = double(g.teacher_rows) * g.weight.prototypes * EXPONENTIAL;
   const int threads = threads_for(2 * products_of(g.student_rows, g.weight) + exponentials, run);
   for_each_part(parts, g.weight.prototypes, threads, [&](int part, int thread, int first, int last) {
     kernels.gather({&g, room.panels, room.student_top, room.student_factor, room.teacher_top, room.teacher_factor,
-                    room.coefficient, room.scratch + thread * room.scratch_bytes,
+                    product ? room.packed : room.coefficient, room.scratch + thread * room.scratch_bytes,
                     room.feature_gradient + std::size_t(part) * students * width, first, last});
   });
   if (g.student_rows) add_parts(g, room.feature_gradient, parts, students, width, threads);

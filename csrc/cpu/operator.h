@@ -101,6 +101,13 @@ struct Gather {
   const PullBack* pull_back;    // with the last chunk of rows, or null
 };
 
+// Whether the pairs of a gathering pass are folded as a product of all rows: with one image every two views are a pair, if
+// any weight is given to it, and from so many teacher views on a product is faster than a step for each of them.
+constexpr int VIEWS_OF_A_PRODUCT = 8;
+inline bool folds_by_product(const Gather& g) {
+  return g.images == 1 && g.teacher_views >= VIEWS_OF_A_PRODUCT && g.student_rows > 0;
+}
+
 // Instruction sets this machine can run, the best last.
 std::vector<Isa> available();
 const char* name_of(Isa);
