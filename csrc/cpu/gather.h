@@ -6,6 +6,14 @@
 
 namespace vmf::cpu::VMF_ISA {
 
+// Prototypes of a block of the gathering pass, at most: the product of dz reads G down its columns, a cache line for each, and
+// with few dims a block of scores has more of them than L1 holds beside a panel (bench/LOG.md).
+constexpr int MOST_GATHERED = 144;
+inline int gather_prototypes(int dim) {
+  const int most = block_prototypes(dim), fitting = MOST_GATHERED / BLOCK_MULTIPLE * BLOCK_MULTIPLE;
+  return most < fitting ? most : fitting;
+}
+
 inline float dot(const float* a, const float* b, int n) {
   Floats total = zero();
   int i = 0;
@@ -30,13 +38,14 @@ struct Gatherer {
   const Gather& gather = *task.gather;
   const int dim = gather.weight.dim, width = padded(dim);
   const int students = padded(gather.student_rows), teachers = padded(gather.teacher_rows);
+  const int most = gather_prototypes(dim);  // prototypes of a block
   const int cycle = gather.images + LANES;  // length of a teacher view's probabilities with their repetition
 
   // A thread's memory, in this order.
   struct Room {
     std::size_t block, values, by_row, by_prototype, gradient, teacher, cycles, line, pairs, folded, bytes;
     explicit Room(const Gather& g) {
-      const std::size_t n = block_prototypes(g.weight.dim), w = padded(g.weight.dim), s = padded(g.student_rows);
+      const std::size_t n = gather_prototypes(g.weight.dim), w = padded(g.weight.dim), s = padded(g.student_rows);
       block = 0;
       values = block + block_bytes(g.weight);
       by_row = values + aligned(sizeof(Word) * words<Dot>(n) * w);
@@ -59,13 +68,13 @@ struct Gatherer {
 
   void run() const {
     for (int k = task.first, count; k < task.last; k += count) {
-      count = block_size(gather.logits, dim, k, task.last);
+      count = block_size(gather.logits, most, k, task.last);
       const Block weight = block_of(gather.weight, k, count, at<float>(room.block));
       if (students) {
         pack_values(weight, k, count);
         fold(k, count);
         // each product prefetches what follows it: the block of dW to be written, then the next block's logits and prototypes
-        const int next = k + count, more = next < task.last ? block_size(gather.logits, dim, next, task.last) : 0;
+        const int next = k + count, more = next < task.last ? block_size(gather.logits, most, next, task.last) : 0;
         add_feature_gradient(count, k == task.first, gradient_block(k, count));
         if (gather.weight_gradient) add_weight_gradient(weight, k, count, next, more);
       } else {

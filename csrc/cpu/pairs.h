@@ -20,11 +20,13 @@ struct PairProduct {
   const int students = padded(gather.student_rows), teachers = padded(gather.teacher_rows);
   float* totals = probabilities + std::ptrdiff_t(PAIR_PROTOTYPES) * teachers;  // [PAIR_PROTOTYPES, LANES]
 
-  // [count, padded S] G of the prototypes from `first` on, and their shares of beta and usage; count <= PAIR_PROTOTYPES.
+  // [count, padded S] G of the prototypes from `first` on, and their shares of beta and usage. At most PAIR_PROTOTYPES, all in
+  // one piece of the logits.
   void fold(int first, int count, float* out) const {
+    const float* logits = row_of(gather.logits, first);
     for (int k = 0; k < count; ++k) {
-      const float* logits = row_of(gather.logits, first + k) + gather.teacher_column;
-      form_probabilities(first + k, logits, probabilities + std::ptrdiff_t(k) * teachers);
+      form_probabilities(first + k, logits + k * gather.logits.stride + gather.teacher_column,
+                         probabilities + std::ptrdiff_t(k) * teachers);
       store(totals + std::ptrdiff_t(k) * LANES, zero());
     }
     const Rows<float> q{probabilities, teachers};
@@ -35,7 +37,7 @@ struct PairProduct {
         constexpr int M = decltype(m)::value;
         const Rows<float> rows{q.start + std::ptrdiff_t(k) * teachers, teachers};
         tile_in_short_sums<Fp32, M, N>(gather.teacher_views, rows, panel, {}, [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
-          finish<M, N>(first, k, vector, sums, out);
+          finish<M, N>(logits, k, vector, sums, out);
         });
       });
     });
@@ -45,9 +47,10 @@ struct PairProduct {
 
  private:
   template <int M, int N>
-  __attribute__((always_inline)) void finish(int first, int k, int vector, const Floats (&sums)[M][N], float* out) const {
+  __attribute__((always_inline)) void finish(const float* first, int k, int vector, const Floats (&sums)[M][N],
+                                             float* out) const {
     for (int m = 0; m < M; ++m) {
-      const float* logits = row_of(gather.logits, first + k + m);
+      const float* logits = first + (k + m) * gather.logits.stride;
       float* total = totals + std::ptrdiff_t(k + m) * LANES;
       for (int n = 0; n < N; ++n) {
         const int s = (vector + n) * LANES;

@@ -79,7 +79,7 @@ struct Scorer {
       task.statistics[rows + r] = task.statistics[2 * rows + r] = 0;
     }
     for (int k = task.first, count; k < task.last; k += count) {
-      count = block_size(score.logits, score.weight.dim, k, task.last);
+      count = block_size(score.logits, block_prototypes(score.weight.dim), k, task.last);
       float* room = static_cast<float*>(task.scratch);
       const Block fp32 = block_of(score.weight, k, count, room);
       one_block(k, count, words_of(fp32, count, room + block_bytes(score.weight) / sizeof(float)));
