@@ -170,6 +170,7 @@ struct Gatherer {
       used = multiply_add(load(task.teacher_factor + t), p, used);
     }
     gather.usage[k] += sum(used);
+    if (task.column_offset) add_column(task, k, logits, teachers);
     if (!students) return;
     float* cycles = at<float>(room.cycles);
     for (int view = 0; view < gather.teacher_views; ++view, q += gather.images, cycles += cycle) {

@@ -1,7 +1,7 @@
 // The pairs of one image folded as a product: G = n p - Q A with Q the teacher's probabilities of a few prototypes.
 #pragma once
 
-#include "blocks.h"
+#include "columns.h"
 
 namespace vmf::cpu::VMF_ISA {
 
@@ -71,6 +71,7 @@ struct PairProduct {
       used = multiply_add(load(task.teacher_factor + t), p, used);
     }
     gather.usage[k] += sum(used);
+    if (task.column_offset) add_column(task, k, logits, teachers);
   }
 };
 

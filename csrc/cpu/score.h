@@ -74,10 +74,11 @@ struct Scorer {
   static std::size_t scratch(const Score& s) { return block_bytes(s.weight) + word_bytes(s.weight); }
 
   void run() const {
-    for (int r = 0; r < rows; ++r) {
-      task.statistics[r] = -3.4028234663852886e38f;  // finite: (-inf) - (-inf) would be NaN
-      task.statistics[rows + r] = task.statistics[2 * rows + r] = 0;
-    }
+    for (float* sums = task.statistics; sums < task.statistics + statistics_of(score) * rows; sums += 3 * rows)
+      for (int r = 0; r < rows; ++r) {
+        sums[r] = -3.4028234663852886e38f;  // finite: (-inf) - (-inf) would be NaN
+        sums[rows + r] = sums[2 * rows + r] = 0;
+      }
     for (int k = task.first, count; k < task.last; k += count) {
       count = block_size(score.logits, block_prototypes(score.weight.dim), k, task.last);
       float* room = static_cast<float*>(task.scratch);
@@ -109,8 +110,10 @@ struct Scorer {
       ++index;
       constexpr int N = decltype(n)::value;
       const Word* panel = static_cast<const Word*>(task.panels) + std::ptrdiff_t(vector) * LANES * steps;
-      BlockSums block;
+      BlockSums block, others;
       for (int i = 0; i < N; ++i) softmax(block, vector, i).open();
+      if (score.other_bias)
+        for (int i = 0; i < N; ++i) softmax(others, vector, i, 3 * rows).open();
       for_each_rows<N>(count, [&](auto m, int k) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         const Ahead soon = ahead_of(score.weight, begin + share * k / count, begin + share * (k + M) / count);
@@ -118,15 +121,29 @@ struct Scorer {
         const Rows<Word> rows_of_m{weight.start + k * weight.stride, weight.stride};
         tile_in_short_sums<Dot, M, N>(steps, rows_of_m, panel, soon, [&](Floats(&sums)[M][N]) __attribute__((always_inline)) {
           finish<M, N>(first + k, vector, block, sums, out);
+          if (score.other_bias) absorb_others<M, N>(first + k, vector, others, sums);
         });
       });
       for (int i = 0; i < N; ++i) softmax(block, vector, i).close();
+      if (score.other_bias)
+        for (int i = 0; i < N; ++i) softmax(others, vector, i, 3 * rows).close();
     });
   }
 
-  // Of the n-th vector of a tile that begins with `vector`.
-  Softmax softmax(BlockSums& block, int vector, int n) const {
-    float* top = task.statistics + (vector + n) * LANES;
+  // The same logits with the other bias. Not inlined: they are rarely asked for, and few rows have them.
+  template <int M, int N>
+  __attribute__((noinline)) void absorb_others(int k, int vector, BlockSums& others, const Floats (&sums)[M][N]) const {
+    for (int n = 0; n < N; ++n) {
+      Floats logits[M];
+      for (int m = 0; m < M; ++m)
+        logits[m] = multiply_add(sums[m][n], all(score.multiplier[k + m]), all(score.other_bias[k + m]));
+      softmax(others, vector, n, 3 * rows).template absorb<M>(logits);
+    }
+  }
+
+  // Of the n-th vector of a tile that begins with `vector`; its sums begin so far into the statistics.
+  Softmax softmax(BlockSums& block, int vector, int n, int from = 0) const {
+    float* top = task.statistics + from + (vector + n) * LANES;
     return {top, top + rows, top + 2 * rows, block.mass + n * LANES, block.moment + n * LANES};
   }
 
