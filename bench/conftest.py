@@ -14,12 +14,8 @@ from bench.workloads import TOY, WORKLOADS, Workload
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)  # a host's name says nothing about its speed
-    cpuinfo = Path("/proc/cpuinfo")
-    models = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     machine_info["vmf_kernels"] = {
-        "cpu": next(
-            (line.split(":")[1].strip() for line in models if line.startswith("model name")), platform.processor()
-        ),
+        "cpu": cpu_model(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -30,6 +26,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.fixture(params=[pytest.param(name, id=name.replace("/", "-")) for name in WORKLOADS])
 def workload(request: pytest.FixtureRequest) -> Workload:
     return WORKLOADS[request.param] if request.config.getoption("benchmark_enable") else TOY
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in models if line.startswith("model name")), platform.processor())
 
 
 def _mm_rate() -> float:

@@ -60,13 +60,15 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&logits_of), py::kw_only(), py::arg("pieces"), py::arg("prototypes"), py::arg("stride"));
   py::class_<Score>(m, "Score", py::module_local())
       .def(py::init([](const Weight& weight, Address multiplier, Address bias, Address features, float uniform,
-                       float row_factor, int rows, const Logits& logits, Address top, Address mass, Address moment) {
+                       float row_factor, int rows, const Logits& logits, Address top, Address mass, Address moment,
+                       Address other_bias) {
              return Score{weight, pointer<const float>(multiplier), pointer<const float>(bias),
                           pointer<const float>(features), uniform, row_factor, rows, logits, pointer<float>(top),
-                          pointer<float>(mass), pointer<float>(moment)};
+                          pointer<float>(mass), pointer<float>(moment), pointer<const float>(other_bias)};
            }),
            py::kw_only(), py::arg("weight"), py::arg("multiplier"), py::arg("bias"), py::arg("features"),
-           py::arg("uniform"), py::arg("row_factor"), py::arg("rows"), py::arg("logits"), py::arg("top"), py::arg("mass"), py::arg("moment"));
+           py::arg("uniform"), py::arg("row_factor"), py::arg("rows"), py::arg("logits"), py::arg("top"), py::arg("mass"), py::arg("moment"),
+           py::arg("other_bias") = 0);
   py::class_<PullBack>(m, "PullBack", py::module_local())
       .def(py::init([](Norms norms, Address norm, Address magnitude, Address slope, Address magnitude_gradient) {
              return PullBack{norms, pointer<const float>(norm), pointer<const float>(magnitude),
@@ -80,7 +82,8 @@ PYBIND11_MODULE(_native, m) {
                        Address student_top, Address student_mass, Address student_moment, Address teacher_top,
                        Address teacher_mass, Address teacher_moment, Address view_weights, Address image_weights,
                        Address features, float scale, Address feature_gradient, Address weight_gradient,
-                       Address bias_gradient, Address usage, bool first, const PullBack* pull_back) {
+                       Address bias_gradient, Address usage, bool first, const PullBack* pull_back, Address column_top,
+                       Address column_mass) {
              return Gather{weight,
                            pointer<const float>(gain),
                            logits,
@@ -105,7 +108,11 @@ PYBIND11_MODULE(_native, m) {
                            pointer<float>(bias_gradient),
                            pointer<float>(usage),
                            first,
-                           pull_back};
+                           pull_back,
+                           nullptr,
+                           nullptr,
+                           pointer<float>(column_top),
+                           pointer<float>(column_mass)};
            }),
            py::keep_alive<1, 26>(), py::kw_only(), py::arg("weight"), py::arg("gain"), py::arg("logits"),
            py::arg("teacher_column"), py::arg("student_rows"), py::arg("teacher_rows"), py::arg("images"),
@@ -113,7 +120,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("student_moment"), py::arg("teacher_top"), py::arg("teacher_mass"), py::arg("teacher_moment"),
            py::arg("view_weights"), py::arg("image_weights"), py::arg("features"), py::arg("scale"),
            py::arg("feature_gradient"), py::arg("weight_gradient"), py::arg("bias_gradient"), py::arg("usage"),
-           py::arg("first"), py::arg("pull_back").none(true));
+           py::arg("first"), py::arg("pull_back").none(true), py::arg("column_top") = 0, py::arg("column_mass") = 0);
   py::class_<Sums>(m, "Sums", py::module_local())
       .def_readonly("student_entropy", &Sums::student_entropy)
       .def_readonly("teacher_entropy", &Sums::teacher_entropy)

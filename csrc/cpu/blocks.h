@@ -56,9 +56,8 @@ inline float* row_of(const Logits& logits, int k) {
 }
 inline int left_in_piece(const Logits& logits, int k) { return logits.prototypes - k % logits.prototypes; }
 
-// The number of prototypes of the block that begins at `first`; all are in one piece of the logits.
-inline int block_size(const Logits& logits, int dim, int first, int last) {
-  int count = block_prototypes(dim);
+// The number of prototypes of the block that begins at `first`, at most `count`; all are in one piece of the logits.
+inline int block_size(const Logits& logits, int count, int first, int last) {
   if (last - first < count) count = last - first;
   if (logits.pieces[0] && left_in_piece(logits, first) < count) count = left_in_piece(logits, first);
   return count;

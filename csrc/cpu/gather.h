@@ -2,9 +2,17 @@
 // dz = G W, dW = G^T z, and equation (7) for rows of dW that are complete.
 #pragma once
 
-#include "blocks.h"
+#include "pairs.h"
 
 namespace vmf::cpu::VMF_ISA {
+
+// Prototypes of a block of the gathering pass, at most: the product of dz reads G down its columns, a cache line for each, and
+// with few dims a block of scores has more of them than L1 holds beside a panel (bench/LOG.md).
+constexpr int MOST_GATHERED = 144;
+inline int gather_prototypes(int dim) {
+  const int most = block_prototypes(dim), fitting = MOST_GATHERED / BLOCK_MULTIPLE * BLOCK_MULTIPLE;
+  return most < fitting ? most : fitting;
+}
 
 inline float dot(const float* a, const float* b, int n) {
   Floats total = zero();
@@ -30,13 +38,14 @@ struct Gatherer {
   const Gather& gather = *task.gather;
   const int dim = gather.weight.dim, width = padded(dim);
   const int students = padded(gather.student_rows), teachers = padded(gather.teacher_rows);
+  const int most = gather_prototypes(dim);  // prototypes of a block
   const int cycle = gather.images + LANES;  // length of a teacher view's probabilities with their repetition
 
   // A thread's memory, in this order.
   struct Room {
-    std::size_t block, values, by_row, by_prototype, by_student, gradient, teacher, cycles, line, bytes;
+    std::size_t block, values, by_row, by_prototype, by_student, gradient, teacher, cycles, line, pairs, folded, bytes;
     explicit Room(const Gather& g) {
-      const std::size_t n = block_prototypes(g.weight.dim), w = padded(g.weight.dim), s = padded(g.student_rows);
+      const std::size_t n = gather_prototypes(g.weight.dim), w = padded(g.weight.dim), s = padded(g.student_rows);
       block = 0;
       values = block + block_bytes(g.weight);
       by_row = values + aligned(sizeof(Word) * words<Dot>(n) * w);
@@ -47,7 +56,9 @@ struct Gatherer {
       teacher = gradient + (std::size_t(g.weight.dim) == w ? 0 : aligned(sizeof(float) * n * w));
       cycles = teacher + aligned(sizeof(float) * (padded(g.teacher_rows) + LANES));
       line = cycles + aligned(sizeof(float) * std::size_t(g.teacher_views) * (g.images + LANES));
-      bytes = line + aligned(sizeof(float) * 2 * (s + LANES));
+      pairs = line + aligned(sizeof(float) * 2 * (s + LANES));
+      folded = pairs + aligned(sizeof(float) * pair_floats(g));
+      bytes = folded + (Dot::PER_WORD == 1 || !folds_by_product(g) ? 0 : aligned(sizeof(float) * PAIR_PROTOTYPES * s));
     }
   };
   const Room room{gather};
@@ -60,13 +71,13 @@ struct Gatherer {
   void run() const {
     [[maybe_unused]] const typename Dot::Registers registers;
     for (int k = task.first, count; k < task.last; k += count) {
-      count = block_size(gather.logits, dim, k, task.last);
+      count = block_size(gather.logits, most, k, task.last);
       const Block weight = block_of(gather.weight, k, count, at<float>(room.block));
       if (students) {
         pack_values(weight, k, count);
         fold(k, count);
         // each product prefetches what follows it: the block of dW to be written, then the next block's logits and prototypes
-        const int next = k + count, more = next < task.last ? block_size(gather.logits, dim, next, task.last) : 0;
+        const int next = k + count, more = next < task.last ? block_size(gather.logits, most, next, task.last) : 0;
         add_feature_gradient(count, k == task.first, gradient_block(k, count));
         if (gather.weight_gradient) add_weight_gradient(weight, k, count, next, more);
       } else {
@@ -86,6 +97,19 @@ struct Gatherer {
 
   // G of a block, by rows for dW and by prototypes for dz; with fp32 one matrix serves both.
   void fold(int first, int count) const {
+    if (folds_by_product(gather))
+      fold_by_product(first, count);
+    else
+      fold_one_by_one(first, count);
+#if defined(VMF_HAS_TILES)
+    Word* by_prototype = at<Word>(room.by_prototype);
+    const int pairs = (count + 1) / 2, whole = words<Dot>(count);
+    std::memset(by_prototype + std::ptrdiff_t(pairs) * students, 0, sizeof(Word) * (whole - pairs) * std::size_t(students));
+    transpose_words(by_prototype, whole, students, at<Word>(room.by_student));
+#endif
+  }
+
+  void fold_one_by_one(int first, int count) const {
     for (int k = 0; k < count; k += Dot::PER_WORD) {
       if constexpr (Dot::PER_WORD == 1) {
         fold_one(first + k, at<float>(room.by_row) + std::ptrdiff_t(k) * students);
@@ -100,12 +124,21 @@ struct Gatherer {
         store_pair(k, low, high);
       }
     }
-#if defined(VMF_HAS_TILES)
-    Word* by_prototype = at<Word>(room.by_prototype);
-    const int pairs = (count + 1) / 2, whole = words<Dot>(count);
-    std::memset(by_prototype + std::ptrdiff_t(pairs) * students, 0, sizeof(Word) * (whole - pairs) * std::size_t(students));
-    transpose_words(by_prototype, whole, students, at<Word>(room.by_student));
-#endif
+  }
+
+  void fold_by_product(int first, int count) const {
+    const PairProduct pairs{task, gather, at<float>(room.pairs)};
+    for (int k = 0, more; k < count; k += more) {
+      more = count - k < PAIR_PROTOTYPES ? count - k : PAIR_PROTOTYPES;
+      if constexpr (Dot::PER_WORD == 1) {
+        pairs.fold(first + k, more, at<float>(room.by_row) + std::ptrdiff_t(k) * students);
+      } else {
+        float* rows = at<float>(room.folded);
+        pairs.fold(first + k, more, rows);
+        if (more % 2) std::memset(rows + std::ptrdiff_t(more) * students, 0, sizeof(float) * students);
+        for (int i = 0; i < more; i += 2, rows += 2 * students) store_pair(k + i, rows, rows + students);
+      }
+    }
   }
 
   void store_pair(int k, const float* low, const float* high) const {
@@ -166,6 +199,7 @@ struct Gatherer {
       used = multiply_add(load(task.teacher_factor + t), p, used);
     }
     gather.usage[k] += sum(used);
+    if (task.column_offset) add_column(task, k, logits, teachers);
     if (!students) return;
     float* cycles = at<float>(room.cycles);
     for (int view = 0; view < gather.teacher_views; ++view, q += gather.images, cycles += cycle) {
@@ -186,7 +220,7 @@ struct Gatherer {
     for_each_tile(Cut(width / LANES), [&](auto n, int vector) __attribute__((always_inline)) {
       constexpr int N = decltype(n)::value;
       const Word* panel = at<Word>(room.values) + std::ptrdiff_t(vector) * LANES * steps;
-      for_each_rows<N>(students, [&](auto m, int s, int valid) __attribute__((always_inline)) {
+      for_each_rows<Dot, N>(students, [&](auto m, int s, int valid) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         float* out = task.feature_gradient + std::ptrdiff_t(s) * width + vector * LANES;
         tile<Dot, M, N>(steps, students_of(count, s), panel, valid, share_of(soon, steps),
@@ -208,7 +242,7 @@ struct Gatherer {
     for_each_tile(Cut(width / LANES), [&](auto n, int vector) __attribute__((always_inline)) {
       constexpr int N = decltype(n)::value;
       const Word* panel = static_cast<const Word*>(task.panels) + std::ptrdiff_t(vector) * LANES * steps;
-      for_each_rows<N>(count, [&](auto m, int k, int valid) __attribute__((always_inline)) {
+      for_each_rows<Dot, N>(count, [&](auto m, int k, int valid) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         float* out = start + std::ptrdiff_t(k) * width + vector * LANES;
         tile<Dot, M, N>(steps, Rows<Word>{at<Word>(room.by_row) + std::ptrdiff_t(k) * steps, steps}, panel, valid,

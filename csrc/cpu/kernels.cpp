@@ -31,13 +31,18 @@ struct Table {
         },
         static_cast<Word*>(panels));
   }
+  static void pack_coefficients(const float* rows, int count, int columns, float* panels) {
+    pack_panels<Fp32>(
+        count, columns,
+        [&](int r, int s, float* line) { line_of(rows + std::ptrdiff_t(r) * columns, columns, s, line, 1.0f); }, panels);
+  }
   static std::size_t score_scratch(const Score& s) { return Scorer<Dot>::scratch(s); }
   static void score(const ScoreTask& task) { Scorer<Dot>{task}.run(); }
   static std::size_t gather_scratch(const Gather& g) { return Gatherer<Dot>::scratch(g); }
   static void gather(const GatherTask& task) { Gatherer<Dot>{task}.run(); }
 
-  static constexpr Kernels kernels{LANES,         pack_features, features_bytes, pack_values, values_bytes,
-                                   score_scratch, score,         gather_scratch, gather};
+  static constexpr Kernels kernels{LANES,        pack_features,     features_bytes, pack_values, values_bytes,
+                                   pack_coefficients, score_scratch, score,          gather_scratch, gather};
 };
 
 }  // namespace VMF_ISA

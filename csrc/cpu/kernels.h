@@ -10,9 +10,10 @@ struct ScoreTask {
   const Score* score;
   const void* panels;  // features, from pack_features
   void* scratch;       // of score_scratch bytes, this thread's own
-  float* statistics;   // [3, padded rows] top, mass, moment over the task's prototypes
+  float* statistics;   // [3 or 6, padded rows] top, mass, moment over the task's prototypes; then those with the other bias
   int first, last;     // prototypes
 };
+constexpr int statistics_of(const Score& s) { return s.other_bias ? 6 : 3; }
 struct GatherTask {
   const Gather* gather;
   const void* panels;            // student features, from pack_values; null without dW
@@ -20,7 +21,8 @@ struct GatherTask {
   const float* student_factor;   // [padded S], 0 beyond
   const float* teacher_top;      // [padded T], +inf beyond
   const float* teacher_factor;   // [padded T], 0 beyond
-  const float* coefficient;      // [G, padded S], 0 beyond
+  const float* coefficient;      // [G, padded S], 0 beyond; packed by pack_coefficients if pairs are folded as a product
+  const float* column_offset;    // [padded T] base-2 log-sum-exps with the other bias, +inf beyond; null without column sums
   void* scratch;                 // of gather_scratch bytes, this thread's own
   float* feature_gradient;       // [padded S, padded D] over the task's prototypes
   int first, last;               // prototypes
@@ -34,6 +36,8 @@ struct Kernels {
   // [R, D] -> panels [column tile][words of R][columns of the tile], as the product of dW reads them
   void (*pack_values)(const float* rows, int count, int dim, void* panels);
   std::size_t (*values_bytes)(int count, int dim);
+  // [G, padded S] -> fp32 panels [column tile][G][columns of the tile], as the product of pairs reads them
+  void (*pack_coefficients)(const float* rows, int count, int columns, float* panels);
   std::size_t (*score_scratch)(const Score&);
   void (*score)(const ScoreTask&);
   std::size_t (*gather_scratch)(const Gather&);

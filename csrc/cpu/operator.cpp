@@ -114,7 +114,8 @@ struct ScoreRoom {
       : scratch_bytes(kernels.score_scratch(s)) {
     Arena arena{static_cast<char*>(start)};
     panels = arena.take<char>(kernels.features_bytes(s.rows, s.weight.dim));
-    statistics = arena.take<float>(std::size_t(part_count(s.weight.prototypes)) * 3 * padded_to(s.rows, kernels.lanes));
+    statistics = arena.take<float>(std::size_t(part_count(s.weight.prototypes)) * statistics_of(s) *
+                                   padded_to(s.rows, kernels.lanes));
     scaled = arena.take<float>(s.row_factor == 1 ? 0 : std::size_t(s.rows) * s.weight.dim);
     multiplier = arena.take<float>(s.multiplier ? 0 : s.weight.prototypes);
     scratch = arena.take<char>(scratch_bytes * std::min(run.threads, MOST_PARTS));
@@ -122,10 +123,11 @@ struct ScoreRoom {
   }
 };
 
-// The parts' maxima, masses and first moments, relative to the common maximum.
-void merge(const Score& s, const float* statistics, int parts, int rows) {
+// The parts' maxima, masses and first moments (or null), relative to the common maximum. `stride` separates the parts.
+void merge(const Score& s, const float* statistics, int parts, int rows, std::size_t stride, float* to_top, float* to_mass,
+           float* to_moment) {
   for (int r = 0; r < s.rows; ++r) {
-    const auto at = [&](int part, int which) { return statistics[(std::size_t(part) * 3 + which) * rows + r]; };
+    const auto at = [&](int part, int which) { return statistics[part * stride + std::size_t(which) * rows + r]; };
     float top = std::numeric_limits<float>::lowest();
     for (int part = 0; part < parts; ++part) top = std::max(top, at(part, 0));
     double mass = 0, moment = 0;
@@ -134,13 +136,14 @@ void merge(const Score& s, const float* statistics, int parts, int rows) {
       mass += weight * at(part, 1);
       moment += weight * at(part, 2) + (weight > 0 ? weight * shift * at(part, 1) : 0);
     }
-    s.top[r] = top, s.mass[r] = float(mass), s.moment[r] = float(moment);
+    to_top[r] = top, to_mass[r] = float(mass);
+    if (to_moment) to_moment[r] = float(moment);
   }
 }
 
 struct GatherRoom {
   char* panels;
-  float *student_top, *student_factor, *teacher_top, *teacher_factor, *coefficient, *feature_gradient;
+  float *student_top, *student_factor, *teacher_top, *teacher_factor, *column_offset, *coefficient, *packed, *feature_gradient;
   char* scratch;
   std::size_t scratch_bytes, bytes;
   GatherRoom(const Gather& g, const Execution& run, const Kernels& kernels, void* start)
@@ -153,7 +156,9 @@ struct GatherRoom {
     student_factor = arena.take<float>(students);
     teacher_top = arena.take<float>(teachers);
     teacher_factor = arena.take<float>(teachers);
+    column_offset = arena.take<float>(g.column_top ? teachers : 0);
     coefficient = arena.take<float>(students * g.teacher_views);
+    packed = arena.take<float>(folds_by_product(g) ? students * g.teacher_views : 0);
     feature_gradient = arena.take<float>(std::size_t(part_count(g)) * students *
                                          padded_to(g.weight.dim, kernels.lanes));
     scratch = arena.take<char>(scratch_bytes * std::min(run.threads, MOST_PARTS));
@@ -238,12 +243,14 @@ void score(const Score& given, const Execution& run, void* workspace) {
     s.multiplier = room.multiplier;
   }
   const int rows = padded_to(s.rows, kernels.lanes), parts = part_count(s.weight.prototypes);
+  const std::size_t stride = std::size_t(statistics_of(s)) * rows;
   kernels.pack_features(s.features, s.rows, s.weight.dim, room.panels);
   for_each_part(parts, s.weight.prototypes, threads_for(products_of(s.rows, s.weight), run), [&](int part, int thread, int first, int last) {
     kernels.score({&s, room.panels, room.scratch + thread * room.scratch_bytes,
-                   room.statistics + std::size_t(part) * 3 * rows, first, last});
+                   room.statistics + part * stride, first, last});
   });
-  merge(s, room.statistics, parts, rows);
+  merge(s, room.statistics, parts, rows, stride, s.top, s.mass, s.moment);
+  if (s.other_bias) merge(s, room.statistics + 3 * rows, parts, rows, stride, s.other_top, s.other_mass, nullptr);
 }
 
 std::size_t gather_workspace(const Gather& g, const Execution& run) {
@@ -260,12 +267,19 @@ Sums gather(const Gather& g, const Execution& run, void* workspace) {
   pad(g.student_top, g.student_rows, room.student_top, students, infinity);
   pad(g.teacher_top, g.teacher_rows, room.teacher_top, teachers, infinity);
   const Sums sums = weigh(g, room, students, teachers);
+  if (g.column_top) {
+    if (!g.other_top) throw std::invalid_argument("column sums need the teacher's other softmax");
+    for (int t = 0; t < g.teacher_rows; ++t) room.column_offset[t] = g.other_top[t] + std::log2(g.other_mass[t]);
+    std::fill(room.column_offset + g.teacher_rows, room.column_offset + teachers, infinity);
+  }
+  const bool product = folds_by_product(g);
+  if (product) kernels.pack_coefficients(room.coefficient, g.teacher_views, students, room.packed);
   // teachers have no products here, but an exponential for each logit
   const double exponentials = double(g.teacher_rows) * g.weight.prototypes * EXPONENTIAL;
   const int threads = threads_for(2 * products_of(g.student_rows, g.weight) + exponentials, run);
   for_each_part(parts, g.weight.prototypes, threads, [&](int part, int thread, int first, int last) {
     kernels.gather({&g, room.panels, room.student_top, room.student_factor, room.teacher_top, room.teacher_factor,
-                    room.coefficient, room.scratch + thread * room.scratch_bytes,
+                    product ? room.packed : room.coefficient, g.column_top ? room.column_offset : nullptr, room.scratch + thread * room.scratch_bytes,
                     room.feature_gradient + std::size_t(part) * students * width, first, last});
   });
   if (g.student_rows) add_parts(g, room.feature_gradient, parts, students, width, threads);
@@ -289,7 +303,7 @@ std::size_t step_workspace(const Score& student, const Score& teacher, const Gat
   if (student.weight.prototypes != teacher.weight.prototypes || student.weight.prototypes != g.weight.prototypes)
     throw std::invalid_argument("networks with different numbers of prototypes, whose logits lie side by side");
   const std::size_t scores = std::max(score_workspace(student, run), score_workspace(teacher, run));
-  return 3 * (aligned_floats(student.rows) + aligned_floats(teacher.rows)) + std::max(scores, gather_workspace(g, run));
+  return 3 * aligned_floats(student.rows) + 5 * aligned_floats(teacher.rows) + std::max(scores, gather_workspace(g, run));
 }
 
 Sums step(Score student, Score teacher, Gather g, const Execution& run, void* workspace) {
@@ -303,6 +317,10 @@ Sums step(Score student, Score teacher, Gather g, const Execution& run, void* wo
   g.student_moment = student.moment = take(student.rows);
   g.teacher_top = teacher.top = take(teacher.rows), g.teacher_mass = teacher.mass = take(teacher.rows);
   g.teacher_moment = teacher.moment = take(teacher.rows);
+  if (teacher.other_bias) {
+    g.other_top = teacher.other_top = take(teacher.rows);
+    g.other_mass = teacher.other_mass = take(teacher.rows);
+  }
   student.logits = g.logits, teacher.logits = from_column(g.logits, g.teacher_column);
   score(student, run, room);
   score(teacher, run, room);

@@ -60,6 +60,10 @@ struct Score {
   float* top;     // [R] max_k l
   float* mass;    // [R] sum_k 2^(l - top)
   float* moment;  // [R] sum_k 2^(l - top) (l - top)
+  // The same logits with another bias in place of `bias`: their maximum and mass, from the same products. Or null.
+  const float* other_bias = nullptr;  // [K]
+  float* other_top = nullptr;         // [R]
+  float* other_mass = nullptr;        // [R]
 };
 
 // From the gradient at the effective prototype to that at the stored one, equation (7).
@@ -99,7 +103,20 @@ struct Gather {
   float* usage;                 // [K] sum_t n_t q_t; added to
   bool first;                   // the weight gradient is written, not added to
   const PullBack* pull_back;    // with the last chunk of rows, or null
+  // The log-sums over the teacher rows of its other softmax, less the difference of the biases: sum_t 2^(l_tk - offset_t), as a
+  // maximum to which the chunks add, and a mass relative to it; or null.
+  const float* other_top = nullptr;   // [T] from Score
+  const float* other_mass = nullptr;  // [T]
+  float* column_top = nullptr;        // [K]
+  float* column_mass = nullptr;       // [K]
 };
+
+// Whether the pairs of a gathering pass are folded as a product of all rows: with one image every two views are a pair, if
+// any weight is given to it, and from so many teacher views on a product is faster than a step for each of them.
+constexpr int VIEWS_OF_A_PRODUCT = 8;
+inline bool folds_by_product(const Gather& g) {
+  return g.images == 1 && g.teacher_views >= VIEWS_OF_A_PRODUCT && g.student_rows > 0;
+}
 
 // Instruction sets this machine can run, the best last.
 std::vector<Isa> available();

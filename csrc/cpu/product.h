@@ -13,6 +13,7 @@ struct Fp32 {
   using Word = float;
   static constexpr int PER_WORD = 1;
   static constexpr int LEAST_WORDS = 1;  // of k: sums are over a multiple of so many
+  static constexpr bool ON_TILES = false;
   static Floats broadcast(const Word* p) { return all(*p); }
   static Floats add_product(Floats a, Floats b, Floats sum) { return multiply_add(a, b, sum); }
 };
@@ -23,6 +24,7 @@ struct Bf16 {
   using Word = std::uint32_t;
   static constexpr int PER_WORD = 2;
   static constexpr int LEAST_WORDS = TILE;
+  static constexpr bool ON_TILES = true;
 };
 #elif defined(VMF_HAS_BF16)
 struct Bf16 {
@@ -30,6 +32,7 @@ struct Bf16 {
   using Word = std::uint32_t;
   static constexpr int PER_WORD = 2;
   static constexpr int LEAST_WORDS = 1;
+  static constexpr bool ON_TILES = false;
   static Floats broadcast(const Word* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(*p))); }
   static Floats add_product(Floats a, Floats b, Floats sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
@@ -41,16 +44,15 @@ struct Bf16 {
 // vectors of B and one of A. Measured on Zen 4 at D = 256 (bench/LOG.md).
 #if defined(VMF_HAS_TILES)
 constexpr int MOST_VECTORS = 2;  // four tile registers of sums
-constexpr int tile_rows(int) { return 2 * TILE; }
 constexpr int BLOCK_MULTIPLE = 2 * TILE;
 #else
 constexpr int MOST_VECTORS = REGISTERS == 32 ? 4 : 2;
+constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // a multiple of every tile_rows()
+#endif
 constexpr int tile_rows(int vectors) {
   return REGISTERS == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 24)
                          : (vectors == 2 ? 6 : 10);
 }
-constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // a multiple of every tile_rows()
-#endif
 constexpr int LINES_A_STEP = 4;  // cache lines of `Ahead` that are prefetched every four steps of k
 constexpr int SHORT_SUM = 64;       // steps of k
 
@@ -100,16 +102,15 @@ inline Ahead share_of(Ahead& left, int steps) {
   return {start, left.start};
 }
 
-#if defined(VMF_HAS_TILES)
-
 // The slices in which sums leave a tile: as many rows as registers hold beside what is done with them.
 constexpr int SLICE = 8;
 
 // A tile of A B, of Rows only, by the matrix unit. Rows of A up to the next multiple of TILE must be readable, and so must
 // words up to `steps`; what they hold matters for no valid row if B is 0 there.
 template <int M, int N, class Done>
-__attribute__((always_inline)) inline void tile_on_matrix_unit(int steps, const Rows<std::uint32_t>& a, const std::uint32_t* b,
-                                                               int valid, Ahead ahead, Done&& done) {
+__attribute__((always_inline)) inline void tile_on_matrix_unit([[maybe_unused]] int steps, const Rows<std::uint32_t>& a,
+                                                               const std::uint32_t* b, int valid, Ahead ahead, Done&& done) {
+#if defined(VMF_HAS_TILES)
   Floats slices[M / SLICE][SLICE][N];
   multiply_tiles<M / TILE, N>(steps, a.start, a.stride, b, &slices[0][0][0], [&]() __attribute__((always_inline)) {
     for (int i = 0; i < TILE / 4 * LINES_A_STEP && ahead.start < ahead.end; ++i, ahead.start += 64)
@@ -122,9 +123,8 @@ __attribute__((always_inline)) inline void tile_on_matrix_unit(int steps, const 
     for (int n = 0; n < N; ++n) row[0][n] = slices[m / SLICE][m % SLICE][n];
     done(m, row);
   }
+#endif
 }
-
-#else
 
 // Adds A B over `steps` of k to a tile of sums; B is a panel [k, N LANES] of words. Both move on to the steps that follow.
 template <class Dot, int M, int N, class Cursor>
@@ -168,22 +168,19 @@ __attribute__((always_inline)) inline void clear(Floats (&sums)[M][N]) {
     for (int n = 0; n < N; ++n) sums[m][n] = zero();
 }
 
-#endif
-
 // Calls done(first row, sums) with a tile of A B, or with one slice of its rows after the other; `valid` rows of it count.
 template <class Dot, int M, int N, class A, class Done>
 __attribute__((always_inline)) inline void tile(int steps, const A& a, const typename Dot::Word* b, int valid, Ahead ahead,
                                                 Done&& done) {
-#if defined(VMF_HAS_TILES)
-  tile_on_matrix_unit<M, N>(steps, a, b, valid, ahead, done);
-#else
-  (void)valid;  // all of them
-  Floats sums[M][N];
-  clear(sums);
-  typename A::template Cursor<M> cursor(a);
-  accumulate<Dot, M, N>(steps, cursor, b, ahead, sums);
-  done(0, sums);
-#endif
+  if constexpr (Dot::ON_TILES) {
+    tile_on_matrix_unit<M, N>(steps, a, b, valid, ahead, done);
+  } else {
+    Floats sums[M][N];
+    clear(sums);
+    typename A::template Cursor<M> cursor(a);
+    accumulate<Dot, M, N>(steps, cursor, b, ahead, sums);
+    done(0, sums);
+  }
 }
 
 // The same from several short sums: a logit computed as one long sum has up to twice the rounding error, and so has every
@@ -191,24 +188,23 @@ __attribute__((always_inline)) inline void tile(int steps, const A& a, const typ
 template <class Dot, int M, int N, class A, class Done>
 __attribute__((always_inline)) inline void tile_in_short_sums(int steps, const A& a, const typename Dot::Word* b, int valid,
                                                               Ahead ahead, Done&& done) {
-#if defined(VMF_HAS_TILES)
-  tile_on_matrix_unit<M, N>(steps, a, b, valid, ahead, done);
-#else
-  (void)valid;
-  Floats totals[M][N];  // in memory, while registers hold a short sum
-  clear(totals);
-  typename A::template Cursor<M> cursor(a);
-  for (int k = 0; k < steps; k += SHORT_SUM) {
-    Floats sums[M][N];
-    clear(sums);
-    accumulate<Dot, M, N>(k + SHORT_SUM < steps ? SHORT_SUM : steps - k, cursor, b, ahead, sums);
+  if constexpr (Dot::ON_TILES) {
+    tile_on_matrix_unit<M, N>(steps, a, b, valid, ahead, done);
+  } else {
+    Floats totals[M][N];  // in memory, while registers hold a short sum
+    clear(totals);
+    typename A::template Cursor<M> cursor(a);
+    for (int k = 0; k < steps; k += SHORT_SUM) {
+      Floats sums[M][N];
+      clear(sums);
+      accumulate<Dot, M, N>(k + SHORT_SUM < steps ? SHORT_SUM : steps - k, cursor, b, ahead, sums);
 #pragma GCC unroll 32
-    for (int m = 0; m < M; ++m)
+      for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) totals[m][n] = add(totals[m][n], sums[m][n]);
+        for (int n = 0; n < N; ++n) totals[m][n] = add(totals[m][n], sums[m][n]);
+    }
+    done(0, totals);
   }
-  done(0, totals);
-#endif
 }
 
 // Calls body(integral constant M, first row, valid rows) over `rows` rows: whole tiles, then what is left in smaller ones.
@@ -216,17 +212,17 @@ template <int I>
 struct Constant {
   static constexpr int value = I;
 };
-template <int N, class Body>
+template <class Dot, int N, class Body>
 __attribute__((always_inline)) inline void for_each_rows(int rows, Body&& body) {
   int m = 0;
-#if defined(VMF_HAS_TILES)
-  for (; m + 2 * TILE <= rows; m += 2 * TILE) body(Constant<2 * TILE>{}, m, 2 * TILE);
-  for (; m < rows; m += TILE) body(Constant<TILE>{}, m, m + TILE < rows ? TILE : rows - m);
-#else
-  for (; m + tile_rows(N) <= rows; m += tile_rows(N)) body(Constant<tile_rows(N)>{}, m, tile_rows(N));
-  for (; m + 4 <= rows; m += 4) body(Constant<4>{}, m, 4);
-  for (; m < rows; ++m) body(Constant<1>{}, m, 1);
-#endif
+  if constexpr (Dot::ON_TILES) {
+    for (; m + 2 * TILE <= rows; m += 2 * TILE) body(Constant<2 * TILE>{}, m, 2 * TILE);
+    for (; m < rows; m += TILE) body(Constant<TILE>{}, m, m + TILE < rows ? TILE : rows - m);
+  } else {
+    for (; m + tile_rows(N) <= rows; m += tile_rows(N)) body(Constant<tile_rows(N)>{}, m, tile_rows(N));
+    for (; m + 4 <= rows; m += 4) body(Constant<4>{}, m, 4);
+    for (; m < rows; ++m) body(Constant<1>{}, m, 1);
+  }
 }
 
 // How `vectors` columns of C are cut into tiles: as few as possible, of nearly equal width.

@@ -75,12 +75,13 @@ struct Scorer {
 
   void run() const {
     [[maybe_unused]] const typename Dot::Registers registers;
-    for (int r = 0; r < rows; ++r) {
-      task.statistics[r] = -3.4028234663852886e38f;  // finite: (-inf) - (-inf) would be NaN
-      task.statistics[rows + r] = task.statistics[2 * rows + r] = 0;
-    }
+    for (float* sums = task.statistics; sums < task.statistics + statistics_of(score) * rows; sums += 3 * rows)
+      for (int r = 0; r < rows; ++r) {
+        sums[r] = -3.4028234663852886e38f;  // finite: (-inf) - (-inf) would be NaN
+        sums[rows + r] = sums[2 * rows + r] = 0;
+      }
     for (int k = task.first, count; k < task.last; k += count) {
-      count = block_size(score.logits, score.weight.dim, k, task.last);
+      count = block_size(score.logits, block_prototypes(score.weight.dim), k, task.last);
       float* room = static_cast<float*>(task.scratch);
       const Block fp32 = block_of(score.weight, k, count, room);
       one_block(k, count, words_of(fp32, count, room + block_bytes(score.weight) / sizeof(float)));
@@ -110,9 +111,11 @@ struct Scorer {
       ++index;
       constexpr int N = decltype(n)::value;
       const Word* panel = static_cast<const Word*>(task.panels) + std::ptrdiff_t(vector) * LANES * steps;
-      BlockSums block;
+      BlockSums block, others;
       for (int i = 0; i < N; ++i) softmax(block, vector, i).open();
-      for_each_rows<N>(count, [&](auto m, int k, int valid) __attribute__((always_inline)) {
+      if (score.other_bias)
+        for (int i = 0; i < N; ++i) softmax(others, vector, i, 3 * rows).open();
+      for_each_rows<Dot, N>(count, [&](auto m, int k, int valid) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         const Ahead soon = ahead_of(score.weight, begin + share * k / count, begin + share * (k + valid) / count);
         const Rows<Word> rows_of_m{weight.start + k * weight.stride, weight.stride};
@@ -120,15 +123,29 @@ struct Scorer {
                                       [&](int row, auto& sums) __attribute__((always_inline)) {
           float* out = logits ? logits + (k + row) * score.logits.stride + vector * LANES : nullptr;
           finish(first + k + row, vector, block, sums, out);
+          if (score.other_bias) absorb_others(first + k + row, vector, others, sums);
         });
       });
       for (int i = 0; i < N; ++i) softmax(block, vector, i).close();
+      if (score.other_bias)
+        for (int i = 0; i < N; ++i) softmax(others, vector, i, 3 * rows).close();
     });
   }
 
-  // Of the n-th vector of a tile that begins with `vector`.
-  Softmax softmax(BlockSums& block, int vector, int n) const {
-    float* top = task.statistics + (vector + n) * LANES;
+  // The same logits with the other bias. Not inlined: they are rarely asked for, and few rows have them.
+  template <int M, int N>
+  __attribute__((noinline)) void absorb_others(int k, int vector, BlockSums& others, const Floats (&sums)[M][N]) const {
+    for (int n = 0; n < N; ++n) {
+      Floats logits[M];
+      for (int m = 0; m < M; ++m)
+        logits[m] = multiply_add(sums[m][n], all(score.multiplier[k + m]), all(score.other_bias[k + m]));
+      softmax(others, vector, n, 3 * rows).template absorb<M>(logits);
+    }
+  }
+
+  // Of the n-th vector of a tile that begins with `vector`; its sums begin so far into the statistics.
+  Softmax softmax(BlockSums& block, int vector, int n, int from = 0) const {
+    float* top = task.statistics + from + (vector + n) * LANES;
     return {top, top + rows, top + 2 * rows, block.mass + n * LANES, block.moment + n * LANES};
   }
 

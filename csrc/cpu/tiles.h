@@ -6,8 +6,6 @@
 
 #include "simd.h"
 
-#if defined(VMF_HAS_TILES)
-
 #if defined(VMF_TILES_STAND_IN)
 #include VMF_TILES_STAND_IN
 #endif
@@ -15,6 +13,8 @@
 namespace vmf::cpu::VMF_ISA {
 
 constexpr int TILE = 16;  // rows of a tile register, and the words of each
+
+#if defined(VMF_HAS_TILES)
 
 // Configures this thread's tile registers for as long as it lives; without it, a tile instruction is illegal.
 struct TileRegisters {
@@ -107,5 +107,5 @@ inline void transpose_words(const std::uint32_t* in, int rows, int columns, std:
     }
 }
 
-}  // namespace vmf::cpu::VMF_ISA
 #endif
+}  // namespace vmf::cpu::VMF_ISA

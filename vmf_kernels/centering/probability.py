@@ -6,6 +6,7 @@ Legend: R rows, K prototypes.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,23 @@ class ProbabilityCenter(RunningMean):
             self._start = -math.log(num_prototypes)
             self.reset_parameters()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # a class that records batches in its own way has to see the logits
+        if {"accumulate", "_statistic"} & vars(cls).keys() and "accumulate_sums" not in vars(cls):
+            cls.accumulate_sums = None  # type: ignore[assignment]
+
+    def accumulate_sums(self, total: Tensor, rows: int) -> None:
+        """As ``accumulate``, from sums that the loss's backend has formed.
+
+        A rule may have this method: then a loss asks its backend for them (``backends/uncentered.py``).
+
+        Args:
+            total: [K] nats, log of the sum of the uncentred probabilities over this rank's rows; -inf without rows.
+            rows: how many they are.
+        """
+        self._add(*self._over_ranks(total, rows))
+
     def bias(self, temperature: float | Tensor) -> Tensor:
         """[K] ``-c``, nats. It is in units of log-probability, so it is not divided by the temperature."""
         return -self._values
@@ -82,8 +100,11 @@ class ProbabilityCenter(RunningMean):
         rows = teacher.detach().flatten(0, -2)
         with LogSums(rows, temperature, bias, self.backend, self.prototype_group) as sums:
             total = sums.over_rows(sums.over_prototypes())
+        return self._over_ranks(total, rows.shape[0])
+
+    def _over_ranks(self, total: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         # sum probabilities over ranks, not their logs
-        count = total.new_full((), float(rows.shape[0]))
+        count = total.new_full((), float(rows))
         return self._row_ranks.log_sum_exp(total), self._row_ranks.sum(count)
 
     def _merge(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

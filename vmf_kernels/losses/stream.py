@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.stored.choice import check_stored_backend_name
+from vmf_kernels.backends.uncentered import answer_about, ask_for_sums
 from vmf_kernels.centering.choice import RULES, RuleOptions, Rules, make_rule
 from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.centering.running_mean import check_momentum
@@ -154,6 +155,8 @@ class Stream(nn.Module):
         check_pairing(Pairing(pair_weights, image_weights), teacher_rows, student_rows)
         _check_normalizers(outputs)
         bias = self._target_bias(outputs, teacher_temp)
+        if isinstance(outputs.teacher, PrototypeLogits) and getattr(self.centering, "accumulate_sums", None):
+            bias = ask_for_sums(bias, outputs.teacher, teacher_temp)
         if outputs.teacher_bias is not None:
             bias = bias + outputs.teacher_bias
         return target_cross_entropy(
@@ -189,7 +192,11 @@ class Stream(nn.Module):
         """Record the teacher's batch [R, K] for the centre, after its use; ``bias`` is the normaliser of stored logits."""
         if self.center_update == "forward" and inside_function():
             raise RuntimeError(MOVES_TWICE)
-        self.centering.accumulate(teacher.detach(), teacher_temp, bias)
+        sums = answer_about(teacher, teacher_temp) if isinstance(teacher, PrototypeLogits) else None
+        if sums is None:
+            self.centering.accumulate(teacher.detach(), teacher_temp, bias)
+        else:
+            self.centering.accumulate_sums(sums, teacher.shape[:-1].numel())  # type: ignore[attr-defined]
         if self.center_update == "forward":
             self.centering.apply_pending()
 

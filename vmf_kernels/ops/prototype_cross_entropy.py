@@ -138,7 +138,8 @@ def prototype_cross_entropy(
         teacher_weight=teacher.weight,
         teacher_magnitude=teacher.magnitude,
         teacher_kind=teacher.kind,
-        teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
+        # detach only if needed: the bias may hold a question (backends/uncentered.py)
+        teacher_bias=teacher_bias.detach() if teacher_bias is not None and teacher_bias.requires_grad else teacher_bias,
         view_weights=pairing.view_weights,
         image_weights=pairing.image_weights,
         student_temperature=temperature_tensor(student_temperature, "student_temperature", device),

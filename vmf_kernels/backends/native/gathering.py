@@ -64,6 +64,7 @@ class Teachers(NamedTuple):
 
     column: int  # the first column of its rows among the logits
     usage: Tensor  # [K], to which the pass adds
+    columns: Tensor | None = None  # [2, K] maximum and mass, base 2, of the sums with the keys' other bias; likewise
 
 
 class Gathering(NamedTuple):
@@ -90,6 +91,7 @@ class Gathering(NamedTuple):
         teacher_views, student_views = by_view.shape
         rows = (0 if mine is None else student_views * images), teacher_views * images
         top, mass, moment = (0, 0, 0) if by_student is None else by_student.for_module(rows[0])
+        columns = address(self.teachers.columns, 2 * count)
         teacher_top, teacher_mass, teacher_moment = (0, 0, 0) if by_teacher is None else by_teacher.for_module(rows[1])
         return module.built().Gather(
             weight=module.weight_of(self.keys.weight),
@@ -117,4 +119,6 @@ class Gathering(NamedTuple):
             usage=address(self.teachers.usage, count),
             first=mine is not None and mine.first,
             pull_back=None if mine is None or mine.pull_back is None else mine.pull_back.for_module(),
+            column_top=columns,
+            column_mass=columns and columns + 4 * count,
         )

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from vmf_kernels.backends.base_two import LN_2, LOG2_E
 from vmf_kernels.backends.contract import LossInputs, LossOutputs, RowInputs
 from vmf_kernels.backends.native import module
+from vmf_kernels.backends.native.columns import no_columns, sums_of_columns
 from vmf_kernels.backends.native.chunks import Chunk, chunks_of, padded, row_ranges
 from vmf_kernels.backends.native.gathering import Gathering, Pairs, PullBack, Students, Teachers
 from vmf_kernels.backends.native.scores import (
@@ -29,6 +30,7 @@ from vmf_kernels.backends.native.scores import (
     score,
     score_task,
 )
+from vmf_kernels.backends.uncentered import UncenteredSums, question_on
 from vmf_kernels.bessel import vmf_mean_resultant_length
 from vmf_kernels.pairing import check_pairing
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
@@ -132,6 +134,8 @@ class _Step:
     bias_gradient: Tensor  # [K] beta
     usage: Tensor  # [K] sum_t n_t q_t
     sums: list[tuple[float, float, float]]  # of every chunk: sum_s n_s H(p_s), sum_t n_t H(q_t), sum_t n_t
+    question: UncenteredSums | None  # on the teacher's bias
+    columns: Tensor | None  # [2, K] of the answer, as ``Teachers``
 
     @classmethod
     def of(cls, inputs: LossInputs, images: int) -> _Step:
@@ -142,13 +146,21 @@ class _Step:
         products = products_of(inputs.student_features, inputs.teacher_features)
         by_image = pairing.image_weights
         sums = module.new(2, count).zero_()
+        # with prototypes of several ranks, rows have no sums over all of them before the gathering pass
+        question = question_on(inputs.teacher_bias) if _is_alone(inputs.prototype_group) else None
         return cls(
             inputs,
             (teacher_views, student_views),
             images,
             products,
             native_keys(inputs.student, inputs.student_temperature, None, products),
-            native_keys(inputs.teacher, inputs.teacher_temperature, inputs.teacher_bias, products),
+            native_keys(
+                inputs.teacher,
+                inputs.teacher_temperature,
+                inputs.teacher_bias,
+                products,
+                also_without_extra=question is not None,
+            ),
             x_SD.view(student_views, images, dim),
             x_TD.view(teacher_views, images, inputs.teacher.dim),
             module.fp32(pairing.view_weights),
@@ -159,6 +171,8 @@ class _Step:
             sums[0],
             sums[1],
             [],
+            question,
+            None if question is None else no_columns(count),
         )
 
     @property
@@ -186,13 +200,15 @@ class _Step:
         teachers = self.teacher_rows if whole else chunk.teachers_of(self.teacher_rows)
         x_SD, x_TD = students.flatten(0, 1).contiguous(), teachers.flatten(0, 1).contiguous()
         column = _columns_of(chunk)[0]
+        counts = chunk.student_views.start == 0  # of the chunks with its teacher rows, one adds to the columns
+        teacher = self.teacher if counts else self.teacher._replace(other_bias=None)
         rest = self.student.scale[1]
         x_gradient = self.feature_gradient.flatten(0, 1) if whole else module.new(*x_SD.shape)
         gathering = Gathering(
             self.student,
             logits,
             self._pairs(chunk),
-            Teachers(column, self.usage),
+            Teachers(column, self.usage, self.columns if counts else None),
             Students(
                 features=x_SD if rest == 1 else x_SD * rest,
                 feature_gradient=x_gradient,
@@ -203,9 +219,9 @@ class _Step:
             ),
         )
         group = self.inputs.prototype_group
-        if group is None or count_ranks(group) == 1:
+        if _is_alone(group):
             native, run = module.built(), module.execution(self.products)
-            tasks = score_task(x_SD, self.student, None), score_task(x_TD, self.teacher, None), gathering.task()
+            tasks = score_task(x_SD, self.student, None), score_task(x_TD, teacher, None), gathering.task()
             memory, start = module.workspace(native.step_workspace(*tasks, run))
             sums = native.step(*tasks, run, start)
             del memory
@@ -250,7 +266,9 @@ class _Step:
     def outputs(self) -> LossOutputs:
         """The loss by equation (12), its statistics and gradients."""
         inputs, group = self.inputs, self.inputs.prototype_group
-        shared = group is not None and count_ranks(group) > 1
+        shared = not _is_alone(group)
+        if self.question is not None and self.columns is not None:
+            self.question.total = sums_of_columns(self.columns, self.teacher)
         if shared:
             self.feature_gradient = sum_over_ranks(self.feature_gradient, group)
         dot, count = module.built().dot, self.feature_gradient.numel()
@@ -294,8 +312,13 @@ def _sizes(chunk: Chunk) -> tuple[int, int, int]:
     return teacher, student, images
 
 
+def _is_alone(group: ProcessGroup | None) -> bool:
+    """Whether this rank has all prototypes."""
+    return group is None or count_ranks(group) == 1
+
+
 def _most_prototypes(count: int, group: ProcessGroup | None) -> int:
     """K of the rank with the most: chunks of rows must be the same on every rank."""
-    if group is None or count_ranks(group) == 1:
+    if _is_alone(group):
         return count
     return int(max_over_ranks(torch.tensor(count, dtype=torch.float64, device=module.CPU), group))

@@ -35,6 +35,7 @@ class NativeKeys(NamedTuple):
     bias: Tensor | None  # [K] nats, as ``Keys.bias``
     bias_base_2: Tensor | None  # [K]
     scale: tuple[float, float]  # two factors of the inverse temperature, as ``split_scale``
+    other_bias: Tensor | None = None  # [K] base 2, of a second softmax of the same products
 
     @property
     def prototypes(self) -> int:
@@ -71,16 +72,29 @@ class Softmax(NamedTuple):
 
 
 def native_keys(
-    prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, products: torch.dtype
+    prototypes: Prototypes,
+    temperature: Tensor,
+    extra_bias: Tensor | None,
+    products: torch.dtype,
+    *,
+    also_without_extra: bool = False,
 ) -> NativeKeys:
-    """As ``vmf_kernels.prototypes.prepare_keys``, for products of this dtype."""
+    """As ``vmf_kernels.prototypes.prepare_keys``, for products of this dtype.
+
+    ``also_without_extra`` adds a second softmax of the same rows, whose bias lacks ``extra_bias``.
+    """
     weight = prototypes.weight.detach()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     scale = 1 / temperature.item()
-    gain = bias = base_2 = multiplier = None
+    gain = bias = base_2 = multiplier = other_bias = None
     if prototypes.kind != "linear" or extra_bias is not None:
-        keys = prepare_keys(prototypes, temperature, extra_bias, torch.float32)
+        keys = prepare_keys(prototypes, temperature, None if also_without_extra else extra_bias, torch.float32)
         gain, bias = keys.gain, keys.bias
+        if also_without_extra and extra_bias is not None:
+            extra = extra_bias.to(torch.float32).reshape(-1)
+            other_bias = torch.zeros_like(extra) if bias is None else bias * LOG2_E
+            bias = extra if bias is None else extra + bias
+            bias = bias.clamp(min=torch.finfo(torch.float32).min)
         base_2 = None if bias is None else bias * LOG2_E
     # scale the rows, where its rounding errors average out over the dims; but not bf16 rows, which are exact as they are
     row_factor, factor = split_scale(scale * LOG2_E)
@@ -89,7 +103,7 @@ def native_keys(
     if gain is not None:
         # NaN for an infinite gain: such an effective prototype has infinities of both signs, and its products are NaN
         multiplier = (gain + 0 * gain) * factor
-    return NativeKeys(weight, gain, row_factor, factor, multiplier, bias, base_2, split_scale(scale))
+    return NativeKeys(weight, gain, row_factor, factor, multiplier, bias, base_2, split_scale(scale), other_bias)
 
 
 def split_scale(number: float) -> tuple[float, float]:
@@ -168,6 +182,7 @@ def score_task(rows_RD: Tensor, keys: NativeKeys, softmax: Softmax | None, logit
         top=top,
         mass=mass,
         moment=moment,
+        other_bias=module.address(keys.other_bias, prototypes),
     )
 
 

@@ -1,0 +1,250 @@
+"""Times our loss over many shapes against the best of three without this library, forward and backward, on a CPU.
+
+    python -m bench.shapes                                            fp32 and bf16, two threads, four minutes
+    python -m bench.shapes --quick --dtype fp32 --threads 1 2
+    python -m bench.shapes --json bench/results/cpu/shapes.json       then python -m bench.report of that file
+
+The three: the published loss, eager; the same with one log-softmax a row; the published loss under ``torch.compile``. Rounds
+are interleaved, so that all meet the same clock and the same neighbours. A row of a table is a shape of ``SHAPES``.
+
+Legend: V / G student / teacher views, B images, K prototypes, D bottleneck dim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.plain_losses import one_softmax, published
+from bench.workloads import HeadInputs, HeadShape, matched_shape
+from vmf_kernels import prototype_cross_entropy, weight_norm_prototypes
+from vmf_kernels.backends.native.module import has_bf16_products, instruction_sets
+
+OURS = ("auto", "native", "streaming")
+SECONDS_A_SHAPE = 1.0  # of rounds, after the warm-up
+LEAST_ROUNDS, MOST_ROUNDS = 5, 60
+SCHEMA = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MM_SIZE = 2048
+
+Step = Callable[[], None]
+
+
+class Case(NamedTuple):
+    """A shape, and whether the quick table has it."""
+
+    shape: HeadShape
+    quick: bool = False
+
+    @property
+    def pairing(self) -> str:
+        """How rows are paired."""
+        return "matched" if self.shape.matched else "one image" if self.shape.images == 1 else "multi-crop"
+
+
+def crops(images: int, prototypes: int, dim: int, views: int = 10) -> HeadShape:
+    """``views`` student crops and two teacher crops of each image."""
+    return HeadShape(images, 2, views, prototypes, dim)
+
+
+def one_image(views: int, prototypes: int, dim: int) -> HeadShape:
+    """One image with so many views of each network."""
+    return HeadShape(1, views, views, prototypes, dim)
+
+
+# 12 rows are 10 student and 2 teacher rows, 252 are 210 and 42, as in the table of the issue that asked for these
+SHAPES = (
+    Case(crops(1, 1024, 64), quick=True),
+    Case(crops(1, 1024, 256)),
+    Case(crops(1, 1024, 768), quick=True),
+    Case(crops(1, 8192, 64)),
+    Case(crops(1, 8192, 256), quick=True),
+    Case(crops(1, 65_536, 64), quick=True),
+    Case(crops(4, 4096, 256)),
+    Case(crops(21, 1024, 768)),
+    Case(crops(21, 8192, 256), quick=True),
+    Case(crops(21, 8192, 768)),
+    Case(crops(21, 65_536, 256)),
+    Case(crops(64, 65_536, 256)),
+    Case(crops(16, 65_536, 256), quick=True),
+    Case(crops(16, 131_072, 256)),
+    Case(crops(341, 1024, 64)),
+    Case(matched_shape(16, prototypes=1024, dim=64), quick=True),
+    Case(matched_shape(16, prototypes=65_536, dim=64), quick=True),
+    Case(matched_shape(128, prototypes=8192, dim=256)),
+    Case(matched_shape(512, prototypes=1024, dim=768)),
+    Case(matched_shape(512, prototypes=8192, dim=768), quick=True),
+    Case(matched_shape(1024, prototypes=1024, dim=256), quick=True),
+    Case(matched_shape(1024, prototypes=1024, dim=768)),
+    Case(matched_shape(2048, prototypes=4096, dim=256)),
+    Case(one_image(100, 65_536, 64), quick=True),
+    Case(one_image(100, 65_536, 256)),
+    Case(one_image(100, 65_536, 768)),
+    Case(one_image(400, 1024, 64), quick=True),
+    Case(one_image(400, 8192, 64), quick=True),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.shapes", description=__doc__)
+    parser.add_argument("--dtype", choices=[*DTYPES, "both"], default="both", help="of the features and the products")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--only", default="", help="shapes whose title has this in it")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args(arguments)
+    names = list(DTYPES) if options.dtype == "both" else [options.dtype]
+    rows = []
+    report = {"schema": SCHEMA, "kind": "shapes", "machine": machine(), "rows": rows}
+    for name in names:
+        for case in SHAPES:
+            if (options.quick and not case.quick) or options.only not in title_of(case):
+                continue
+            for row in rows_of(case, name, options.threads, compiles=not options.no_compile):
+                rows.append(row)
+                print(line_of(row), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What the times depend on."""
+    from bench.conftest import cpu_model
+
+    return {
+        "cpu": cpu_model(),
+        "torch": torch.__version__,
+        "instruction_set": instruction_sets()[-1],
+        "bf16_products": has_bf16_products(),
+    }
+
+
+def title_of(case: Case) -> str:
+    """For example "multi-crop 10/2 K1024 D64"."""
+    return f"{case.pairing} {case.shape.name}"
+
+
+def rows_of(case: Case, dtype: str, threads: Sequence[int], *, compiles: bool) -> Iterator[dict[str, Any]]:
+    """One result for each number of threads."""
+    inputs = HeadInputs.of(case.shape, device=torch.device("cpu"))
+    inputs = replace(inputs, student_features=inputs.student_features.detach().to(DTYPES[dtype]).requires_grad_())
+    inputs = replace(inputs, teacher_features=inputs.teacher_features.to(DTYPES[dtype]))
+    for count in threads:
+        torch.set_num_threads(count)
+        torch.compiler.reset()
+        times = interleaved(steps_of(inputs, compiles=compiles))
+        yield {
+            "pairing": case.pairing,
+            "rows": f"{case.shape.student_rows}/{case.shape.teacher_rows}",
+            "prototypes": case.shape.prototypes,
+            "dim": case.shape.dim,
+            "dtype": dtype,
+            "threads": count,
+            "mm_gflops": mm_gflops(DTYPES[dtype]),
+            "least_operations": least_operations(case.shape),
+            "seconds": times,
+        }
+
+
+def least_operations(shape: HeadShape) -> int:
+    """Of the products: logits of both networks, and the student's two gradients."""
+    return (6 * shape.student_rows + 2 * shape.teacher_rows) * shape.prototypes * shape.dim
+
+
+def mm_gflops(dtype: torch.dtype) -> float:
+    """Rate of torch.mm of a large product, now."""
+    square = torch.randn(MM_SIZE, MM_SIZE).to(dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        square @ square
+        seconds.append(time.perf_counter() - start)
+    return round(2e-9 * MM_SIZE**3 / min(seconds), 1)
+
+
+def steps_of(inputs: HeadInputs, *, compiles: bool) -> dict[str, Step]:
+    """Every contestant's forward and backward pass, by name."""
+    losses: dict[str, Callable[[HeadInputs], Tensor]] = {name: loss_by(name) for name in OURS}
+    losses |= {"published": published, "one_softmax": one_softmax}
+    if compiles:
+        losses["compiled"] = torch.compile(published, dynamic=False)
+    is_bf16 = inputs.student_features.dtype == torch.bfloat16
+
+    def step_of(loss: Callable[[HeadInputs], Tensor], plain: bool) -> Step:
+        def step() -> None:
+            inputs.clear_gradients()
+            with torch.autocast("cpu", torch.bfloat16, enabled=plain and is_bf16):
+                value = loss(inputs)
+            value.backward()  # type: ignore[no-untyped-call]
+
+        return step
+
+    return {name: step_of(loss, name not in OURS) for name, loss in losses.items()}
+
+
+def loss_by(backend: str) -> Callable[[HeadInputs], Tensor]:
+    """Our loss of the same inputs."""
+
+    def loss(inputs: HeadInputs) -> Tensor:
+        student = weight_norm_prototypes(inputs.student_magnitude, inputs.student_direction)
+        teacher = weight_norm_prototypes(inputs.teacher_magnitude, inputs.teacher_direction)
+        return prototype_cross_entropy(
+            inputs.student_features,
+            student,
+            inputs.teacher_features,
+            teacher,
+            inputs.pair_weights,
+            student_temperature=inputs.student_temperature,
+            teacher_temperature=inputs.teacher_temperature,
+            teacher_bias=-inputs.center / inputs.teacher_temperature,
+            image_weights=inputs.image_weights,
+            backend=backend,
+        ).loss
+
+    return loss
+
+
+def interleaved(steps: dict[str, Step]) -> dict[str, list[float]]:
+    """Seconds of every round by name, after one that is not kept."""
+    for _ in range(2):
+        for step in steps.values():
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and time.perf_counter() - started > SECONDS_A_SHAPE:
+            break
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(round(time.perf_counter() - start, 7))
+    return seconds
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A result as a line of text: medians in ms, and ours over the best."""
+    medians = {name: 1e3 * statistics.median(times) for name, times in row["seconds"].items()}
+    least = {name: 1e3 * min(times) for name, times in row["seconds"].items()}
+    best = min(ms for name, ms in medians.items() if name not in OURS)
+    best_least = min(ms for name, ms in least.items() if name not in OURS)
+    each = "  ".join(f"{name} {ms:.2f}" for name, ms in medians.items())
+    bound = row["least_operations"] / row["mm_gflops"] / 1e6
+    what = f"{row['dtype']} x{row['threads']} {row['pairing']} {row['rows']} K{row['prototypes']} D{row['dim']}"
+    return (
+        f"{what}: {each} | auto / best {medians['auto'] / best:.2f} (least {least['auto'] / best_least:.2f}), "
+        f"products alone {bound:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
