@@ -4,6 +4,7 @@ python -m bench.report bench/results/cpu/head.json
 python -m bench.report bench/results/cpu/first_call.json
 python -m bench.report bench/results/cpu/demo.json
 python -m bench.report bench/results/cpu/many_prototypes.json
+python -m bench.report bench/results/cpu/vmf-bench.json
 python -m bench.report bench/results/<name of a GPU>/head.json     with the ratios and whether each target was met
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.tables import gpu_table
+from vmf_bench.table import case_table, heading
 
 HEAD_COLUMNS = (
     "| step | rows | baseline ms | ours ms | speed-up | baseline extra MiB | ours extra MiB | rate / torch.mm |\n"
@@ -97,6 +99,8 @@ def first_call_table(results: Mapping[str, Any]) -> str:
 def table(path: Path) -> str:
     """The table of a results file."""
     results = json.loads(path.read_text())
+    if isinstance(results, dict) and "schema_version" in results:
+        return f"{heading(results)}\n\n{case_table(results['cases'][0])}"
     if isinstance(results, dict) and "schema" in results:
         return gpu_table(results)
     if isinstance(results, dict) and "peak_rss_mib" in results:

@@ -60,7 +60,7 @@ def test_two_line_diff_names_what_the_drop_in_has() -> None:
     assert not missing, f"the diff imports {missing}, which the drop-in lacks"
 
 
-@pytest.mark.parametrize("results", ["head", "first_call", "demo", "many_prototypes"])
+@pytest.mark.parametrize("results", ["head", "first_call", "demo", "many_prototypes", "vmf-bench"])
 def test_tables_are_those_of_the_committed_results(results: str) -> None:
     """Numbers in the README come from ``python -m bench.report``, never from a hand."""
     expected = table(ROOT / "bench" / "results" / "cpu" / f"{results}.json")

@@ -63,8 +63,11 @@ def _check_folder(folder: Path) -> None:
     """Make the folder, and see that files can be written there, before minutes are spent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in MADE:
-            (folder / name).touch()
+        for path in (folder / name for name in MADE):
+            is_new = not path.exists()
+            path.open("a").close()
+            if is_new:
+                path.unlink()  # a run that is stopped leaves nothing
     except OSError as error:
         raise BenchError(f"--out got {folder}, which cannot be written: {error.strerror}.") from error
 
