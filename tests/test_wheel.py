@@ -156,6 +156,7 @@ def test_packages_of_the_checkout_are_found(small: tuple[Path, Path], tmp_path: 
         shutil.rmtree(site_packages(python) / package)
     (site_packages(python) / "checkout.pth").write_text(f"{ROOT}\n{ROOT / 'python'}\n")
     with pytest.raises(
-        WheelError, match=r"vmf_kernels is that of the checkout(.|\n)*vmf_pretrain is that of the checkout(.|\n)*vmf_bench is that"
+        WheelError,
+        match=r"vmf_kernels is that of the checkout(.|\n)*vmf_pretrain is that of the checkout(.|\n)*vmf_bench is",
     ):
         check_installation(python, tmp_path / "empty", tree, modules=[], with_torch=False)

@@ -150,7 +150,11 @@ def check_python(name: str, folder: Path, *, with_trainer: bool, any_torch: bool
         run([python.parent / "vmf-bench", "--quick", "--out", folder / "bench"], folder)
     if extra:
         run([python.parent / "vmf-pretrain", "--help"], folder)
-    ran = "the README's blocks and vmf-bench run" if with_torch else "the README not run, for pip finds no CPU build of torch"
+    ran = (
+        "the README's blocks and vmf-bench run"
+        if with_torch
+        else "the README not run, for pip finds no CPU build of torch"
+    )
     trainer = ", vmf-pretrain too" if extra else ""
     return f"{wheel.name} with {' and '.join(modules)}, which loads; {ran}{trainer}; {time.monotonic() - start:.0f} s"
 

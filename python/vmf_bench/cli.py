@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prototypes", type=int, metavar="K", help="prototypes of both networks")
     parser.add_argument("--dim", type=int, metavar="D", help="dimension of the rows (default: 256)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the features and products (default: both)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, 40 seconds instead of 160")
+    parser.add_argument("--quick", action="store_true", help="small sizes, 40 seconds instead of 145")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"write {' and '.join(MADE)} there")
     parser.add_argument("--only", nargs="+", metavar="LOSS", help="these losses alone; --list has the names")
     parser.add_argument("--list", action="store_true", help="name the losses and stop")
