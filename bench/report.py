@@ -1,15 +1,14 @@
-"""Prints the tables of the README from committed results.
+"""Tables of the READMEs from committed results.
 
-python -m bench.report bench/results/cpu/head.json
-python -m bench.report bench/results/cpu/first_call.json
-python -m bench.report bench/results/cpu/demo.json
-python -m bench.report bench/results/cpu/many_prototypes.json
-python -m bench.report bench/results/<name of a GPU>/head.json     with the ratios and whether each target was met
+python -m bench.report bench/results/cpu/head.json             prints one
+python -m bench.report bench/results/<name of a GPU>/head.json with the ratios and whether each target was met
+python -m bench.report --write                                 puts all of results/cpu/ where the pages name them
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.tables import gpu_table
+from vmf_bench.table import case_table, heading
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results" / "cpu"
+PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+TABLE = re.compile(r"(<!-- table ([\w-]+) -->)\n.*?(<!-- /table -->)", re.DOTALL)
 
 HEAD_COLUMNS = (
-    "| step | rows | baseline ms | ours ms | speed-up | baseline extra MiB | ours extra MiB | rate / torch.mm |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| step | rows | published ms | one log-softmax ms | published, compiled ms | ours ms | over published | over the best "
+    "| extra MiB: published | ours | rate / torch.mm |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
+OWN_COLUMNS = "| step | rows | plain DINO ms | ms | over plain |\n|---|---|---|---|---|"
+RIVALS = ("published", "one log-softmax", "published, compiled")
 DEMO_COLUMNS = (
     "| method | seed | k-NN % | untrained | raw pixels | linear % | untrained | raw pixels "
     "| MI nats | RankMe | used | unique |\n"
@@ -41,18 +49,30 @@ MEDIANS = (*ACCURACIES, "mutual_information", "rankme")
 
 
 def head_table(results: Mapping[str, Any]) -> str:
-    """Markdown table of a pytest-benchmark JSON of ``bench_head``: medians, each against its interleaved baseline."""
-    rows = [HEAD_COLUMNS]
+    """Markdown tables of a pytest-benchmark JSON of ``bench_head``: against the rivals' losses, and of our own options."""
+    rows, own = [HEAD_COLUMNS], [OWN_COLUMNS]
     for result in results["benchmarks"]:
-        extra, step = result["extra_info"], result["name"].split("[")[0].removeprefix("test_").replace("_", " ")
         options = result["name"].split("[")[1].rstrip("]").split("-")
+        step = result["name"].split("[")[0].removeprefix("test_").replace("_", " ")
         name = " ".join([step, *(option for option in options if not option.isdigit())])
-        memory = [f"{extra[key]:.0f}" if key in extra else "" for key in ("baseline_extra_mib", "extra_mib")]
-        times = f"{1e3 * extra['baseline_median_seconds']:.0f} | {1e3 * result['stats']['median']:.0f}"
         workload = "/".join(option for option in options if option.isdigit())
-        rate = f"{extra['rate_over_mm']:.2f}" if "rate_over_mm" in extra else ""
-        rows.append(f"| {name} | {workload} | {times} | {extra['speedup']:.2f}x | {' | '.join(memory)} | {rate} |")
-    return "\n".join(rows)
+        medians, ours = result["extra_info"]["rival_medians"], result["stats"]["median"]
+        if "plain DINO" in medians:
+            plain = medians["plain DINO"]
+            own.append(f"| {name} | {workload} | {1e3 * plain:.0f} | {1e3 * ours:.0f} | {ours / plain - 1:+.0%} |")
+        else:
+            rows.append(f"| {name} | {workload} | {head_row(result['extra_info'], ours)} |")
+    return "\n".join(rows) + "\n\n" + "\n".join(own)
+
+
+def head_row(extra: Mapping[str, Any], ours: float) -> str:
+    """Columns of a row against the rivals' losses; above 1 ours is faster."""
+    medians, memory = extra["rival_medians"], extra.get("extra_mib", {})
+    times = [f"{1e3 * medians[name]:.0f}" for name in RIVALS] + [f"{1e3 * ours:.0f}"]
+    ratios = [f"{medians['published'] / ours:.2f}x", f"{min(medians.values()) / ours:.2f}x"]
+    sizes = [f"{memory[name]:.0f}" if name in memory else "" for name in ("published", "ours")]
+    rate = f"{extra['rate_over_mm']:.2f}" if "rate_over_mm" in extra else ""
+    return " | ".join([*times, *ratios, *sizes, rate])
 
 
 def demo_table(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -97,6 +117,8 @@ def first_call_table(results: Mapping[str, Any]) -> str:
 def table(path: Path) -> str:
     """The table of a results file."""
     results = json.loads(path.read_text())
+    if isinstance(results, dict) and "schema_version" in results:
+        return f"{heading(results)}\n\n{case_table(results['cases'][0])}"
     if isinstance(results, dict) and "schema" in results:
         return gpu_table(results)
     if isinstance(results, dict) and "peak_rss_mib" in results:
@@ -107,5 +129,22 @@ def table(path: Path) -> str:
     return first_call_table(results) if first_call else head_table(results)
 
 
+def with_tables(page: str, folder: Path = RESULTS) -> str:
+    """A page with each table between ``<!-- table NAME -->`` and ``<!-- /table -->`` as NAME.json of the folder has it.
+
+    Raises:
+        FileNotFoundError: a page names results that are not there.
+    """
+    return TABLE.sub(lambda found: f"{found[1]}\n{table(folder / f'{found[2]}.json')}\n{found[3]}", page)
+
+
+def main() -> None:
+    if sys.argv[1:] != ["--write"]:
+        print(table(Path(sys.argv[1])))
+        return
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
+
+
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
+    main()

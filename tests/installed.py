@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = ("vmf_kernels", "vmf_pretrain")
+PACKAGES = ("vmf_kernels", "vmf_pretrain", "vmf_bench")
 
 
 def place_of(package: str) -> Path | None:

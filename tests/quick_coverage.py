@@ -1,4 +1,4 @@
-"""Which files of the library and of the trainer have no function that the quick loop runs.
+"""Which files of the library, of the trainer and of vmf-bench have no function that the quick loop runs.
 
     python -m tests.quick_coverage
 
@@ -19,7 +19,7 @@ from types import FrameType
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("vmf_kernels", "python/vmf_pretrain")
+FOLDERS = ("vmf_kernels", "python/vmf_pretrain", "python/vmf_bench")
 # files whose functions no Python of this process enters, and what the quick loop does about them
 ELSEWHERE = {
     "vmf_kernels/backends/contract.py": "a protocol, whose methods have no body",

@@ -117,7 +117,7 @@ def layering_faults(sources: dict[str, str]) -> list[str]:
     return faults
 
 
-def trainer_faults(source: str) -> list[str]:
+def private_faults(source: str) -> list[str]:
     """Imports of anything but public names; a sentence each."""
     return [
         f"imports {taken or 'all'} from vmf_kernels.{module}; expected `from vmf_kernels import` of a public name"
@@ -217,10 +217,11 @@ def test_the_public_names_are_the_frozen_list() -> None:
     assert not missing, f"public but absent: {missing}"
 
 
-def test_the_trainer_uses_public_names_only() -> None:
-    files = list((ROOT / "python" / "vmf_pretrain").rglob("*.py"))
-    faults = [f"{p.name} {fault}" for p in files for fault in trainer_faults(p.read_text())]
-    assert files, "no file of the trainer was found"
+@pytest.mark.parametrize("package", ["vmf_pretrain", "vmf_bench"])
+def test_packages_beside_the_library_use_public_names_only(package: str) -> None:
+    files = list((ROOT / "python" / package).rglob("*.py"))
+    faults = [f"{p.name} {fault}" for p in files for fault in private_faults(p.read_text())]
+    assert files, f"no file of {package} was found"
     assert not faults, "\n".join(faults)
 
 
@@ -236,9 +237,9 @@ def test_the_trainer_uses_public_names_only() -> None:
         ("import vmf_kernels", True),
     ],
 )
-def test_a_private_import_of_the_trainer_is_found(source: str, faulty: bool) -> None:
+def test_a_private_import_is_found(source: str, faulty: bool) -> None:
     """Negative control."""
-    assert bool(trainer_faults(source)) == faulty
+    assert bool(private_faults(source)) == faulty
 
 
 def run_python(code: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import table
+from bench.report import PAGES, RESULTS, TABLE, with_tables
 from tests.readme_blocks import python_blocks
 
 pytestmark = pytest.mark.quick
@@ -60,8 +60,19 @@ def test_two_line_diff_names_what_the_drop_in_has() -> None:
     assert not missing, f"the diff imports {missing}, which the drop-in lacks"
 
 
-@pytest.mark.parametrize("results", ["head", "first_call", "demo", "many_prototypes"])
-def test_tables_are_those_of_the_committed_results(results: str) -> None:
-    """Numbers in the README come from ``python -m bench.report``, never from a hand."""
-    expected = table(ROOT / "bench" / "results" / "cpu" / f"{results}.json")
-    assert expected in README, f"the README lacks this table:\n{expected}"
+def test_tables_are_those_of_the_committed_results() -> None:
+    """Numbers of the pages come from ``python -m bench.report --write``, never from a hand; no result is left out."""
+    for page in PAGES:
+        assert page.read_text() == with_tables(page.read_text()), f"{page.name}: run python -m bench.report --write"
+    shown = {found[2] for page in PAGES for found in TABLE.finditer(page.read_text())}
+    assert shown == {path.stem for path in RESULTS.glob("*.json")}
+
+
+def test_a_number_changed_by_hand_is_noticed() -> None:
+    """Negative control."""
+    found = next(TABLE.finditer(README))
+    changed = README.replace(found[0], found[0].replace("1", "2"), 1)
+    assert changed != README
+    assert with_tables(changed) != changed
+    with pytest.raises(FileNotFoundError):
+        with_tables("<!-- table nowhere -->\n<!-- /table -->")

@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_packages_and_what_is_compiled(
 
 def test_the_wheel_holds_nothing_but_the_packages(wheel: Path) -> None:
     folders = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert folders == {"vmf_kernels", "vmf_pretrain", "vmf_kernels-0.1.0.dist-info"}
+    assert folders == {"vmf_kernels", "vmf_pretrain", "vmf_bench", "vmf_kernels-0.1.0.dist-info"}
 
 
 def test_installed_the_readme_runs_outside_the_checkout(environment: Path, tree: Path, tmp_path: Path) -> None:
@@ -71,6 +71,16 @@ def test_installed_the_readme_runs_outside_the_checkout(environment: Path, tree:
         toy.unlink()  # it computes nothing
     check_installation(environment, tmp_path / "empty", tree, modules=[], with_torch=True)
     assert "usage: vmf-pretrain" in run([environment.parent / "vmf-pretrain", "--help"], tmp_path)
+
+
+def test_installed_vmf_bench_runs_outside_the_checkout(environment: Path, tmp_path: Path) -> None:
+    for toy in site_packages(environment).glob("vmf_kernels/_native.*"):
+        toy.unlink()  # it computes nothing
+    command = environment.parent / "vmf-bench"
+    assert "published loss" in run([command, "--list"], tmp_path)
+    sizes = ["--quick", "--rows", "10", "--prototypes", "16", "--dim", "16", "--dtype", "float32"]
+    run([command, *sizes, "--only", "streaming", "--out", tmp_path], tmp_path)
+    assert "<svg" in (tmp_path / "vmf-bench.html").read_text()
 
 
 def test_sources_name_every_folder(tree: Path) -> None:
@@ -82,7 +92,7 @@ def test_sources_name_every_folder(tree: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> tuple[Path, Path]:
-    """A tree of two packages with nothing in them and a README, and the Python of an environment that has them."""
+    """A tree of the packages with nothing in them and a README, and the Python of an environment that has them."""
     tree = tmp_path / "tree"
     run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment"], tmp_path)
     python = tmp_path / "environment" / "bin" / "python"
@@ -146,6 +156,7 @@ def test_packages_of_the_checkout_are_found(small: tuple[Path, Path], tmp_path: 
         shutil.rmtree(site_packages(python) / package)
     (site_packages(python) / "checkout.pth").write_text(f"{ROOT}\n{ROOT / 'python'}\n")
     with pytest.raises(
-        WheelError, match=r"vmf_kernels is that of the checkout(.|\n)*vmf_pretrain is that of the checkout"
+        WheelError,
+        match=r"vmf_kernels is that of the checkout(.|\n)*vmf_pretrain is that of the checkout(.|\n)*vmf_bench is",
     ):
         check_installation(python, tmp_path / "empty", tree, modules=[], with_torch=False)

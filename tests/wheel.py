@@ -31,7 +31,7 @@ from tests.csrc.building import ROOT, copy_of_the_tree
 from tests.readme_blocks import python_blocks
 
 CONSTRAINTS = ROOT / "constraints.txt"
-SOURCES = {"vmf_kernels": "vmf_kernels", "vmf_pretrain": "python/vmf_pretrain"}
+SOURCES = {"vmf_kernels": "vmf_kernels", "vmf_pretrain": "python/vmf_pretrain", "vmf_bench": "python/vmf_bench"}
 OURS = ("PYTHON", "VIRTUAL_ENV", "TRITON_")  # settings of the Python that runs this, or of its tests
 
 
@@ -146,9 +146,15 @@ def check_python(name: str, folder: Path, *, with_trainer: bool, any_torch: bool
     run([python, "-m", "pip", "install", *options, f"{wheel}{extra}"], folder)
     modules = compiled_modules(wheel)
     check_installation(python, folder / "empty", tree, modules=modules, with_torch=with_torch)
+    if with_torch:
+        run([python.parent / "vmf-bench", "--quick", "--out", folder / "bench"], folder)
     if extra:
         run([python.parent / "vmf-pretrain", "--help"], folder)
-    ran = "the README's blocks run" if with_torch else "the README not run, for pip finds no CPU build of torch"
+    ran = (
+        "the README's blocks and vmf-bench run"
+        if with_torch
+        else "the README not run, for pip finds no CPU build of torch"
+    )
     trainer = ", vmf-pretrain too" if extra else ""
     return f"{wheel.name} with {' and '.join(modules)}, which loads; {ran}{trainer}; {time.monotonic() - start:.0f} s"
 

@@ -7,17 +7,19 @@ from typing import TypeVar
 
 import torch
 
-from vmf_bench.errors import DisagreementError, UnavailableError
+from vmf_bench.errors import DisagreementError, LeftOutError, UnavailableError
 
 Result = TypeVar("Result")
 LONGEST_REASON = 300  # characters: compilers print pages
 STATUSES: tuple[tuple[type[Exception], str], ...] = (
     (UnavailableError, "not available"),
+    (LeftOutError, "left out"),
     (DisagreementError, "disagrees"),
     (torch.OutOfMemoryError, "out of memory"),
     (MemoryError, "out of memory"),
 )
-KINDS = ("not available", "disagrees")  # whose message is the whole reason
+FAULTS = ("disagrees", "failed", "out of memory")  # statuses that tell against the loss
+KINDS = ("not available", "left out", "disagrees")  # whose message is the whole reason
 
 
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, dict[str, str]]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 48  # margins
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 12, 48  # margins
 RADIUS = 4.0
-STEPS = (1, 2, 5)  # ticks of a decade, where there are few decades
-MANY_DECADES = 2.5
+FEW_STEPS, MANY_STEPS = (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)  # ticks of a decade
+MOST_DECADES = 2.5, 1.0  # with so many ticks
 MARGIN = 1.25  # factor between the outermost points and the frame
 COLOURS = {
     "native": "#0b62b8",
@@ -45,6 +45,7 @@ class Axis:
     high: float
     start: float
     end: float
+    marked: tuple[float, ...] = ()  # ticks; none for round numbers
 
     def at(self, value: float) -> float:
         """Pixel of a value."""
@@ -52,12 +53,15 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> Iterator[float]:
-        """Powers of ten, and between them where there are few."""
+        """What is marked; else powers of ten, and numbers between them where there are few."""
+        yield from self.marked
         decades = math.log10(self.high / self.low)
+        few, many = MOST_DECADES
+        steps = (1,) if decades > few else FEW_STEPS if decades > many else MANY_STEPS
         for exponent in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1):
-            for step in STEPS if decades < MANY_DECADES else (1,):
+            for step in steps:
                 value = step * 10.0**exponent
-                if self.low <= value <= self.high:
+                if not self.marked and self.low <= value <= self.high:
                     yield value
 
 
@@ -74,7 +78,7 @@ def chart(
         series: positive x and y; ``COLOURS`` has the colours.
         x_label, y_label: what the axes show, with units.
         lines: further lines by label, such as a roof.
-        joined: whether the points of a series are one line.
+        joined: whether the points of a series are one line, over few x, which are then marked.
 
     Raises:
         ValueError: there is no point.
@@ -83,7 +87,8 @@ def chart(
     values = [point for points in (*series.values(), *guides.values()) for point in points]
     if not values:
         raise ValueError("a chart needs a point")
-    x_axis = _axis(x_label, [x for x, _ in values], LEFT, WIDTH - RIGHT)
+    sizes = tuple(sorted({x for x, _ in values})) if joined else ()
+    x_axis = replace(_axis(x_label, [x for x, _ in values], LEFT, WIDTH - RIGHT), marked=sizes)
     y_axis = _axis(y_label, [y for _, y in values], HEIGHT - BOTTOM, TOP)
     body = [*_frame(x_axis, y_axis), *_guides(guides, x_axis, y_axis)]
     for name, points in series.items():

@@ -11,3 +11,7 @@ class UnavailableError(RuntimeError):
 
 class DisagreementError(ValueError):
     """A loss computes something else; the message has the numbers."""
+
+
+class LeftOutError(RuntimeError):
+    """There is no time for a loss; the message says why."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from vmf_bench.agreement import outcome_of, relative_errors
 from vmf_bench.attempts import attempt
 from vmf_bench.check import dtype_name, expected_outcome, pairing_of, refuse_disagreement
-from vmf_bench.errors import UnavailableError
+from vmf_bench.errors import LeftOutError
 from vmf_bench.inputs import HeadInputs
 from vmf_bench.machine import part
 from vmf_bench.memory import peak_extra_mib
@@ -25,13 +25,19 @@ from vmf_bench.timing import Step, Stopwatch, Times, rounds_of, rounds_within, t
 from vmf_bench.variants import BASELINE, Variant
 
 MM = "torch.mm"
-LEAST_ROUNDS, MOST_ROUNDS = 3, 25
-STEPS_BESIDE_ROUNDS = 4  # of each loss: one to compare it, two for its memory, one to warm up
+LEAST_ROUNDS, ENOUGH_ROUNDS, MOST_ROUNDS = 3, 9, 25
+LEAST_SECONDS = 1.0  # of rounds, if these are short and the case is late
+STEPS_BESIDE_ROUNDS = 3  # of each loss: to compare it, for its memory, to warm up
 WARM_UPS = {"cpu": 1, "cuda": 3}
 STEP_SHARE = 0.04  # of a case's time that one step may take: it is run some seven times, and others wait
 COMPILING_SHARE = 0.7  # of a case's time that compilations may take
 
 Row = dict[str, Any]
+
+
+def static(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for the sizes at hand, as a training run has one."""
+    return torch.compile(function, dynamic=False)
 
 
 class Measurement:
@@ -63,7 +69,9 @@ class Measurement:
 
     def _prepared(self, name: str, variant: Variant, row: Row) -> Loss:
         self._refuse_slow_products(variant)
-        loss = variant.prepare(self.inputs, torch.compile if variant.compiles else eager)
+        if variant.compiles and not self.case.compiles:
+            raise LeftOutError("it is compiled for the main sizes only")
+        loss = variant.prepare(self.inputs, static if variant.compiles else eager)
         self._refuse_compilation(variant)
         start = time.monotonic()
         try:
@@ -71,7 +79,7 @@ class Measurement:
         finally:
             row["prepare_seconds"] = round(time.monotonic() - start, 2)
             if variant.compiles:
-                self.session.compilation = row["prepare_seconds"]
+                self.session.compilation, self.session.has_compiled = row["prepare_seconds"], True
         expected, entropy = self.expected
         if variant.omits_teacher_entropy:
             outcome["loss"] = outcome["loss"] + entropy
@@ -82,22 +90,19 @@ class Measurement:
         return loss
 
     def _refuse_slow_products(self, variant: Variant) -> None:
-        """Raise UnavailableError where a processor without 16-bit products would take all the time."""
+        """Raise LeftOutError where a processor without 16-bit products would take all the time."""
         session, dtype = self.session, self.case.dtype
         if is_slow(variant, self.case, session, self.share):
             seconds = session.products_seconds(self.case)
             rate = f"torch.mm reaches {session.rates[dtype].operations / 1e9:.2g} Gop/s in {dtype_name(dtype)} here"
-            raise UnavailableError(f"left out: {rate}, so a step would take {seconds:.2g} s or more")
+            raise LeftOutError(f"{rate}, so a step would take {seconds:.2g} s or more")
 
     def _refuse_compilation(self, variant: Variant) -> None:
-        """Raise UnavailableError where compiling would leave no time for others."""
-        if not variant.compiles:
-            return
-        if not self.case.compiles:
-            raise UnavailableError("left out: it is compiled for the main sizes only")
+        """Raise LeftOutError where compiling would leave no time for others."""
         spent, seconds = time.monotonic() - self.start, self.session.compilation
-        if spent + seconds > COMPILING_SHARE * self.share:
-            raise UnavailableError(f"left out: compiling takes about {seconds:.0f} s and would not fit the time")
+        most = self.share * (COMPILING_SHARE if self.session.has_compiled else 1.0)  # one at least is worth its time
+        if variant.compiles and spent + seconds > most:
+            raise LeftOutError(f"compiling takes about {seconds:.0f} s and would not fit the time")
 
     def time(self) -> None:
         """Time everything that is prepared: each round runs all of it once, so that all meet the same neighbours."""
@@ -105,7 +110,8 @@ class Measurement:
         steps = {**self.steps, MM: square_product(size, self.case.dtype, self.session.device)}
         total = sum(self._warm_up(stopwatch, steps, name) for name in list(steps))
         left = self.start + self.share - time.monotonic()
-        rounds = rounds_within(left, total, least=LEAST_ROUNDS, most=MOST_ROUNDS)
+        least = min(max(int(1e3 * LEAST_SECONDS / total), LEAST_ROUNDS), ENOUGH_ROUNDS)
+        rounds = rounds_within(left, total, least=least, most=MOST_ROUNDS)
         for name, milliseconds in rounds_of(stopwatch.device_milliseconds, steps, rounds).items():
             seconds = [value / 1e3 for value in milliseconds]
             if name == MM:

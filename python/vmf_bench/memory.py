@@ -18,9 +18,9 @@ MIB = 2**20
 def cpu_peak_extra_mib(step: Callable[[], object], kept_bytes: int) -> float:
     """Largest sum of live allocations during ``step``, in MiB, minus ``kept_bytes`` (the gradients that remain).
 
-    What torch's allocator gives, to whomever; not what a library takes from the system by itself.
+    What torch's allocator gives, to whomever; not what a library takes from the system by itself. The step should have run
+    before, or what a first call sets up counts as well.
     """
-    step()
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
@@ -49,7 +49,7 @@ def _silent_stderr() -> Iterator[None]:
 
 def peak_extra_mib(step: Callable[[], object], inputs: HeadInputs) -> float:
     """Peak memory of a step on its device in MiB, beyond what was there before it and the gradients it leaves."""
-    inputs.clear_gradients()
+    inputs.clear_gradients()  # freed in the step, earlier ones might count: the profiler remembers addresses
     if inputs.device.type != "cuda":
         return cpu_peak_extra_mib(step, inputs.gradient_bytes)
     torch.cuda.synchronize(inputs.device)

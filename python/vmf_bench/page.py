@@ -9,21 +9,34 @@ from importlib import resources
 from typing import Any
 
 from vmf_bench import table
+from vmf_bench.attempts import FAULTS
 from vmf_bench.charts import COLOURS, OTHER_COLOUR, Points, chart
-from vmf_bench.plan import MAIN, PROTOTYPES, ROWS
+from vmf_bench.plan import MAIN, PROTOTYPES, REDUCED, ROWS
 from vmf_bench.variants import BASELINE
 
 Mapped = Mapping[str, Any]
 
 LEAST_MIB = 0.1  # a logarithmic axis has no 0
 NUMBERS = ("median", "p10", "speedup", "extra_mib", "operations_per_second", "share_of_mm", "share_of_roof")
-EXPLAINED = f"""Every loss computes the value and the gradients at the rows, the norms and the directions of the prototypes.
-Each round runs all of them once, one after the other, and torch.mm as well. "ms" is the median of the rounds. "x {BASELINE}" is
-the time of the published loss over that of the row: above 1 the row is faster, below 1 slower. "Extra" is the peak of the memory
-that a step takes beyond its inputs and the gradients that it leaves. "Gop/s" counts for every row the operations that this
-library needs on the device, so that rows can be compared; "of torch.mm" is that over the rate of torch.mm in the same rounds. "Of
-roof" is the least time of a step over the time that it took. The least time is that of its products at the rate of torch.mm, of
-one exponential for each logit at the rate of torch.exp, and of its least memory traffic at the rate of a copy."""
+PARTS = {
+    MAIN: "main size",
+    REDUCED: "fewer prototypes, because 16-bit products are slow here",
+    ROWS: "another number of rows",
+    PROTOTYPES: "another number of prototypes",
+}
+CHECKED = """Value and gradients at small sizes against the published loss in fp64, as relative errors. Each may be
+off by twice what the published loss is off in the same dtype, plus a rounding. A line shows the quantity that uses
+most of its budget. At the sizes below, every loss was compared with the published one again."""
+EXPLAINED = f"""Every loss computes the value and the gradients at the rows, the norms and the directions of the
+prototypes. Each round runs all of them once, one after the other, and torch.mm as well. "ms" is the median of the
+rounds. "x {BASELINE}" is the time of the published loss over that of the row: above 1 the row is faster, below 1
+slower. "Extra" is the peak of the memory that a step takes beyond its inputs and the gradients that it leaves.
+"Gop/s" counts for every row the operations that this library needs on the device, so that rows can be compared; "of
+torch.mm" is that over the rate of torch.mm in the same rounds. "Of roof" is the least time of a step over the time
+that it took. The least time is that of its products at the rate of torch.mm, of one exponential for each logit at the
+rate of torch.exp, and of its least memory traffic at the rate of a copy. A share above 1 means that torch.mm or
+torch.exp is not the best that the part can do: where a processor has no 16-bit products, torch.mm imitates them, and
+this library multiplies such rows in fp32."""
 
 
 def page(record: Mapped) -> str:
@@ -44,9 +57,10 @@ def _sections(record: Mapped) -> Iterator[str]:
     yield f"<h1>vmf-bench</h1>{_machine(record)}"
     yield f"<h2>Is it right?</h2>{_checks(record['checks'])}"
     yield f"<h2>How fast?</h2><p>{escape(EXPLAINED)}</p>"
-    for case in record["cases"]:
-        yield f"<h3>{escape(table.case_title(case))}</h3>{_case(case)}"
+    curves = [case for case in record["cases"] if case["part"] in (ROWS, PROTOTYPES)]
+    yield from (_case(case) for case in record["cases"] if case not in curves)
     yield f"<h2>Charts</h2>{_legend(record)}<div class='charts'>{''.join(_charts(record))}</div>"
+    yield f"<h2>The points of the scaling charts</h2>{''.join(map(_case, curves))}" if curves else ""
     if record["left_out"]:
         items = "".join(f"<li>{escape(sentence)}</li>" for sentence in record["left_out"])
         yield f"<h2>Left out for time</h2><ul>{items}</ul>"
@@ -70,12 +84,14 @@ def _machine(record: Mapped) -> str:
 def _checks(checks: Sequence[Mapped]) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("loss", "pairing", "dtype", "result"))
     rows = []
-    for check in checks:
+    for check in (check for check in checks if check["status"] != "not available"):
         first = "".join(f"<td>{escape(check[name])}</td>" for name in ("name", "pairing", "dtype"))
-        kind = "wrong" if check["status"] in ("disagrees", "failed") else "reason"
+        kind = "wrong" if check["status"] in FAULTS else "reason"
         said = f"{check['status']}: {check.get('reason') or table.worst(check)}"
         rows.append(f'<tr>{first}<td class="{kind}">{escape(said)}</td></tr>')
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    absent = dict.fromkeys(f"{c['name']}: {c['reason']}." for c in checks if c["status"] == "not available")
+    body = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<p>{escape(CHECKED)}</p><div class='scroll'>{body}</div><p>{escape(' '.join(absent))}</p>"
 
 
 def _case(case: Mapped) -> str:
@@ -83,9 +99,10 @@ def _case(case: Mapped) -> str:
     timed = sorted((row for row in case["rows"] if "median" in row), key=lambda row: float(row["median"]))
     others = [row for row in case["rows"] if "median" not in row]
     rows = "".join(_row(row) for row in [*timed, *others])
-    below = f"{case['part']} size; on {case['rows'][0]['on']}. {table.case_footer(case)}" if case["rows"] else ""
+    title = f"{table.case_title(case)} ({PARTS[case['part']]})"
+    below = f"On {case['rows'][0]['on']}. {table.case_footer(case)}." if case["rows"] else ""
     body = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f"<div class='scroll'>{body}</div><p>{escape(below)}</p>"
+    return f"<h3>{escape(title)}</h3><div class='scroll'>{body}</div><p>{escape(below)}</p>"
 
 
 def _row(row: Mapped) -> str:
@@ -98,7 +115,7 @@ def _row(row: Mapped) -> str:
             f'<td data-value="{row[key] if row[key] is not None else ""}">{cell}</td>' for key, cell in numbers
         )
         return f"<tr{mine}>{first}{rest}</tr>"
-    kind = "wrong" if row["status"] in ("disagrees", "failed") else "reason"
+    kind = "wrong" if row["status"] in FAULTS else "reason"
     said = escape(f"{row['status']}: {row['reason']}")
     return f'<tr{mine}>{first}<td class="{kind}" colspan="{len(NUMBERS)}">{said}</td></tr>'
 
@@ -128,7 +145,8 @@ def _charts(record: Mapped) -> Iterator[str]:
                 where = f"{cases[0]['pairing']}, {cases[0]['dtype']}"
                 yield _figure(chart(_series(cases, key, value), label, unit), f"{title} against {label}; {where}")
     if record["cases"]:
-        yield _figure(_roofline(record["cases"]), "all sizes: operations a second under what torch.mm and a copy allow")
+        caption = "roofline, all sizes: a step that moves each byte once lies below the line of its dtype"
+        yield _figure(_roofline(record["cases"]), caption)
 
 
 def _curve(record: Mapped, part: str) -> list[Mapped]:

@@ -23,7 +23,7 @@ LEAST_PROTOTYPES, LEAST_DIM = 16, 16  # Triton's products are at least as wide
 REDUCED_PROTOTYPES = 128  # at the least
 FACTORS = (1 / 4, 4, 1 / 2, 2)  # of rows and of K in the scaling curves, the ends first
 MAIN, REDUCED, ROWS, PROTOTYPES = "main", "reduced", "rows", "prototypes"  # parts
-BUDGET_SECONDS, QUICK_SECONDS = 160.0, 40.0
+BUDGET_SECONDS, QUICK_SECONDS = 145.0, 40.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vmf_bench.attempts import attempt
+from vmf_bench.attempts import FAULTS, attempt
 from vmf_bench.check import check, dtype_name, pairing_of
 from vmf_bench.machine import machine
 from vmf_bench.measure import STEP_SHARE, least_seconds, measure
@@ -79,4 +79,4 @@ def _measured(case: Case, variants: Mapping[str, Variant], session: Session, sha
 def has_fault(record: Record) -> bool:
     """Whether one of this library's losses is wrong, or failed where it should run."""
     mine = [*record["checks"], *(row for case in record["cases"] for row in case["rows"] if row["is_ours"])]
-    return any(entry["status"] in ("disagrees", "failed") for entry in mine)
+    return any(entry["status"] in FAULTS for entry in mine)

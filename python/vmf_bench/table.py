@@ -51,11 +51,18 @@ def case_table(case: Mapping[str, Any]) -> str:
     timed = sorted((row for row in case["rows"] if "median" in row), key=lambda row: float(row["median"]))
     for row in timed:
         lines.append(MARKS[row["is_ours"]] + " " + _line(_cells(row)))
-    for row in case["rows"]:
-        if "median" not in row:
-            lines.append(f"{MARKS[row['is_ours']]} {row['name']:<{WIDTHS[0]}} {row['status']}: {row['reason']}")
+    lines += [f"  {names}: {reason}" for reason, names in not_run(case).items()]
     lines.append(f"  {case_footer(case)}")
     return "\n".join(lines)
+
+
+def not_run(case: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the losses that were not timed, by the reason."""
+    names: dict[str, list[str]] = {}
+    for row in case["rows"]:
+        if "median" not in row:
+            names.setdefault(f"{row['status']}: {row['reason']}", []).append(row["name"])
+    return {reason: ", ".join(found) for reason, found in names.items()}
 
 
 def case_footer(case: Mapping[str, Any]) -> str:
