@@ -14,8 +14,12 @@ from torch import Tensor
 
 from vmf_kernels.tensors import has_memory
 
-ATTRIBUTE = "_vmf_kernels_uncentered"  # of the bias, which stays the same object in torch's dispatcher, and of the teacher
-MOST_BIAS = 2.0**14  # nats: the sums are taken from logits with the bias, of which a larger one would leave too few bits
+ATTRIBUTE = (
+    "_vmf_kernels_uncentered"  # of the bias, which stays the same object in torch's dispatcher, and of the teacher
+)
+MOST_BIAS = (
+    2.0**14
+)  # nats: the sums are taken from logits with the bias, of which a larger one would leave too few bits
 
 
 @dataclass(eq=False)

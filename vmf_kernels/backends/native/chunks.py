@@ -17,7 +17,9 @@ WORKSPACE_BYTES = 72 * 2**20  # of logits, without their padding; with more, 640
 WORKSPACE_SHARE = 0.5  # of the memory of all rows' logits: a small batch must save memory too
 LEAST_WORKSPACE_BYTES = 16 * 2**20  # with less, reading the prototypes limits the products
 MOST_ROWS = 768  # the block of G and the panels of rows have to stay in cache
-MOST_ROWS_OF_AN_IMAGE = 1024  # of one with many views: cutting it repeats products, which costs more than a cache too small
+MOST_ROWS_OF_AN_IMAGE = (
+    1024  # of one with many views: cutting it repeats products, which costs more than a cache too small
+)
 LEAST_ROWS = 16
 ROW_PADDING = 16  # the logits of each network take a multiple of this many columns; fixed by the module
 

@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 from vmf_kernels.backends.base_two import LN_2, LOG2_E
 from vmf_kernels.backends.contract import LossInputs, LossOutputs, RowInputs
 from vmf_kernels.backends.native import module
-from vmf_kernels.backends.native.columns import no_columns, sums_of_columns
 from vmf_kernels.backends.native.chunks import Chunk, chunks_of, padded, row_ranges
+from vmf_kernels.backends.native.columns import no_columns, sums_of_columns
 from vmf_kernels.backends.native.gathering import Gathering, Pairs, PullBack, Students, Teachers
 from vmf_kernels.backends.native.scores import (
     Logits,
