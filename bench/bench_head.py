@@ -2,10 +2,10 @@
 
     pytest bench/bench_head.py --benchmark-enable --benchmark-json=bench/results/cpu/head.json
 
-Each round of a benchmark is preceded by one step of each of its rivals, so that all meet the same clock and the same neighbours.
-Rivals of the loss are the published one, eager; the same with one log-softmax a row, as a careful user writes it; and the
-published one under ``torch.compile``. ``extra_info`` holds the rivals' times and the peak extra memory of all; of the native backend
-also the rate of its products, counted as 8 (S + T) K D, over that of torch.mm in the same rounds.
+Each round of a benchmark is preceded by one step of each of its rivals, so that all meet the same clock and the same
+neighbours. Rivals of the loss are the published one, eager; the same with one log-softmax a row, as a careful user writes it; and
+the published one under ``torch.compile``. ``extra_info`` holds the rivals' times and the peak extra memory of all; of the native
+backend also the rate of its products, counted as 8 (S + T) K D, over that of torch.mm in the same rounds.
 """
 
 from __future__ import annotations
@@ -30,6 +30,20 @@ Step = Callable[[], object]
 ROUNDS = 15
 SCHEDULE = (0.04, 0.04, 0, 1)  # teacher temperature 0.04 throughout
 MM_SIZE = 4096
+
+
+def test_rivals_compute_the_same_loss(workload: Workload) -> None:
+    inputs, values = Inputs.of(workload), []
+    losses = PublishedDINOLoss, OneSoftmaxDINOLoss, DINOLoss
+    for kind, layers in zip(losses, (*[inputs.published_layers] * 2, inputs.layers), strict=True):
+        loss = kind(workload.prototypes, workload.crops, *SCHEDULE)
+        inputs.clear_gradients()
+        value = loss(layers[0](inputs.student_features), layers[1](inputs.teacher_features), 0)
+        value.backward()
+        values.append([value.detach(), inputs.student_features.grad, layers[0].weight_v.grad, loss.center])
+    for published, one, ours in zip(*values, strict=True):
+        torch.testing.assert_close(one, published, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours, published, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

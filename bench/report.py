@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ FIRST_CALL_COLUMNS = (
     "| backend | threads | first call ms | peak MiB more | modules loaded "
     "| later calls us | the fastest us | wake-ups a call |\n"
     "|---|---|---|---|---|---|---|---|"
+)
+KOLEO_COLUMNS = "| step | prototypes | seconds | extra MiB | unique |\n|---|---|---|---|---|"
+VIT_COLUMNS = (
+    "| head and loss | images/s | backbone s | head and loss s | update s | share of head and loss | peak MiB |\n"
+    "|---|---|---|---|---|---|---|"
 )
 MANY_COLUMNS = (
     "| ranks | prototypes | dim | rows | seconds | peak MiB of a rank | one copy of the logits GiB | machine's memory GiB |\n"
@@ -114,19 +119,52 @@ def first_call_table(results: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def koleo_table(results: Mapping[str, Any]) -> str:
+    """Markdown table of a pytest-benchmark JSON of ``bench_koleo``."""
+    rows = [KOLEO_COLUMNS]
+    for result in results["benchmarks"]:
+        step, prototypes = result["name"].removeprefix("test_").rstrip("]").split("[")
+        extra, seconds = result["extra_info"], result["stats"]["median"]
+        found = f"{extra['unique']:,}" if "unique" in extra else ""
+        rows.append(f"| {step.replace('_', ' ')} | {prototypes} | {seconds:.1f} | {extra['extra_mib']:.0f} | {found} |")
+    return "\n".join(rows)
+
+
+def vit_table(results: Mapping[str, Any]) -> str:
+    """Markdown table of ``bench.vit_step``."""
+    rows = [VIT_COLUMNS]
+    for row in results["rows"]:
+        times = " | ".join(f"{row['phases'][phase]:.2f}" for phase in ("backbone", "head and loss", "update"))
+        share = f"{100 * row['head_share']:.0f} %"
+        rows.append(f"| {row['variant']} | {row['images_per_second']:.2f} | {times} | {share} | {row['peak_mib']:.0f} |")
+    return "\n".join(rows)
+
+
+def session_table(results: Mapping[str, Any]) -> str:
+    """The machine and the first case of a run of ``vmf-bench``."""
+    return f"{heading(results)}\n\n{case_table(results['cases'][0])}"
+
+
+OF_FILE: dict[str, Callable[[Any], str]] = {
+    "head": head_table,
+    "first_call": first_call_table,
+    "demo": demo_table,
+    "koleo": koleo_table,
+    "many_prototypes": many_table,
+    "vit_step": vit_table,
+    "vmf-bench": session_table,
+}
+
+
 def table(path: Path) -> str:
-    """The table of a results file."""
+    """The table of a results file; which it is, its name says.
+
+    Raises:
+        KeyError: there is no such table.
+    """
     results = json.loads(path.read_text())
-    if isinstance(results, dict) and "schema_version" in results:
-        return f"{heading(results)}\n\n{case_table(results['cases'][0])}"
-    if isinstance(results, dict) and "schema" in results:
-        return gpu_table(results)
-    if isinstance(results, dict) and "peak_rss_mib" in results:
-        return many_table(results)
-    if isinstance(results, list):
-        return demo_table(results)
-    first_call = "first_seconds" in results["benchmarks"][0]["extra_info"]
-    return first_call_table(results) if first_call else head_table(results)
+    of_gpu = isinstance(results, dict) and "dry_run" in results
+    return gpu_table(results) if of_gpu else OF_FILE[path.stem](results)
 
 
 def with_tables(page: str, folder: Path = RESULTS) -> str:

@@ -23,7 +23,7 @@ class LossInputs(NamedTuple):
     student: Prototypes
     teacher_features: Tensor  # [T, D of the teacher], which may differ
     teacher: Prototypes
-    teacher_bias: Tensor | None  # [K]
+    teacher_bias: Tensor | None  # [K]; may hold a question that a backend may answer (``uncentered.py``)
     pairing: Pairing
     student_temperature: Tensor  # [] float64
     teacher_temperature: Tensor  # [] float64

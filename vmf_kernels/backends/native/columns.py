@@ -27,4 +27,5 @@ def sums_of_columns(columns: Tensor, keys: NativeKeys) -> Tensor:
     assert keys.other_bias is not None
     assert keys.bias_base_2 is not None
     # the pass read logits with the bias of the target
-    return (top + (keys.other_bias - keys.bias_base_2) + mass.log2()) * LN_2
+    sums: Tensor = (top + (keys.other_bias - keys.bias_base_2) + mass.log2()) * LN_2
+    return sums
