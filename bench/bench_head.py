@@ -3,9 +3,9 @@
     pytest bench/bench_head.py --benchmark-enable --benchmark-json=bench/results/cpu/head.json
 
 Each round of a benchmark is preceded by one step of each of its rivals, so that all meet the same clock and the same
-neighbours. Rivals of the loss are the published one, eager; the same with one log-softmax a row, as a careful user writes it; and
-the published one under ``torch.compile``. ``extra_info`` holds the rivals' times and the peak extra memory of all; of the native
-backend also the rate of its products, counted as 8 (S + T) K D, over that of torch.mm in the same rounds.
+neighbours. Rivals of the loss are the published one, eager; the same with one log-softmax a row, as a careful user writes it;
+and the published one under ``torch.compile``. ``extra_info`` holds the rivals' times and the peak extra memory of all. For the
+native backend it also has the rate of its products, counted as 8 (S + T) K D, over that of torch.mm in the same rounds.
 """
 
 from __future__ import annotations

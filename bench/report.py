@@ -136,7 +136,9 @@ def vit_table(results: Mapping[str, Any]) -> str:
     for row in results["rows"]:
         times = " | ".join(f"{row['phases'][phase]:.2f}" for phase in ("backbone", "head and loss", "update"))
         share = f"{100 * row['head_share']:.0f} %"
-        rows.append(f"| {row['variant']} | {row['images_per_second']:.2f} | {times} | {share} | {row['peak_mib']:.0f} |")
+        rows.append(
+            f"| {row['variant']} | {row['images_per_second']:.2f} | {times} | {share} | {row['peak_mib']:.0f} |"
+        )
     return "\n".join(rows)
 
 

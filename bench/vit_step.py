@@ -14,7 +14,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ class Training:
         marks.append(time.perf_counter())
         forward, head, backward, update = (after - before for before, after in itertools.pairwise(marks))
         self.seconds.append(dict(zip(PHASES, (forward + backward, head, update), strict=True)))
-        return float(loss)
+        return float(loss.detach())
 
     def row(self, losses: list[float]) -> dict[str, Any]:
         """Medians over the steps that count."""
@@ -153,9 +153,9 @@ class Training:
         }
 
 
-def measure(setting: Setting, rounds: int) -> Iterator[dict[str, Any]]:
+def measure(setting: Setting, rounds: int, variants: Iterable[str] = tuple(VARIANTS)) -> Iterator[dict[str, Any]]:
     """A row for each variant; their steps alternate."""
-    trainings = [Training(setting, variant) for variant in VARIANTS]
+    trainings = [Training(setting, variant) for variant in variants]
     losses: list[list[float]] = [[] for _ in trainings]
     for index in range(WARM_UP + rounds):
         for training, values in zip(trainings, losses, strict=True):
