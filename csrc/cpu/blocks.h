@@ -81,7 +81,10 @@ inline void pack_row(const float* row, int dim, typename Dot::Word* out) {
     const int whole = Dot::PER_WORD * words<Dot>(dim);
     int d = 0;
     for (; d + LANES <= dim; d += LANES) store_bf16(numbers + d, load(row + d));
-    for (; d < dim; ++d) numbers[d] = to_bf16(row[d]);
+    for (; d < dim; ++d) {
+      const std::uint16_t rounded = to_bf16(row[d]);
+      std::memcpy(numbers + d, &rounded, sizeof rounded);  // they are read as words
+    }
     std::memset(numbers + d, 0, sizeof(std::uint16_t) * (whole - d));
 #endif
   }

@@ -119,6 +119,9 @@ inline bool folds_by_product(const Gather& g) {
 }
 
 // Instruction sets this machine can run, the best last.
+//
+// The first call asks Linux for the registers of a matrix unit, if there is one. What is granted holds for the whole process; from
+// then on a thread's alternate signal stack must have room for them. If Linux refuses, the matrix unit counts as absent.
 std::vector<Isa> available();
 const char* name_of(Isa);
 Isa isa_named(const std::string&);

@@ -6,10 +6,10 @@
 
 namespace vmf::cpu::VMF_ISA {
 
-struct NoRegisters {};  // but those that every thread has
+struct NoRegisters {};  // configures nothing
 
 struct Fp32 {
-  using Registers = NoRegisters;  // are configured while a pass runs
+  using Registers = NoRegisters;  // an object of it lives while a pass runs
   using Word = float;
   static constexpr int PER_WORD = 1;
   static constexpr int LEAST_WORDS = 1;  // of k: sums are over a multiple of so many
@@ -47,7 +47,7 @@ constexpr int MOST_VECTORS = 2;  // four tile registers of sums
 constexpr int BLOCK_MULTIPLE = 2 * TILE;
 #else
 constexpr int MOST_VECTORS = REGISTERS == 32 ? 4 : 2;
-constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // a multiple of every tile_rows()
+constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // a multiple of every tile_rows(), so that a block has no rest
 #endif
 constexpr int tile_rows(int vectors) {
   return REGISTERS == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 24)
@@ -105,8 +105,8 @@ inline Ahead share_of(Ahead& left, int steps) {
 // The slices in which sums leave a tile: as many rows as registers hold beside what is done with them.
 constexpr int SLICE = 8;
 
-// A tile of A B, of Rows only, by the matrix unit. Rows of A up to the next multiple of TILE must be readable, and so must
-// words up to `steps`; what they hold matters for no valid row if B is 0 there.
+// A tile of A B, of Rows only, by the matrix unit. Rows of A beyond `valid`, up to the next multiple of TILE, must be readable
+// and may hold anything. Words beyond the sum, up to `steps`, must be 0 in A and in B: 0 times a NaN is none.
 template <int M, int N, class Done>
 __attribute__((always_inline)) inline void tile_on_matrix_unit([[maybe_unused]] int steps, const Rows<std::uint32_t>& a,
                                                                const std::uint32_t* b, int valid, Ahead ahead, Done&& done) {

@@ -103,7 +103,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef std::int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 inline Floats zero() { return Floats{}; }
-inline Floats all(float x) { return Floats{} + x; }
+inline Floats all(float x) { return x - Floats{}; }  // x, and -0 too; x + 0 would have to be added
 inline Floats load(const float* p) {
   Floats x;
   std::memcpy(&x, p, sizeof x);

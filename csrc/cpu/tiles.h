@@ -18,27 +18,27 @@ constexpr int TILE = 16;  // rows of a tile register, and the words of each
 
 // Configures this thread's tile registers for as long as it lives; without it, a tile instruction is illegal.
 struct TileRegisters {
-  TileRegisters() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      std::uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
-    } const all_of_full_size;
-    static_assert(sizeof all_of_full_size == 64, "what LDTILECFG reads");
-    _tile_loadconfig(&all_of_full_size);
-  }
+  struct alignas(64) Shapes {  // as LDTILECFG reads them
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
+  };
+  static_assert(sizeof(Shapes) == 64, "what LDTILECFG reads");
+  // A constant in memory: GCC before 12.4 says that the intrinsic reads eight bytes, and drops stores to the others.
+  static constexpr Shapes all_of_full_size{};
+  TileRegisters() { _tile_loadconfig(&all_of_full_size); }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
   ~TileRegisters() { _tile_release(); }
 };
 
-// [TILE R, N] sums = A B, one tile register for each TILE rows of A and for each vector of B; registers 4 and 5 hold A, 6 and 7 B.
+// [TILE R, N] sums = A B, one tile register for each TILE rows of A and for each vector of B. Registers 4 and 5 hold A, 6 and 7 B.
 // The intrinsics take register numbers as they are written, so every combination is written out.
 //
 // a: rows of `a_stride` words; all TILE R rows must be readable. b: a panel [steps, N LANES] of words. steps: a multiple of TILE.
 template <int R, int N, class Next>
-inline void multiply_tiles(int steps, const std::uint32_t* a, std::ptrdiff_t a_stride, const std::uint32_t* b,
-                           Floats* sums, Next&& next) {
+inline void multiply_tiles(int steps, const std::uint32_t* a, std::ptrdiff_t a_stride, const std::uint32_t* b, Floats* sums,
+                           Next&& next) {
   static_assert(R <= 2 && N <= 2, "four registers of sums");
   constexpr std::ptrdiff_t b_row = N * TILE * sizeof(std::uint32_t);
   const std::ptrdiff_t a_row = a_stride * std::ptrdiff_t(sizeof(std::uint32_t));
@@ -71,7 +71,8 @@ inline void multiply_tiles(int steps, const std::uint32_t* a, std::ptrdiff_t a_s
   __asm__ volatile("" ::: "memory");
 }
 
-// Swaps, of two rows of 16 words, the words whose index has the bit H in the one against those without it in the other.
+// Swaps words of two rows: the word at i | H of a and the word at i of b, for every i without the bit H. With H = 1, a[1] and b[0]
+// change places, a[3] and b[2], and so on.
 template <int H>
 inline void swap_words(Words& a, Words& b) {
 #define VMF_LOW(j) ((j) & H) ? 16 + (j) - H : (j)
