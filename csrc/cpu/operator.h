@@ -50,10 +50,9 @@ struct Logits {
 // Rows against one network's prototypes: their logits, and an online softmax over the prototypes.
 struct Score {
   Weight weight;
-  const float* multiplier;  // [K], or null for `uniform`
   const float* bias;        // [K], or null
   const float* features;    // [R, D] contiguous
-  float uniform;            // the multiplier of all prototypes if `multiplier` is null
+  float uniform;            // the multiplier of all prototypes, which a gain multiplies unless the norms are free
   float row_factor;         // multiplies the features before the products
   int rows;
   Logits logits;          // receives padded_rows(R) columns; or none
@@ -64,6 +63,11 @@ struct Score {
   const float* other_bias = nullptr;  // [K]
   float* other_top = nullptr;         // [R]
   float* other_mass = nullptr;        // [R]
+  // Unless the norms are free, the multipliers are uniform times a gain, which is found with the norm beside the products.
+  Norms norms = Norms::free;
+  const float* magnitude = nullptr;  // [K] g, or null for 1
+  float* norm = nullptr;             // [K] receives ||v_k||
+  float* gain = nullptr;             // [K] receives g_k / ||v_k||; 0 for a row of zeros, which has no direction
 };
 
 // From the gradient at the effective prototype to that at the stored one, equation (7).

@@ -145,11 +145,15 @@ struct Network {
         mass(rows, c.place, NAN_F),
         moment(rows, c.place, NAN_F) {
     random.fill(features);
-    Floats multiplier(c.prototypes, c.place, 1.0f / float(c.dim));
-    const Score s{weight, bias ? multiplier.get() : nullptr, bias, features.get(), 0.5f, c.threads == 1 ? 1.0f : 2.0f, rows, Logits{{logits}, c.prototypes, stride}, top.get(), mass.get(), moment.get()};
+    const Floats magnitude(c.prototypes, c.place, 0.5f), norm(c.prototypes, c.place, NAN_F), gain(c.prototypes, c.place, NAN_F);
+    Score s{weight, bias, features.get(), 0.5f, c.threads == 1 ? 1.0f : 2.0f, rows, Logits{{logits}, c.prototypes, stride}, top.get(), mass.get(), moment.get()};
+    // not free for one network and free for the other, with and without a magnitude
+    if (bias) s.norms = c.norms, s.norm = norm.get(), s.gain = gain.get();
+    if (s.norms == Norms::magnitude) s.magnitude = magnitude.get();
     const Execution run = execution(c);
     Array<char> workspace(score_workspace(s, run), c.place);
     score(s, run, workspace.get());
+    if (s.norms != Norms::free) expect_finite(norm, "norm"), expect_finite(gain, "gain");
     expect_finite(top, "top"), expect_finite(mass, "mass"), expect_finite(moment, "moment");
     for (int k = 0; logits && k < c.prototypes; ++k) expect_finite(logits + k * stride, rows, "logits");
   }
