@@ -241,20 +241,28 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
     """
     refuse_freed(prototypes.weight, prototypes.magnitude)
     with torch.no_grad():
-        scale = temperature.to(dtype).reciprocal()
-        bias = None if extra_bias is None else extra_bias.to(dtype).reshape(-1)
-        if prototypes.has_normalizer:
-            # as ``log_normalizer``, but with the same inverse temperature as the products
-            normalizer = log_vmf_constant(prototypes.norms(dtype).to(dtype) * scale, prototypes.dim)
-            bias = normalizer if bias is None else bias + normalizer
         gain = prototypes.gain(dtype)
         return Keys(
             prototypes.weight.detach(),
             None if gain is None else gain.to(dtype),
-            scale,
-            # the lowest finite number, not -inf: its product with a zero probability would be NaN
-            None if bias is None else bias.clamp(min=torch.finfo(dtype).min),
+            temperature.to(dtype).reciprocal(),
+            prepare_bias(prototypes, temperature, extra_bias, dtype),
         )
+
+
+@torch.no_grad()
+def prepare_bias(
+    prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """[K] nats, the bias of ``prepare_keys``, whose arguments these are."""
+    bias = None if extra_bias is None else extra_bias.to(dtype).reshape(-1)
+    if prototypes.has_normalizer:
+        # as ``log_normalizer``, but with the same inverse temperature as the products
+        kappa = prototypes.norms(dtype).to(dtype) * temperature.to(dtype).reciprocal()
+        normalizer = log_vmf_constant(kappa, prototypes.dim)
+        bias = normalizer if bias is None else bias + normalizer
+    # the lowest finite number, not -inf: its product with a zero probability would be NaN
+    return None if bias is None else bias.clamp(min=torch.finfo(dtype).min)
 
 
 def pull_back_to_stored(

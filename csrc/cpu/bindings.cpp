@@ -59,16 +59,31 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Logits>(m, "Logits", py::module_local())
       .def(py::init(&logits_of), py::kw_only(), py::arg("pieces"), py::arg("prototypes"), py::arg("stride"));
   py::class_<Score>(m, "Score", py::module_local())
-      .def(py::init([](const Weight& weight, Address multiplier, Address bias, Address features, float uniform,
-                       float row_factor, int rows, const Logits& logits, Address top, Address mass, Address moment,
-                       Address other_bias) {
-             return Score{weight, pointer<const float>(multiplier), pointer<const float>(bias),
-                          pointer<const float>(features), uniform, row_factor, rows, logits, pointer<float>(top),
-                          pointer<float>(mass), pointer<float>(moment), pointer<const float>(other_bias)};
+      .def(py::init([](const Weight& weight, Address bias, Address features, float uniform, float row_factor, int rows,
+                       const Logits& logits, Address top, Address mass, Address moment, Address other_bias, Norms norms,
+                       Address magnitude, Address norm, Address gain) {
+             return Score{weight,
+                          pointer<const float>(bias),
+                          pointer<const float>(features),
+                          uniform,
+                          row_factor,
+                          rows,
+                          logits,
+                          pointer<float>(top),
+                          pointer<float>(mass),
+                          pointer<float>(moment),
+                          pointer<const float>(other_bias),
+                          nullptr,
+                          nullptr,
+                          norms,
+                          pointer<const float>(magnitude),
+                          pointer<float>(norm),
+                          pointer<float>(gain)};
            }),
-           py::kw_only(), py::arg("weight"), py::arg("multiplier"), py::arg("bias"), py::arg("features"),
+           py::kw_only(), py::arg("weight"), py::arg("bias"), py::arg("features"),
            py::arg("uniform"), py::arg("row_factor"), py::arg("rows"), py::arg("logits"), py::arg("top"), py::arg("mass"), py::arg("moment"),
-           py::arg("other_bias") = 0);
+           py::arg("other_bias") = 0, py::arg("norms") = Norms::free, py::arg("magnitude") = 0, py::arg("norm") = 0,
+           py::arg("gain") = 0);
   py::class_<PullBack>(m, "PullBack", py::module_local())
       .def(py::init([](Norms norms, Address norm, Address magnitude, Address slope, Address magnitude_gradient) {
              return PullBack{norms, pointer<const float>(norm), pointer<const float>(magnitude),

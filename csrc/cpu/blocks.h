@@ -32,6 +32,20 @@ struct Block {
   const float* row(int k) const { return start + k * stride; }
 };
 
+// <a, b> in several sums side by side, whose rounding errors stay small.
+inline float dot(const float* a, const float* b, int n) {
+  constexpr int SUMS = 4;
+  Floats totals[SUMS];
+  for (Floats& total : totals) total = zero();
+  int i = 0;
+  for (; i + SUMS * LANES <= n; i += SUMS * LANES)
+    for (int j = 0; j < SUMS; ++j) totals[j] = multiply_add(load(a + i + j * LANES), load(b + i + j * LANES), totals[j]);
+  for (; i + LANES <= n; i += LANES) totals[0] = multiply_add(load(a + i), load(b + i), totals[0]);
+  float result = sum(add(add(totals[0], totals[1]), add(totals[2], totals[3])));
+  for (; i < n; ++i) result += a[i] * b[i];
+  return result;
+}
+
 inline void convert_row(const Weight& w, int k, float* out) {
   const std::uint16_t* row = static_cast<const std::uint16_t*>(w.data) + k * w.stride;
   if (w.stored == Stored::bf16)

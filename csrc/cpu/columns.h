@@ -19,7 +19,7 @@ inline void add_column(const GatherTask& task, int k, const float* logits, int r
   float& top = task.gather->column_top[k];
   float& mass = task.gather->column_mass[k];
   Floats most = all(top);
-  // a NaN does not enter the maximum, but the mass
+  // a NaN is left out of the maximum and makes the mass NaN
   for (int t = 0; t < rows; t += LANES) most = larger(sub(load(logits + t), load(task.column_offset + t)), most);
   const float now = largest(most);
   Floats total = zero();

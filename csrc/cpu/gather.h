@@ -14,15 +14,6 @@ inline int gather_prototypes(int dim) {
   return most < fitting ? most : fitting;
 }
 
-inline float dot(const float* a, const float* b, int n) {
-  Floats total = zero();
-  int i = 0;
-  for (; i + LANES <= n; i += LANES) total = multiply_add(load(a + i), load(b + i), total);
-  float result = sum(total);
-  for (; i < n; ++i) result += a[i] * b[i];
-  return result;
-}
-
 // a = (a + b times) scale
 inline void add_scaled(float* a, const float* b, float times, float scale, int n) {
   int i = 0;

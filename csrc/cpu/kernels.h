@@ -9,11 +9,12 @@ namespace vmf::cpu {
 struct ScoreTask {
   const Score* score;
   const void* panels;  // features, from pack_features
+  float* multiplier;   // [K] of all prototypes; a task writes its own unless the norms are free
   void* scratch;       // of score_scratch bytes, this thread's own
   float* statistics;   // [3 or 6, padded rows] top, mass, moment over the task's prototypes; then those with the other bias
   int first, last;     // prototypes
 };
-constexpr int statistics_of(const Score& s) { return s.other_bias ? 6 : 3; }
+__attribute__((always_inline)) constexpr int statistics_of(const Score& s) { return s.other_bias ? 6 : 3; }
 struct GatherTask {
   const Gather* gather;
   const void* panels;            // student features, from pack_values; null without dW

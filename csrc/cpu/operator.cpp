@@ -117,7 +117,7 @@ struct ScoreRoom {
     statistics = arena.take<float>(std::size_t(part_count(s.weight.prototypes)) * statistics_of(s) *
                                    padded_to(s.rows, kernels.lanes));
     scaled = arena.take<float>(s.row_factor == 1 ? 0 : std::size_t(s.rows) * s.weight.dim);
-    multiplier = arena.take<float>(s.multiplier ? 0 : s.weight.prototypes);
+    multiplier = arena.take<float>(s.weight.prototypes);
     scratch = arena.take<char>(scratch_bytes * std::min(run.threads, MOST_PARTS));
     bytes = arena.used;
   }
@@ -230,6 +230,8 @@ std::size_t score_workspace(const Score& s, const Execution& run) {
 }
 
 void score(const Score& given, const Execution& run, void* workspace) {
+  if (given.other_bias && !(given.other_top && given.other_mass))
+    throw std::invalid_argument("another bias, but no room for its maximum and mass");
   const Kernels& kernels = kernels_of(run);
   const ScoreRoom room(given, run, kernels, workspace);
   Score s = given;
@@ -238,15 +240,12 @@ void score(const Score& given, const Execution& run, void* workspace) {
     for (std::size_t i = 0; i < count; ++i) room.scaled[i] = s.features[i] * s.row_factor;
     s.features = room.scaled;
   }
-  if (!s.multiplier) {
-    std::fill(room.multiplier, room.multiplier + s.weight.prototypes, s.uniform);
-    s.multiplier = room.multiplier;
-  }
+  if (s.norms == Norms::free) std::fill(room.multiplier, room.multiplier + s.weight.prototypes, s.uniform);
   const int rows = padded_to(s.rows, kernels.lanes), parts = part_count(s.weight.prototypes);
   const std::size_t stride = std::size_t(statistics_of(s)) * rows;
   kernels.pack_features(s.features, s.rows, s.weight.dim, room.panels);
   for_each_part(parts, s.weight.prototypes, threads_for(products_of(s.rows, s.weight), run), [&](int part, int thread, int first, int last) {
-    kernels.score({&s, room.panels, room.scratch + thread * room.scratch_bytes,
+    kernels.score({&s, room.panels, room.multiplier, room.scratch + thread * room.scratch_bytes,
                    room.statistics + part * stride, first, last});
   });
   merge(s, room.statistics, parts, rows, stride, s.top, s.mass, s.moment);
@@ -279,7 +278,8 @@ Sums gather(const Gather& g, const Execution& run, void* workspace) {
   const int threads = threads_for(2 * products_of(g.student_rows, g.weight) + exponentials, run);
   for_each_part(parts, g.weight.prototypes, threads, [&](int part, int thread, int first, int last) {
     kernels.gather({&g, room.panels, room.student_top, room.student_factor, room.teacher_top, room.teacher_factor,
-                    product ? room.packed : room.coefficient, g.column_top ? room.column_offset : nullptr, room.scratch + thread * room.scratch_bytes,
+                    product ? room.packed : room.coefficient, g.column_top ? room.column_offset : nullptr,
+                    room.scratch + thread * room.scratch_bytes,
                     room.feature_gradient + std::size_t(part) * students * width, first, last});
   });
   if (g.student_rows) add_parts(g, room.feature_gradient, parts, students, width, threads);

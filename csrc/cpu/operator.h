@@ -50,10 +50,9 @@ struct Logits {
 // Rows against one network's prototypes: their logits, and an online softmax over the prototypes.
 struct Score {
   Weight weight;
-  const float* multiplier;  // [K], or null for `uniform`
   const float* bias;        // [K], or null
   const float* features;    // [R, D] contiguous
-  float uniform;            // the multiplier of all prototypes if `multiplier` is null
+  float uniform;            // the multiplier of all prototypes, which a gain multiplies unless the norms are free
   float row_factor;         // multiplies the features before the products
   int rows;
   Logits logits;          // receives padded_rows(R) columns; or none
@@ -64,6 +63,11 @@ struct Score {
   const float* other_bias = nullptr;  // [K]
   float* other_top = nullptr;         // [R]
   float* other_mass = nullptr;        // [R]
+  // Unless the norms are free, the multipliers are uniform times a gain, which is found with the norm beside the products.
+  Norms norms = Norms::free;
+  const float* magnitude = nullptr;  // [K] g, or null for 1
+  float* norm = nullptr;             // [K] receives ||v_k||
+  float* gain = nullptr;             // [K] receives g_k / ||v_k||; 0 for a row of zeros, which has no direction
 };
 
 // From the gradient at the effective prototype to that at the stored one, equation (7).
@@ -103,18 +107,19 @@ struct Gather {
   float* usage;                 // [K] sum_t n_t q_t; added to
   bool first;                   // the weight gradient is written, not added to
   const PullBack* pull_back;    // with the last chunk of rows, or null
-  // The log-sums over the teacher rows of its other softmax, less the difference of the biases: sum_t 2^(l_tk - offset_t), as a
-  // maximum to which the chunks add, and a mass relative to it; or null.
+  // Sums over the teacher rows of its other softmax, sum_t 2^(l_tk - offset_t), as a maximum to which the chunks add, and a mass
+  // relative to it; or null. l has the target's bias: the caller adds other_bias - bias to the logarithm.
   const float* other_top = nullptr;   // [T] from Score
   const float* other_mass = nullptr;  // [T]
   float* column_top = nullptr;        // [K]
   float* column_mass = nullptr;       // [K]
 };
 
-// Whether the pairs of a gathering pass are folded as a product of all rows: with one image every two views are a pair, if
-// any weight is given to it, and from so many teacher views on a product is faster than a step for each of them.
+// Whether the pairs of a gathering pass are folded as a product of all rows. With one image every teacher row may be paired with
+// every student row (pairs without weight have coefficient 0), and from so many teacher views on a product is faster than a step
+// for each of them (bench/LOG.md).
 constexpr int VIEWS_OF_A_PRODUCT = 8;
-inline bool folds_by_product(const Gather& g) {
+__attribute__((always_inline)) inline bool folds_by_product(const Gather& g) {  // no copy of one instruction set for all
   return g.images == 1 && g.teacher_views >= VIEWS_OF_A_PRODUCT && g.student_rows > 0;
 }
 

@@ -5,10 +5,10 @@
 
 namespace vmf::cpu::VMF_ISA {
 
-// Prototypes whose teacher probabilities are formed before their product: 96 KiB of them with 400 rows, which stay in L2.
+// Prototypes whose teacher probabilities are formed before their product: some 100 KiB of them with 400 rows, which stay in L2.
 constexpr int PAIR_PROTOTYPES = 2 * BLOCK_MULTIPLE;
 
-// Memory of the fold, in floats: probabilities [PAIR_PROTOTYPES, padded T] and sums of G [PAIR_PROTOTYPES].
+// Memory of the fold, in floats: probabilities [PAIR_PROTOTYPES, padded T] and sums of G [PAIR_PROTOTYPES, LANES].
 inline std::size_t pair_floats(const Gather& g) {
   return folds_by_product(g) ? std::size_t(PAIR_PROTOTYPES) * (padded(g.teacher_rows) + LANES) : 0;
 }
@@ -36,7 +36,8 @@ struct PairProduct {
       for_each_rows<Fp32, N>(count, [&](auto m, int k, int valid) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         const Rows<float> rows{q.start + std::ptrdiff_t(k) * teachers, teachers};
-        tile_in_short_sums<Fp32, M, N>(gather.teacher_views, rows, panel, valid, {}, [&](int row, auto& sums) __attribute__((always_inline)) {
+        tile_in_short_sums<Fp32, M, N>(gather.teacher_views, rows, panel, valid, {},
+                                       [&](int row, auto& sums) __attribute__((always_inline)) {
           finish(logits, k + row, vector, sums, out);
         });
       });

@@ -84,9 +84,22 @@ struct Scorer {
       count = block_size(score.logits, block_prototypes(score.weight.dim), k, task.last);
       float* room = static_cast<float*>(task.scratch);
       const Block fp32 = block_of(score.weight, k, count, room);
+      if (score.norms != Norms::free) find_gains(fp32, k, count);
       one_block(k, count, words_of(fp32, count, room + block_bytes(score.weight) / sizeof(float)));
     }
     after_stores_past_cache();
+  }
+
+  void find_gains(const Block& block, int first, int count) const {
+    for (int i = 0; i < count; ++i) {
+      const int k = first + i;
+      const float* row = block.row(i);
+      const float norm = std::sqrt(dot(row, row, score.weight.dim));
+      const float gain = norm > 0 ? (score.magnitude ? score.magnitude[k] : 1.0f) / norm : 0.0f;
+      score.norm[k] = norm, score.gain[k] = gain;
+      // NaN for an infinite gain: such an effective prototype has infinities of both signs, and its products are NaN
+      task.multiplier[k] = (gain + 0 * gain) * score.uniform;
+    }
   }
 
   Rows<Word> words_of(const Block& block, int count, void* room) const {
@@ -138,7 +151,7 @@ struct Scorer {
     for (int n = 0; n < N; ++n) {
       Floats logits[M];
       for (int m = 0; m < M; ++m)
-        logits[m] = multiply_add(sums[m][n], all(score.multiplier[k + m]), all(score.other_bias[k + m]));
+        logits[m] = multiply_add(sums[m][n], all(task.multiplier[k + m]), all(score.other_bias[k + m]));
       softmax(others, vector, n, 3 * rows).template absorb<M>(logits);
     }
   }
@@ -157,7 +170,7 @@ struct Scorer {
       Floats logits[M];
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m)
-        logits[m] = multiply_add(sums[m][n], all(score.multiplier[k + m]), all(score.bias ? score.bias[k + m] : 0.0f));
+        logits[m] = multiply_add(sums[m][n], all(task.multiplier[k + m]), all(score.bias ? score.bias[k + m] : 0.0f));
       if (out)
 #pragma GCC unroll 32
         for (int m = 0; m < M; ++m) store_past_cache(out + m * score.logits.stride + n * LANES, logits[m]);

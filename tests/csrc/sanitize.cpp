@@ -136,21 +136,30 @@ Execution execution(const Case& c) { return {c.isa, c.products, c.threads, 0}; }
 
 // One network's rows: scored on construction into columns of the logits.
 struct Network {
-  Floats features, top, mass, moment;
+  Floats features, top, mass, moment, other_top, other_mass;
 
   Network(const Case& c, int rows, const Weight& weight, const float* bias, float* logits, std::ptrdiff_t stride,
           Random& random)
       : features(std::size_t(rows) * c.dim, c.place, 0),
         top(rows, c.place, NAN_F),
         mass(rows, c.place, NAN_F),
-        moment(rows, c.place, NAN_F) {
+        moment(rows, c.place, NAN_F),
+        other_top(rows, c.place, NAN_F),
+        other_mass(rows, c.place, NAN_F) {
     random.fill(features);
-    Floats multiplier(c.prototypes, c.place, 1.0f / float(c.dim));
-    const Score s{weight, bias ? multiplier.get() : nullptr, bias, features.get(), 0.5f, c.threads == 1 ? 1.0f : 2.0f, rows, Logits{{logits}, c.prototypes, stride}, top.get(), mass.get(), moment.get()};
+    const Floats magnitude(c.prototypes, c.place, 0.5f), norm(c.prototypes, c.place, NAN_F), gain(c.prototypes, c.place, NAN_F);
+    Score s{weight, bias, features.get(), 0.5f, c.threads == 1 ? 1.0f : 2.0f, rows, Logits{{logits}, c.prototypes, stride}, top.get(), mass.get(), moment.get()};
+    // not free for one network and free for the other, with and without a magnitude
+    if (bias) s.norms = c.norms, s.norm = norm.get(), s.gain = gain.get();
+    if (s.norms == Norms::magnitude) s.magnitude = magnitude.get();
+    const Floats other_bias(c.prototypes, c.place, -0.5f);
+    s.other_bias = other_bias.get(), s.other_top = other_top.get(), s.other_mass = other_mass.get();
     const Execution run = execution(c);
     Array<char> workspace(score_workspace(s, run), c.place);
     score(s, run, workspace.get());
+    if (s.norms != Norms::free) expect_finite(norm, "norm"), expect_finite(gain, "gain");
     expect_finite(top, "top"), expect_finite(mass, "mass"), expect_finite(moment, "moment");
+    expect_finite(other_top, "other_top"), expect_finite(other_mass, "other_mass");
     for (int k = 0; logits && k < c.prototypes; ++k) expect_finite(logits + k * stride, rows, "logits");
   }
 };
@@ -165,13 +174,15 @@ void gather_in_own_room(const Case& c, const Gather& g) {
 
 // Everything that `gather` writes.
 struct Gradients {
-  Floats features, weight, bias, usage, magnitude;
+  Floats features, weight, bias, usage, magnitude, column_top, column_mass;
   explicit Gradients(const Case& c)
       : features(std::size_t(c.rows) * c.dim, c.place, NAN_F),
         weight(std::size_t(c.prototypes) * c.dim, c.place, NAN_F),
         bias(c.prototypes, c.place, 0),
         usage(c.prototypes, c.place, 0),
-        magnitude(c.prototypes, c.place, NAN_F) {}
+        magnitude(c.prototypes, c.place, NAN_F),
+        column_top(c.prototypes, c.place, std::numeric_limits<float>::lowest()),
+        column_mass(c.prototypes, c.place, 0) {}
 };
 
 // Two chunks of rows, the second one with equation (7); then without the weight's gradient; then the teacher alone.
@@ -187,11 +198,14 @@ void gather_all(const Case& c, Gather g, const PullBack& pull_back, const Gradie
   g.student_rows = 0, g.student_top = g.student_mass = g.student_moment = nullptr, g.feature_gradient = nullptr;
   gather_in_own_room(c, g);
   expect_finite(gradients.usage, "usage");
+  expect_finite(gradients.column_top, "column_top"), expect_finite(gradients.column_mass, "column_mass");
 }
 
 void run(const Case& c) {
   Random random;
-  const int student_views = c.rows % 5 == 0 ? 5 : c.rows % 3 == 0 ? 3 : 1, teacher_views = student_views > 1 ? 2 : 1;
+  const bool one_image = c.rows % 3 == 0 && c.prototypes % 2 == 1;  // of many views: pairs are folded as a product
+  const int student_views = one_image ? c.rows : c.rows % 5 == 0 ? 5 : c.rows % 3 == 0 ? 3 : 1;
+  const int teacher_views = one_image ? 9 : student_views > 1 ? 2 : 1;
   const int images = c.rows / student_views, teacher_rows = images * teacher_views;
   const std::ptrdiff_t teacher_column = padded_rows(c.rows), stride = teacher_column + padded_rows(teacher_rows);
   const StoredWeight stored(c, random), other(c, random);
@@ -222,6 +236,8 @@ void run(const Case& c) {
   g.features = student.features.get(), g.scale = 10;
   g.feature_gradient = gradients.features.get(), g.weight_gradient = gradients.weight.get();
   g.bias_gradient = gradients.bias.get(), g.usage = gradients.usage.get();
+  g.other_top = teacher.other_top.get(), g.other_mass = teacher.other_mass.get();
+  g.column_top = gradients.column_top.get(), g.column_mass = gradients.column_mass.get();
   g.first = true;
   gather_all(c, g, pull_back, gradients);
 }

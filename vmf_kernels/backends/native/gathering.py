@@ -20,20 +20,18 @@ from vmf_kernels.backends.native.scores import Logits, NativeKeys, Softmax
 class PullBack:
     """Pulls the gradient back to the stored prototypes, with equation (7); once per call."""
 
-    kind: str
-    norm: Tensor  # [K] norms of the stored rows
-    magnitude: Tensor | None  # [K]
+    keys: NativeKeys
+    norm: Tensor | None  # [K] norms of the stored rows; None if the keys have them
     slope: Tensor | None  # [K] derivative of the bias by the norm
     magnitude_gradient: Tensor | None  # [K]
 
     def for_module(self) -> Any:
         """The module's form of it; this object must outlive the result."""
-        norms, count = module.built().Norms, len(self.norm)
-        kinds = {"linear": norms.free, "normalized": norms.fixed, "weight_norm": norms.magnitude}
+        count = self.keys.prototypes
         return module.built().PullBack(
-            norms=kinds[self.kind],
-            norm=module.address(self.norm, count),
-            magnitude=module.address(self.magnitude, count),
+            norms=module.norms_named(self.keys.norms),
+            norm=self.keys.for_module()[0] if self.norm is None else module.address(self.norm, count),
+            magnitude=module.address(self.keys.magnitude, count),
             slope=module.address(self.slope, count),
             magnitude_gradient=module.address(self.magnitude_gradient, count),
         )
@@ -95,7 +93,7 @@ class Gathering(NamedTuple):
         teacher_top, teacher_mass, teacher_moment = (0, 0, 0) if by_teacher is None else by_teacher.for_module(rows[1])
         return module.built().Gather(
             weight=module.weight_of(self.keys.weight),
-            gain=address(self.keys.gain, count),
+            gain=self.keys.for_module()[1],
             logits=self.logits.for_module(count, self.teachers.column + padded(rows[1])),
             teacher_column=self.teachers.column,
             student_rows=rows[0],

@@ -70,6 +70,13 @@ def _execution(products: torch.dtype, threads: int, least_work: int, sets: tuple
     )
 
 
+@functools.cache
+def norms_named(kind: str) -> Any:
+    """The module's name for the norms of "linear", "normalized" or "weight_norm" prototypes."""
+    norms = built().Norms
+    return {"linear": norms.free, "normalized": norms.fixed, "weight_norm": norms.magnitude}[kind]
+
+
 def has_bf16_products() -> bool:
     """Whether the machine has instructions that multiply bf16 numbers."""
     return instruction_sets()[-1] in WITH_BF16

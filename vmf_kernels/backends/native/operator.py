@@ -104,11 +104,12 @@ def column_log_sum_exp(inputs: RowInputs, offset: Tensor) -> Tensor:
     if not len(features):
         return module.new(prototypes.count).fill_(-torch.inf)
     x_RD, bias_R = module.fp32(features), (offset.to(torch.float32) * -LOG2_E).contiguous()
-    keys = NativeKeys(x_RD, None, own.row_factor, own.factor, None, bias_R, bias_R, own.scale)
+    keys = NativeKeys(x_RD, "linear", None, None, own.row_factor, own.factor, bias_R, bias_R, own.scale)
+    gain = prototypes.gain()
     parts = []
     for block in row_ranges(prototypes.count, len(x_RD)):
         w_BD = own.weight[block].to(torch.float32)
-        w_BD = w_BD if own.gain is None else w_BD * own.gain[block, None]
+        w_BD = w_BD if gain is None else w_BD * gain[block, None]
         parts.append(score(w_BD.contiguous(), keys, products).log_sum_exp * LN_2)
     result = torch.cat(parts)
     return result if own.bias is None else result + own.bias
@@ -255,13 +256,13 @@ class _Step:
         prototypes = self.inputs.student
         if prototypes.kind == "linear":
             return None
-        norm = torch.linalg.vector_norm(self.student.weight, dim=1, dtype=torch.float32)
-        slope = None
+        norm = slope = None
+        if self.student.found is None:
+            norm = torch.linalg.vector_norm(self.student.weight, dim=1, dtype=torch.float32)
         if prototypes.has_normalizer:
             scale = self.inputs.student_temperature.to(torch.float32).reciprocal()
             slope = -vmf_mean_resultant_length(prototypes.detach().norms() * scale, prototypes.dim) * scale
-        magnitude = None if prototypes.magnitude is None else module.fp32(prototypes.magnitude.detach().reshape(-1))
-        return PullBack(prototypes.without_vmf().kind, norm, magnitude, slope, self.magnitude_gradient)
+        return PullBack(self.student, norm, slope, self.magnitude_gradient)
 
     def outputs(self) -> LossOutputs:
         """The loss by equation (12), its statistics and gradients."""

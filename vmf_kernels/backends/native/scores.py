@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from vmf_kernels.backends.base_two import LOG2_E
 from vmf_kernels.backends.native import module
 from vmf_kernels.backends.native.chunks import padded
-from vmf_kernels.prototypes import Prototypes, prepare_keys
+from vmf_kernels.prototypes import Prototypes, prepare_bias, refuse_freed
 from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
 
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-40, 2.0**40  # far beyond the inverse temperatures that are used in practice
@@ -25,13 +25,17 @@ MOST_PIECES = 64  # the module takes no more
 
 
 class NativeKeys(NamedTuple):
-    """Prepared prototypes: base-2 ``logit_k(x) = multiplier_k <weight_k, row_factor x> + bias_k``."""
+    """Prepared prototypes: base-2 ``logit_k(x) = gain_k factor <weight_k, row_factor x> + bias_k``, and ``w_k = gain_k weight_k``.
+
+    Unless the norms are free, the first score finds norms and gains, beside its products.
+    """
 
     weight: Tensor  # [K, D] fp32, bf16 or fp16, elements of a row adjacent
-    gain: Tensor | None  # [K] w_k = gain_k weight_k
+    norms: str  # "linear", "normalized" or "weight_norm"
+    magnitude: Tensor | None  # [K] fp32
+    found: Tensor | None  # [2, K] norms of the stored rows, and gains, from a score; None if all gains are 1
     row_factor: float
-    factor: float  # of the multiplier
-    multiplier: Tensor | None  # [K] gain_k factor; None if it is the factor for every prototype
+    factor: float
     bias: Tensor | None  # [K] nats, as ``Keys.bias``
     bias_base_2: Tensor | None  # [K]
     scale: tuple[float, float]  # two factors of the inverse temperature, as ``split_scale``
@@ -41,6 +45,12 @@ class NativeKeys(NamedTuple):
     def prototypes(self) -> int:
         """K."""
         return self.weight.shape[0]
+
+
+    def for_module(self) -> tuple[int, int]:
+        """Addresses of norms and gains, 0 if all gains are 1; this object must outlive their use."""
+        norms = module.address(self.found, 2 * self.prototypes)
+        return norms, norms and norms + 4 * self.prototypes
 
 
 class Softmax(NamedTuple):
@@ -86,24 +96,37 @@ def native_keys(
     weight = prototypes.weight.detach()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     scale = 1 / temperature.item()
-    gain = bias = base_2 = multiplier = other_bias = None
-    if prototypes.kind != "linear" or extra_bias is not None:
-        keys = prepare_keys(prototypes, temperature, None if also_without_extra else extra_bias, torch.float32)
-        gain, bias = keys.gain, keys.bias
+    refuse_freed(prototypes.weight, prototypes.magnitude)
+    bias = base_2 = other_bias = None
+    if prototypes.has_normalizer or extra_bias is not None:
+        bias = prepare_bias(prototypes, temperature, None if also_without_extra else extra_bias, torch.float32)
         if also_without_extra and extra_bias is not None:
             extra = extra_bias.to(torch.float32).reshape(-1)
             other_bias = torch.zeros_like(extra) if bias is None else bias * LOG2_E
             bias = extra if bias is None else extra + bias
             bias = bias.clamp(min=torch.finfo(torch.float32).min)
+            # finite in base 2 as well: their difference is taken
+            other_bias = other_bias.clamp(min=torch.finfo(torch.float32).min)
         base_2 = None if bias is None else bias * LOG2_E
+        if other_bias is not None and base_2 is not None:
+            base_2 = base_2.clamp(min=torch.finfo(torch.float32).min)
     # scale the rows, where its rounding errors average out over the dims; but not bf16 rows, which are exact as they are
     row_factor, factor = split_scale(scale * LOG2_E)
     if products == torch.bfloat16:
         row_factor, factor = 1.0, row_factor * factor
-    if gain is not None:
-        # NaN for an infinite gain: such an effective prototype has infinities of both signs, and its products are NaN
-        multiplier = (gain + 0 * gain) * factor
-    return NativeKeys(weight, gain, row_factor, factor, multiplier, bias, base_2, split_scale(scale), other_bias)
+    norms, magnitude = prototypes.without_vmf().kind, prototypes.magnitude
+    return NativeKeys(
+        weight,
+        norms,
+        None if magnitude is None else module.fp32(magnitude.detach().reshape(-1)),
+        None if norms == "linear" else module.new(2, len(weight)),
+        row_factor,
+        factor,
+        bias,
+        base_2,
+        split_scale(scale),
+        other_bias,
+    )
 
 
 def split_scale(number: float) -> tuple[float, float]:
@@ -170,9 +193,9 @@ def score_task(rows_RD: Tensor, keys: NativeKeys, softmax: Softmax | None, logit
     """The module's form of a score; its tensors must outlive it. Without a softmax, it is for the module's ``step``."""
     rows, prototypes = len(rows_RD), keys.prototypes
     top, mass, moment = (0, 0, 0) if softmax is None else softmax.for_module(rows)
+    norm, gain = keys.for_module()
     return module.built().Score(
         weight=module.weight_of(keys.weight),
-        multiplier=module.address(keys.multiplier, prototypes),
         bias=module.address(keys.bias_base_2, prototypes),
         features=module.address(rows_RD, rows * keys.weight.shape[1]),
         uniform=keys.factor,
@@ -183,6 +206,10 @@ def score_task(rows_RD: Tensor, keys: NativeKeys, softmax: Softmax | None, logit
         mass=mass,
         moment=moment,
         other_bias=module.address(keys.other_bias, prototypes),
+        norms=module.norms_named(keys.norms),
+        magnitude=module.address(keys.magnitude, prototypes),
+        norm=norm,
+        gain=gain,
     )
 
 
