@@ -16,17 +16,19 @@ constexpr int TILE = 16;  // rows of a tile register, and the words of each
 
 #if defined(VMF_HAS_TILES)
 
+// What LDTILECFG reads: eight registers of full size.
+struct alignas(64) TileShapes {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
+};
+static_assert(sizeof(TileShapes) == 64, "the instruction reads as much");
+// In memory as a constant: GCC before 12.4 says that the intrinsic reads eight bytes, and drops stores to the others.
+constexpr TileShapes FULL_TILES{};
+
 // Configures this thread's tile registers for as long as it lives; without it, a tile instruction is illegal.
 struct TileRegisters {
-  struct alignas(64) Shapes {  // as LDTILECFG reads them
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
-  };
-  static_assert(sizeof(Shapes) == 64, "what LDTILECFG reads");
-  // A constant in memory: GCC before 12.4 says that the intrinsic reads eight bytes, and drops stores to the others.
-  static constexpr Shapes all_of_full_size{};
-  TileRegisters() { _tile_loadconfig(&all_of_full_size); }
+  TileRegisters() { _tile_loadconfig(&FULL_TILES); }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
   ~TileRegisters() { _tile_release(); }
