@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from vmf_bench.errors import LeftOutError
 from vmf_bench.inputs import HeadInputs
 from vmf_bench.machine import part
 from vmf_bench.memory import peak_extra_mib
-from vmf_bench.peers.peer import Loss, eager
+from vmf_bench.peers.peer import Compile, Loss, eager
 from vmf_bench.plan import Case
 from vmf_bench.roof import roof_of, square_product
 from vmf_bench.session import Session
@@ -153,22 +153,47 @@ class Measurement:
         return {**what, **roofs, "rows": list(self.rows.values())}
 
 
-def measure(case: Case, variants: Mapping[str, Variant], session: Session, share: float) -> dict[str, Any]:
-    """The record of a case, measured in about ``share`` seconds."""
+def measure(
+    case: Case, variants: Mapping[str, Variant], session: Session, share: float, fitting: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The record of a case, measured in about ``share`` seconds.
+
+    Args:
+        case, variants, session: what to measure, and where.
+        share: seconds.
+        fitting: names of the losses that fit the time, compiled ones aside; all for None.
+    """
     measurement = Measurement(case, session, share)
     for name, variant in variants.items():
         if variant.timed:
-            measurement.add(name, variant)
+            fits = fitting is None or name in fitting or variant.compiles or is_slow(variant, case, session, share)
+            measurement.add(name, variant if fits else variant._replace(prepare=_no_time))
     measurement.time()
     return measurement.record()
 
 
-def least_seconds(case: Case, variants: Mapping[str, Variant], session: Session, share: float) -> float:
-    """Seconds that a case takes at the least, compilations aside."""
+def _no_time(inputs: HeadInputs, compile_: Compile) -> Loss:
+    raise LeftOutError("there is no time for it at this size")
+
+
+def fitting(case: Case, variants: Mapping[str, Variant], session: Session, share: float) -> list[str]:
+    """Names of the losses that fit the time that is left, the baseline first and then the quickest; compiled ones aside.
+
+    None fits where the baseline does not, by which all are compared.
+    """
     wanted = [name for name, variant in variants.items() if variant.timed and not variant.compiles]
-    wanted = [name for name in wanted if not is_slow(variants[name], case, session, share)]
-    runs = STEPS_BESIDE_ROUNDS + LEAST_ROUNDS
-    return runs * sum(session.predicted(name, case) for name in wanted if session.may_run(name))
+    wanted = [name for name in wanted if session.may_run(name) and not is_slow(variants[name], case, session, share)]
+    wanted.sort(key=lambda name: (name != BASELINE, session.predicted(name, case)))
+    left = session.left() - session.predicted(
+        BASELINE, replace(case, dtype=torch.float32)
+    )  # what all are compared with
+    found = []
+    for name in wanted:
+        left -= (STEPS_BESIDE_ROUNDS + LEAST_ROUNDS) * session.predicted(name, case)
+        if left < 0:
+            break
+        found.append(name)
+    return found
 
 
 def is_slow(variant: Variant, case: Case, session: Session, share: float) -> bool:
