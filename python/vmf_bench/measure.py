@@ -27,10 +27,11 @@ from vmf_bench.variants import BASELINE, Variant
 MM = "torch.mm"
 LEAST_ROUNDS, ENOUGH_ROUNDS, MOST_ROUNDS = 3, 9, 25
 LEAST_SECONDS = 1.0  # of rounds, if these are short and the case is late
-STEPS_BESIDE_ROUNDS = 3  # of each loss: to compare it, for its memory, to warm up
+RUNS = 3 + LEAST_ROUNDS  # of each loss, at the least; before the rounds to compare it, for its memory, to warm up
 WARM_UPS = {"cpu": 1, "cuda": 3}
 STEP_SHARE = 0.04  # of a case's time that one step may take: it is run some seven times, and others wait
-COMPILING_SHARE = 0.7  # of a case's time that compilations may take
+KEPT_SHARE = 0.55  # of the time that is left when a case starts, which compilations leave alone if others need it
+ROUNDS_SHARE = 0.2  # of a case's time, at the least
 
 Row = dict[str, Any]
 
@@ -51,7 +52,7 @@ class Measurement:
 
     def __init__(self, case: Case, session: Session, share: float) -> None:
         self.case, self.session, self.share = case, session, share
-        self.start = time.monotonic()
+        self.start, self.left_at_start = time.monotonic(), session.left()
         self.inputs = HeadInputs.of(case.shape, device=session.device, dtype=case.dtype)
         self.expected = expected_outcome(self.inputs)
         self.rows: dict[str, Row] = {}
@@ -79,7 +80,9 @@ class Measurement:
         finally:
             row["prepare_seconds"] = round(time.monotonic() - start, 2)
             if variant.compiles:
-                self.session.compilation, self.session.has_compiled = row["prepare_seconds"], True
+                self.session.compilation = row["prepare_seconds"]
+            else:
+                self.session.remember(name, self.case, row["prepare_seconds"])  # until it is warm
         expected, entropy = self.expected
         if variant.omits_teacher_entropy:
             outcome["loss"] = outcome["loss"] + entropy
@@ -98,18 +101,24 @@ class Measurement:
             raise LeftOutError(f"{rate}, so a step would take {seconds:.2g} s or more")
 
     def _refuse_compilation(self, variant: Variant) -> None:
-        """Raise LeftOutError where compiling would leave no time for others."""
-        spent, seconds = time.monotonic() - self.start, self.session.compilation
-        most = self.share * (COMPILING_SHARE if self.session.has_compiled else 1.0)  # one at least is worth its time
-        if variant.compiles and spent + seconds > most:
+        """Raise LeftOutError where compiling would leave too little time for the sizes that wait."""
+        seconds = self.session.compilation
+        if variant.compiles and self.session.left() - seconds < min(
+            self._needed_later(), KEPT_SHARE * self.left_at_start
+        ):
             raise LeftOutError(f"compiling takes about {seconds:.0f} s and would not fit the time")
+
+    def _needed_later(self) -> float:
+        """Seconds of the rounds of this case, and of those that wait, with the losses that run here."""
+        cases = [self.case, *self.session.waiting]
+        return sum(RUNS * self.session.predicted(name, case) for case in cases for name in self.steps)
 
     def time(self) -> None:
         """Time everything that is prepared: each round runs all of it once, so that all meet the same neighbours."""
         stopwatch, size = Stopwatch(self.session.device), self.session.rates[self.case.dtype].mm_size
         steps = {**self.steps, MM: square_product(size, self.case.dtype, self.session.device)}
         total = sum(self._warm_up(stopwatch, steps, name) for name in list(steps))
-        left = self.start + self.share - time.monotonic()
+        left = max(self.start + self.share - time.monotonic(), ROUNDS_SHARE * self.share)
         least = min(max(int(1e3 * LEAST_SECONDS / total), LEAST_ROUNDS), ENOUGH_ROUNDS)
         rounds = rounds_within(left, total, least=least, most=MOST_ROUNDS)
         for name, milliseconds in rounds_of(stopwatch.device_milliseconds, steps, rounds).items():
@@ -166,7 +175,8 @@ def measure(
     measurement = Measurement(case, session, share)
     for name, variant in variants.items():
         if variant.timed:
-            fits = fitting is None or name in fitting or variant.compiles or is_slow(variant, case, session, share)
+            fits = fitting is None or name in fitting or variant.compiles or not session.may_run(name)
+            fits = fits or is_slow(variant, case, session, share)  # which says more
             measurement.add(name, variant if fits else variant._replace(prepare=_no_time))
     measurement.time()
     return measurement.record()
@@ -189,7 +199,7 @@ def fitting(case: Case, variants: Mapping[str, Variant], session: Session, share
     )  # what all are compared with
     found = []
     for name in wanted:
-        left -= (STEPS_BESIDE_ROUNDS + LEAST_ROUNDS) * session.predicted(name, case)
+        left -= RUNS * session.predicted(name, case)
         if left < 0:
             break
         found.append(name)

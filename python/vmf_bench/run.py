@@ -49,6 +49,7 @@ def run(options: Options, variants: Mapping[str, Variant], say: Callable[[Record
     waiting = list(cases(options))
     while waiting:
         case, *waiting = waiting
+        session.waiting = waiting
         share = session.left() * case.weight / sum(other.weight for other in (case, *waiting))
         found = _measured(case, variants, session, share)
         torch.compiler.reset()  # or the next size would count as a recompilation, of which there is a limit

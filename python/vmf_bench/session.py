@@ -22,7 +22,7 @@ class Session:
     rates: dict[torch.dtype, Rates]
     end: float  # of ``time.monotonic``
     compilation: float = FIRST_COMPILATION  # seconds that the last one took
-    has_compiled: bool = False
+    waiting: list[Case] = field(default_factory=list)  # cases that come later
     steps: dict[tuple[str, torch.dtype], tuple[int, float]] = field(default_factory=dict)  # operations, seconds
     left_out: list[str] = field(default_factory=list)  # sentences
 

@@ -92,7 +92,11 @@ def test_only_faults_of_this_library_count(loss: Any, fault: bool) -> None:
 
 def test_a_compilation_that_would_not_fit_is_left_out() -> None:
     compiled = variant(broken, is_ours=False)._replace(compiles=True)
-    record = measure(case(compiles=True), {"it": compiled}, session(), share=0.05)
+    known, wanted = session(seconds=30.0), {"published": VARIANTS["published"], "it": compiled}
+    assert rows_of(measure(case(compiles=True), wanted, known, share=0.05))["it"]["status"] == "failed", "it fits"
+    known = session(seconds=30.0)
+    known.waiting = 50_000 * [case()]
+    record = measure(case(compiles=True), wanted, known, share=0.05)
     assert rows_of(record)["it"]["reason"] == "compiling takes about 20 s and would not fit the time"
 
 
