@@ -78,11 +78,12 @@ class Measurement:
         try:
             outcome = outcome_of(loss, self.inputs)
         finally:
-            row["prepare_seconds"] = round(time.monotonic() - start, 2)
+            seconds = time.monotonic() - start
+            row["prepare_seconds"] = round(seconds, 2)
             if variant.compiles:
-                self.session.compilation = row["prepare_seconds"]
-            else:
-                self.session.remember(name, self.case, row["prepare_seconds"])  # until it is warm
+                self.session.compilation = seconds
+        if not variant.compiles:
+            self.session.remember(name, self.case, seconds)  # until it is warm
         expected, entropy = self.expected
         if variant.omits_teacher_entropy:
             outcome["loss"] = outcome["loss"] + entropy
