@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from pathlib import Path
@@ -61,6 +62,16 @@ def part(device: torch.device) -> str:
     threads, facts = torch.get_num_threads(), _cpu_facts()
     name = facts.get("model name") or platform.processor() or platform.machine()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def free_gib(device: torch.device) -> float:
+    """Memory that can still be taken; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**30
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kib[0] / 2**20 if kib else math.inf
 
 
 def usable_cores() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from vmf_bench.errors import LeftOutError
 from vmf_bench.inputs import HeadInputs
 from vmf_bench.machine import part
 from vmf_bench.memory import peak_extra_mib
-from vmf_bench.peers.peer import Loss, eager
+from vmf_bench.peers.peer import Compile, Loss, eager
 from vmf_bench.plan import Case
 from vmf_bench.roof import roof_of, square_product
 from vmf_bench.session import Session
@@ -27,10 +27,11 @@ from vmf_bench.variants import BASELINE, Variant
 MM = "torch.mm"
 LEAST_ROUNDS, ENOUGH_ROUNDS, MOST_ROUNDS = 3, 9, 25
 LEAST_SECONDS = 1.0  # of rounds, if these are short and the case is late
-STEPS_BESIDE_ROUNDS = 3  # of each loss: to compare it, for its memory, to warm up
+RUNS = 3 + LEAST_ROUNDS  # of each loss, at the least; before the rounds to compare it, for its memory, to warm up
 WARM_UPS = {"cpu": 1, "cuda": 3}
 STEP_SHARE = 0.04  # of a case's time that one step may take: it is run some seven times, and others wait
-COMPILING_SHARE = 0.7  # of a case's time that compilations may take
+KEPT_SHARE = 0.55  # of the time that is left when a case starts, which compilations leave alone if others need it
+ROUNDS_SHARE = 0.2  # of a case's time, at the least
 
 Row = dict[str, Any]
 
@@ -51,7 +52,7 @@ class Measurement:
 
     def __init__(self, case: Case, session: Session, share: float) -> None:
         self.case, self.session, self.share = case, session, share
-        self.start = time.monotonic()
+        self.start, self.left_at_start = time.monotonic(), session.left()
         self.inputs = HeadInputs.of(case.shape, device=session.device, dtype=case.dtype)
         self.expected = expected_outcome(self.inputs)
         self.rows: dict[str, Row] = {}
@@ -77,9 +78,12 @@ class Measurement:
         try:
             outcome = outcome_of(loss, self.inputs)
         finally:
-            row["prepare_seconds"] = round(time.monotonic() - start, 2)
+            seconds = time.monotonic() - start
+            row["prepare_seconds"] = round(seconds, 2)
             if variant.compiles:
-                self.session.compilation, self.session.has_compiled = row["prepare_seconds"], True
+                self.session.compilation = seconds
+        if not variant.compiles:
+            self.session.remember(name, self.case, seconds)  # until it is warm
         expected, entropy = self.expected
         if variant.omits_teacher_entropy:
             outcome["loss"] = outcome["loss"] + entropy
@@ -98,18 +102,24 @@ class Measurement:
             raise LeftOutError(f"{rate}, so a step would take {seconds:.2g} s or more")
 
     def _refuse_compilation(self, variant: Variant) -> None:
-        """Raise LeftOutError where compiling would leave no time for others."""
-        spent, seconds = time.monotonic() - self.start, self.session.compilation
-        most = self.share * (COMPILING_SHARE if self.session.has_compiled else 1.0)  # one at least is worth its time
-        if variant.compiles and spent + seconds > most:
+        """Raise LeftOutError where compiling would leave too little time for the sizes that wait."""
+        seconds = self.session.compilation
+        if variant.compiles and self.session.left() - seconds < min(
+            self._needed_later(), KEPT_SHARE * self.left_at_start
+        ):
             raise LeftOutError(f"compiling takes about {seconds:.0f} s and would not fit the time")
+
+    def _needed_later(self) -> float:
+        """Seconds of the rounds of this case, and of those that wait, with the losses that run here."""
+        cases = [self.case, *self.session.waiting]
+        return sum(RUNS * self.session.predicted(name, case) for case in cases for name in self.steps)
 
     def time(self) -> None:
         """Time everything that is prepared: each round runs all of it once, so that all meet the same neighbours."""
         stopwatch, size = Stopwatch(self.session.device), self.session.rates[self.case.dtype].mm_size
         steps = {**self.steps, MM: square_product(size, self.case.dtype, self.session.device)}
         total = sum(self._warm_up(stopwatch, steps, name) for name in list(steps))
-        left = self.start + self.share - time.monotonic()
+        left = max(self.start + self.share - time.monotonic(), ROUNDS_SHARE * self.share)
         least = min(max(int(1e3 * LEAST_SECONDS / total), LEAST_ROUNDS), ENOUGH_ROUNDS)
         rounds = rounds_within(left, total, least=least, most=MOST_ROUNDS)
         for name, milliseconds in rounds_of(stopwatch.device_milliseconds, steps, rounds).items():
@@ -153,22 +163,48 @@ class Measurement:
         return {**what, **roofs, "rows": list(self.rows.values())}
 
 
-def measure(case: Case, variants: Mapping[str, Variant], session: Session, share: float) -> dict[str, Any]:
-    """The record of a case, measured in about ``share`` seconds."""
+def measure(
+    case: Case, variants: Mapping[str, Variant], session: Session, share: float, fitting: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The record of a case, measured in about ``share`` seconds.
+
+    Args:
+        case, variants, session: what to measure, and where.
+        share: seconds.
+        fitting: names of the losses that fit the time, compiled ones aside; all for None.
+    """
     measurement = Measurement(case, session, share)
     for name, variant in variants.items():
         if variant.timed:
-            measurement.add(name, variant)
+            fits = fitting is None or name in fitting or variant.compiles or not session.may_run(name)
+            fits = fits or is_slow(variant, case, session, share)  # which says more
+            measurement.add(name, variant if fits else variant._replace(prepare=_no_time))
     measurement.time()
     return measurement.record()
 
 
-def least_seconds(case: Case, variants: Mapping[str, Variant], session: Session, share: float) -> float:
-    """Seconds that a case takes at the least, compilations aside."""
+def _no_time(inputs: HeadInputs, compile_: Compile) -> Loss:
+    raise LeftOutError("there is no time for it at this size")
+
+
+def fitting(case: Case, variants: Mapping[str, Variant], session: Session, share: float) -> list[str]:
+    """Names of the losses that fit the time that is left, the baseline first and then the quickest; compiled ones aside.
+
+    None fits where the baseline does not, by which all are compared.
+    """
     wanted = [name for name, variant in variants.items() if variant.timed and not variant.compiles]
-    wanted = [name for name in wanted if not is_slow(variants[name], case, session, share)]
-    runs = STEPS_BESIDE_ROUNDS + LEAST_ROUNDS
-    return runs * sum(session.predicted(name, case) for name in wanted if session.may_run(name))
+    wanted = [name for name in wanted if session.may_run(name) and not is_slow(variants[name], case, session, share)]
+    wanted.sort(key=lambda name: (name != BASELINE, session.predicted(name, case)))
+    left = session.left() - session.predicted(
+        BASELINE, replace(case, dtype=torch.float32)
+    )  # what all are compared with
+    found = []
+    for name in wanted:
+        left -= RUNS * session.predicted(name, case)
+        if left < 0:
+            break
+        found.append(name)
+    return found
 
 
 def is_slow(variant: Variant, case: Case, session: Session, share: float) -> bool:

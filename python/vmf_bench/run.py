@@ -11,8 +11,8 @@ import torch
 
 from vmf_bench.attempts import FAULTS, attempt
 from vmf_bench.check import check, dtype_name, pairing_of
-from vmf_bench.machine import machine
-from vmf_bench.measure import STEP_SHARE, least_seconds, measure
+from vmf_bench.machine import free_gib, machine
+from vmf_bench.measure import STEP_SHARE, fitting, measure
 from vmf_bench.plan import MAIN, Case, Options, cases, reduced
 from vmf_bench.roof import measured_rates
 from vmf_bench.session import Session
@@ -20,6 +20,7 @@ from vmf_bench.variants import Variant
 
 SCHEMA_VERSION = 1  # of the JSON; raised when a field changes its meaning or goes
 REDUCED_WEIGHT = 1.5
+COPIES_OF_LOGITS = 8  # that the published loss has at its peak; 6 were measured
 SLACK = 2.0  # seconds kept for writing
 
 Record = dict[str, Any]
@@ -48,6 +49,7 @@ def run(options: Options, variants: Mapping[str, Variant], say: Callable[[Record
     waiting = list(cases(options))
     while waiting:
         case, *waiting = waiting
+        session.waiting = waiting
         share = session.left() * case.weight / sum(other.weight for other in (case, *waiting))
         found = _measured(case, variants, session, share)
         torch.compiler.reset()  # or the next size would count as a recompilation, of which there is a limit
@@ -66,14 +68,23 @@ def _measured(case: Case, variants: Mapping[str, Variant], session: Session, sha
     """The record of a case, or None: then ``session.left_out`` says why."""
     shape = case.shape
     name = f"{case.part}: {pairing_of(shape)} {shape.name} in {dtype_name(case.dtype)}"
-    needed = least_seconds(case, variants, session, share)
-    if needed > session.left():
-        session.left_out.append(f"{name}: needs {needed:.0f} s, and {max(session.left(), 0):.0f} s are left")
+    names, needed, free = fitting(case, variants, session, share), stored_gib(case), free_gib(session.device)
+    if not names:
+        session.left_out.append(f"{name}: {max(session.left(), 0):.0f} s are left, which is too short")
         return None
-    found, outcome = attempt(lambda: measure(case, variants, session, share))
+    if needed > free:
+        session.left_out.append(f"{name}: needs {needed:.0f} GiB of memory, and {free:.0f} GiB are free")
+        return None
+    found, outcome = attempt(lambda: measure(case, variants, session, share, names))
     if found is None:
         session.left_out.append(f"{name}: {outcome['reason']}")
     return found
+
+
+def stored_gib(case: Case) -> float:
+    """Memory of the published loss at a size, about: logits, log-probabilities of every pair, and their gradients."""
+    rows = case.shape.student_rows + case.shape.teacher_rows
+    return COPIES_OF_LOGITS * rows * case.shape.prototypes * torch.float32.itemsize / 2**30
 
 
 def has_fault(record: Record) -> bool:

@@ -22,7 +22,7 @@ class Session:
     rates: dict[torch.dtype, Rates]
     end: float  # of ``time.monotonic``
     compilation: float = FIRST_COMPILATION  # seconds that the last one took
-    has_compiled: bool = False
+    waiting: list[Case] = field(default_factory=list)  # cases that come later
     steps: dict[tuple[str, torch.dtype], tuple[int, float]] = field(default_factory=dict)  # operations, seconds
     left_out: list[str] = field(default_factory=list)  # sentences
 
@@ -51,6 +51,7 @@ class Session:
         of_other_dtypes = [value for (known, _), value in self.steps.items() if known == name]
         known = self.steps.get((name, case.dtype)) or next(iter(of_other_dtypes), None)
         if known is None:
-            return self.products_seconds(case) / TYPICAL_SHARE
+            rates = self.rates.get(case.dtype) or next(iter(self.rates.values()))
+            return self.operations(case) / rates.operations / TYPICAL_SHARE
         operations, seconds = known
         return self.operations(case) * seconds / operations

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.bench_tool.toy import CPU, RATES, SHAPES, case, session
 from vmf_bench.inputs import HeadInputs
-from vmf_bench.measure import is_slow, measure
+from vmf_bench.measure import fitting, is_slow, measure
 from vmf_bench.peers.stored import published
-from vmf_bench.run import has_fault
+from vmf_bench.run import _measured, has_fault
 from vmf_bench.variants import OURS, VARIANTS, Variant
 
 pytestmark = pytest.mark.quick
@@ -92,7 +92,11 @@ def test_only_faults_of_this_library_count(loss: Any, fault: bool) -> None:
 
 def test_a_compilation_that_would_not_fit_is_left_out() -> None:
     compiled = variant(broken, is_ours=False)._replace(compiles=True)
-    record = measure(case(compiles=True), {"it": compiled}, session(), share=0.05)
+    known, wanted = session(seconds=30.0), {"published": VARIANTS["published"], "it": compiled}
+    assert rows_of(measure(case(compiles=True), wanted, known, share=0.05))["it"]["status"] == "failed", "it fits"
+    known = session(seconds=30.0)
+    known.waiting = 50_000 * [case()]
+    record = measure(case(compiles=True), wanted, known, share=0.05)
     assert rows_of(record)["it"]["reason"] == "compiling takes about 20 s and would not fit the time"
 
 
@@ -122,3 +126,36 @@ def test_an_image_alone_tells_whether_a_backend_runs(monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError, match=r"^it is too small$"):
         OURS["native"].prepare(inputs, lambda function: function)
     assert rows == [4], f"it was called with {rows} rows"
+
+
+def test_what_does_not_fit_the_time_is_left_out_by_name_and_the_baseline_goes_first() -> None:
+    names = ("native", "streaming", "published", "one-log-softmax", "published-compiled", "reference")
+    known, wanted = session(seconds=1.0), {name: VARIANTS[name] for name in names}
+    for name, seconds in {"streaming": 0.02, "published": 0.05, "one-log-softmax": 10.0}.items():
+        known.remember(name, case(), seconds)
+    found = fitting(case(), wanted, known, share=1.0)
+    assert found == ["published", "streaming"], "native never ran, and one-log-softmax would take a minute"
+    rows = rows_of(measure(case(), wanted, known, 0.05, found))
+    assert rows["one-log-softmax"]["reason"] == "there is no time for it at this size"
+    assert "seconds" in rows["streaming"]
+    known.remember("published", case(), 10.0)
+    assert fitting(case(), wanted, known, share=1.0) == [], "nothing is measured without what it is compared with"
+
+
+def test_a_step_of_another_size_predicts_one_of_this() -> None:
+    known = session()
+    large = replace(case(), shape=replace(SHAPES[0], prototypes=3010))
+    assert known.predicted("streaming", case()) == pytest.approx(2 * known.operations(case()) / RATES.operations)
+    known.remember("streaming", case(), 0.5)
+    assert known.predicted("streaming", large) == pytest.approx(5.0)
+    assert known.predicted("streaming", replace(large, dtype=torch.bfloat16)) == pytest.approx(5.0), "another dtype"
+
+
+def test_a_size_that_memory_cannot_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmf_bench.run.free_gib", lambda device: 1.0)
+    huge = replace(case(), shape=replace(SHAPES[0], images=1000, prototypes=65_536))
+    known = session(rates=replace(RATES, operations=1e15))
+    assert _measured(huge, VARIANTS, known, share=1.0) is None
+    assert known.left_out == [
+        "main: multi-crop 4000/2000 K65536 D32 in float32: needs 12 GiB of memory, and 1 GiB are free"
+    ]

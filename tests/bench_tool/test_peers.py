@@ -47,6 +47,7 @@ def test_peer_that_cannot_run_says_why(name: str) -> None:
         PEERS[name].prepare(HeadInputs.of(SHAPES[0], device=CPU, dtype=torch.float32), eager)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", INSTALLED)
 def test_peer_that_is_not_installed_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"vmf_bench.peers.{name}.importlib.util.find_spec", lambda name: None)
