@@ -2,8 +2,9 @@
 
 At every call of a device function, of which a kernel makes hundreds, it replaces the functions of Triton's language by
 interpreted ones, although the launch has just done so. At every operation it looks for an overflow of integers in a wider
-type, and drops the answer unless it debugs; it writes down a table of numpy's types; and it describes the shapes of operands
-and result, of which a kernel has few.
+type, and drops the answer unless it debugs; it writes down a table of numpy's types; it describes the shapes of operands and
+result, of which a kernel has few; and it asks which type the result has, and how the operands are brought to it, of operands
+that mostly have the same already.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 from unittest import mock
 
 PATCHED: set[int] = set()  # globals, by identity, whose language the running launch has replaced
+# types that every operation of two of a kind keeps, and Python's numbers that take them
+KEPT: dict[str, tuple[type, ...]] = {"fp32": (int, float), "fp64": (int, float), "int32": (int,), "int64": (int,)}
+LARGE = 2**30  # such a number is asked about
 ORIGINALS: list[tuple[Any, str, Any]] = []  # object, attribute and value that ``install`` has replaced
 
 
@@ -34,7 +38,7 @@ def install() -> None:
 
     if ORIGINALS:
         return  # installed before
-    builder = interpreter.interpreter_builder
+    builder, semantic = interpreter.interpreter_builder, type(interpreter.interpreter_semantic)
     for target, name, value in (
         (interpreter, "_patch_lang", _once_a_launch(interpreter._patch_lang)),
         (interpreter.GridExecutor, "__call__", _launch(interpreter.GridExecutor.__call__)),
@@ -42,6 +46,10 @@ def install() -> None:
         (builder, "options", dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)),
         (core.block_type, "__init__", _once_a_shape(core.block_type, core)),
         (core.tensor, "__init__", _described_tensor(core)),
+        (core.dtype, "__eq__", _same_or(core.dtype.__eq__)),
+        (interpreter, "_patch_attr", _patch_attribute),
+        (semantic, "broadcast_impl_value", _broadcast(semantic.broadcast_impl_value, core)),
+        (semantic, "binary_op_type_checking_impl", _of_one_type(semantic.binary_op_type_checking_impl, core)),
     ):
         ORIGINALS.append((target, name, getattr(target, name)))
         setattr(target, name, value)
@@ -115,3 +123,61 @@ def _described_tensor(core: Any) -> Any:
         self.numel, self.shape = constants(tuple(type.shape) if type.is_block() else ())
 
     return init
+
+
+def _same_or(equal: Any) -> Any:
+    def same(self: Any, other: Any) -> bool:
+        return self is other or equal(self, other)
+
+    return same
+
+
+def _patch_attribute(target: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """A function of the language that needs no semantics handed over: its own are the interpreter's."""
+    from triton.runtime.interpreter import interpreter_semantic
+
+    function = getattr(member, "__wrapped__", member)  # behind a check that there are semantics
+
+    def interpreted(*arguments: Any, **options: Any) -> Any:
+        options["_semantic"] = interpreter_semantic
+        return function(*arguments, **options)
+
+    scope.set_attr(target, name, interpreted)
+
+
+def _broadcast(broadcast: Any, core: Any) -> Any:
+    def to_common_shape(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        if not (lhs.type.is_block() and rhs.type.is_block()):
+            return broadcast(self, lhs, rhs)
+        sizes = lhs.type.shape.values, rhs.type.shape.values
+        if sizes[0] == sizes[1]:
+            return lhs, rhs
+        if len(sizes[0]) != len(sizes[1]) or any(m != n and 1 not in (m, n) for m, n in zip(*sizes, strict=True)):
+            return broadcast(self, lhs, rhs)
+        shape = [n if m == 1 else m for m, n in zip(*sizes, strict=True)]
+        lhs, rhs = (
+            operand
+            if operand.type.shape.values == shape
+            else self.tensor(
+                self.builder.create_broadcast(operand.handle, shape), core.block_type(operand.dtype, shape)
+            )
+            for operand in (lhs, rhs)
+        )
+        return lhs, rhs
+
+    return to_common_shape
+
+
+def _of_one_type(check: Any, core: Any) -> Any:
+    """``binary_op_type_checking_impl``, which keeps operands of one type, and numbers take the type of a tensor."""
+
+    def checked(self: Any, lhs: Any, rhs: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        if type(lhs) is core.tensor and lhs.dtype.name in KEPT:
+            if type(rhs) is core.tensor:
+                if rhs.dtype.name == lhs.dtype.name:
+                    return self.broadcast_impl_value(lhs, rhs)  # type: ignore[no-any-return]
+            elif type(rhs) in KEPT[lhs.dtype.name] and abs(rhs) < LARGE:
+                return self.broadcast_impl_value(lhs, self.scalar_constant(rhs, lhs.dtype))  # type: ignore[no-any-return]
+        return check(self, lhs, rhs, *arguments, **options)  # type: ignore[no-any-return]
+
+    return checked
