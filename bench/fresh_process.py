@@ -1,6 +1,6 @@
 """One process: the first loss it forms, and those after it. Prints a JSON; ``bench_first_call`` starts it.
 
-python -m bench.fresh_process native 1 1000
+python -m bench.fresh_process native 1
 
 """
 
@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+CALLS = 1000
 WARM_UP = 50
 ROWS, PROTOTYPES, DIM = 4, 512, 16
 COMPILER = ("torch._dynamo", "torch._inductor")
@@ -32,7 +33,7 @@ def wake_ups() -> int:
     return count
 
 
-def measure(backend: str, threads: int, calls: int) -> dict[str, object]:
+def measure(backend: str, threads: int, calls: int = CALLS) -> dict[str, object]:
     import torch
     from torch.nn.functional import normalize
 
@@ -72,4 +73,4 @@ def measure(backend: str, threads: int, calls: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))
