@@ -146,7 +146,7 @@ def _patch_attribute(target: Any, name: str, member: Any, builder: Any, scope: A
 
 
 def _broadcast(broadcast: Any, core: Any) -> Any:
-    def to_common_shape(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    def to_common_shape(self: Any, lhs: Any, rhs: Any) -> Any:
         if not (lhs.type.is_block() and rhs.type.is_block()):
             return broadcast(self, lhs, rhs)
         sizes = lhs.type.shape.values, rhs.type.shape.values
@@ -171,13 +171,13 @@ def _broadcast(broadcast: Any, core: Any) -> Any:
 def _of_one_type(check: Any, core: Any) -> Any:
     """``binary_op_type_checking_impl``, which keeps operands of one type, and numbers take the type of a tensor."""
 
-    def checked(self: Any, lhs: Any, rhs: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+    def checked(self: Any, lhs: Any, rhs: Any, *arguments: Any, **options: Any) -> Any:
         if type(lhs) is core.tensor and lhs.dtype.name in KEPT:
             if type(rhs) is core.tensor:
                 if rhs.dtype.name == lhs.dtype.name:
-                    return self.broadcast_impl_value(lhs, rhs)  # type: ignore[no-any-return]
+                    return self.broadcast_impl_value(lhs, rhs)
             elif type(rhs) in KEPT[lhs.dtype.name] and abs(rhs) < LARGE:
-                return self.broadcast_impl_value(lhs, self.scalar_constant(rhs, lhs.dtype))  # type: ignore[no-any-return]
-        return check(self, lhs, rhs, *arguments, **options)  # type: ignore[no-any-return]
+                return self.broadcast_impl_value(lhs, self.scalar_constant(rhs, lhs.dtype))
+        return check(self, lhs, rhs, *arguments, **options)
 
     return checked

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import vmf_pretrain.run
 from tests.pretrain.tiny import (
     SUMMARY_KEYS,
     a_run,
@@ -27,6 +26,7 @@ from tests.pretrain.tiny import (
     save_photos,
     two_classes,
 )
+from vmf_pretrain.artefacts import draw_plots
 from vmf_pretrain.config import Config
 from vmf_pretrain.config_file import read_config
 from vmf_pretrain.errors import PretrainError
@@ -47,10 +47,9 @@ PROMISED = [
 @pytest.fixture(scope="module", autouse=True)
 def draw() -> Iterator[Callable[..., None]]:
     """Drawing, which takes longer than these runs: they go without it."""
-    original = vmf_pretrain.run.draw_plots
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
-        yield original
+        yield draw_plots
 
 
 @pytest.fixture
