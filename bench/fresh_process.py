@@ -33,7 +33,7 @@ def wake_ups() -> int:
     return count
 
 
-def measure(backend: str, threads: int) -> dict[str, object]:
+def measure(backend: str, threads: int, calls: int = CALLS) -> dict[str, object]:
     import torch
     from torch.nn.functional import normalize
 
@@ -58,7 +58,7 @@ def measure(backend: str, threads: int) -> dict[str, object]:
     for _ in range(WARM_UP):
         step()
     slept = wake_ups()
-    seconds = [step() for _ in range(CALLS)]
+    seconds = [step() for _ in range(calls)]
     return {
         "first_seconds": first,
         "first_mib": round(memory, 1),
@@ -68,9 +68,9 @@ def measure(backend: str, threads: int) -> dict[str, object]:
         "compiler_loaded": [name for name in COMPILER if name in sys.modules],
         "later_seconds": statistics.median(seconds),
         "least_seconds": min(seconds),
-        "wake_ups_per_call": (wake_ups() - slept) / CALLS,
+        "wake_ups_per_call": (wake_ups() - slept) / calls,
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))

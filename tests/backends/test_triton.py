@@ -300,8 +300,15 @@ def test_strides_do_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
     assert not changed, f"{changed} differ"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "prototypes", "dim"), [(1, 1, 2), (63, 127, 24), (17, 300, 96)])
+@pytest.mark.parametrize(
+    ("rows", "prototypes", "dim", "dtype"),
+    [
+        (1, 1, 2, torch.float32),
+        (63, 127, 24, torch.float32),
+        (63, 127, 24, torch.float16),
+        (17, 300, 96, torch.float16),
+    ],
+)
 def test_usage_and_log_sums_follow_the_reference(rows: int, prototypes: int, dim: int, dtype: torch.dtype) -> None:
     problem = random_problem(views=(rows, rows), prototypes=prototypes, dim=dim, dtype=dtype)
     x, p, offset = problem.teacher_features, problem.teacher_prototypes, torch.randn(rows)

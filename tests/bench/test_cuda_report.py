@@ -1,7 +1,7 @@
 """The report of the CUDA C++ kernels: it has nvcc's figures and the launches' requests, and finds every fault.
 
-Small kernels stand in for the passes' (``smallest_passes.cu``), behind the same header; the passes themselves are in the
-committed reports. Without nvcc what compiles is skipped.
+Small kernels stand in for the passes' (``smallest_passes.cu``), behind the same header; the passes themselves, and the
+preparation of prototypes, are in the committed reports. Without nvcc what compiles is skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.ahead_of_time import SHARED_MEMORY
 from bench.cuda import launches, report, toolchain
 from bench.cuda.launches import Case, Launch, parsed
 from bench.cuda.report import SOURCES, faults, section, source_digest, table
-from bench.cuda.toolchain import MissingToolError, build, find_nvcc, readable
+from bench.cuda.toolchain import MissingToolError, find_nvcc, readable
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "bench" / "results" / "compiled"
@@ -146,15 +146,6 @@ def test_what_does_not_compile_says_why(tmp_path: Path) -> None:
     (tmp_path / "rows.cu").write_text("int wrong() { return nothing; }\n")
     with pytest.raises(RuntimeError, match=r'(?s)nvcc failed on rows.cu:.*"nothing" is undefined'):
         section(90, tmp_path)
-
-
-@needs_nvcc
-def test_the_preparation_of_prototypes_compiles_without_a_fault(tmp_path: Path) -> None:
-    built = build(SOURCES / "prototypes.cu", 90, tmp_path)
-    rows = list(report._rows(built, [], 90))
-    assert len(rows) >= 2, f"{[row['kernel'] for row in rows]}"
-    found = faults({"kernels": rows, "problems": []})
-    assert not found, found
 
 
 def test_the_flags_are_those_of_the_build() -> None:

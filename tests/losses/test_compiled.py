@@ -1,4 +1,4 @@
-"""Compiled losses over a run: the teacher temperature changes with the epoch, the compiled code does not."""
+"""Compiled losses over a run: an eager run's numbers; the teacher temperature changes with the epoch, the code does not."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.losses import ibot_steps
+from tests.measure import worst_error
 from tests.steps import CROPS, IMAGES, IN_DIM, networks, our_step
 from vmf_kernels import DINOLoss, DINOvMFLoss
 from vmf_kernels.losses.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
@@ -22,31 +24,46 @@ EPOCHS = 12  # beyond torch's limit of 8 compilations
 WARM_UP = (0.04, 0.07, EPOCHS - 2, EPOCHS)
 AT_MOST = 2  # epoch 0, a constant to torch, and then any
 
+Record = dict[str, Tensor]
+Step = Callable[[Any, int], Tensor]  # of a batch and an epoch
 
-def compiled_over_epochs(step: Callable[[int], Tensor], epochs: int = EPOCHS) -> tuple[list[Tensor], int]:
-    """The step's values, compiled into one graph, and how often it was."""
-    compilations = 0
 
-    def count(graph: Any, inputs: Any) -> Any:
-        nonlocal compilations
-        compilations += 1
-        return graph.forward
-
+def compiled_over_epochs(step: Step) -> tuple[Step, CompileCounterWithBackend]:
+    """The step compiled into one graph, and what counts how often it was."""
+    counter = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend=count)
-    return [compiled(epoch).detach() for epoch in range(epochs)], compilations
+    return torch.compile(step, fullgraph=True, backend=counter), counter
 
 
-def assert_compiled_once(make: Callable[[], nn.Module], step: Callable[[Any, int], Tensor]) -> None:
-    """Every epoch's loss and the centres at the end are those of an eager run."""
+def record_of(step: Step, batches: list[Any], student: nn.Module) -> Record:
+    """Every epoch's loss and gradients."""
+    record: Record = {}
+    for epoch, batch in enumerate(batches):
+        value, parameters = step(batch, epoch), dict(student.named_parameters())
+        gradients = torch.autograd.grad(value, list(parameters.values()))
+        measured = {"loss": value.detach()} | dict(zip(parameters, gradients, strict=True))
+        record |= {f"epoch {epoch} {name}": tensor for name, tensor in measured.items()}
+    return record
+
+
+def assert_compiled_once(
+    make: Callable[[], nn.Module], step: Callable[[Any, Any, int], Tensor], batches: list[Any], student: nn.Module
+) -> None:
+    """Losses and gradients of every epoch, and the centres at the end, are those of an eager run."""
     loss, eager = make(), make()
-    values, compilations = compiled_over_epochs(lambda epoch: step(loss, epoch))
-    expected = [step(eager, epoch).detach() for epoch in range(EPOCHS)]
-    torch.testing.assert_close(torch.stack(values), torch.stack(expected), rtol=1e-6, atol=0)
-    for name, center in eager.state_dict().items():
-        torch.testing.assert_close(loss.state_dict()[name], center, rtol=1e-5, atol=1e-6)
-    assert compilations <= AT_MOST, f"{compilations} compilations in {EPOCHS} epochs"
-    assert len(set(expected)) == EPOCHS, "the epochs' losses are alike"
+    loss.load_state_dict(loss.state_dict())  # a resumed run compiles too
+    compiled, counter = compiled_over_epochs(lambda batch, epoch: step(loss, batch, epoch))
+    got = record_of(compiled, batches, student) | copied(loss)
+    expected = record_of(lambda batch, epoch: step(eager, batch, epoch), batches, student) | copied(eager)
+    error, name = worst_error(got, expected)
+    assert error <= 1e-5, f"{name}: relative error {error:.2e}, budget 1e-05"
+    assert counter.frame_count <= AT_MOST, f"{counter.frame_count} compilations in {EPOCHS} epochs"
+    losses = {expected[f"epoch {epoch} loss"].item() for epoch in range(EPOCHS)}
+    assert len(losses) == EPOCHS, "the epochs' losses are alike"
+
+
+def copied(loss: nn.Module) -> Record:
+    return {name: center.clone() for name, center in loss.state_dict().items()}
 
 
 @pytest.mark.parametrize(("loss_class", "output"), [(DINOLoss, "unstored"), (DINOvMFLoss, "stored")])
@@ -54,25 +71,36 @@ def test_dino_is_compiled_once_for_all_epochs(loss_class: type[DINOLoss], output
     heads = networks(50, torch.float32)
     batch = torch.randn(CROPS * IMAGES, IN_DIM), torch.randn(2 * IMAGES, IN_DIM)
     assert_compiled_once(
-        lambda: loss_class(50, CROPS, *WARM_UP), lambda loss, epoch: our_step(loss, output)(*heads, *batch, epoch)
+        lambda: loss_class(50, CROPS, *WARM_UP),
+        lambda loss, batch, epoch: our_step(loss, output)(*heads, *batch, epoch),
+        [batch] * EPOCHS,
+        heads[0],
     )
 
 
 @pytest.mark.parametrize("loss_class", [IBOTvMFLoss])  # which does all that iBOT's does
 def test_ibot_is_compiled_once_for_all_epochs(loss_class: type[IBOTLoss]) -> None:
-    heads, batch = ibot_steps.heads(), ibot_steps.make_batch(0)
+    """Whatever the masks hold: their count is a size that the compiled loss takes at run time."""
+    heads = ibot_steps.heads()
+    batches = [ibot_steps.make_batch(epoch) for epoch in range(EPOCHS)]
     temperatures = (*WARM_UP[:2], 0.05, 0.08, *WARM_UP[2:])
     assert_compiled_once(
         lambda: loss_class(*ibot_steps.PROTOTYPES, 2, 2, *temperatures),
-        lambda loss, epoch: ibot_steps.our_step(loss)(*heads, batch, epoch)["loss"],
+        lambda loss, batch, epoch: ibot_steps.our_step(loss)(*heads, batch, epoch)["loss"],
+        batches,
+        heads[0],
     )
+    counts = {sum(int(mask.sum()) for mask in batch.masks) for batch in batches}
+    assert len(counts) > 1, "every batch has as many masked patches"
 
 
 def test_a_number_for_each_epoch_would_be_compiled_each_time() -> None:
     """Negative control of the count."""
     numbers = EpochTemperatures([0.04 + 0.01 * epoch for epoch in range(5)]).values
-    _, compilations = compiled_over_epochs(lambda epoch: torch.ones(2) * numbers[epoch], 5)
-    assert compilations == 5
+    compiled, counter = compiled_over_epochs(lambda batch, epoch: batch * numbers[epoch])
+    for epoch in range(5):
+        compiled(torch.ones(2), epoch)
+    assert counter.frame_count == 5
 
 
 @pytest.mark.parametrize("patch_loss", [IBOTPatchLoss, IBOTvMFPatchLoss])

@@ -268,28 +268,6 @@ def test_state_dict_of_a_module_that_holds_the_loss_loads_back() -> None:
     assert torch.equal(other["loss"].center, holder["loss"].center)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("loss_class", "output"), [(DINOLoss, "unstored"), (DINOvMFLoss, "stored")])
-def test_whole_loss_compiles_into_one_graph(loss_class: type[DINOLoss], output: str) -> None:
-    x, views = torch.randn(CROPS * IMAGES, IN_DIM), torch.randn(2 * IMAGES, IN_DIM)
-    student, teacher = networks(50, torch.float32)
-    results = []
-    for compiled in (False, True):
-        torch.compiler.reset()
-        student.zero_grad()
-        loss = loss_class(50, *SCHEDULE)
-        loss.load_state_dict(loss.state_dict())  # a resumed run compiles too
-        step = our_step(loss, output)
-        if compiled:
-            step = torch.compile(step, fullgraph=True, backend="aot_eager")
-        for epoch in range(2):
-            value = step(student, teacher, x, views, epoch)
-            value.backward()
-        gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-        results.append({"loss": value.detach(), "center": loss.center.clone(), **gradients})
-    error, name = worst_error(results[1], results[0])
-    assert error <= 1e-5, f"{name}: relative error {error:.2e}, budget 1e-05"
-
-
 @pytest.mark.parametrize("loss_class", [DINOLoss, DINOvMFLoss])
 def test_logits_may_enter_the_compiled_loss_from_outside(loss_class: type[DINOLoss]) -> None:
     """Frozen norms, whose warning cannot be traced, included."""

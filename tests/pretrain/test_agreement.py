@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.pretrain.tiny import a_run, photos_config, save_ramps
 from vmf_pretrain.agreement import SPREADS, agreement
 from vmf_pretrain.config import PhotoViewConfig
 from vmf_pretrain.judge import Judge
+from vmf_pretrain.run import Run
 
 MILD = PhotoViewConfig(
     global_area=(0.9, 1.0), jitter=0.0, grayscale=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0
@@ -23,12 +25,6 @@ ONCE = [2.0, 2.1, 1.9, 2.0]
 TWICE = [2.2, 2.3]
 LOGGED = [2.0, 2.2]
 SPREAD = math.hypot(0.1 * math.sqrt(2), math.sqrt(0.02 / 3))  # deviations of LOGGED and ONCE
-
-
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these runs."""
-    monkeypatch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
 
 
 @pytest.mark.quick
@@ -82,8 +78,10 @@ def information(assigned: Tensor, rows: int, prototypes: int) -> float:
     return float(-torch.xlogy(usage, usage).sum(dim=1).mean())
 
 
-def summary_of_a_run(folder: Path) -> tuple[dict[str, Any], str]:
-    """Of photographs and a network that stands still, so that batch normalisation settles; the file and what was printed."""
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
+    """A run on photographs whose network stands still, so that batch normalisation settles, and what it printed."""
+    folder = tmp_path_factory.mktemp("judged")
     for name in ("cats", "dogs"):
         save_ramps(folder / "photos" / name, 40)
     config = photos_config(
@@ -94,24 +92,29 @@ def summary_of_a_run(folder: Path) -> tuple[dict[str, Any], str]:
         train={"epochs": 20, "log_every": 4},
         evaluate={"every": 20, "neighbours": 3},
     )
-    run, printed = a_run(config, folder / "run")
-    assert run.train() == 0
-    return json.loads(run.folder.summary.read_text()), printed.getvalue()
+    with pytest.MonkeyPatch.context() as patch:  # drawing takes longer than these runs
+        patch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
+        run, printed = a_run(config, folder / "run")
+        assert run.train() == 0
+        yield run, printed.getvalue()
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_run_that_is_judged_on_what_it_was_trained_on_says_that_they_agree(tmp_path: Path) -> None:
-    figures, printed = summary_of_a_run(tmp_path)
+def test_run_that_is_judged_on_what_it_was_trained_on_says_that_they_agree(judged: tuple[Run, str]) -> None:
+    run, printed = judged
+    figures = json.loads(run.folder.summary.read_text())
     assert figures["mutual_information_agrees"] is True, figures
     assert "Log and summary agree on the mutual information" in printed, printed
     assert f"{figures['mutual_information_logged']:.2f} nats in the last training batches" in printed
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_run_that_is_judged_on_another_scale_says_that_they_disagree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    judged: tuple[Run, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The same run, finished and judged anew."""
+    shutil.copytree(judged[0].folder.path, tmp_path / "run")
     monkeypatch.setattr(Judge, "inputs", Judge._pixels)  # the fault that this is for
-    figures, printed = summary_of_a_run(tmp_path)
+    run, said = a_run(judged[0].config, tmp_path / "run", resume=True)
+    assert run.train() == 0
+    figures, printed = json.loads(run.folder.summary.read_text()), said.getvalue()
     assert figures["mutual_information_agrees"] is False, figures
     assert "LOG AND SUMMARY DISAGREE on the mutual information" in printed, printed

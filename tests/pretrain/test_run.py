@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shlex
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,8 @@ from tests.pretrain.tiny import (
     save_photos,
     two_classes,
 )
+from vmf_pretrain.artefacts import draw_plots
+from vmf_pretrain.config import Config
 from vmf_pretrain.config_file import read_config
 from vmf_pretrain.errors import PretrainError
 from vmf_pretrain.judge import BASELINES
@@ -41,10 +44,29 @@ PROMISED = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def draw() -> Iterator[Callable[..., None]]:
+    """Drawing, which takes longer than these runs: they go without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
+        yield draw_plots
+
+
 @pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these runs."""
-    monkeypatch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
+def plots(draw: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmf_pretrain.run.draw_plots", draw)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on the digits that nothing stopped; not to be changed."""
+    return whole_run(digits_config(), tmp_path_factory.mktemp("whole") / "run")
+
+
+def whole_run(config: Config, out: Path) -> Run:
+    run, _ = a_run(config, out)
+    assert run.train() == 0
+    return run
 
 
 def before_step(run: Run, step: int, act: Callable[[], object]) -> Run:
@@ -97,12 +119,11 @@ RESUMPTIONS: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 
 
-@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("name", list(RESUMPTIONS))
-def test_run_that_was_stopped_goes_on_bit_for_bit_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
+def test_run_that_was_stopped_goes_on_bit_for_bit_as_if_it_had_not_been(name: str, whole: Run, tmp_path: Path) -> None:
     sections, stops = RESUMPTIONS[name]
-    whole, _ = a_run(digits_config(**sections), tmp_path / "whole")
-    assert whole.train() == 0
+    if sections:
+        whole = whole_run(digits_config(**sections), tmp_path / "whole")
     run, _ = a_run(digits_config(**sections), tmp_path / "stopped")
     for stop in stops:
         assert stopped_at(run, stop) == 130
@@ -115,13 +136,11 @@ def test_run_that_was_stopped_goes_on_bit_for_bit_as_if_it_had_not_been(name: st
     assert ours == theirs
 
 
-@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_run_on_a_folder_goes_on_bit_for_bit_too(workers: int, tmp_path: Path) -> None:
     two_classes(tmp_path / "photos", each=16)
     config = changed(photos_config(tmp_path / "photos"), train={"epochs": 2}, data={"workers": workers})
-    whole, _ = a_run(config, tmp_path / "whole")
-    whole.train()
+    whole = whole_run(config, tmp_path / "whole")
     run, _ = a_run(config, tmp_path / "stopped")
     assert stopped_at(run, 3) == 130
     run = resumed(tmp_path / "stopped")
@@ -130,11 +149,7 @@ def test_run_on_a_folder_goes_on_bit_for_bit_too(workers: int, tmp_path: Path) -
     assert untimed(run) == untimed(whole)
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_run_that_crashed_repeats_the_steps_since_its_checkpoint(tmp_path: Path) -> None:
-    whole, _ = a_run(digits_config(), tmp_path / "whole")
-    whole.train()
-
+def test_run_that_crashed_repeats_the_steps_since_its_checkpoint(whole: Run, tmp_path: Path) -> None:
     def crash() -> NoReturn:
         raise PretrainError("the loss is nan.")
 
@@ -164,12 +179,17 @@ def lose_place(run: Run) -> None:
     run.step -= 1
 
 
-@pytest.mark.usefixtures("no_plots")
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    stopped_at(a_run(digits_config(), out)[0], 6)
+    return out
+
+
 @pytest.mark.parametrize("lose", [lose_centre, lose_optimizer, lose_teacher, lose_place])
-def test_each_part_of_a_checkpoint_is_needed(lose: Callable[[Run], None], tmp_path: Path) -> None:
-    run, _ = a_run(digits_config(), tmp_path / "run")
-    stopped_at(run, 6)
-    exact, lacking = resumed(tmp_path / "run"), resumed(tmp_path / "run")
+def test_each_part_of_a_checkpoint_is_needed(lose: Callable[[Run], None], stopped: Path) -> None:
+    exact, lacking = resumed(stopped), resumed(stopped)
     lose(lacking)
     for each in (exact, lacking):
         for step in (each.step, each.step + 1):
@@ -180,7 +200,6 @@ def test_each_part_of_a_checkpoint_is_needed(lose: Callable[[Run], None], tmp_pa
     assert differing(*students), f"{lose.__name__} changes nothing: the comparison cannot fail"
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     unfrozen = digits_config(optim={"freeze_last_layer_epochs": 0}, train={"epochs": 1})
     runs = [a_run(changed(unfrozen, seed=seed), tmp_path / str(seed))[0] for seed in (0, 1)]
@@ -191,7 +210,6 @@ def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     assert not same, f"weights that no seed changes: {same}"
 
 
-@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_run_says_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
     run, printed = a_run(digits_config(), tmp_path / "run")
@@ -202,7 +220,6 @@ def test_stopped_run_says_how_to_go_on(number: signal.Signals, code: int, tmp_pa
     assert not run.folder.summary.exists(), "an unfinished run has a summary"
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_printed_command_survives_a_shell_whatever_the_folder_is_called(tmp_path: Path) -> None:
     run, printed = a_run(digits_config(), tmp_path / "a run's folder")
     stopped_at(run, 2)
@@ -210,26 +227,22 @@ def test_printed_command_survives_a_shell_whatever_the_folder_is_called(tmp_path
     assert shlex.split(command)[-1] == str(tmp_path / "a run's folder"), command
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_signal_during_the_last_step_does_not_undo_the_run(tmp_path: Path) -> None:
     run, _ = a_run(digits_config(), tmp_path / "run")
     assert stopped_at(run, STEPS - 1) == 0
     assert run.folder.summary.exists()
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_finished_run_that_is_resumed_is_only_judged_again(tmp_path: Path) -> None:
-    run, _ = a_run(digits_config(), tmp_path / "run")
-    run.train()
-    before, records = summary_of(run), untimed(run)
+def test_finished_run_that_is_resumed_is_only_judged_again(whole: Run, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder.path, tmp_path / "run")
     again = resumed(tmp_path / "run")
+    again.folder.summary.unlink()
     assert again.train() == 0
-    assert differing(state_of(again), state_of(run)) == []
-    assert untimed(again) == records
-    assert {**summary_of(again), "seconds": 0} == {**before, "seconds": 0}
+    assert differing(state_of(again), state_of(whole)) == []
+    assert untimed(again) == untimed(whole)
+    assert {**summary_of(again), "seconds": 0} == {**summary_of(whole), "seconds": 0}
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_seconds_of_interrupted_parts_add_up(tmp_path: Path) -> None:
     run, _ = a_run(digits_config(), tmp_path / "run")
     run.facts["seconds_before"] = 1000.0
@@ -239,7 +252,6 @@ def test_seconds_of_interrupted_parts_add_up(tmp_path: Path) -> None:
     assert 1000 < summary_of(again)["seconds"] < 1100, f"{summary_of(again)['seconds']} s"
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> NoReturn:
         raise AssertionError("pickle")
@@ -254,6 +266,7 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert suffixes == {".yaml", ".jsonl", ".json", ".safetensors", ""}, f"files of kinds {suffixes}"
 
 
+@pytest.mark.usefixtures("plots")
 def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     run, printed = a_run(digits_config(), tmp_path / "run")
     assert run.train() == 0
@@ -270,21 +283,17 @@ def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert read_config(tmp_path / "run" / "config.yaml") == digits_config()
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_metrics_hold_each_step_and_each_evaluation(tmp_path: Path) -> None:
-    run, _ = a_run(digits_config(), tmp_path / "run")
-    run.train()
-    records = read_metrics(run.folder)
+def test_metrics_hold_each_step_and_each_evaluation(whole: Run) -> None:
+    records = read_metrics(whole.folder)
     steps = [record["step"] for record in records if "loss" in record]
     evaluations = [(record["step"], record["epoch"]) for record in records[1:] if "knn" in record]
     wanted = {"epoch", "kl", "teacher_entropy", "student_entropy", "mutual_information", "learning_rate", "seconds"}
     assert steps == list(range(1, STEPS + 1))
-    assert records[0] == {"step": 0, "knn": summary_of(run)["knn_untrained"]}
+    assert records[0] == {"step": 0, "knn": summary_of(whole)["knn_untrained"]}
     assert evaluations == [(5, 1), (10, 2)]
     assert not wanted - records[1].keys(), f"a record lacks {wanted - records[1].keys()}"
 
 
-@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("method", ["dino", "dino-vmf"])
 def test_both_methods_run_under_autocast(method: str, tmp_path: Path) -> None:
     config = digits_config(method=method, train={"epochs": 1, "precision": "bf16-mixed"})
@@ -295,6 +304,7 @@ def test_both_methods_run_under_autocast(method: str, tmp_path: Path) -> None:
     assert {value.dtype for value in run.training.student.parameters()} == {torch.float32}
 
 
+@pytest.mark.usefixtures("plots")
 def test_run_without_labels_has_no_accuracy_and_still_everything_else(tmp_path: Path) -> None:
     save_photos(tmp_path / "photos", 16)
     run, printed = a_run(photos_config(tmp_path / "photos"), tmp_path / "run")
@@ -307,7 +317,6 @@ def test_run_without_labels_has_no_accuracy_and_still_everything_else(tmp_path: 
     assert missing == [], f"missing {missing}"
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_unreadable_training_image_ends_the_run_with_its_name(tmp_path: Path) -> None:
     save_photos(tmp_path / "photos", 15)
     (tmp_path / "photos" / "notes.jpg").write_text("these are not pixels")
@@ -323,7 +332,6 @@ def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["summary.json"]
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     run, _ = a_run(digits_config(), tmp_path / "run")
     stopped_at(run, 2)
@@ -332,10 +340,7 @@ def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_checkpoint_that_does_not_say_what_its_network_is_fed_is_judged_anew(tmp_path: Path) -> None:
-    whole, _ = a_run(digits_config(), tmp_path / "whole")
-    whole.train()
+def test_checkpoint_that_does_not_say_what_its_network_is_fed_is_judged_anew(whole: Run, tmp_path: Path) -> None:
     run, _ = a_run(digits_config(), tmp_path / "run")
     run.facts = {
         "seconds_before": 0.0,
@@ -353,7 +358,6 @@ def test_checkpoint_that_does_not_say_what_its_network_is_fed_is_judged_anew(tmp
     assert differing(state_of(again), state_of(whole)) == []
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_network_that_was_fed_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
     run, _ = a_run(digits_config(), tmp_path / "run")
     run.facts["input"] = {**run.facts["input"], "mean": [0.5]}
@@ -362,7 +366,6 @@ def test_network_that_was_fed_otherwise_is_not_gone_on_with(tmp_path: Path) -> N
         resumed(tmp_path / "run")
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path: Path) -> None:
     run, _ = a_run(digits_config(train={"epochs": 4, "keep_checkpoints": 2}), tmp_path / "run")
     run.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Mapping
 from dataclasses import replace
@@ -55,7 +56,7 @@ def changed(config: Config, **sections: Any) -> Config:
 def digits_config(**sections: Any) -> Config:
     """The digits recipe, much smaller: 5 steps of 256 images in each of 2 epochs."""
     small = changed(
-        read_config(RECIPES / "digits.yaml"),
+        _digits_recipe(),
         views={"local_count": 1},
         backbone={"patch_size": 8, "width": 16, "depth": 1, "heads": 1},
         head={"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
@@ -65,6 +66,11 @@ def digits_config(**sections: Any) -> Config:
         evaluate={"every": 1, "max_images": 100},
     )
     return changed(small, **sections)
+
+
+@functools.cache  # parsing it takes longer than a step
+def _digits_recipe() -> Config:
+    return read_config(RECIPES / "digits.yaml")
 
 
 def photos_config(folder: Path, **sections: Any) -> Config:

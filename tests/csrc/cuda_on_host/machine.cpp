@@ -1,6 +1,8 @@
 // machine.h: fibers, their scheduler, shared memory.
 #include "machine.h"
 
+#undef _FORTIFY_SOURCE  // it takes a jump to another stack for an error
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdarg>
@@ -27,7 +29,9 @@ constexpr int SHORT_STALL = 5, LONG_STALL = 100, LONG_STALL_ONE_IN = 8;  // roun
 constexpr int PATIENCE = 10 * LONG_STALL;  // rounds in which nothing happened before nothing ever will
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;  // of a thread that has not run: from then on it is resumed where it left
+  jmp_buf place;
+  bool has_run;
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
   std::function<bool()> condition;  // of going on; none: at once
   bool done;
@@ -55,7 +59,7 @@ struct Cluster {
   std::vector<Block> blocks;
   int rank;         // of the block that runs
   Meeting meeting;  // of all
-  ucontext_t scheduler;
+  jmp_buf scheduler;
 };
 
 alignas(1024) uint8_t memories[MOST_BLOCKS][SHARED_BYTES];
@@ -88,21 +92,28 @@ void open_meeting_if_all_came() {
 
 void run_fiber() {
   cluster.grid.thread(cluster.grid.arguments);
-  Fiber& fiber = cluster.fibers[thread_in_cluster()];
-  fiber.done = true;
+  cluster.fibers[thread_in_cluster()].done = true;
   --block().running;
   open_meeting_if_all_came();
-  swapcontext(&fiber.context, &cluster.scheduler);
+  _longjmp(cluster.scheduler, 1);
+}
+
+// Until the fiber waits, or ends. A swapcontext would call the kernel each time.
+void resume(Fiber& fiber) {
+  if (_setjmp(cluster.scheduler)) return;
+  if (fiber.has_run) _longjmp(fiber.place, 1);
+  fiber.has_run = true;
+  setcontext(&fiber.start);
 }
 
 void prepare_fiber(Fiber& fiber) {
-  fiber.done = false;
+  fiber.done = fiber.has_run = false;
   fiber.condition = nullptr;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = STACK_BYTES;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, run_fiber, 0);
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = STACK_BYTES;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, run_fiber, 0);
 }
 
 void prepare_cluster(dim3 first) {
@@ -136,7 +147,7 @@ bool run_warp(int warp, bool is_favoured) {
     if (fiber.done || (fiber.condition && !fiber.condition())) continue;
     fiber.condition = nullptr;
     threadIdx = dim3(i % cluster.grid.threads);
-    swapcontext(&cluster.scheduler, &fiber.context);
+    resume(fiber);
     ran = true;
   }
   if (ran) cluster.stalls[warp] = by_chance(LONG_STALL_ONE_IN) ? below(LONG_STALL) : is_favoured ? 0 : below(SHORT_STALL);
@@ -197,7 +208,9 @@ void fail(const char* format, ...) {
 
 bool by_chance(int n) { return below(n) == 0; }
 
-void let_others_run() { swapcontext(&cluster.fibers[thread_in_cluster()].context, &cluster.scheduler); }
+void let_others_run() {
+  if (_setjmp(cluster.fibers[thread_in_cluster()].place) == 0) _longjmp(cluster.scheduler, 1);
+}
 
 void wait_until(std::function<bool()> condition) {
   if (condition()) return;

@@ -33,60 +33,6 @@ Descriptor decode(uint64_t bits) {
   return {field(0), field(16), field(32)};
 }
 
-float load(uint32_t address, Element element) {
-  uint16_t bits;
-  memcpy(&bits, shared_at(swizzled(address), sizeof bits), sizeof bits);
-  return to_float(bits, element);
-}
-
-// k along the rows of a box of 128 bytes each.
-uint32_t k_major(const Descriptor& d, int row, int k) { return d.start + row / 8 * d.stride + row % 8 * 128 + k * 2; }
-// k from row to row, and a box for each 64 columns.
-uint32_t mn_major(const Descriptor& d, int k, int column) {
-  return d.start + column / 64 * d.leading + k / 8 * d.stride + k % 8 * 128 + column % 64 * 2;
-}
-
-// The oldest group's i-th product of a lane.
-const Product& oldest(int warp, int lane, size_t i) { return queues[warp * LANES + lane].committed.front()[i]; }
-
-void load_left(float (&left)[ROWS][DEPTH], int warp, size_t i) {
-  for (int row = 0; row < ROWS; ++row)
-    for (int k = 0; k < DEPTH; ++k) {
-      const Product& p = oldest(warp, row % 8 * 4 + k % 8 / 2, i);  // the lane that has the element in its fragment
-      if (p.weights) {
-        const uint32_t pair = p.weights[k / 8 * 2 + row / 8];
-        left[row][k] = to_float(static_cast<uint16_t>(k % 2 ? pair >> 16 : pair), p.element);
-      } else {
-        left[row][k] = load(k_major(decode(p.left), warp % 4 * ROWS + row, k), p.element);
-      }
-    }
-}
-
-void load_right(float (&right)[DEPTH][MOST_COLUMNS], const Product& p) {
-  const Descriptor d = decode(p.right);
-  for (int k = 0; k < DEPTH; ++k)
-    for (int n = 0; n < p.columns; ++n) right[k][n] = load(p.weights ? mn_major(d, k, n) : k_major(d, n, k), p.element);
-}
-
-float& sum_of(int warp, size_t i, int row, int column) {
-  const Product& p = oldest(warp, row % 8 * 4 + column % 8 / 2, i);
-  return p.sums[column / 8 * 4 + row / 8 * 2 + column % 2];
-}
-
-void carry_out(int warp, size_t i) {
-  static float left[ROWS][DEPTH], right[DEPTH][MOST_COLUMNS];
-  const Product& p = oldest(warp, 0, i);
-  load_left(left, warp, i);
-  load_right(right, p);
-  for (int row = 0; row < ROWS; ++row) {
-    float sums[MOST_COLUMNS];  // fp32, in the order of k
-    for (int n = 0; n < p.columns; ++n) sums[n] = p.first ? 0 : sum_of(warp, i, row, n);
-    for (int k = 0; k < DEPTH; ++k)
-      for (int n = 0; n < p.columns; ++n) sums[n] += left[row][k] * right[k][n];
-    for (int n = 0; n < p.columns; ++n) sum_of(warp, i, row, n) = sums[n];
-  }
-}
-
 std::vector<float> table_of(Element element) {
   std::vector<float> values(1 << 16);
   for (uint32_t bits = 0; bits < values.size(); ++bits) {
@@ -101,6 +47,69 @@ std::vector<float> table_of(Element element) {
     }
   }
   return values;
+}
+
+// What each of the 2^16 patterns is worth.
+const float* values_of(Element element) {
+  static const std::vector<float> bf16 = table_of(Element::bf16), fp16 = table_of(Element::fp16);
+  return (element == Element::bf16 ? bf16 : fp16).data();
+}
+
+float load(uint32_t address, const float* values) {
+  uint16_t bits;
+  memcpy(&bits, shared_at(swizzled(address), sizeof bits), sizeof bits);
+  return values[bits];
+}
+
+// k along the rows of a box of 128 bytes each.
+uint32_t k_major(const Descriptor& d, int row, int k) { return d.start + row / 8 * d.stride + row % 8 * 128 + k * 2; }
+// k from row to row, and a box for each 64 columns.
+uint32_t mn_major(const Descriptor& d, int k, int column) {
+  return d.start + column / 64 * d.leading + k / 8 * d.stride + k % 8 * 128 + column % 64 * 2;
+}
+
+// One product of each lane of a warp.
+using Lanes = const Product* [LANES];
+
+void load_left(float (&left)[ROWS][DEPTH], const Lanes& lanes, int warp, const float* values) {
+  for (int row = 0; row < ROWS; ++row)
+    for (int k = 0; k < DEPTH; ++k) {
+      const Product& p = *lanes[row % 8 * 4 + k % 8 / 2];  // the lane that has the element in its fragment
+      if (p.weights) {
+        const uint32_t pair = p.weights[k / 8 * 2 + row / 8];
+        left[row][k] = values[static_cast<uint16_t>(k % 2 ? pair >> 16 : pair)];
+      } else {
+        left[row][k] = load(k_major(decode(p.left), warp % 4 * ROWS + row, k), values);
+      }
+    }
+}
+
+void load_right(float (&right)[DEPTH][MOST_COLUMNS], const Product& p, const float* values) {
+  const Descriptor d = decode(p.right);
+  for (int k = 0; k < DEPTH; ++k)
+    for (int n = 0; n < p.columns; ++n) right[k][n] = load(p.weights ? mn_major(d, k, n) : k_major(d, n, k), values);
+}
+
+float& sum_of(const Lanes& lanes, int row, int column) {
+  return lanes[row % 8 * 4 + column % 8 / 2]->sums[column / 8 * 4 + row / 8 * 2 + column % 2];
+}
+
+// The oldest group's i-th.
+void carry_out(int warp, size_t i) {
+  static float left[ROWS][DEPTH], right[DEPTH][MOST_COLUMNS];
+  Lanes lanes;
+  for (int lane = 0; lane < LANES; ++lane) lanes[lane] = &queues[warp * LANES + lane].committed.front()[i];
+  const Product& p = *lanes[0];
+  const float* const values = values_of(p.element);
+  load_left(left, lanes, warp, values);
+  load_right(right, p, values);
+  for (int row = 0; row < ROWS; ++row) {
+    float sums[MOST_COLUMNS];  // fp32, in the order of k
+    for (int n = 0; n < p.columns; ++n) sums[n] = p.first ? 0 : sum_of(lanes, row, n);
+    for (int k = 0; k < DEPTH; ++k)
+      for (int n = 0; n < p.columns; ++n) sums[n] += left[row][k] * right[k][n];
+    for (int n = 0; n < p.columns; ++n) sum_of(lanes, row, n) = sums[n];
+  }
 }
 
 }  // namespace
@@ -136,10 +145,7 @@ bool products_in_flight() {
   return false;
 }
 
-float to_float(uint16_t bits, Element element) {
-  static const std::vector<float> bf16 = table_of(Element::bf16), fp16 = table_of(Element::fp16);
-  return (element == Element::bf16 ? bf16 : fp16)[bits];
-}
+float to_float(uint16_t bits, Element element) { return values_of(element)[bits]; }
 
 uint16_t rounded(float value, Element element) {
   if (element == Element::bf16) {
