@@ -4,6 +4,7 @@ python -m bench.report bench/results/cpu/head.json
 python -m bench.report bench/results/cpu/first_call.json
 python -m bench.report bench/results/cpu/demo.json
 python -m bench.report bench/results/cpu/many_prototypes.json
+python -m bench.report bench/results/cpu/shapes.json
 python -m bench.report bench/results/<name of a GPU>/head.json     with the ratios and whether each target was met
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.tables import gpu_table
+from bench.shapes import bound_ms, over_the_best
 
 HEAD_COLUMNS = (
     "| step | rows | baseline ms | ours ms | speed-up | baseline extra MiB | ours extra MiB | rate / torch.mm |\n"
@@ -35,6 +37,11 @@ FIRST_CALL_COLUMNS = (
 MANY_COLUMNS = (
     "| ranks | prototypes | dim | rows | seconds | peak MiB of a rank | one copy of the logits GiB | machine's memory GiB |\n"
     "|---|---|---|---|---|---|---|---|"
+)
+SHAPE_COLUMNS = (
+    "| pairs | rows | prototypes | dim | dtype | threads | ours ms | spread | native | streaming | published | one softmax "
+    "| compiled | ours / best | products at torch.mm's rate |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 ACCURACIES = ("knn", "knn_untrained", "knn_pixels", "linear", "linear_untrained", "linear_pixels")
 MEDIANS = (*ACCURACIES, "mutual_information", "rankme")
@@ -83,6 +90,24 @@ def many_table(report: Mapping[str, Any]) -> str:
     return "\n".join([MANY_COLUMNS, *rows, "", f"Relative difference between the two: {difference}."])
 
 
+def shapes_table(report: Mapping[str, Any]) -> str:
+    """Markdown table of ``bench.shapes``: medians in ms, and ours over the best of the losses without this library."""
+    machine = report["machine"]
+    bf16 = "has" if machine["bf16_products"] else "has no"
+    title = f"{machine['cpu']}, {machine['instruction_set']} ({bf16} bf16 products), torch {machine['torch']}"
+    rows = [title, "", SHAPE_COLUMNS]
+    for row in report["rows"]:
+        seconds = row["seconds"]
+        ms = {name: f"{1e3 * statistics.median(times):.2f}" for name, times in seconds.items()}
+        spread = f"{1e3 * min(seconds['auto']):.2f} to {1e3 * max(seconds['auto']):.2f}"
+        others = " | ".join(
+            ms.get(name, "") for name in ("native", "streaming", "published", "one_softmax", "compiled")
+        )
+        what = f"{row['pairing']} | {row['rows']} | {row['prototypes']:,} | {row['dim']} | {row['dtype']} | {row['threads']}"
+        rows.append(f"| {what} | {ms['auto']} | {spread} | {others} | {over_the_best(row):.2f} | {bound_ms(row):.2f} |")
+    return "\n".join(rows)
+
+
 def first_call_table(results: Mapping[str, Any]) -> str:
     """Markdown table of a pytest-benchmark JSON of ``bench_first_call``: medians over processes."""
     rows = [FIRST_CALL_COLUMNS]
@@ -99,6 +124,8 @@ def table(path: Path) -> str:
     results = json.loads(path.read_text())
     if isinstance(results, dict) and "schema" in results:
         return gpu_table(results)
+    if isinstance(results, dict) and results.get("kind") == "shapes":
+        return shapes_table(results)
     if isinstance(results, dict) and "peak_rss_mib" in results:
         return many_table(results)
     if isinstance(results, list):
