@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.tables import gpu_table
+from bench.shapes import bound_ms, over_the_best
 from vmf_bench.table import case_table, heading
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,11 @@ VIT_COLUMNS = (
 MANY_COLUMNS = (
     "| ranks | prototypes | dim | rows | seconds | peak MiB of a rank | one copy of the logits GiB | machine's memory GiB |\n"
     "|---|---|---|---|---|---|---|---|"
+)
+SHAPE_COLUMNS = (
+    "| pairs | rows | prototypes | dim | dtype | threads | ours ms | spread | native | streaming | published | one softmax "
+    "| compiled | ours / best | products at torch.mm's rate |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 ACCURACIES = ("knn", "knn_untrained", "knn_pixels", "linear", "linear_untrained", "linear_pixels")
 MEDIANS = (*ACCURACIES, "mutual_information", "rankme")
@@ -108,6 +114,24 @@ def many_table(report: Mapping[str, Any]) -> str:
     return "\n".join([MANY_COLUMNS, *rows, "", f"Relative difference between the two: {difference}."])
 
 
+def shapes_table(report: Mapping[str, Any]) -> str:
+    """Markdown table of ``bench.shapes``: medians in ms, and ours over the best of the losses without this library."""
+    machine = report["machine"]
+    bf16 = "has" if machine["bf16_products"] else "has no"
+    title = f"{machine['cpu']}, {machine['instruction_set']} ({bf16} bf16 products), torch {machine['torch']}"
+    rows = [title, "", SHAPE_COLUMNS]
+    for row in report["rows"]:
+        seconds = row["seconds"]
+        ms = {name: f"{1e3 * statistics.median(times):.2f}" for name, times in seconds.items()}
+        spread = f"{1e3 * min(seconds['auto']):.2f} to {1e3 * max(seconds['auto']):.2f}"
+        others = " | ".join(
+            ms.get(name, "") for name in ("native", "streaming", "published", "one_softmax", "compiled")
+        )
+        what = f"{row['pairing']} | {row['rows']} | {row['prototypes']:,} | {row['dim']} | {row['dtype']} | {row['threads']}"
+        rows.append(f"| {what} | {ms['auto']} | {spread} | {others} | {over_the_best(row):.2f} | {bound_ms(row):.2f} |")
+    return "\n".join(rows)
+
+
 def first_call_table(results: Mapping[str, Any]) -> str:
     """Markdown table of a pytest-benchmark JSON of ``bench_first_call``: medians over processes."""
     rows = [FIRST_CALL_COLUMNS]
@@ -153,6 +177,7 @@ OF_FILE: dict[str, Callable[[Any], str]] = {
     "demo": demo_table,
     "koleo": koleo_table,
     "many_prototypes": many_table,
+    "shapes": shapes_table,
     "vit_step": vit_table,
     "vmf-bench": session_table,
 }

@@ -1,8 +1,8 @@
 """Times our loss over many shapes against the best of three without this library, forward and backward, on a CPU.
 
-    python -m bench.shapes                                            fp32 and bf16, two threads, four minutes
-    python -m bench.shapes --quick --dtype fp32 --threads 1 2
-    python -m bench.shapes --json bench/results/cpu/shapes.json       then python -m bench.report of that file
+    python -m bench.shapes --json bench/results/cpu/shapes.json       all shapes, fp32 and bf16; most of the time is compilation
+    python -m bench.shapes --quick --dtype fp32 --threads 1 2         under four minutes
+    python -m bench.report bench/results/cpu/shapes.json              the table
 
 The three: the published loss, eager; the same with one log-softmax a row; the published loss under ``torch.compile``. Rounds
 are interleaved, so that all meet the same clock and the same neighbours. A row of a table is a shape of ``SHAPES``.
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from bench.plain_losses import one_softmax, published
 from bench.workloads import HeadInputs, HeadShape, matched_shape
+from tests.published import TEACHER_CROPS
 from vmf_kernels import prototype_cross_entropy, weight_norm_prototypes
 from vmf_kernels.backends.native.module import has_bf16_products, instruction_sets
 
 OURS = ("auto", "native", "streaming")
 SECONDS_A_SHAPE = 1.0  # of rounds, after the warm-up
-LEAST_ROUNDS, MOST_ROUNDS = 5, 60
-SCHEMA = 1
+LEAST_ROUNDS, MOST_ROUNDS = 3, 60
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MM_SIZE = 2048
 
@@ -48,12 +48,14 @@ class Case(NamedTuple):
     @property
     def pairing(self) -> str:
         """How rows are paired."""
-        return "matched" if self.shape.matched else "one image" if self.shape.images == 1 else "multi-crop"
+        if self.shape.matched:
+            return "matched"
+        return "one image" if self.shape.teacher_views > TEACHER_CROPS else "multi-crop"
 
 
 def crops(images: int, prototypes: int, dim: int, views: int = 10) -> HeadShape:
     """``views`` student crops and two teacher crops of each image."""
-    return HeadShape(images, 2, views, prototypes, dim)
+    return HeadShape(images, TEACHER_CROPS, views, prototypes, dim)
 
 
 def one_image(views: int, prototypes: int, dim: int) -> HeadShape:
@@ -104,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
     names = list(DTYPES) if options.dtype == "both" else [options.dtype]
-    rows = []
-    report = {"schema": SCHEMA, "kind": "shapes", "machine": machine(), "rows": rows}
+    rows: list[dict[str, Any]] = []
+    report = {"kind": "shapes", "machine": machine(), "rows": rows}
     for name in names:
         for case in SHAPES:
             if (options.quick and not case.quick) or options.only not in title_of(case):
@@ -136,9 +138,7 @@ def title_of(case: Case) -> str:
 
 def rows_of(case: Case, dtype: str, threads: Sequence[int], *, compiles: bool) -> Iterator[dict[str, Any]]:
     """One result for each number of threads."""
-    inputs = HeadInputs.of(case.shape, device=torch.device("cpu"))
-    inputs = replace(inputs, student_features=inputs.student_features.detach().to(DTYPES[dtype]).requires_grad_())
-    inputs = replace(inputs, teacher_features=inputs.teacher_features.to(DTYPES[dtype]))
+    inputs = in_dtype(HeadInputs.of(case.shape, device=torch.device("cpu")), DTYPES[dtype])
     for count in threads:
         torch.set_num_threads(count)
         torch.compiler.reset()
@@ -154,6 +154,12 @@ def rows_of(case: Case, dtype: str, threads: Sequence[int], *, compiles: bool) -
             "least_operations": least_operations(case.shape),
             "seconds": times,
         }
+
+
+def in_dtype(inputs: HeadInputs, dtype: torch.dtype) -> HeadInputs:
+    """The same inputs with features of another dtype."""
+    student = inputs.student_features.detach().to(dtype).requires_grad_()
+    return replace(inputs, student_features=student, teacher_features=inputs.teacher_features.to(dtype))
 
 
 def least_operations(shape: HeadShape) -> int:
@@ -216,9 +222,8 @@ def loss_by(backend: str) -> Callable[[HeadInputs], Tensor]:
 
 def interleaved(steps: dict[str, Step]) -> dict[str, list[float]]:
     """Seconds of every round by name, after one that is not kept."""
-    for _ in range(2):
-        for step in steps.values():
-            step()
+    for step in steps.values():
+        step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     started = time.perf_counter()
     for done in range(MOST_ROUNDS):
@@ -233,17 +238,21 @@ def interleaved(steps: dict[str, Step]) -> dict[str, list[float]]:
 
 def line_of(row: dict[str, Any]) -> str:
     """A result as a line of text: medians in ms, and ours over the best."""
-    medians = {name: 1e3 * statistics.median(times) for name, times in row["seconds"].items()}
-    least = {name: 1e3 * min(times) for name, times in row["seconds"].items()}
-    best = min(ms for name, ms in medians.items() if name not in OURS)
-    best_least = min(ms for name, ms in least.items() if name not in OURS)
-    each = "  ".join(f"{name} {ms:.2f}" for name, ms in medians.items())
-    bound = row["least_operations"] / row["mm_gflops"] / 1e6
+    ms = {name: f"{1e3 * statistics.median(times):.2f}" for name, times in row["seconds"].items()}
     what = f"{row['dtype']} x{row['threads']} {row['pairing']} {row['rows']} K{row['prototypes']} D{row['dim']}"
-    return (
-        f"{what}: {each} | auto / best {medians['auto'] / best:.2f} (least {least['auto'] / best_least:.2f}), "
-        f"products alone {bound:.2f}"
-    )
+    each = "  ".join(f"{name} {time}" for name, time in ms.items())
+    return f"{what}: {each} | auto over the best {over_the_best(row):.2f}, products alone {bound_ms(row):.2f}"
+
+
+def over_the_best(row: dict[str, Any]) -> float:
+    """Median of ours, as "auto" takes it, over the best median of the others."""
+    medians = {name: statistics.median(times) for name, times in row["seconds"].items()}
+    return medians["auto"] / min(seconds for name, seconds in medians.items() if name not in OURS)
+
+
+def bound_ms(row: dict[str, Any]) -> float:
+    """What the products alone take at torch.mm's rate in the same run, of the same dtype."""
+    return float(row["least_operations"]) / float(row["mm_gflops"]) / 1e6
 
 
 if __name__ == "__main__":

@@ -165,17 +165,20 @@ struct Gatherer {
   void fold_one(int k, float* out) const {
     const float* logits = row_of(gather.logits, k);
     teacher_probabilities(k, logits + gather.teacher_column);
+    const float* q = at<float>(room.teacher);
     const float* cycles = at<float>(room.cycles);
     Floats total = zero();
+    const int turn = students ? LANES % gather.images : 0;
     int phase = 0;
     for (int s = 0; s < students; s += LANES) {
       Floats g = mul(load(task.student_factor + s), exp2(sub(load(logits + s), load(task.student_top + s))));
       for (int view = 0; view < gather.teacher_views; ++view)
         g = subtract_product(load(task.coefficient + std::ptrdiff_t(view) * students + s),
-                             load(cycles + std::ptrdiff_t(view) * cycle + phase), g);
+                             gather.images == 1 ? all(q[view]) : load(cycles + std::ptrdiff_t(view) * cycle + phase), g);
       store(out + s, g);
       total = add(total, g);
-      phase = (phase + LANES) % gather.images;
+      phase += turn;
+      if (phase >= gather.images) phase -= gather.images;
     }
     if (students) gather.bias_gradient[k] += sum(total) / gather.scale;
   }
@@ -191,7 +194,7 @@ struct Gatherer {
     }
     gather.usage[k] += sum(used);
     if (task.column_offset) add_column(task, k, logits, teachers);
-    if (!students) return;
+    if (!students || gather.images == 1) return;
     float* cycles = at<float>(room.cycles);
     for (int view = 0; view < gather.teacher_views; ++view, q += gather.images, cycles += cycle) {
       int filled = gather.images;

@@ -46,7 +46,6 @@ class NativeKeys(NamedTuple):
         """K."""
         return self.weight.shape[0]
 
-
     def for_module(self) -> tuple[int, int]:
         """Addresses of norms and gains, 0 if all gains are 1; this object must outlive their use."""
         norms = module.address(self.found, 2 * self.prototypes)
