@@ -17,18 +17,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from bench.plain_losses import one_softmax, published
-from bench.workloads import HeadInputs, HeadShape, matched_shape
-from tests.published import TEACHER_CROPS
+from vmf_bench.inputs import HeadInputs, HeadShape, matched_shape
+from vmf_bench.machine import machine
+from vmf_bench.peers.peer import effective_weights, products
+from vmf_bench.peers.stored import one_log_softmax, published
+from vmf_bench.published import TEACHER_CROPS
 from vmf_kernels import prototype_cross_entropy, weight_norm_prototypes
-from vmf_kernels.backends.native.module import has_bf16_products, instruction_sets
 
 OURS = ("auto", "native", "streaming")
 SECONDS_A_SHAPE = 1.0  # of rounds, after the warm-up
@@ -119,18 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def machine() -> dict[str, Any]:
-    """What the times depend on."""
-    from bench.conftest import cpu_model
-
-    return {
-        "cpu": cpu_model(),
-        "torch": torch.__version__,
-        "instruction_set": instruction_sets()[-1],
-        "bf16_products": has_bf16_products(),
-    }
-
-
 def title_of(case: Case) -> str:
     """For example "multi-crop 10/2 K1024 D64"."""
     return f"{case.pairing} {case.shape.name}"
@@ -138,7 +127,7 @@ def title_of(case: Case) -> str:
 
 def rows_of(case: Case, dtype: str, threads: Sequence[int], *, compiles: bool) -> Iterator[dict[str, Any]]:
     """One result for each number of threads."""
-    inputs = in_dtype(HeadInputs.of(case.shape, device=torch.device("cpu")), DTYPES[dtype])
+    inputs = HeadInputs.of(case.shape, device=torch.device("cpu"), dtype=DTYPES[dtype])
     for count in threads:
         torch.set_num_threads(count)
         torch.compiler.reset()
@@ -154,12 +143,6 @@ def rows_of(case: Case, dtype: str, threads: Sequence[int], *, compiles: bool) -
             "least_operations": least_operations(case.shape),
             "seconds": times,
         }
-
-
-def in_dtype(inputs: HeadInputs, dtype: torch.dtype) -> HeadInputs:
-    """The same inputs with features of another dtype."""
-    student = inputs.student_features.detach().to(dtype).requires_grad_()
-    return replace(inputs, student_features=student, teacher_features=inputs.teacher_features.to(dtype))
 
 
 def least_operations(shape: HeadShape) -> int:
@@ -181,21 +164,31 @@ def mm_gflops(dtype: torch.dtype) -> float:
 def steps_of(inputs: HeadInputs, *, compiles: bool) -> dict[str, Step]:
     """Every contestant's forward and backward pass, by name."""
     losses: dict[str, Callable[[HeadInputs], Tensor]] = {name: loss_by(name) for name in OURS}
-    losses |= {"published": published, "one_softmax": one_softmax}
+    losses |= {"published": published_loss, "one_softmax": one_log_softmax}
     if compiles:
-        losses["compiled"] = torch.compile(published, dynamic=False)
-    is_bf16 = inputs.student_features.dtype == torch.bfloat16
+        losses["compiled"] = torch.compile(published_loss, dynamic=False)
 
-    def step_of(loss: Callable[[HeadInputs], Tensor], plain: bool) -> Step:
+    def step_of(loss: Callable[[HeadInputs], Tensor]) -> Step:
         def step() -> None:
             inputs.clear_gradients()
-            with torch.autocast("cpu", torch.bfloat16, enabled=plain and is_bf16):
-                value = loss(inputs)
-            value.backward()  # type: ignore[no-untyped-call]
+            loss(inputs).backward()  # type: ignore[no-untyped-call]
 
         return step
 
-    return {name: step_of(loss, name not in OURS) for name, loss in losses.items()}
+    return {name: step_of(loss) for name, loss in losses.items()}
+
+
+def published_loss(inputs: HeadInputs) -> Tensor:
+    """[] the published loss; one image of many views has one log-softmax a row, since nobody loops over ten thousand pairs."""
+    if inputs.shape.teacher_views <= TEACHER_CROPS:
+        return published(inputs)
+    with products(inputs):
+        student_weight, teacher_weight = effective_weights(inputs)
+        student = functional.linear(inputs.student_features, student_weight) / inputs.student_temperature
+        with torch.no_grad():
+            teacher = functional.linear(inputs.teacher_features, teacher_weight)
+            targets = ((teacher - inputs.center) / inputs.teacher_temperature).softmax(dim=-1)
+        return -(inputs.pair_weights * (targets @ student.log_softmax(dim=-1).T)).sum()
 
 
 def loss_by(backend: str) -> Callable[[HeadInputs], Tensor]:

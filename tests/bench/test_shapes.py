@@ -9,23 +9,24 @@ import pytest
 import torch
 
 from bench import shapes
-from bench.gpu.agreement import exact_outcome, outcome_of, refuse_disagreement, relative_errors
-from bench.plain_losses import one_softmax, published
+from bench.gpu.agreement import exact_outcome
 from bench.report import table
-from bench.shapes import Case, crops, loss_by, matched_shape, one_image
-from bench.workloads import HeadInputs, HeadShape
+from bench.shapes import Case, crops, loss_by, one_image, published_loss
+from vmf_bench.agreement import outcome_of, relative_errors
+from vmf_bench.check import refuse_disagreement
+from vmf_bench.inputs import HeadInputs, HeadShape, matched_shape
+from vmf_bench.peers.stored import one_log_softmax
 
 TINY = (crops(3, 301, 32, views=4), matched_shape(7, prototypes=301, dim=32), one_image(9, 301, 32))
-LOSSES = {"published": published, "one_softmax": one_softmax, "ours": loss_by("auto")}
+LOSSES = {"published": published_loss, "one_softmax": one_log_softmax, "ours": loss_by("auto")}
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.name)
 def test_every_loss_of_the_table_is_the_same(shape: HeadShape, name: str) -> None:
-    inputs = HeadInputs.of(shape, device=torch.device("cpu"))
-    in_fp32 = shapes.in_dtype(inputs, torch.float32)
-    refuse_disagreement(relative_errors(outcome_of(LOSSES[name], in_fp32), exact_outcome(inputs)[0]))
+    inputs = HeadInputs.of(shape, device=torch.device("cpu"), dtype=torch.float32)
+    refuse_disagreement(relative_errors(outcome_of(LOSSES[name], inputs), exact_outcome(inputs)[0]), torch.float32)
 
 
 @pytest.mark.quick
