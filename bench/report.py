@@ -117,8 +117,8 @@ def many_table(report: Mapping[str, Any]) -> str:
 def shapes_table(report: Mapping[str, Any]) -> str:
     """Markdown table of ``bench.shapes``: medians in ms, and ours over the best of the losses without this library."""
     machine = report["machine"]
-    bf16 = "has" if machine["bf16_products"] else "has no"
-    title = f"{machine['cpu']}, {machine['instruction_set']} ({bf16} bf16 products), torch {machine['torch']}"
+    family, sets = machine["cpu_family_and_model"], ", ".join(machine["instruction_sets"])
+    title = f"{machine['cpu']} (family/model {family}; {sets}), torch {machine['torch']}"
     rows = [title, "", SHAPE_COLUMNS]
     for row in report["rows"]:
         seconds = row["seconds"]
