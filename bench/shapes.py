@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vmf_bench.inputs import HeadInputs, HeadShape, matched_shape
 from vmf_bench.machine import machine
-from vmf_bench.peers.peer import effective_weights, products
-from vmf_bench.peers.stored import one_log_softmax, published
+from vmf_bench.peers.peer import products
+from vmf_bench.peers.stored import logits_and_targets, one_log_softmax, published
 from vmf_bench.published import TEACHER_CROPS
 from vmf_kernels import prototype_cross_entropy, weight_norm_prototypes
 
@@ -183,11 +182,7 @@ def published_loss(inputs: HeadInputs) -> Tensor:
     if inputs.shape.teacher_views <= TEACHER_CROPS:
         return published(inputs)
     with products(inputs):
-        student_weight, teacher_weight = effective_weights(inputs)
-        student = functional.linear(inputs.student_features, student_weight) / inputs.student_temperature
-        with torch.no_grad():
-            teacher = functional.linear(inputs.teacher_features, teacher_weight)
-            targets = ((teacher - inputs.center) / inputs.teacher_temperature).softmax(dim=-1)
+        student, targets = logits_and_targets(inputs)
         return -(inputs.pair_weights * (targets @ student.log_softmax(dim=-1).T)).sum()
 
 

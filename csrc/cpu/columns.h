@@ -1,4 +1,5 @@
-// Log-sums over a gathering pass's teacher rows, of another softmax than the target's: sum_t 2^(l_tk - offset_t).
+// What a gathering pass takes from the teacher's rows of one prototype: their probabilities, and log-sums over the rows of another
+// softmax than the target's, sum_t 2^(l_tk - offset_t).
 #pragma once
 
 #include "blocks.h"
@@ -32,6 +33,18 @@ inline void add_column(const GatherTask& task, int k, const float* logits, int r
   }
   mass += sum(total);
   top = now;
+}
+
+// [rows] mass_t q_t of prototype k for the teacher rows with these logits, and the prototype's share of the sums over them.
+inline void form_probabilities(const GatherTask& task, int k, const float* logits, int rows, float* q) {
+  Floats used = zero();
+  for (int t = 0; t < rows; t += LANES) {
+    const Floats p = exp2(sub(load(logits + t), load(task.teacher_top + t)));
+    store(q + t, p);
+    used = multiply_add(load(task.teacher_factor + t), p, used);
+  }
+  task.gather->usage[k] += sum(used);
+  if (task.column_offset) add_column(task, k, logits, rows);
 }
 
 }  // namespace vmf::cpu::VMF_ISA

@@ -186,14 +186,7 @@ struct Gatherer {
   // [T] mass_t q_t of one prototype; those of each view are repeated so that LANES of them can be loaded from any image on.
   void teacher_probabilities(int k, const float* logits) const {
     float* q = at<float>(room.teacher);
-    Floats used = zero();
-    for (int t = 0; t < teachers; t += LANES) {
-      const Floats p = exp2(sub(load(logits + t), load(task.teacher_top + t)));
-      store(q + t, p);
-      used = multiply_add(load(task.teacher_factor + t), p, used);
-    }
-    gather.usage[k] += sum(used);
-    if (task.column_offset) add_column(task, k, logits, teachers);
+    form_probabilities(task, k, logits, teachers, q);
     if (!students || gather.images == 1) return;
     float* cycles = at<float>(room.cycles);
     for (int view = 0; view < gather.teacher_views; ++view, q += gather.images, cycles += cycle) {

@@ -25,7 +25,7 @@ struct PairProduct {
   void fold(int first, int count, float* out) const {
     const float* logits = row_of(gather.logits, first);
     for (int k = 0; k < count; ++k) {
-      form_probabilities(first + k, logits + k * gather.logits.stride + gather.teacher_column,
+      form_probabilities(task, first + k, logits + k * gather.logits.stride + gather.teacher_column, teachers,
                          probabilities + std::ptrdiff_t(k) * teachers);
       store(totals + std::ptrdiff_t(k) * LANES, zero());
     }
@@ -61,18 +61,6 @@ struct PairProduct {
         store(total, add(load(total), g));
       }
     }
-  }
-
-  // [T] mass_t q_t of one prototype.
-  void form_probabilities(int k, const float* logits, float* q) const {
-    Floats used = zero();
-    for (int t = 0; t < teachers; t += LANES) {
-      const Floats p = exp2(sub(load(logits + t), load(task.teacher_top + t)));
-      store(q + t, p);
-      used = multiply_add(load(task.teacher_factor + t), p, used);
-    }
-    gather.usage[k] += sum(used);
-    if (task.column_offset) add_column(task, k, logits, teachers);
   }
 };
 

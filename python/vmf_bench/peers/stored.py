@@ -1,6 +1,6 @@
 """Plain torch on stored logits: the published loss, and the same with one log-softmax for each student row.
 
-Legend: G / V teacher / student views, B images, K prototypes.
+Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from vmf_bench.peers.peer import effective_weights, products
 from vmf_bench.published import mean_over_pairs
 
 
+def logits_and_targets(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
+    """[S, K] student logits over temperature, and [T, K] the teacher's probabilities, which need no gradient."""
+    student_weight, teacher_weight = effective_weights(inputs)
+    student = functional.linear(inputs.student_features, student_weight) / inputs.student_temperature
+    with torch.no_grad():
+        teacher = functional.linear(inputs.teacher_features, teacher_weight)
+        return student, ((teacher - inputs.center) / inputs.teacher_temperature).softmax(dim=-1)
+
+
 def published(inputs: HeadInputs) -> Tensor:
     """The published loss with a fixed centre: with multi-crop views, every pair has its own log-softmax."""
     with products(inputs):
-        student_weight, teacher_weight = effective_weights(inputs)
-        student = functional.linear(inputs.student_features, student_weight) / inputs.student_temperature
-        with torch.no_grad():
-            teacher = functional.linear(inputs.teacher_features, teacher_weight)
-            targets = ((teacher - inputs.center) / inputs.teacher_temperature).softmax(dim=-1)
+        student, targets = logits_and_targets(inputs)
         if not inputs.shape.matched:
             return mean_over_pairs(student, targets, inputs.shape.student_views)
         return (inputs.image_weights * torch.sum(-targets * student.log_softmax(dim=-1), dim=-1)).sum()
@@ -35,12 +40,8 @@ def one_log_softmax(inputs: HeadInputs) -> Tensor:
     """
     shape = inputs.shape
     with products(inputs):
-        student_weight, teacher_weight = effective_weights(inputs)
-        student = functional.linear(inputs.student_features, student_weight) / inputs.student_temperature
+        student, q_TK = logits_and_targets(inputs)
         log_p_SK = student.log_softmax(dim=-1, dtype=inputs.center.dtype)  # CPUs' autocast leaves it in 16 bits
-        with torch.no_grad():
-            teacher = functional.linear(inputs.teacher_features, teacher_weight)
-            q_TK = ((teacher - inputs.center) / inputs.teacher_temperature).softmax(dim=-1)
     log_p_VX = log_p_SK.view(shape.student_views, -1)
     q_GBK = q_TK.view(shape.teacher_views, shape.images, -1)
     # outside of autocast, which would round log-probabilities of both signs to 16 bits for this product
