@@ -164,7 +164,8 @@ struct Gatherer {
       used = multiply_add(load(task.teacher_factor + t), p, used);
     }
     gather.usage[k] += sum(used);
-    if (task.column_offset) add_column(task, k, logits, teachers);
+    if (task.column_offset)
+      add_column(logits, task.column_offset, teachers, gather.column_top[k], gather.column_mass[k]);
     if (!students || gather.images == 1) return;
     float* cycles = at<float>(room.cycles);
     for (int view = 0; view < gather.teacher_views; ++view, q += gather.images, cycles += cycle) {

@@ -71,7 +71,8 @@ struct PairProduct {
       used = multiply_add(load(task.teacher_factor + t), p, used);
     }
     gather.usage[k] += sum(used);
-    if (task.column_offset) add_column(task, k, logits, teachers);
+    if (task.column_offset)
+      add_column(logits, task.column_offset, teachers, gather.column_top[k], gather.column_mass[k]);
   }
 };
 

@@ -25,7 +25,7 @@ MOST_PIECES = 64  # the module takes no more
 
 
 class NativeKeys(NamedTuple):
-    """Prepared prototypes: base-2 ``logit_k(x) = gain_k factor <weight_k, row_factor x> + bias_k``, and ``w_k = gain_k weight_k``.
+    """Prepared prototypes: base-2 ``logit_k(x) = gain_k factor <weight_k, row_factor x> + bias_k``; ``w_k = gain_k weight_k``.
 
     Unless the norms are free, the first score finds norms and gains, beside its products.
     """
