@@ -162,6 +162,22 @@ PYBIND11_MODULE(_native, m) {
         return step(student, teacher, g, run, pointer<void>(workspace));
       },
       py::call_guard<py::gil_scoped_release>());
+  py::class_<StoredLogits>(m, "StoredLogits", py::module_local())
+      .def(py::init([](const Logits& logits, int prototypes, int rows) { return StoredLogits{logits, prototypes, rows}; }),
+           py::kw_only(), py::arg("logits"), py::arg("prototypes"), py::arg("rows"));
+  m.def("stored_workspace", &stored_workspace);
+  m.def(
+      "sum_over_prototypes",
+      [](const StoredLogits& s, Address bias, Address result, const Execution& run, Address workspace) {
+        sum_over_prototypes(s, pointer<const float>(bias), pointer<float>(result), run, pointer<void>(workspace));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "sum_over_rows",
+      [](const StoredLogits& s, Address offset, Address result, const Execution& run, Address workspace) {
+        sum_over_rows(s, pointer<const float>(offset), pointer<float>(result), run, pointer<void>(workspace));
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "dot",
       [](Address a, Address b, std::size_t count) { return dot(pointer<const float>(a), pointer<const float>(b), count); },

@@ -14,18 +14,16 @@ inline float largest(Floats x) {
   return most;
 }
 
-// Adds a chunk's rows to the maximum and mass of prototype k; `logits` are those of its teacher rows. A prototype far from every
-// row keeps a finite logarithm, because its sum is relative to its own maximum.
-inline void add_column(const GatherTask& task, int k, const float* logits, int rows) {
-  float& top = task.gather->column_top[k];
-  float& mass = task.gather->column_mass[k];
+// Adds rows to the maximum and mass of a prototype, whose logits these are. One that is far from every row keeps a finite
+// logarithm, because its sum is relative to its own maximum.
+inline void add_column(const float* logits, const float* offset, int rows, float& top, float& mass) {
   Floats most = all(top);
   // a NaN is left out of the maximum and makes the mass NaN
-  for (int t = 0; t < rows; t += LANES) most = larger(sub(load(logits + t), load(task.column_offset + t)), most);
+  for (int t = 0; t < rows; t += LANES) most = larger(sub(load(logits + t), load(offset + t)), most);
   const float now = largest(most);
   Floats total = zero();
   for (int t = 0; t < rows; t += LANES)
-    total = add(total, exp2(sub(sub(load(logits + t), load(task.column_offset + t)), all(now))));
+    total = add(total, exp2(sub(sub(load(logits + t), load(offset + t)), all(now))));
   if (mass != 0) {
     float decay[LANES];
     store(decay, exp2(all(top - now)));
@@ -44,7 +42,8 @@ inline void form_probabilities(const GatherTask& task, int k, const float* logit
     used = multiply_add(load(task.teacher_factor + t), p, used);
   }
   task.gather->usage[k] += sum(used);
-  if (task.column_offset) add_column(task, k, logits, rows);
+  const Gather& gather = *task.gather;
+  if (task.column_offset) add_column(logits, task.column_offset, rows, gather.column_top[k], gather.column_mass[k]);
 }
 
 }  // namespace vmf::cpu::VMF_ISA

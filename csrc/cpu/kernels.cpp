@@ -3,6 +3,7 @@
 
 #include "gather.h"
 #include "score.h"
+#include "sums.h"
 
 #define VMF_CONCAT(a, b) a##b
 #define VMF_NAMED(isa, what) VMF_CONCAT(isa, what)
@@ -41,8 +42,12 @@ struct Table {
   static std::size_t gather_scratch(const Gather& g) { return Gatherer<Dot>::scratch(g); }
   static void gather(const GatherTask& task) { Gatherer<Dot>{task}.run(); }
 
+  static void over_prototypes(const StoredTask& task) { StoredSums{task}.over_prototypes(); }
+  static void over_rows(const StoredTask& task) { StoredSums{task}.over_rows(); }
+
   static constexpr Kernels kernels{LANES,        pack_features,     features_bytes, pack_values, values_bytes,
-                                   pack_coefficients, score_scratch, score,          gather_scratch, gather};
+                                   pack_coefficients, score_scratch, score,          gather_scratch, gather,
+                                   over_prototypes,   over_rows};
 };
 
 }  // namespace VMF_ISA

@@ -29,6 +29,15 @@ struct GatherTask {
   int first, last;               // prototypes
 };
 
+struct StoredTask {
+  const StoredLogits* stored;
+  const float* bias;    // [K] base 2, or null
+  float* statistics;    // [3, padded rows] top, mass, moment over the task's prototypes
+  const float* offset;  // [padded R] base 2, +inf beyond R
+  float* result;        // [K]
+  int first, last;      // prototypes
+};
+
 struct Kernels {
   int lanes;
   // [R, D] -> panels [row tile][words of D][rows of the tile], as the logits' product reads them
@@ -43,6 +52,8 @@ struct Kernels {
   void (*score)(const ScoreTask&);
   std::size_t (*gather_scratch)(const Gather&);
   void (*gather)(const GatherTask&);
+  void (*over_prototypes)(const StoredTask&);  // writes statistics
+  void (*over_rows)(const StoredTask&);        // writes the result
 };
 
 // By dtype of the products; members are null if an instruction set has no functions of its own.

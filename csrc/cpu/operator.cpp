@@ -124,9 +124,9 @@ struct ScoreRoom {
 };
 
 // The parts' maxima, masses and first moments (or null), relative to the common maximum. `stride` separates the parts.
-void merge(const Score& s, const float* statistics, int parts, int rows, std::size_t stride, float* to_top, float* to_mass,
+void merge(int count, const float* statistics, int parts, int rows, std::size_t stride, float* to_top, float* to_mass,
            float* to_moment) {
-  for (int r = 0; r < s.rows; ++r) {
+  for (int r = 0; r < count; ++r) {
     const auto at = [&](int part, int which) { return statistics[part * stride + std::size_t(which) * rows + r]; };
     float top = std::numeric_limits<float>::lowest();
     for (int part = 0; part < parts; ++part) top = std::max(top, at(part, 0));
@@ -248,8 +248,8 @@ void score(const Score& given, const Execution& run, void* workspace) {
     kernels.score({&s, room.panels, room.multiplier, room.scratch + thread * room.scratch_bytes,
                    room.statistics + part * stride, first, last});
   });
-  merge(s, room.statistics, parts, rows, stride, s.top, s.mass, s.moment);
-  if (s.other_bias) merge(s, room.statistics + 3 * rows, parts, rows, stride, s.other_top, s.other_mass, nullptr);
+  merge(s.rows, room.statistics, parts, rows, stride, s.top, s.mass, s.moment);
+  if (s.other_bias) merge(s.rows, room.statistics + 3 * rows, parts, rows, stride, s.other_top, s.other_mass, nullptr);
 }
 
 std::size_t gather_workspace(const Gather& g, const Execution& run) {
@@ -325,6 +325,42 @@ Sums step(Score student, Score teacher, Gather g, const Execution& run, void* wo
   score(student, run, room);
   score(teacher, run, room);
   return gather(g, run, room);
+}
+
+namespace {
+
+// An exponential for each logit.
+int threads_for(const StoredLogits& s, const Execution& run) {
+  return threads_for(double(s.rows) * s.prototypes * EXPONENTIAL, run);
+}
+
+}  // namespace
+
+std::size_t stored_workspace(const StoredLogits& s, const Execution& run) {
+  // statistics of each part, and the maximum and mass of each row; or the rows' offsets
+  const int rows = padded_to(s.rows, kernels_of(run).lanes);
+  return sizeof(float) * (3 * std::size_t(part_count(s.prototypes)) + 2) * rows;
+}
+
+void sum_over_prototypes(const StoredLogits& s, const float* bias, float* result, const Execution& run, void* workspace) {
+  const Kernels& kernels = kernels_of(run);
+  const int rows = padded_to(s.rows, kernels.lanes), parts = part_count(s.prototypes);
+  const std::size_t stride = 3 * std::size_t(rows);
+  float *top = static_cast<float*>(workspace), *mass = top + rows, *statistics = mass + rows;
+  for_each_part(parts, s.prototypes, threads_for(s, run), [&](int part, int, int first, int last) {
+    kernels.over_prototypes({&s, bias, statistics + part * stride, nullptr, nullptr, first, last});
+  });
+  merge(s.rows, statistics, parts, rows, stride, top, mass, nullptr);
+  for (int r = 0; r < s.rows; ++r) result[r] = top[r] + std::log2(mass[r]);
+}
+
+void sum_over_rows(const StoredLogits& s, const float* offset, float* result, const Execution& run, void* workspace) {
+  const Kernels& kernels = kernels_of(run);
+  float* padded = static_cast<float*>(workspace);
+  pad(offset, s.rows, padded, padded_to(s.rows, kernels.lanes), std::numeric_limits<float>::infinity());
+  for_each_part(part_count(s.prototypes), s.prototypes, threads_for(s, run), [&](int, int, int first, int last) {
+    kernels.over_rows({&s, nullptr, nullptr, padded, result, first, last});
+  });
 }
 
 double dot(const float* a, const float* b, std::size_t count) {

@@ -141,6 +141,17 @@ Sums gather(const Gather&, const Execution&, void* workspace);
 std::size_t step_workspace(const Score& student, const Score& teacher, const Gather&, const Execution&);
 Sums step(Score student, Score teacher, Gather gather, const Execution&, void* workspace);
 
+// The logits that a score has stored, for sums with other biases and offsets than its own.
+struct StoredLogits {
+  Logits logits;
+  int prototypes, rows;
+};
+std::size_t stored_workspace(const StoredLogits&, const Execution&);
+// [R] result_r = log2 sum_k 2^(l_kr + bias_k); bias may be null.
+void sum_over_prototypes(const StoredLogits&, const float* bias, float* result, const Execution&, void* workspace);
+// [K] result_k = log2 sum_r 2^(l_kr - offset_r).
+void sum_over_rows(const StoredLogits&, const float* offset, float* result, const Execution&, void* workspace);
+
 // sum_i a_i b_i in fp64, in one order.
 double dot(const float* a, const float* b, std::size_t count);
 

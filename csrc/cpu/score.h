@@ -60,6 +60,17 @@ struct Softmax {
   }
 };
 
+constexpr float LOWEST = -3.4028234663852886e38f;  // finite: (-inf) - (-inf) would be NaN
+
+// No prototypes yet: [count, rows] maxima, masses and moments, in threes.
+inline void open_statistics(float* statistics, int count, int rows) {
+  for (float* sums = statistics; sums < statistics + std::ptrdiff_t(count) * rows; sums += 3 * rows)
+    for (int r = 0; r < rows; ++r) {
+      sums[r] = LOWEST;
+      sums[rows + r] = sums[2 * rows + r] = 0;
+    }
+}
+
 template <class Dot>
 struct Scorer {
   using Word = typename Dot::Word;
@@ -75,11 +86,7 @@ struct Scorer {
 
   void run() const {
     [[maybe_unused]] const typename Dot::Registers registers;
-    for (float* sums = task.statistics; sums < task.statistics + statistics_of(score) * rows; sums += 3 * rows)
-      for (int r = 0; r < rows; ++r) {
-        sums[r] = -3.4028234663852886e38f;  // finite: (-inf) - (-inf) would be NaN
-        sums[rows + r] = sums[2 * rows + r] = 0;
-      }
+    open_statistics(task.statistics, statistics_of(score), rows);
     for (int k = task.first, count; k < task.last; k += count) {
       count = block_size(score.logits, block_prototypes(score.weight.dim), k, task.last);
       float* room = static_cast<float*>(task.scratch);
@@ -94,7 +101,7 @@ struct Scorer {
     for (int i = 0; i < count; ++i) {
       const int k = first + i;
       const float* row = block.row(i);
-      const float norm = std::sqrt(dot(row, row, score.weight.dim));
+      const float norm = ::sqrtf(dot(row, row, score.weight.dim));
       const float gain = norm > 0 ? (score.magnitude ? score.magnitude[k] : 1.0f) / norm : 0.0f;
       score.norm[k] = norm, score.gain[k] = gain;
       // NaN for an infinite gain: such an effective prototype has infinities of both signs, and its products are NaN

@@ -164,6 +164,17 @@ struct Network {
   }
 };
 
+// Sums over what a score has stored, with a bias and without.
+void sum_stored(const Case& c, const StoredLogits& stored, const float* bias) {
+  const Execution run = execution(c);
+  const Floats by_row(stored.rows, c.place, NAN_F), by_prototype(stored.prototypes, c.place, NAN_F);
+  Array<char> workspace(stored_workspace(stored, run), c.place);
+  sum_over_prototypes(stored, bias, by_row.get(), run, workspace.get());
+  expect_finite(by_row, "sums over prototypes");
+  sum_over_rows(stored, by_row.get(), by_prototype.get(), run, workspace.get());
+  expect_finite(by_prototype, "sums over rows");
+}
+
 void gather_in_own_room(const Case& c, const Gather& g) {
   const Execution run = execution(c);
   Array<char> workspace(gather_workspace(g, run), c.place);
@@ -215,6 +226,9 @@ void run(const Case& c) {
   const Network unstored(c, c.rows, stored.weight(), nullptr, nullptr, 0, random);
   const Network student(c, c.rows, stored.weight(), bias.get(), logits.get(), stride, random);
   const Network teacher(c, teacher_rows, other.weight(), nullptr, logits.get() + teacher_column, stride, random);
+
+  sum_stored(c, {Logits{{logits.get()}, c.prototypes, stride}, c.prototypes, c.rows}, bias.get());
+  sum_stored(c, {Logits{{logits.get() + teacher_column}, c.prototypes, stride}, c.prototypes, teacher_rows}, nullptr);
 
   Floats view_weights(std::size_t(teacher_views) * student_views, c.place, 0.5f), image_weights(images, c.place, 2);
   view_weights[0] = 0;  // a pair without weight

@@ -7,7 +7,7 @@ rows and a part of the prototypes: K is the number of this rank's prototypes, an
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -70,6 +70,24 @@ class Backend(Protocol):
 
     def column_log_sum_exp(self, inputs: RowInputs, offset: Tensor) -> Tensor:
         """[K] ``log sum_r exp(l_rk - offset_r)``; -inf for 0 rows. Ignores the group: prototypes do not interact."""
+
+
+class StoredSums(Protocol):
+    """Log-sums of one batch of rows, of which a backend reads the products again instead of forming them for each sum."""
+
+    def over_prototypes(self, extra_K: Tensor | None) -> Tensor:
+        """[R] ``log sum_k exp(l_rk + extra_k)``."""
+
+    def over_rows(self, offset_R: Tensor) -> Tensor:
+        """[K] ``log sum_r exp(l_rk - offset_r)``."""
+
+
+@runtime_checkable
+class StoringBackend(Protocol):
+    """What a backend may be able to do besides."""
+
+    def stored_sums(self, inputs: RowInputs) -> StoredSums | None:
+        """The sums over rows that are few enough to store their logits; None if they are not."""
 
 
 class Query(NamedTuple):

@@ -6,15 +6,17 @@ Legend: R rows, K prototypes (of this rank, if they are split over ranks).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vmf_kernels.arguments import check_bias, temperature_tensor
+from vmf_kernels.backends.contract import StoredSums
 from vmf_kernels.backends.prepared import drop_prepared, keep_prepared
-from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
+from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp, stored_sums
 from vmf_kernels.prototypes import accumulation_dtype
 from vmf_kernels.ranks import log_sum_exp_over_ranks
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
@@ -42,6 +44,7 @@ class LogSums:
     bias: Tensor | None = None
     backend: str = "auto"
     prototype_group: ProcessGroup | None = None
+    kept: StoredSums | None = field(default=None, init=False)  # inside ``with``, where a backend has them
 
     def __post_init__(self) -> None:
         check_bias(self.bias, self.logits.shape[-1], "bias")
@@ -49,17 +52,23 @@ class LogSums:
             raise ValueError("bias is given for PrototypeLogits, whose prototypes already include it; expected None")
 
     def __enter__(self) -> LogSums:
-        """Until exit, the prototypes are prepared once for all sums; nobody may change them."""
+        """Until exit, prototypes are prepared once for all sums, or products formed once; nobody may change them."""
         if isinstance(self.logits, PrototypeLogits):
             keep_prepared(self.logits.prototypes)
+            options: Any = {"backend": self.backend, "prototype_group": self.prototype_group}
+            kept = stored_sums(self.logits.features, self.logits.prototypes, self.temperature, **options)
+            object.__setattr__(self, "kept", kept)
         return self
 
     def __exit__(self, *error: object) -> None:
         if isinstance(self.logits, PrototypeLogits):
             drop_prepared(self.logits.prototypes)
+            object.__setattr__(self, "kept", None)
 
     def over_prototypes(self, extra: Tensor | None = None) -> Tensor:
         """[R] ``log sum_k exp(l_rk + extra_k)``, over the prototypes of all ranks of the group."""
+        if self.kept is not None:
+            return self.kept.over_prototypes(extra)
         if isinstance(self.logits, PrototypeLogits):
             return row_log_sum_exp(
                 self.logits.features,
@@ -74,6 +83,8 @@ class LogSums:
 
     def over_rows(self, offset: Tensor) -> Tensor:
         """[K] ``log sum_r exp(l_rk - offset_r)`` over this rank's rows; -inf without rows."""
+        if self.kept is not None:
+            return self.kept.over_rows(offset)
         if isinstance(self.logits, PrototypeLogits):
             features, prototypes = self.logits.features, self.logits.prototypes
             return column_log_sum_exp(features, prototypes, self.temperature, offset, backend=self.backend)

@@ -12,11 +12,12 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.arguments import check_bias, check_features, in_autocast_dtype, temperature_tensor
 from vmf_kernels.backends.choice import choose_backend
-from vmf_kernels.backends.contract import Backend, RowInputs
+from vmf_kernels.backends.contract import Backend, RowInputs, StoredSums, StoringBackend
 from vmf_kernels.backends.prepared import prepared_of
 from vmf_kernels.ops.operators import operator
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype
 from vmf_kernels.ranks import group_named, name_of
+from vmf_kernels.tensors import has_memory
 
 
 def prototype_usage(
@@ -96,6 +97,29 @@ def column_log_sum_exp(
     tau = temperature_tensor(temperature, "temperature", features.device)
     columns: Tensor = _column_op(*_arguments(features, prototypes, tau, None, backend, None), offset.detach())
     return columns
+
+
+def stored_sums(
+    features: Tensor,
+    prototypes: Prototypes,
+    temperature: float | Tensor,
+    *,
+    backend: str = "auto",
+    prototype_group: ProcessGroup | None = None,
+) -> StoredSums | None:
+    """``row_log_sum_exp`` and ``column_log_sum_exp`` of one batch with many biases, from products that are formed once.
+
+    Arguments as theirs. None if the backend has no such sums, the logits are too many to be stored, or the rows are traced;
+    then each sum takes a pass of its own.
+    """
+    _check_rows(features, prototypes, None)
+    features = in_autocast_dtype(features)
+    if not has_memory(features) or not has_memory(prototypes.weight):
+        return None
+    tau = temperature_tensor(temperature, "temperature", features.device)
+    arguments = _arguments(features, prototypes, tau, None, backend, prototype_group)
+    chosen = arguments.run_by()
+    return chosen.stored_sums(arguments.inputs()) if isinstance(chosen, StoringBackend) else None
 
 
 def _check_rows(features: Tensor, prototypes: Prototypes, bias: Tensor | None) -> None:

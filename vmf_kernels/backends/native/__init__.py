@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vmf_kernels.backends.contract import RowInputs, StoredSums
 from vmf_kernels.backends.native import operator
 from vmf_kernels.backends.native.module import STORED, instruction_sets, why_absent
+from vmf_kernels.backends.native.stored_sums import NativeStoredSums, fits
+from vmf_kernels.ranks import count_ranks
 
 
 class NativeBackend:
@@ -26,6 +29,14 @@ class NativeBackend:
         Measured by ``bench/bench_head.py`` (bench/results/cpu/head.json); for each instruction set, see bench/LOG.md.
         """
         return instruction_sets()[-1] != "portable"
+
+    def stored_sums(self, inputs: RowInputs) -> StoredSums | None:
+        """As ``contract.StoringBackend``."""
+        group = inputs.prototype_group
+        alone = group is None or count_ranks(group) == 1
+        if not alone or not fits(len(inputs.features), inputs.prototypes.count):
+            return None
+        return NativeStoredSums(inputs, operator.products_of(inputs.features))
 
     cross_entropy = staticmethod(operator.cross_entropy)
     usage = staticmethod(operator.usage)
