@@ -7,10 +7,10 @@ python -m bench.report --write                                 puts all of resul
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ MANY_COLUMNS = (
 )
 SHAPE_COLUMNS = (
     "| pairs | rows | prototypes | dim | dtype | threads | ours ms | spread | native | streaming | published | one softmax "
-    "| compiled | ours / best | products at torch.mm's rate |\n"
+    "| compiled | over the best | products at torch.mm's rate |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 ACCURACIES = ("knn", "knn_untrained", "knn_pixels", "linear", "linear_untrained", "linear_pixels")
@@ -128,7 +128,9 @@ def shapes_table(report: Mapping[str, Any]) -> str:
             ms.get(name, "") for name in ("native", "streaming", "published", "one_softmax", "compiled")
         )
         what = f"{row['pairing']} | {row['rows']} | {row['prototypes']:,} | {row['dim']} | {row['dtype']} | {row['threads']}"
-        rows.append(f"| {what} | {ms['auto']} | {spread} | {others} | {over_the_best(row):.2f} | {bound_ms(row):.2f} |")
+        rows.append(
+            f"| {what} | {ms['auto']} | {spread} | {others} | {over_the_best(row):.2f}x | {bound_ms(row):.2f} |"
+        )
     return "\n".join(rows)
 
 
@@ -187,11 +189,14 @@ def table(path: Path) -> str:
     """The table of a results file; which it is, its name says.
 
     Raises:
-        KeyError: there is no such table.
+        SystemExit: there is no such table.
     """
     results = json.loads(path.read_text())
-    of_gpu = isinstance(results, dict) and "dry_run" in results
-    return gpu_table(results) if of_gpu else OF_FILE[path.stem](results)
+    if isinstance(results, dict) and "dry_run" in results:
+        return gpu_table(results)
+    if path.stem not in OF_FILE:
+        raise SystemExit(f"{path} is none of the results with a table: {', '.join(OF_FILE)}")
+    return OF_FILE[path.stem](results)
 
 
 def with_tables(page: str, folder: Path = RESULTS) -> str:
@@ -204,10 +209,15 @@ def with_tables(page: str, folder: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    if sys.argv[1:] != ["--write"]:
-        print(table(Path(sys.argv[1])))
-        return
-    for page in PAGES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", help="a file, whose table is printed")
+    parser.add_argument("--write", action="store_true", help="put all tables into the pages")
+    options = parser.parse_args()
+    if options.write == (options.results is not None):
+        parser.error("give a file of results, or --write")
+    if options.results is not None:
+        print(table(options.results))
+    for page in PAGES if options.write else ():
         page.write_text(with_tables(page.read_text()))
 
 

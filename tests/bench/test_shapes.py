@@ -40,6 +40,7 @@ def test_a_run_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(shapes, "SHAPES", tuple(map(Case, TINY)))
     monkeypatch.setattr(shapes, "SECONDS_A_SHAPE", 0.0)
     monkeypatch.setattr(shapes, "MM_SIZE", 64)
+    monkeypatch.setattr(shapes, "has_bf16_products", lambda: True)
     path = tmp_path / "shapes.json"
     shapes.main(["--no-compile", "--threads", "1", "--only", "matched", "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]

@@ -17,9 +17,8 @@ from vmf_kernels.tensors import has_memory
 ATTRIBUTE = (
     "_vmf_kernels_uncentered"  # of the bias, which stays the same object in torch's dispatcher, and of the teacher
 )
-MOST_BIAS = (
-    2.0**14
-)  # nats: the sums are taken from logits with the bias, of which a larger one would leave too few bits
+# nats: the sums are taken from logits with the bias, so a larger one would cost them more than 6e-5 nats in fp32
+MOST_BIAS = 2.0**10
 
 
 @dataclass(eq=False)
@@ -54,7 +53,7 @@ def ask_for_sums(bias_K: Tensor, teacher: Any, temperature: float | Tensor) -> T
 
 
 def question_on(bias_K: Tensor | None) -> UncenteredSums | None:
-    """The question on a target's bias, for a backend that can answer it exactly; else None."""
+    """The question on a target's bias, for a backend that can answer it to the rounding of its logits; else None."""
     question: UncenteredSums | None = getattr(bias_K, ATTRIBUTE, None)
     if question is None or bias_K is None:
         return None
