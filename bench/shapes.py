@@ -29,6 +29,7 @@ from vmf_bench.peers.peer import products
 from vmf_bench.peers.stored import logits_and_targets, one_log_softmax, published
 from vmf_bench.published import TEACHER_CROPS
 from vmf_kernels import prototype_cross_entropy, weight_norm_prototypes
+from vmf_kernels.backends.native.module import has_bf16_products
 
 OURS = ("auto", "native", "streaming")
 SECONDS_A_SHAPE = 1.0  # of rounds, after the warm-up
