@@ -2,8 +2,9 @@
 
 The truth is the published loss in fp64 on the already rounded inputs. A result of this library may be off by twice what the
 published loss is off in the dtype at hand, plus a rounding of the largest logit in fp32, and for the loss what rounding the
-logits in that dtype may change: where the published loss happens to round well, chance would decide otherwise. At the sizes
-that are timed, every loss is compared with the published one in fp32.
+logits in that dtype may change: where the published loss happens to round well, chance would decide otherwise. In bf16 the
+published loss is what a training step under autocast computes: on a CPU its log-softmax is in bf16 too, so the budget is
+wider there than on a GPU. At the sizes that are timed, every loss is compared with the published one in fp32.
 
 Legend: K prototypes.
 """
@@ -61,7 +62,7 @@ def check(
 
 
 def budget_of(inputs: HeadInputs, truth: Outcome) -> dict[str, float]:
-    """How far off each quantity may be, relative to it."""
+    """How far off each quantity may be, relative to it: from the published loss as autocast runs it on this device."""
     norm = inputs.teacher_magnitude.abs().max().item()
     rounding = torch.finfo(torch.float32).eps * norm / min(inputs.student_temperature, inputs.teacher_temperature)
     errors = relative_errors(outcome_of(published, inputs), truth)

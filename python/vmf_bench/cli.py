@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,12 +72,13 @@ def _check_folder(folder: Path) -> None:
 
 
 def _write(record: dict[str, Any], folder: Path) -> None:
+    from vmf_bench.json_text import json_text
     from vmf_bench.page import page
 
     data, html = (folder / name for name in MADE)
     try:
-        data.write_text(json.dumps(record, indent=1) + "\n")
-        html.write_text(page(record))
+        data.write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
+        html.write_text(page(record), encoding="utf-8")
     except OSError as error:
         raise BenchError(f"--out got {folder}, which cannot be written: {error.strerror}.") from error
     print(f"{record['seconds']:.0f} s; {data} and {html} hold everything")

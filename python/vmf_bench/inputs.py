@@ -49,7 +49,7 @@ class HeadShape:
 
     @property
     def flops(self) -> int:
-        """8 (R_s + R_t) K D: what a forward and a backward pass without stored logits multiply and add."""
+        """8 (R_s + R_t) K D: what passes that form the logits twice multiply and add; ``operations_of`` has the least."""
         return 8 * (self.student_rows + self.teacher_rows) * self.prototypes * self.dim
 
 
@@ -62,7 +62,8 @@ def matched_shape(rows: int, *, prototypes: int = 65_536, dim: int = 256) -> Hea
 class HeadInputs:
     """Arguments of one DINO loss under weight norm: fp32 parameters, and features in fp32 or as bf16 autocast hands them over.
 
-    Products are in the features' dtype, softmaxes in fp32.
+    Products are in the features' dtype. Softmaxes are in fp32, but for those that autocast leaves in 16 bits: on a CPU the
+    log-softmax of the published loss, and of what others write on stored logits, is in bf16; on a GPU it is in fp32.
     """
 
     shape: HeadShape

@@ -45,7 +45,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": usable_cores(),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in sets],
-        "amx": "amx_tile" in sets,
+        "amx": "amx_tile" in sets if sets else None,  # None where the system does not tell
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
@@ -67,9 +67,10 @@ def part(device: torch.device) -> str:
 def free_gib(device: torch.device) -> float:
     """Memory that can still be taken; infinite where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**30
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch gives it out again
+        return (torch.cuda.mem_get_info(device)[0] + cached) / 2**30
     path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     return kib[0] / 2**20 if kib else math.inf
 
@@ -82,7 +83,7 @@ def usable_cores() -> int:
 def _cpu_facts() -> dict[str, str]:
     """The first processor's lines of /proc/cpuinfo; empty where there is none."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if path.exists() else []
     pairs = (line.partition(":") for line in lines)
     return {name.strip(): value.strip() for name, _, value in pairs}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vmf_bench.agreement import outcome_of, relative_errors
+from vmf_bench.agreement import Outcome, outcome_of, relative_errors
 from vmf_bench.attempts import attempt
 from vmf_bench.check import dtype_name, expected_outcome, pairing_of, refuse_disagreement
 from vmf_bench.errors import LeftOutError
@@ -21,7 +21,7 @@ from vmf_bench.peers.peer import Compile, Loss, eager
 from vmf_bench.plan import Case
 from vmf_bench.roof import roof_of, square_product
 from vmf_bench.session import Session
-from vmf_bench.timing import Step, Stopwatch, Times, rounds_of, rounds_within, training_step
+from vmf_bench.timing import Measure, Step, Stopwatch, Times, rotated, rounds_within, training_step
 from vmf_bench.variants import BASELINE, Variant
 
 MM = "torch.mm"
@@ -57,13 +57,16 @@ class Measurement:
         self.expected = expected_outcome(self.inputs)
         self.rows: dict[str, Row] = {}
         self.steps: dict[str, Step] = {}
+        self.stopwatch = Stopwatch(session.device)  # before a loss may lose the device, and with it the rows
         self.mm_seconds: list[float] = []  # of the rounds
+        self.mm_reason: str | None = None  # why there are none
 
     def add(self, name: str, variant: Variant) -> None:
         """Prepare a loss, compare it, and take its memory; its row says what came of it."""
         row: Row = {"title": variant.title, "is_ours": variant.is_ours, "on": part(self.session.device)}
         loss, outcome = attempt(lambda: self._prepared(name, variant, row))
         self.inputs.clear_gradients()
+        self.session.prepared(name, outcome["status"])
         self.rows[name] = {"name": name, **row, **outcome}
         if loss is not None:
             self.steps[name] = training_step(loss, self.inputs)
@@ -72,18 +75,8 @@ class Measurement:
         self._refuse_slow_products(variant)
         if variant.compiles and not self.case.compiles:
             raise LeftOutError("it is compiled for the main sizes only")
-        loss = variant.prepare(self.inputs, static if variant.compiles else eager)
         self._refuse_compilation(variant)
-        start = time.monotonic()
-        try:
-            outcome = outcome_of(loss, self.inputs)
-        finally:
-            seconds = time.monotonic() - start
-            row["prepare_seconds"] = round(seconds, 2)
-            if variant.compiles:
-                self.session.compilation = seconds
-        if not variant.compiles:
-            self.session.remember(name, self.case, seconds)  # until it is warm
+        loss, outcome = self._first_step(name, variant, row)
         expected, entropy = self.expected
         if variant.omits_teacher_entropy:
             outcome["loss"] = outcome["loss"] + entropy
@@ -92,6 +85,23 @@ class Measurement:
         del outcome
         row["extra_mib"] = peak_extra_mib(training_step(loss, self.inputs), self.inputs)
         return loss
+
+    def _first_step(self, name: str, variant: Variant, row: Row) -> tuple[Loss, Outcome]:
+        """The loss, and what its first step gives; either may compile, and the session learns how long both took."""
+        start, whole = time.monotonic(), False
+        try:
+            loss = variant.prepare(self.inputs, static if variant.compiles else eager)
+            prepared = time.monotonic()
+            outcome = outcome_of(loss, self.inputs)
+            whole = True
+        finally:
+            end = time.monotonic()
+            row["prepare_seconds"] = round(end - start, 2)
+            if variant.compiles:
+                self.session.compiled(end - start, whole=whole)
+        if not variant.compiles:
+            self.session.remember(name, self.case, end - prepared)  # until it is warm
+        return loss, outcome
 
     def _refuse_slow_products(self, variant: Variant) -> None:
         """Raise LeftOutError where a processor without 16-bit products would take all the time."""
@@ -115,14 +125,22 @@ class Measurement:
         return sum(RUNS * self.session.predicted(name, case) for case in cases for name in self.steps)
 
     def time(self) -> None:
-        """Time everything that is prepared: each round runs all of it once, so that all meet the same neighbours."""
-        stopwatch, size = Stopwatch(self.session.device), self.session.rates[self.case.dtype].mm_size
-        steps = {**self.steps, MM: square_product(size, self.case.dtype, self.session.device)}
-        total = sum(self._warm_up(stopwatch, steps, name) for name in list(steps))
+        """Time everything that is prepared: each round runs all of it once, so that all meet the same neighbours.
+
+        What fails is run no more, and its row says why.
+        """
+        steps, size = dict(self.steps), self.session.rates[self.case.dtype].mm_size
+        product, outcome = attempt(lambda: square_product(size, self.case.dtype, self.session.device))
+        self.mm_reason = outcome.get("reason")
+        if product is not None:
+            steps[MM] = product
+        total = sum(self._warm_up(steps, name) for name in list(steps))
+        if not steps:
+            return
         left = max(self.start + self.share - time.monotonic(), ROUNDS_SHARE * self.share)
         least = min(max(int(1e3 * LEAST_SECONDS / total), LEAST_ROUNDS), ENOUGH_ROUNDS)
         rounds = rounds_within(left, total, least=least, most=MOST_ROUNDS)
-        for name, milliseconds in rounds_of(stopwatch.device_milliseconds, steps, rounds).items():
+        for name, milliseconds in self._rounds(steps, rounds).items():
             seconds = [value / 1e3 for value in milliseconds]
             if name == MM:
                 self.mm_seconds = seconds
@@ -130,22 +148,40 @@ class Measurement:
                 self.rows[name]["seconds"] = seconds
         self.inputs.clear_gradients()
 
-    def _warm_up(self, stopwatch: Stopwatch, steps: dict[str, Step], name: str) -> float:
-        """Milliseconds of a step; one that fails is taken off the list, and its row says why."""
+    def _warm_up(self, steps: dict[str, Step], name: str) -> float:
+        """Milliseconds of a step; 0 of one that fails."""
         runs = WARM_UPS[self.session.device.type]
-        milliseconds, outcome = attempt(lambda: stopwatch.warm_up(steps[name], runs))
+        milliseconds = self._run(lambda step: self.stopwatch.warm_up(step, runs), steps, name)
+        if milliseconds is not None and name in self.rows:
+            self.session.remember(name, self.case, milliseconds / 1e3)
+        return milliseconds or 0.0
+
+    def _rounds(self, steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+        """Milliseconds of every round, of the steps that never failed."""
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(rounds):
+            for name in rotated(steps, turn):
+                milliseconds = self._run(self.stopwatch.device_milliseconds, steps, name)
+                if milliseconds is not None:
+                    times[name].append(milliseconds)
+        return {name: times[name] for name in steps}
+
+    def _run(self, measure: Measure, steps: dict[str, Step], name: str) -> float | None:
+        """Milliseconds of a step; None of one that fails, which is taken off the list."""
+        milliseconds, outcome = attempt(lambda: measure(steps[name]))
         if milliseconds is None:
-            self.rows[name] |= outcome
             del steps[name]
-            return 0.0
-        self.session.remember(name, self.case, milliseconds / 1e3)
+            if name == MM:
+                self.mm_reason = outcome["reason"]
+            else:
+                self.rows[name] |= outcome
         return milliseconds
 
     def record(self) -> dict[str, Any]:
         """What is written: every round's seconds, and what follows from them."""
         shape, rates = self.case.shape, self.session.rates[self.case.dtype]
-        operations = 2 * rates.mm_size**3 / statistics.median(self.mm_seconds)
-        rates = replace(rates, operations=operations)  # of these rounds
+        if self.mm_seconds:  # or the rate of the run's start has to do, and the footer says so
+            rates = replace(rates, operations=2 * rates.mm_size**3 / statistics.median(self.mm_seconds))
         roof = roof_of(shape, self.case.dtype, self.session.device.type, rates)
         baseline = self.rows.get(BASELINE, {}).get("seconds")
         for row in self.rows.values():
@@ -159,8 +195,8 @@ class Measurement:
             row["speedup"] = statistics.median(baseline) / times.median if baseline else None
         sizes = {name: getattr(shape, name) for name in ("student_rows", "teacher_rows", "prototypes", "dim")}
         what = {"part": self.case.part, "pairing": pairing_of(shape), "dtype": dtype_name(self.case.dtype), **sizes}
-        roofs = {"rates": asdict(rates), "roof": asdict(roof), "mm_seconds": self.mm_seconds}
-        return {**what, **roofs, "rows": list(self.rows.values())}
+        product = {"mm_seconds": self.mm_seconds, "mm_reason": self.mm_reason}
+        return {**what, "rates": asdict(rates), "roof": asdict(roof), **product, "rows": list(self.rows.values())}
 
 
 def measure(

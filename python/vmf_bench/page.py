@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -11,6 +10,7 @@ from typing import Any
 from vmf_bench import table
 from vmf_bench.attempts import FAULTS
 from vmf_bench.charts import COLOURS, OTHER_COLOUR, Points, chart
+from vmf_bench.json_text import json_in_html
 from vmf_bench.plan import MAIN, PROTOTYPES, REDUCED, ROWS
 from vmf_bench.variants import BASELINE
 
@@ -31,19 +31,19 @@ EXPLAINED = f"""Every loss computes the value and the gradients at the rows, the
 prototypes. Each round runs all of them once, one after the other, and torch.mm as well. "ms" is the median of the
 rounds. "x {BASELINE}" is the time of the published loss over that of the row: above 1 the row is faster, below 1
 slower. "Extra" is the peak of the memory that a step takes beyond its inputs and the gradients that it leaves.
-"Gop/s" counts for every row the operations that this library needs on the device, so that rows can be compared; "of
-torch.mm" is that over the rate of torch.mm in the same rounds. "Of roof" is the least time of a step over the time
+"Gop/s" counts for every row the operations that no loss avoids, whatever it computes again, so that rows can be compared;
+"of torch.mm" is that over the rate of torch.mm in the same rounds. "Of roof" is the least time of a step over the time
 that it took. The least time is that of its products at the rate of torch.mm, of one exponential for each logit at the
-rate of torch.exp, and of its least memory traffic at the rate of a copy. A share above 1 means that torch.mm or
-torch.exp is not the best that the part can do: where a processor has no 16-bit products, torch.mm imitates them, and
-this library multiplies such rows in fp32."""
+rate of torch.exp on a tensor, and of its least memory traffic at the rate of a copy. A share above 1 means that torch.mm
+or torch.exp is not the best that the part can do: where a processor has no 16-bit products, torch.mm imitates them, and
+this library multiplies such rows in fp32; on a GPU torch.exp waits for memory."""
 
 
 def page(record: Mapped) -> str:
     """HTML of a record."""
     folder = resources.files("vmf_bench")
-    style, script = (folder.joinpath(f"page.{kind}").read_text() for kind in ("css", "js"))
-    data = json.dumps(record).replace("</", "<\\/")  # or a reason could end the element
+    style, script = (folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    data = json_in_html(record)
     body = "".join(_sections(record))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -63,7 +63,7 @@ def _sections(record: Mapped) -> Iterator[str]:
     yield f"<h2>The points of the scaling charts</h2>{''.join(map(_case, curves))}" if curves else ""
     if record["left_out"]:
         items = "".join(f"<li>{escape(sentence)}</li>" for sentence in record["left_out"])
-        yield f"<h2>Left out for time</h2><ul>{items}</ul>"
+        yield f"<h2>Not measured</h2><ul>{items}</ul>"
 
 
 def _machine(record: Mapped) -> str:
@@ -73,7 +73,7 @@ def _machine(record: Mapped) -> str:
         "processor": f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores used",
         "family/model": machine["cpu_family_and_model"] or "not known",
         "instruction sets": ", ".join(machine["instruction_sets"]) or "not known",
-        "AMX": "yes" if machine["amx"] else "no",
+        "AMX": {True: "yes", False: "no", None: "not known"}[machine["amx"]],
         "GPU": machine["gpu"] or "none",
         "versions": f"torch {machine['torch']}, Python {machine['python']}, {machine['system']}",
         "time": f"{record['seconds']:.0f} s of {record['budget_seconds']:.0f} s",

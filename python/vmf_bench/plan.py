@@ -12,6 +12,7 @@ import torch
 
 from vmf_bench.errors import BenchError
 from vmf_bench.inputs import HeadShape, matched_shape
+from vmf_bench.roof import operations_of
 
 CROPS = 10
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,6 +115,6 @@ def cases(options: Options) -> Iterator[Case]:
 def reduced(case: Case, operations: float, weight: float) -> Case:
     """The case with K halved until a step's products take no more than so many operations."""
     shape = case.shape
-    while shape.flops > operations and shape.prototypes >= 2 * REDUCED_PROTOTYPES:
+    while operations_of(shape) > operations and shape.prototypes >= 2 * REDUCED_PROTOTYPES:
         shape = replace(shape, prototypes=shape.prototypes // 2)
     return replace(case, part=REDUCED, shape=shape, weight=weight, compiles=False)

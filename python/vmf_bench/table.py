@@ -16,7 +16,7 @@ def heading(record: Mapping[str, Any]) -> str:
     """The machine, and what was found right or wrong."""
     machine = record["machine"]
     sets = ", ".join(machine["instruction_sets"]) or "not known"
-    amx = "with AMX" if machine["amx"] else "without AMX"
+    amx = {True: "with AMX", False: "without AMX", None: "AMX not known"}[machine["amx"]]
     number = f" (family/model {machine['cpu_family_and_model']})" if machine["cpu_family_and_model"] else ""
     lines = [
         f"processor  {machine['cpu']}{number}, {machine['threads']} of {machine['cores']} cores used",
@@ -67,14 +67,16 @@ def not_run(case: Mapping[str, Any]) -> dict[str, str]:
 
 def case_footer(case: Mapping[str, Any]) -> str:
     """How it was measured, and what the roof consists of."""
+    rounds = max((len(row["seconds"]) for row in case["rows"] if "seconds" in row), default=0)
+    failed = f", of the start of the run, as it failed here ({case['mm_reason']})" if case.get("mm_reason") else ""
     roof, rate = case["roof"], case["rates"]["operations"] / 1e9
     parts = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in roof["parts"].items())
-    return f"{len(case['mm_seconds'])} rounds; torch.mm {rate:.4g} Gop/s; roof {1e3 * roof['seconds']:.3g} ms ({parts})"
+    return f"{rounds} rounds; torch.mm {rate:.4g} Gop/s{failed}; roof {1e3 * roof['seconds']:.3g} ms ({parts})"
 
 
 def left_out(sentences: Sequence[str]) -> str:
-    """What there was no time for."""
-    return "\n".join(["Left out for time:", *(f"  {sentence}" for sentence in sentences)]) if sentences else ""
+    """The sizes without a table."""
+    return "\n".join(["Not measured:", *(f"  {sentence}" for sentence in sentences)]) if sentences else ""
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,6 @@
-"""Times of steps: interleaved, from a cold L2, behind a backlog that hides the host; medians and spread.
+"""Times of steps: interleaved; on a GPU from a cold L2, behind a backlog that hides the host; medians and spread.
+
+On a CPU a step meets the caches as the step before left them, but for a quarter of a MiB that is written between.
 
 A step shorter than the host needs to launch it would otherwise be timed as the host's work: the device first sleeps for
 longer than the host takes, and events bracket the step alone. What a waiting host sees is ``wall_milliseconds``, what it
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,12 +23,12 @@ from vmf_bench.peers.peer import Loss
 Step = Callable[[], object]
 Measure = Callable[[Step], float]  # milliseconds of one run
 
-FLUSH_CACHES = 4  # as many L2 sizes are written between runs
+FLUSH_CACHES = 4  # as many sizes of a GPU's L2 are written between runs
 BACKLOG_MARGIN = 1.5  # times the host's own time of a step
 MOST_BACKLOG_SECONDS = 0.02
 CYCLES_PER_SECOND = 2.0e9  # at least the SM clock: the backlog may be longer, not shorter
 WARM_UP_RUNS = 3
-CPU_FLUSH_BYTES = 2**16
+CPU_FLUSH_BYTES = 2**16  # times FLUSH_CACHES: it empties no L2; the other losses of a round do most of that
 
 
 class Times(NamedTuple):
@@ -122,13 +124,18 @@ def interleaved(measure: Measure, steps: Mapping[str, Step], rounds: int) -> dic
 
 def rounds_of(measure: Measure, steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
     """Run each step once per round, so that all see the same clocks; the order rotates by one each round."""
-    names = list(steps)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds if names else 0):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        for name in rotated(steps, turn):
             times[name].append(measure(steps[name]))
     return times
+
+
+def rotated(names: Iterable[str], turn: int) -> list[str]:
+    """The order of a round: the names, from another first one in every turn."""
+    listed = list(names)
+    first = turn % len(listed) if listed else 0
+    return listed[first:] + listed[:first]
 
 
 def rounds_within(seconds: float, milliseconds: float, *, least: int = 5, most: int = 50) -> int:

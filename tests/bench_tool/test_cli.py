@@ -22,8 +22,9 @@ SMALL = ["--rows", "10", "--prototypes", "64", "--dim", "16", "--dtype", "float3
 
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two main sizes alone."""
+    """The two main sizes alone, on the CPU wherever it runs."""
     monkeypatch.setattr(plan, "FACTORS", ())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.quick
@@ -73,7 +74,7 @@ def test_a_run_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "new" / "folder"
     arguments = [*SMALL, "--only", "streaming", "one-log-softmax", "triton", "--out", str(out)]
     assert cli.main(arguments) == 0
-    record: dict[str, Any] = json.loads((out / "vmf-bench.json").read_text())
+    record: dict[str, Any] = json.loads((out / "vmf-bench.json").read_text(encoding="utf-8"))
     assert record["schema_version"] == run.SCHEMA_VERSION
     assert record["command"] == "vmf-bench " + " ".join([*SMALL, "--only", "streaming", "one-log-softmax", "triton"])
     assert record["machine"]["torch"] == torch.__version__
@@ -85,7 +86,7 @@ def test_a_run_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.Ca
     row = next(row for row in record["cases"][0]["rows"] if row["name"] == "streaming")
     assert re.search(rf"^\* streaming +{1e3 * row['median']:.2f} ", printed, re.MULTILINE), printed
     assert "triton: not available: it needs an NVIDIA GPU" in printed
-    keys = set(re.findall(r"`(\w+)`", (Path(cli.__file__).parent / "README.md").read_text()))
+    keys = set(re.findall(r"`(\w+)`", (Path(cli.__file__).parent / "README.md").read_text(encoding="utf-8")))
     assert set(record) <= keys | {"schema_version"}, f"the README lacks {set(record) - keys}"
 
 

@@ -13,13 +13,13 @@ import vmf_bench
 pytestmark = pytest.mark.quick
 
 PACKAGE = Path(str(vmf_bench.__file__)).parent
-ORDER = re.findall(r"^\| `([\w/]+)\.py` \|", (PACKAGE / "README.md").read_text(), flags=re.MULTILINE)
+ORDER = re.findall(r"^\| `([\w/]+)\.py` \|", (PACKAGE / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def imported_from(name: str) -> set[str]:
     """The modules of the package that one of them imports, wherever in it; as paths."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "vmf_bench":
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vmf_bench."):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from vmf_bench.inputs import HeadInputs
 from vmf_bench.measure import fitting, is_slow, measure
 from vmf_bench.peers.stored import published
 from vmf_bench.run import _measured, has_fault
+from vmf_bench.session import FIRST_COMPILATION
+from vmf_bench.table import case_table
 from vmf_bench.variants import OURS, VARIANTS, Variant
 
 pytestmark = pytest.mark.quick
@@ -26,6 +29,18 @@ def broken(inputs: HeadInputs) -> Tensor:
 
 def other_loss(inputs: HeadInputs) -> Tensor:
     return 1.01 * published(inputs)
+
+
+def fails_from_call(first: int) -> Any:
+    calls: list[int] = []
+
+    def loss(inputs: HeadInputs) -> Tensor:
+        calls.append(0)
+        if len(calls) >= first:
+            raise RuntimeError("an illegal memory access")
+        return published(inputs)
+
+    return loss
 
 
 def rows_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +105,71 @@ def test_only_faults_of_this_library_count(loss: Any, fault: bool) -> None:
         assert has_fault({"checks": [], "cases": [record]}) == (fault and is_ours)
 
 
+@pytest.mark.parametrize("first", [3, 5], ids=["warm-up", "second round"])
+def test_a_loss_that_fails_while_it_is_timed_is_a_fault_and_ends_nothing(first: int) -> None:
+    """It is compared in its first call, and the second takes its memory."""
+    wanted = {"it": variant(fails_from_call(first), is_ours=True), "published": VARIANTS["published"]}
+    record = _measured(case(), wanted, session(), share=0.05)
+    assert record is not None
+    it, other = rows_of(record)["it"], rows_of(record)["published"]
+    assert (it["status"], it["reason"]) == ("failed", "RuntimeError: an illegal memory access")
+    assert "seconds" not in it, "its earlier rounds are none of a loss that works"
+    assert len(other["seconds"]) == len(record["mm_seconds"]) >= 3, "the others go on"
+    assert has_fault({"checks": [], "cases": [record]})
+
+
+@pytest.mark.parametrize("when", ["at once", "in a round"])
+def test_without_torch_mm_the_rate_of_the_start_has_to_do(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = HeadInputs.of(SHAPES[0], device=CPU)
+
+    def product(*_: Any) -> Any:
+        if when == "at once":
+            raise torch.OutOfMemoryError("it is full")
+        fails = fails_from_call(3)
+        return lambda: fails(inputs)
+
+    monkeypatch.setattr("vmf_bench.measure.square_product", product)
+    record = measure(case(), {"published": VARIANTS["published"]}, session(), share=0.05)
+    assert record["mm_seconds"] == []
+    assert record["rates"]["operations"] == RATES.operations
+    assert len(rows_of(record)["published"]["seconds"]) >= 3
+    assert f"of the start of the run, as it failed here ({record['mm_reason']})" in case_table(record)
+
+
+def test_a_case_in_which_everything_fails_is_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmf_bench.measure.square_product", lambda *_: broken)
+    record = measure(case(), {"it": variant(fails_from_call(3), is_ours=False)}, session(), share=0.05)
+    assert rows_of(record)["it"]["status"] == "failed"
+    assert "0 rounds" in case_table(record)
+
+
+def test_a_compilation_is_refused_before_it_begins_and_the_longest_is_expected() -> None:
+    known = session(seconds=60.0)
+    begun: list[int] = []
+
+    def slow(inputs: HeadInputs, compile_: Any) -> Any:
+        begun.append(0)
+        time.sleep(0.2 / len(begun))
+        return published
+
+    wanted = {"published": VARIANTS["published"], "it": Variant("it", slow, is_ours=False, compiles=True)}
+    quick = {"it": variant(broken, is_ours=False)._replace(compiles=True)}
+    measure(case(compiles=True), quick, known, share=0.05)
+    assert known.compilation == FIRST_COMPILATION, "what fails at once tells nothing"
+    measure(case(compiles=True), wanted, known, share=0.05)
+    longest = known.compilation
+    assert 0.2 <= longest < FIRST_COMPILATION, "what preparation takes counts"
+    measure(case(compiles=True), wanted, known, share=0.05)
+    assert known.compilation == longest, "the second took half as long"
+    known.compiled(40.0, whole=False)
+    assert known.compilation == 40.0, "one that broke off after long tells something"
+    known.end = time.monotonic() + 30.0
+    known.waiting = 50_000 * [case()]
+    record = measure(case(compiles=True), wanted, known, share=0.05)
+    assert rows_of(record)["it"]["reason"] == "compiling takes about 40 s and would not fit the time"
+    assert len(begun) == 2, "it began"
+
+
 def test_a_compilation_that_would_not_fit_is_left_out() -> None:
     compiled = variant(broken, is_ours=False)._replace(compiles=True)
     known, wanted = session(seconds=30.0), {"published": VARIANTS["published"], "it": compiled}
@@ -133,13 +213,29 @@ def test_what_does_not_fit_the_time_is_left_out_by_name_and_the_baseline_goes_fi
     known, wanted = session(seconds=1.0), {name: VARIANTS[name] for name in names}
     for name, seconds in {"streaming": 0.02, "published": 0.05, "one-log-softmax": 10.0}.items():
         known.remember(name, case(), seconds)
+    known.prepared("native", "not available")
     found = fitting(case(), wanted, known, share=1.0)
-    assert found == ["published", "streaming"], "native never ran, and one-log-softmax would take a minute"
+    assert found == ["published", "streaming"], "native cannot run, and one-log-softmax would take a minute"
     rows = rows_of(measure(case(), wanted, known, 0.05, found))
     assert rows["one-log-softmax"]["reason"] == "there is no time for it at this size"
+    assert rows["native"]["status"] != "left out", "that it cannot run takes no time"
     assert "seconds" in rows["streaming"]
     known.remember("published", case(), 10.0)
     assert fitting(case(), wanted, known, share=1.0) == [], "nothing is measured without what it is compared with"
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_tried"), [(published, False), (broken, True)], ids=["left out for time", "failed"]
+)
+def test_only_a_loss_that_cannot_run_is_tried_again_without_a_look_at_the_time(loss: Any, is_tried: bool) -> None:
+    known = session()
+    wanted = {"published": VARIANTS["published"], "it": variant(loss, is_ours=False)}
+    first = [] if loss is published else ["it"]
+    measure(case(), wanted, known, 0.05, ["published", *first])
+    row = rows_of(measure(case(), wanted, known, 0.05, ["published"]))["it"]
+    assert (row["status"] == "failed") == is_tried, f"{row}"
+    assert (row["status"] == "left out") != is_tried, f"{row}"
+    assert ("it" in fitting(case(), wanted, known, share=1.0)) != is_tried, "its time is foreseen if it may run"
 
 
 def test_a_step_of_another_size_predicts_one_of_this() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
@@ -21,10 +23,11 @@ from vmf_bench.machine import machine
 from vmf_bench.measure import measure
 from vmf_bench.page import page
 from vmf_bench.plan import MAIN, PROTOTYPES, ROWS, Case
+from vmf_bench.table import heading
 from vmf_bench.variants import VARIANTS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-HOSTILE = '</script><b>it\'s "broken" & more</b>'
+HOSTILE = '<!--<script></script><b>it\'s "broken" & more \u2028\u00e9</b>'
 VOID = ("meta", "input", "br")
 
 
@@ -39,7 +42,8 @@ def record() -> dict[str, Any]:
     }
     made = [Case(part, shape, torch.float32, 1.0) for part, shape in shapes.items()]
     cases = [measure(case, variants, session(), share=0.1) for case in made]
-    next(row for row in cases[0]["rows"] if row["name"] == "triton")["reason"] = HOSTILE
+    refused = next(row for row in cases[0]["rows"] if row["name"] == "triton")
+    refused |= {"reason": HOSTILE, "relative_errors": {"loss": math.nan, "features": -math.inf}}
     checks = check({"streaming": VARIANTS["streaming"]}, DTYPES[:1], torch.device("cpu"))
     facts = {"schema_version": 1, "command": "vmf-bench", "seconds": 1.0, "budget_seconds": 2.0, "machine": machine()}
     return {**facts, "checks": checks, "cases": cases, "left_out": [HOSTILE]}
@@ -96,6 +100,39 @@ def test_texts_are_texts(record: dict[str, Any], parsed: Elements) -> None:
 
 
 @pytest.mark.quick
+def test_the_record_in_the_page_is_json_and_no_markup(record: dict[str, Any]) -> None:
+    found = re.search(r'<script type="application/json" id="record">([^<]*)</script>', page(record))
+    assert found, "the record holds what HTML would take for markup"
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    read = json.loads(found[1], parse_constant=refuse)
+    row = next(row for row in read["cases"][0]["rows"] if row["name"] == "triton")
+    assert row["reason"] == HOSTILE
+    assert row["relative_errors"] == {"loss": None, "features": None}
+    assert read["cases"][1:] == record["cases"][1:], "numbers that are finite stay what they are"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("facts", "line", "entry"),
+    [
+        ({"flags": "avx2 amx_tile"}, "avx2, amx_tile; with AMX", "yes"),
+        ({"flags": "avx2"}, "avx2; without AMX", "no"),
+        ({}, "not known; AMX not known", "not known"),
+    ],
+)
+def test_what_is_not_known_is_not_called_absent(
+    record: dict[str, Any], facts: dict[str, str], line: str, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmf_bench.machine._cpu_facts", lambda: facts)
+    known = {**record, "machine": machine()}
+    assert f"  {line}\n" in heading(known)
+    assert f"<dt>AMX</dt><dd>{entry}</dd>" in page(known)
+
+
+@pytest.mark.quick
 def test_every_row_is_shown_and_lost_ones_are_not_hidden(record: dict[str, Any], parsed: Elements) -> None:
     rows = [row for case in record["cases"] for row in case["rows"]]
     for name in ("streaming", "published", "triton"):
@@ -119,7 +156,7 @@ def test_there_is_a_chart_of_time_and_of_memory_over_rows_and_prototypes_and_a_r
 def test_sizes_that_were_not_measured_have_no_chart(record: dict[str, Any]) -> None:
     html = page({**record, "cases": record["cases"][:1], "left_out": []})
     assert html.count("<svg") == 1, "the roofline alone"
-    assert "Left out for time" not in html
+    assert "Not measured" not in html
 
 
 def browser() -> str | None:
@@ -141,7 +178,7 @@ def test_a_browser_runs_the_page(record: dict[str, Any], tmp_path: Path) -> None
 def rendered(html: str, folder: Path) -> str:
     """The document after its script has run, without a network."""
     folder.mkdir()
-    (folder / "page.html").write_text(html)
+    (folder / "page.html").write_text(html, encoding="utf-8")
     found = browser()
     assert found is not None, f"VMF_REQUIRE_BROWSER is set, and there is none of {', '.join(BROWSERS)}"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]

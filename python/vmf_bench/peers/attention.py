@@ -19,7 +19,10 @@ LEAST_VALUE_DIM = 16  # flex_attention takes no narrower values
 def attention(inputs: HeadInputs, bias_K: Tensor, options: dict[str, int] | None) -> Tensor:
     """Barycentres as attention of teacher rows to the prototypes, and the student's log-sum-exp as another.
 
-    The student's values are zeros of the least width: its gradient comes from the log-sum-exp alone.
+    The student's values are zeros of the least width: its gradient comes from the log-sum-exp alone. The backward pass of
+    flex_attention forms the gradients of queries, keys and values whether or not they are needed, and here only the values'
+    of the first call and the queries' and keys' of the second are; this is fair, as its interface leaves no way to ask for
+    fewer, so that whoever writes the loss with it pays for all.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 

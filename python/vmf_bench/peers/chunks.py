@@ -1,4 +1,6 @@
-"""Row chunks whose logits fit the L2 cache, compiled: with recompute, and with gradients formed in the forward pass.
+"""Row chunks whose logits fit a cache, compiled: with recompute, and with gradients formed in the forward pass.
+
+The cache is the L2 of a GPU. On a CPU it is 32 MiB, of the size of an L3, whatever the processor has.
 
 Legend: V / G student / teacher views, B images, K prototypes, D bottleneck dim.
 """
@@ -17,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from vmf_bench.inputs import HeadInputs
 from vmf_bench.peers.peer import Compile, Loss, by_view, effective_weights, product_weights
 
-CPU_CACHE_BYTES = 32 * 2**20  # stands for the L2 where there is no GPU
-CACHE_SHARE = 0.8  # of the L2 for the chunk's logits; the rest for prototypes on their way through
+CPU_CACHE_BYTES = 32 * 2**20  # of an L3; torch does not tell what a processor has
+CACHE_SHARE = 0.8  # of the cache for the chunk's logits; the rest for prototypes on their way through
 
 
 def chunk_terms(
@@ -68,7 +70,7 @@ def chunks_of_images(inputs: HeadInputs, cache_bytes: int) -> Iterator[slice]:
 
 
 def cache_bytes_of(device: torch.device) -> int:
-    """Size of the last-level cache of a GPU, or a stand-in."""
+    """Size of the L2 of a GPU; ``CPU_CACHE_BYTES`` on a CPU."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE_BYTES
 
 

@@ -24,6 +24,10 @@ PEERS = {
     "one-log-softmax-compiled": Peer(
         "one log-softmax a row, compiled", lambda inputs, compile_: compile_(one_log_softmax), compiles=True
     ),
-    "cache-chunks": Peer("row chunks in L2, compiled, gradients in forward", prepare_gradient_chunks, compiles=True),
-    "cache-chunks-recomputed": Peer("row chunks in L2, compiled, recompute", prepare_recomputed_chunks, compiles=True),
+    "cache-chunks": Peer(
+        "row chunks that fit a cache, compiled, gradients in forward", prepare_gradient_chunks, compiles=True
+    ),
+    "cache-chunks-recomputed": Peer(
+        "row chunks that fit a cache, compiled, recompute", prepare_recomputed_chunks, compiles=True
+    ),
 }
