@@ -170,7 +170,7 @@ def vit_table(results: Mapping[str, Any]) -> str:
 
 def session_table(results: Mapping[str, Any]) -> str:
     """The machine and the first case of a run of ``vmf-bench``."""
-    return f"{heading(results)}\n\n{case_table(results['cases'][0])}"
+    return f"```text\n{heading(results)}\n\n{case_table(results['cases'][0])}\n```"
 
 
 OF_FILE: dict[str, Callable[[Any], str]] = {
