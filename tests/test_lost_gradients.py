@@ -214,7 +214,7 @@ def test_in_place_changes_of_the_teacher_and_inference_mode_do_not_reach_the_bac
         criterion = DINOLoss(K, CROPS, 0.04, 0.04, 0, 10)
         loss = criterion(*outputs, 0)
         got = gradients(student, loss, x)
-        assert all(a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(got, expected, strict=True))
+        assert all(a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, expected, strict=True))
     loss = DINOLoss(K, CROPS, 0.04, 0.04, 0, 10)(student(x), teacher(x[:4]), 0)
     teacher.update_parameters(student)
     with torch.no_grad():

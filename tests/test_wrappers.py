@@ -149,7 +149,8 @@ def test_func_grad_gives_the_gradients_of_backward_and_the_centre_moves(loss: ty
         centers.append(expected.center.clone())
         for name, parameter in student.named_parameters():
             assert torch.allclose(got[name], parameter.grad, rtol=1e-5, atol=1e-7), name
-    assert all(torch.equal(center, centers[0]) for center in centers)
+    # to rounding: inside of a transformation the sums of a centre of probabilities have passes of their own
+    assert all(torch.allclose(center, centers[0], rtol=1e-5, atol=1e-6) for center in centers)
     assert centers[0].abs().max() > 0, "the centre stood still"
 
 

@@ -56,7 +56,7 @@ def units_of_the_stand_in(defines: list[str], optimisation: str) -> list[Any]:
     stand_in = f'-DVMF_TILES_STAND_IN="{ROOT / "tests" / "csrc" / "tiles_stand_in.h"}"'
     own = {"operator": defines, "dispatch": defines, "kernels": ["-DVMF_ISA=amx_bf16", "-Wno-psabi", optimisation]}
     return [
-        setup_module().Unit(ROOT / "csrc" / "cpu" / f"{name}.cpp", f"{name}.stand_in.o", [*added, stand_in])
+        setup_module().Unit(ROOT / "csrc" / "cpu" / f"{name}.cpp", f"stand_in.{name}.o", [*added, stand_in])
         for name, added in own.items()
     ]
 
