@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from bench.workloads import TOY, WORKLOADS, Workload
+from vmf_bench.machine import machine
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)  # a host's name says nothing about its speed
     machine_info["vmf_kernels"] = {
-        "cpu": cpu_model(),
+        "cpu": machine()["cpu"],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -26,13 +26,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.fixture(params=[pytest.param(name, id=name.replace("/", "-")) for name in WORKLOADS])
 def workload(request: pytest.FixtureRequest) -> Workload:
     return WORKLOADS[request.param] if request.config.getoption("benchmark_enable") else TOY
-
-
-def cpu_model() -> str:
-    """The processor's name, as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in models if line.startswith("model name")), platform.processor())
 
 
 def _mm_rate() -> float:

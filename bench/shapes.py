@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +25,12 @@ from torch import Tensor
 
 from vmf_bench.inputs import HeadInputs, HeadShape, matched_shape
 from vmf_bench.machine import machine
-from vmf_bench.peers.peer import products
+from vmf_bench.ours import ours
+from vmf_bench.peers.peer import Loss, products
 from vmf_bench.peers.stored import logits_and_targets, one_log_softmax, published
 from vmf_bench.published import TEACHER_CROPS
-from vmf_kernels import prototype_cross_entropy, weight_norm_prototypes
+from vmf_bench.roof import operations_of
+from vmf_bench.timing import Step, training_step
 from vmf_kernels.backends.native.module import has_bf16_products
 
 OURS = ("auto", "native", "streaming")
@@ -36,8 +38,6 @@ SECONDS_A_SHAPE = 1.0  # of rounds, after the warm-up
 LEAST_ROUNDS, MOST_ROUNDS = 3, 60
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MM_SIZE = 2048
-
-Step = Callable[[], None]
 
 
 class Case(NamedTuple):
@@ -143,14 +143,9 @@ def rows_of(case: Case, dtype: str, threads: Sequence[int], *, compiles: bool) -
             "dtype": dtype,
             "threads": count,
             "mm_gflops": mm_gflops(DTYPES[dtype]),
-            "least_operations": least_operations(case.shape),
+            "least_operations": operations_of(case.shape),
             "seconds": times,
         }
-
-
-def least_operations(shape: HeadShape) -> int:
-    """Of the products: logits of both networks, and the student's two gradients."""
-    return (6 * shape.student_rows + 2 * shape.teacher_rows) * shape.prototypes * shape.dim
 
 
 def mm_gflops(dtype: torch.dtype) -> float:
@@ -166,19 +161,11 @@ def mm_gflops(dtype: torch.dtype) -> float:
 
 def steps_of(inputs: HeadInputs, *, compiles: bool) -> dict[str, Step]:
     """Every contestant's forward and backward pass, by name."""
-    losses: dict[str, Callable[[HeadInputs], Tensor]] = {name: loss_by(name) for name in OURS}
+    losses: dict[str, Loss] = {name: ours(name) for name in OURS}
     losses |= {"published": published_loss, "one_softmax": one_log_softmax}
     if compiles:
         losses["compiled"] = torch.compile(published_loss, dynamic=False)
-
-    def step_of(loss: Callable[[HeadInputs], Tensor]) -> Step:
-        def step() -> None:
-            inputs.clear_gradients()
-            loss(inputs).backward()  # type: ignore[no-untyped-call]
-
-        return step
-
-    return {name: step_of(loss) for name, loss in losses.items()}
+    return {name: training_step(loss, inputs) for name, loss in losses.items()}
 
 
 def published_loss(inputs: HeadInputs) -> Tensor:
@@ -188,28 +175,6 @@ def published_loss(inputs: HeadInputs) -> Tensor:
     with products(inputs):
         student, targets = logits_and_targets(inputs)
         return -(inputs.pair_weights * (targets @ student.log_softmax(dim=-1).T)).sum()
-
-
-def loss_by(backend: str) -> Callable[[HeadInputs], Tensor]:
-    """Our loss of the same inputs."""
-
-    def loss(inputs: HeadInputs) -> Tensor:
-        student = weight_norm_prototypes(inputs.student_magnitude, inputs.student_direction)
-        teacher = weight_norm_prototypes(inputs.teacher_magnitude, inputs.teacher_direction)
-        return prototype_cross_entropy(
-            inputs.student_features,
-            student,
-            inputs.teacher_features,
-            teacher,
-            inputs.pair_weights,
-            student_temperature=inputs.student_temperature,
-            teacher_temperature=inputs.teacher_temperature,
-            teacher_bias=-inputs.center / inputs.teacher_temperature,
-            image_weights=inputs.image_weights,
-            backend=backend,
-        ).loss
-
-    return loss
 
 
 def interleaved(steps: dict[str, Step]) -> dict[str, list[float]]:

@@ -26,6 +26,11 @@ def count_ranks(group: ProcessGroup | None = None) -> int:
     return torch.distributed.get_world_size(group) if _exists() else 1
 
 
+def has_all_prototypes(prototype_group: ProcessGroup | None) -> bool:
+    """Whether this rank has all prototypes: they are not split over ranks, or over one alone."""
+    return prototype_group is None or count_ranks(prototype_group) == 1
+
+
 def rank_in(group: ProcessGroup | None = None) -> int:
     """This process's rank in the group, from 0; 0 without a process group."""
     return torch.distributed.get_rank(group) if _exists() else 0

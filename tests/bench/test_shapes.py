@@ -11,14 +11,15 @@ import torch
 from bench import shapes
 from bench.gpu.agreement import exact_outcome
 from bench.report import table
-from bench.shapes import Case, crops, loss_by, one_image, published_loss
+from bench.shapes import Case, crops, one_image, published_loss
 from vmf_bench.agreement import outcome_of, relative_errors
 from vmf_bench.check import refuse_disagreement
 from vmf_bench.inputs import HeadInputs, HeadShape, matched_shape
+from vmf_bench.ours import ours
 from vmf_bench.peers.stored import one_log_softmax
 
 TINY = (crops(3, 301, 32, views=4), matched_shape(7, prototypes=301, dim=32), one_image(9, 301, 32))
-LOSSES = {"published": published_loss, "one_softmax": one_log_softmax, "ours": loss_by("auto")}
+LOSSES = {"published": published_loss, "one_softmax": one_log_softmax, "ours": ours("auto")}
 
 
 @pytest.mark.quick

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.prototypes import LOWEST_BIAS, Keys, accumulation_dtype
-from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
+from vmf_kernels.ranks import has_all_prototypes, max_over_ranks, sum_over_ranks
 
 
 def assign(
@@ -42,7 +42,7 @@ def _assign(query: Query, values: Keys | None, vectors_KD: Tensor | None, group:
 
 def _log_softmax(logits_RK: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """([R, K] log-probabilities, [R] log-sum-exp) over the prototypes of all ranks."""
-    if group is None or count_ranks(group) == 1:
+    if has_all_prototypes(group):
         # NaN, not inf, if a logit is inf: then log-probabilities and every other result are NaN
         lse_R = logits_RK.logsumexp(dim=1)
         return logits_RK.log_softmax(dim=1), lse_R.masked_fill(lse_R.isposinf(), torch.nan)

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from vmf_kernels.backends.base_two import LN_2, LOG2_E
 from vmf_kernels.backends.contract import Assignment, Query
 from vmf_kernels.prototypes import Keys
-from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
+from vmf_kernels.ranks import has_all_prototypes, max_over_ranks, sum_over_ranks
 
 LEAST_SHIFT = -1e30  # lower bound of a maximum's shift: 2^LEAST_SHIFT is 0, and its product with a mass is finite
 # Measured with bench/bench_head.py on 2 cores of an EPYC 9004 at K = 65,536, D = 256, fp32:
@@ -75,7 +75,7 @@ class _Shared(NamedTuple):
     @classmethod
     def of(cls, keys: Keys, group: ProcessGroup | None) -> _Shared:
         count = keys.weight.shape[0]
-        if group is None or count_ranks(group) == 1:
+        if has_all_prototypes(group):
             return cls(None, count)
         return cls(group, int(max_over_ranks(keys.scale.new_tensor(count), group)))
 

@@ -8,7 +8,7 @@ from vmf_kernels.backends.contract import RowInputs, StoredSums
 from vmf_kernels.backends.native import operator
 from vmf_kernels.backends.native.module import STORED, instruction_sets, why_absent
 from vmf_kernels.backends.native.stored_sums import NativeStoredSums, fits
-from vmf_kernels.ranks import count_ranks
+from vmf_kernels.ranks import has_all_prototypes
 
 
 class NativeBackend:
@@ -32,9 +32,7 @@ class NativeBackend:
 
     def stored_sums(self, inputs: RowInputs) -> StoredSums | None:
         """As ``contract.StoringBackend``."""
-        group = inputs.prototype_group
-        alone = group is None or count_ranks(group) == 1
-        if not alone or not fits(len(inputs.features), inputs.prototypes.count):
+        if not has_all_prototypes(inputs.prototype_group) or not fits(len(inputs.features), inputs.prototypes.count):
             return None
         return NativeStoredSums(inputs, operator.products_of(inputs.features))
 

@@ -33,7 +33,7 @@ from vmf_kernels.backends.native.scores import (
 from vmf_kernels.backends.uncentered import UncenteredSums, question_on
 from vmf_kernels.bessel import vmf_mean_resultant_length
 from vmf_kernels.pairing import check_pairing
-from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
+from vmf_kernels.ranks import has_all_prototypes, max_over_ranks, sum_over_ranks
 
 
 def products_of(*rows: Tensor) -> torch.dtype:
@@ -148,7 +148,7 @@ class _Step:
         by_image = pairing.image_weights
         sums = module.new(2, count).zero_()
         # with prototypes of several ranks, rows have no sums over all of them before the gathering pass
-        question = question_on(inputs.teacher_bias) if _is_alone(inputs.prototype_group) else None
+        question = question_on(inputs.teacher_bias) if has_all_prototypes(inputs.prototype_group) else None
         return cls(
             inputs,
             (teacher_views, student_views),
@@ -220,7 +220,7 @@ class _Step:
             ),
         )
         group = self.inputs.prototype_group
-        if _is_alone(group):
+        if has_all_prototypes(group):
             native, run = module.built(), module.execution(self.products)
             tasks = score_task(x_SD, self.student, None), score_task(x_TD, teacher, None), gathering.task()
             memory, start = module.workspace(native.step_workspace(*tasks, run))
@@ -267,7 +267,7 @@ class _Step:
     def outputs(self) -> LossOutputs:
         """The loss by equation (12), its statistics and gradients."""
         inputs, group = self.inputs, self.inputs.prototype_group
-        shared = not _is_alone(group)
+        shared = not has_all_prototypes(group)
         if self.question is not None and self.columns is not None:
             self.question.total = sums_of_columns(self.columns, self.teacher)
         if shared:
@@ -313,13 +313,8 @@ def _sizes(chunk: Chunk) -> tuple[int, int, int]:
     return teacher, student, images
 
 
-def _is_alone(group: ProcessGroup | None) -> bool:
-    """Whether this rank has all prototypes."""
-    return group is None or count_ranks(group) == 1
-
-
 def _most_prototypes(count: int, group: ProcessGroup | None) -> int:
     """K of the rank with the most: chunks of rows must be the same on every rank."""
-    if _is_alone(group):
+    if has_all_prototypes(group):
         return count
     return int(max_over_ranks(torch.tensor(count, dtype=torch.float64, device=module.CPU), group))

@@ -17,7 +17,7 @@ from vmf_kernels.backends.base_two import LOG2_E
 from vmf_kernels.backends.native import module
 from vmf_kernels.backends.native.chunks import padded
 from vmf_kernels.prototypes import Prototypes, prepare_bias, refuse_freed
-from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
+from vmf_kernels.ranks import has_all_prototypes, max_over_ranks, sum_over_ranks
 
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-40, 2.0**40  # far beyond the inverse temperatures that are used in practice
 PIECE_BYTES = 24 * 2**20  # glibc keeps memory below 32 MiB; 96 MiB in one piece cost 27 ms of page faults per step
@@ -64,7 +64,7 @@ class Softmax(NamedTuple):
 
     def merged_over_ranks(self, group: ProcessGroup | None) -> Softmax:
         """The same over the prototypes of all ranks; ranks exchange one maximum and two sums per row."""
-        if group is None or count_ranks(group) == 1:
+        if has_all_prototypes(group):
             return self
         own_top, mass, moment = self.sums
         top = max_over_ranks(own_top.clone(), group)
@@ -96,19 +96,7 @@ def native_keys(
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     scale = 1 / temperature.item()
     refuse_freed(prototypes.weight, prototypes.magnitude)
-    bias = base_2 = other_bias = None
-    if prototypes.has_normalizer or extra_bias is not None:
-        bias = prepare_bias(prototypes, temperature, None if also_without_extra else extra_bias, torch.float32)
-        if also_without_extra and extra_bias is not None:
-            extra = extra_bias.to(torch.float32).reshape(-1)
-            other_bias = torch.zeros_like(extra) if bias is None else bias * LOG2_E
-            bias = extra if bias is None else extra + bias
-            bias = bias.clamp(min=torch.finfo(torch.float32).min)
-            # finite in base 2 as well: their difference is taken
-            other_bias = other_bias.clamp(min=torch.finfo(torch.float32).min)
-        base_2 = None if bias is None else bias * LOG2_E
-        if other_bias is not None and base_2 is not None:
-            base_2 = base_2.clamp(min=torch.finfo(torch.float32).min)
+    bias, base_2, other_bias = _biases(prototypes, temperature, extra_bias, also_without_extra)
     # scale the rows, where its rounding errors average out over the dims; but not bf16 rows, which are exact as they are
     row_factor, factor = split_scale(scale * LOG2_E)
     if products == torch.bfloat16:
@@ -126,6 +114,20 @@ def native_keys(
         split_scale(scale),
         other_bias,
     )
+
+
+def _biases(
+    prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, also_without_extra: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """[K] the bias in nats, in base 2, and in base 2 without ``extra_bias`` if that is asked for; None for 0."""
+    if not also_without_extra or extra_bias is None:
+        bias = prepare_bias(prototypes, temperature, extra_bias, torch.float32)
+        return bias, None if bias is None else bias * LOG2_E, None
+    lowest = torch.finfo(torch.float32).min  # finite in base 2 as well: the difference of both is taken
+    own, extra = prepare_bias(prototypes, temperature, None, torch.float32), extra_bias.to(torch.float32).reshape(-1)
+    bias = (extra if own is None else extra + own).clamp(min=lowest)
+    other = torch.zeros_like(extra) if own is None else (own * LOG2_E).clamp(min=lowest)
+    return bias, (bias * LOG2_E).clamp(min=lowest), other
 
 
 def split_scale(number: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from vmf_kernels.backends.triton.column_kernels import gather_columns_kernel
 from vmf_kernels.backends.triton.prototypes import PackedPrototypes
 from vmf_kernels.backends.triton.row_kernels import assign_rows_kernel
 from vmf_kernels.backends.triton.tiles import NO_TENSOR_CORES, PROTOTYPES_A_PART, Layout, Tile, split_count
-from vmf_kernels.ranks import count_ranks, max_over_ranks, sum_over_ranks
+from vmf_kernels.ranks import has_all_prototypes, max_over_ranks, sum_over_ranks
 
 WORKSPACE_BYTES = 64 * 2**20  # of unmerged barycentres; bounds the number of splits
 SPLITS_AT_ONCE = 16  # splits that a merging program loads together
@@ -133,7 +133,7 @@ def merged_over_ranks(parts: Parts, group: ProcessGroup | None, *, has_values: b
 
     Without a group, the parts unchanged.
     """
-    if group is None or count_ranks(group) == 1:
+    if has_all_prototypes(group):
         return parts
     top_NR, mass_NR, moment_NR, bias_NR = parts.statistics
     top_R = max_over_ranks(top_NR.amax(dim=0), group)
