@@ -27,12 +27,11 @@ from vmf_bench.machine import machine
 from vmf_bench.memory import cpu_peak_extra_mib
 from vmf_bench.published import TEACHER_CROPS
 from vmf_kernels import DINOHead, DINOLoss
-from vmf_pretrain import TORCHVISION_DECLARATIONS
+from vmf_pretrain import with_torchvision  # noqa: F401 -- before timm, which imports torchvision
 
 SCHEDULE = (0.04, 0.04, 0, 1)  # teacher temperature 0.04 throughout
 EMA, LEARNING_RATE, WEIGHT_DECAY = 0.996, 5e-4, 0.04
 WARM_UP = 1
-DECLARED = TORCHVISION_DECLARATIONS  # for as long as torchvision is used
 PHASES = ("backbone", "head and loss", "update")
 
 

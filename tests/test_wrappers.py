@@ -27,9 +27,8 @@ from vmf_kernels import (
 )
 from vmf_kernels.compat import dinov2
 from vmf_kernels.prototypes import linear_prototypes
-from vmf_pretrain.torchvision_import import import_torchvision
+from vmf_pretrain import with_torchvision  # noqa: F401 -- lightning looks for torchvision
 
-DECLARATIONS = import_torchvision()  # lightning looks for it
 K, D, IN, VIEWS = 37, 8, 6, 3
 
 

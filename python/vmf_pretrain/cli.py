@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vmf_pretrain.config import Config
-from vmf_pretrain.config_file import read_config
-from vmf_pretrain.errors import PretrainError
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.file import read_config
+from vmf_pretrain.config.run import Config
 
 BAD_INPUT = 2  # exit code
 INTERRUPTED = 130  # exit code, as shells report a SIGINT
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: argparse.Namespace) -> int:
-    from vmf_pretrain.run import Run  # slow to import: not before the arguments are known to be good
+    from vmf_pretrain.engine.run import Run
 
     if chosen.out is None:
         if chosen.resume:

@@ -312,7 +312,7 @@ def test_a_named_layer_is_fused_wherever_it_is() -> None:
 
 
 def test_lightlys_head_is_fused() -> None:
-    importlib.import_module("vmf_pretrain")  # first, as it mends an import that lightly fails at
+    importlib.import_module("vmf_pretrain.with_torchvision")  # first, as it mends an import that lightly fails at
     heads = importlib.import_module("lightly.models.modules.heads")
     for frozen, batch_norm in itertools.product((True, False), repeat=2):
         with warnings.catch_warnings():

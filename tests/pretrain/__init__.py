@@ -1,1 +1,1 @@
-import vmf_pretrain  # noqa: F401 -- mends torchvision's import before a test imports lightning, timm or torchvision
+import vmf_pretrain.with_torchvision  # noqa: F401 -- mends torchvision's import before a test imports lightning, timm or torchvision

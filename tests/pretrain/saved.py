@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vmf_pretrain import checkpoint
-from vmf_pretrain.checkpoint import load_checkpoint, save_checkpoint
+from vmf_pretrain.storage import checkpoint
+from vmf_pretrain.storage.checkpoint import load_checkpoint, save_checkpoint
 
 
 def some_tensors(value: float = 0.0) -> dict[str, dict[str, Tensor]]:

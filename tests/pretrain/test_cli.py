@@ -25,7 +25,7 @@ from tests.pretrain.tiny import (
     yaml_of,
 )
 from vmf_pretrain.cli import main
-from vmf_pretrain.config_file import read_config
+from vmf_pretrain.config.file import read_config
 
 PATIENCE = 120  # seconds that a run has to start, or to stop
 UNFIT: dict[str, tuple[str, list[str]]] = {
@@ -163,7 +163,7 @@ def test_fit_on_a_folder_of_photographs_runs_to_its_summary(tmp_path: Path, caps
 
 def test_runs_without_a_name_get_the_next_free_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
+    monkeypatch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
     two_classes(tmp_path / "photos")
     path = yaml_of(photos_config(tmp_path / "photos"), tmp_path / "config.yaml")
     for _ in range(2):
@@ -210,7 +210,7 @@ def test_ctrl_c_stops_cleanly_and_the_command_that_it_prints_goes_on(
     steps = records_in(out)
     assert steps < 60, "the run was over before the signal"
     command = shlex.split(printed.split("Go on with: vmf-pretrain ")[1].splitlines()[0])
-    monkeypatch.setattr("vmf_pretrain.run.draw_plots", lambda *arguments: None)
+    monkeypatch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
     assert main(command) == 0
     assert records_in(out) == 60
     assert json.loads((out / "summary.json").read_text())["steps"] == 60

@@ -16,12 +16,12 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from vmf_pretrain.batches import ViewBatches
-from vmf_pretrain.config import Config
-from vmf_pretrain.config_file import read_config, write_config
-from vmf_pretrain.images import DigitImages, digits
-from vmf_pretrain.run import Run
-from vmf_pretrain.training import Training
+from vmf_pretrain.config.file import read_config, write_config
+from vmf_pretrain.config.run import Config
+from vmf_pretrain.data.batches import ViewBatches
+from vmf_pretrain.data.images import DigitImages, digits
+from vmf_pretrain.engine.loop import Training
+from vmf_pretrain.engine.run import Run
 
 RECIPES = Path(__file__).parents[2] / "python" / "vmf_pretrain" / "recipes"
 PHOTO_SIDE = 48  # pixels

@@ -1,0 +1,1 @@
+"""Settings of a run: a file for each section, and YAML."""

@@ -1,0 +1,36 @@
+"""The vision transformer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vmf_pretrain.config.checks import require, require_positive
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The vision transformer, a timm model.
+
+    Attributes:
+        name: a timm vision transformer's name.
+        patch_size: side of a patch, pixels.
+        width: embedding dimension; null keeps the named model's.
+        depth: number of blocks; null keeps the named model's.
+        heads: attention heads per block; null keeps the named model's.
+        initialisation: "timm" (the model's own) or "xavier" (of backbone and head, for widths far below 384, where a
+            deviation of 0.02 is too small).
+        drop_path: rate of stochastic depth in the student; the teacher has none.
+    """
+
+    name: str = "vit_small_patch16_224"
+    patch_size: int = 16
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    initialisation: Literal["timm", "xavier"] = "timm"
+    drop_path: float = 0.1
+
+    def __post_init__(self) -> None:
+        shape = {"width": self.width, "depth": self.depth, "heads": self.heads}
+        given = {name: value for name, value in shape.items() if value is not None}
+        require_positive("backbone", patch_size=self.patch_size, **given)
+        require(0 <= self.drop_path < 1, f"backbone.drop_path is {self.drop_path} but must lie in [0, 1).")

@@ -1,0 +1,43 @@
+"""The loss between teacher and student."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vmf_pretrain.config.checks import require, require_not_negative, require_positive
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss between the teacher's and the student's prototype distributions.
+
+    Attributes:
+        student_temp: the student's temperature.
+        warmup_teacher_temp: the teacher's temperature in the first epoch.
+        teacher_temp: the teacher's temperature after its warm-up; must be below the student's, or the run collapses to uniform.
+        warmup_teacher_temp_epochs: epochs of the teacher temperature's linear warm-up.
+        center_momentum: momentum of the teacher's centre.
+        center_start: "zero" as published, or "first_batch", which spares a small model some steps toward a constant.
+        centering: "probability" or "logit", for dino-vmf; dino always centres logits.
+        koleo_weight: weight of the KoLeo regulariser on the student's features of each global view; 0 disables it.
+    """
+
+    student_temp: float = 0.1
+    warmup_teacher_temp: float = 0.04
+    teacher_temp: float = 0.04
+    warmup_teacher_temp_epochs: int = 0
+    center_momentum: float = 0.9
+    center_start: Literal["zero", "first_batch"] = "zero"
+    centering: Literal["probability", "logit"] = "probability"
+    koleo_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "loss",
+            student_temp=self.student_temp,
+            warmup_teacher_temp=self.warmup_teacher_temp,
+            teacher_temp=self.teacher_temp,
+        )
+        epochs, weight = self.warmup_teacher_temp_epochs, self.koleo_weight
+        require_not_negative("loss", warmup_teacher_temp_epochs=epochs, koleo_weight=weight)
+        momentum = self.center_momentum
+        require(0 <= momentum < 1, f"loss.center_momentum is {momentum} but must lie in [0, 1).")

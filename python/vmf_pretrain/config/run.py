@@ -1,0 +1,90 @@
+"""Everything a run depends on: frozen dataclasses, each field with its unit, checked when made."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vmf_pretrain.config.backbone import BackboneConfig
+from vmf_pretrain.config.checks import require
+from vmf_pretrain.config.data import DataConfig
+from vmf_pretrain.config.evaluate import EvaluateConfig
+from vmf_pretrain.config.head import HeadConfig
+from vmf_pretrain.config.loss import LossConfig
+from vmf_pretrain.config.optim import OptimConfig
+from vmf_pretrain.config.train import TrainConfig
+from vmf_pretrain.config.views import DIGIT_CANVAS, GLOBAL_VIEWS, ViewsConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Attributes:
+        method: "dino-vmf" (prototypes with their own concentration) or "dino".
+        seed: seed of the initialisation, the data order and every augmentation.
+        data: which images.
+        views: multi-crop and augmentation.
+        backbone: the vision transformer.
+        head: the projection head.
+        loss: temperatures, centring, KoLeo.
+        optim: optimizer and schedules.
+        train: length and device.
+        evaluate: k-NN and the other checks.
+    """
+
+    method: Literal["dino-vmf", "dino"] = "dino-vmf"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        sizes = {"views.global_size": self.views.global_size}
+        if self.views.local_count:
+            sizes["views.local_size"] = self.views.local_size
+        for name, size in sizes.items():
+            patch = self.backbone.patch_size
+            require(size % patch == 0, f"{name} is {size} but must be a multiple of backbone.patch_size, {patch}.")
+        missing = self.data.kind == "folder" and self.data.folder is None
+        require(not missing, 'data.folder is missing; data.kind "folder" needs the path of a folder of images.')
+        frozen = self.method == "dino-vmf" and self.head.norm_prototypes is True
+        require(
+            not frozen, "head.norm_prototypes is true but dino-vmf learns the norms; leave it out or use method dino."
+        )
+        alone = self.data.batch_size == 1 and self.loss.koleo_weight > 0
+        require(not alone, "data.batch_size is 1 but KoLeo (loss.koleo_weight) compares images; expected at least 2.")
+        self._check_digits()
+        rising = self.optim.warmup_epochs
+        require(
+            rising <= self.train.epochs,
+            f"optim.warmup_epochs is {rising} but the run has {self.train.epochs} epochs (train.epochs).",
+        )
+        epochs, warm_up = self.train.epochs, self.loss.warmup_teacher_temp_epochs
+        require(
+            warm_up <= epochs,
+            f"loss.warmup_teacher_temp_epochs is {warm_up} but the run has {epochs} epochs (train.epochs).",
+        )
+        require(0 <= self.seed < 2**31, f"seed is {self.seed} but must lie between 0 and 2147483647.")
+
+    def _check_digits(self) -> None:
+        sizes = self.views.global_size, self.views.local_size
+        require(
+            self.data.kind == "folder" or (sizes[0] == DIGIT_CANVAS and sizes[1] < DIGIT_CANVAS),
+            f"views.global_size {sizes[0]} and views.local_size {sizes[1]} do not fit digits; expected {DIGIT_CANVAS} and "
+            "less.",
+        )
+
+    @property
+    def norm_prototypes(self) -> bool:
+        """Whether the prototypes stay at norm 1."""
+        chosen = self.head.norm_prototypes
+        return self.method == "dino" if chosen is None else chosen
+
+    @property
+    def view_count(self) -> int:
+        """Views per image that the student sees."""
+        return GLOBAL_VIEWS + self.views.local_count

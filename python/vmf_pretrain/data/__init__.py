@@ -1,0 +1,3 @@
+"""Images, views and batches."""
+
+from vmf_pretrain import with_torchvision  # noqa: F401 -- before torchvision or timm is imported

@@ -1,0 +1,38 @@
+"""Every PNG of a run folder."""
+
+from torch import Tensor
+
+from vmf_pretrain.config.run import Config
+from vmf_pretrain.data.images import Images
+from vmf_pretrain.data.network_input import network_input
+from vmf_pretrain.evaluation.attention import attention_maps
+from vmf_pretrain.evaluation.prototypes import HeadReport
+from vmf_pretrain.networks.backbone import Network
+from vmf_pretrain.report.plots import plot_attention, plot_kappa, plot_knn, plot_loss, plot_usage
+from vmf_pretrain.storage.run_folder import RunFolder, read_metrics
+
+SAMPLE_IMAGES = 6
+
+
+def draw_plots(
+    folder: RunFolder, config: Config, head: HeadReport, teacher: Network, images: Images, baselines: dict[str, float]
+) -> None:
+    """Every PNG of the run folder."""
+    records = read_metrics(folder)
+    losses = [record for record in records if record.get("loss") is not None]
+    if losses:
+        plot_loss(losses, config.head.prototypes, folder.plots / "loss.png")
+    evaluations = [record for record in records if record.get("knn") is not None]
+    plot_knn(evaluations, baselines, folder.plots / "knn.png")
+    plot_usage(head.usage.cpu(), folder.plots / "usage.png")
+    plot_kappa(head.norms.cpu() / config.loss.teacher_temp, folder.plots / "kappa.png")
+    fed = network_input(config)
+    sample = fed.of(images.evaluation_pixels(_spread(len(images))))
+    maps: Tensor = attention_maps(teacher.backbone, sample).cpu()
+    plot_attention(fed.pixels(sample), maps, folder.plots / "attention.png")
+
+
+def _spread(count: int) -> list[int]:
+    """Indices of a few images, evenly spread over all."""
+    shown = min(SAMPLE_IMAGES, count)
+    return [place * count // shown for place in range(shown)]

@@ -1,0 +1,119 @@
+"""The optimizer's state in a checkpoint: it comes back bit for bit, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.pretrain.saved import assert_same_bits, quiet_load
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.storage.checkpoint import flatten_optimizer, restore_optimizer, save_checkpoint
+
+pytestmark = pytest.mark.quick
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        (plain if parameter.ndim == 1 else decayed).append(parameter)
+    return torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=0.01, weight_decay=0.1)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *, frozen: int = 0) -> None:
+    """Steps on inputs that depend on the step only; in the first ``frozen`` the last layer gets no gradient."""
+    for step in steps:
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        if step < frozen:
+            for parameter in model[2].parameters():
+                parameter.grad = None
+        optimizer.step()
+
+
+@pytest.mark.parametrize("frozen", [0, 3, 10], ids=["all-moving", "thawed-at-3", "frozen-at-the-save"])
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, frozen: int) -> None:
+    through = small_model()
+    optimizer = adamw(through)
+    train(through, optimizer, range(5), frozen=frozen)
+    tensors = {"student": dict(through.state_dict()), "optimizer": flatten_optimizer(optimizer)}
+    save_checkpoint(tmp_path, 5, tensors, {}, keep=1)
+    train(through, optimizer, range(5, 15), frozen=frozen)
+
+    resumed, loaded = small_model(), quiet_load(tmp_path)
+    resumed.load_state_dict(loaded.tensors["student"])
+    fresh = adamw(resumed)
+    restore_optimizer(fresh, loaded.tensors["optimizer"])
+    train(resumed, fresh, range(5, 15), frozen=frozen)
+    assert_same_bits(dict(resumed.state_dict()), dict(through.state_dict()))
+    assert_same_bits(flatten_optimizer(fresh), flatten_optimizer(optimizer))
+
+
+def test_forgetting_the_optimizer_would_be_noticed() -> None:
+    through, forgetful = small_model(), small_model()
+    optimizer = adamw(through)
+    train(through, optimizer, range(5))
+    forgetful.load_state_dict(through.state_dict())
+    train(through, optimizer, range(5, 8))
+    train(forgetful, adamw(forgetful), range(5, 8))
+    difference = (through[0].weight - forgetful[0].weight).abs().max().item()
+    assert difference > 1e-4, f"weights differ by only {difference}"
+
+
+def test_parameters_without_state_have_no_entries_and_lose_what_they_had() -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    assert flatten_optimizer(optimizer) == {}
+    train(model, optimizer, range(2))
+    restore_optimizer(optimizer, {})
+    assert not optimizer.state, f"{len(optimizer.state)} parameters still have state"
+
+
+def test_restoring_copies() -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    train(model, optimizer, range(2))
+    tensors = {name: tensor.clone() for name, tensor in flatten_optimizer(optimizer).items()}
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    restore_optimizer(optimizer, tensors)
+    train(model, optimizer, range(2, 4))
+    assert_same_bits(tensors, kept)
+
+
+def test_a_state_that_does_not_fit_is_refused_with_every_name_and_changes_nothing() -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    train(model, optimizer, range(2))
+    before = {name: tensor.clone() for name, tensor in flatten_optimizer(optimizer).items()}
+    wrong = dict(before)
+    del wrong["0.step"]
+    wrong["1.exp_avg"] = torch.zeros(7)
+    wrong["2.exp_avg_sq"] = wrong["2.exp_avg_sq"].double()
+    wrong["3.step"] = torch.zeros(2)
+    wrong["9.exp_avg"] = torch.zeros(1)
+    with pytest.raises(PretrainError) as refusal:
+        restore_optimizer(optimizer, wrong)
+    for part in (
+        "0.step is missing",
+        "1.exp_avg is torch.float32 of shape (7,) but must be torch.float32 of shape (2, 5)",
+        "2.exp_avg_sq is torch.float64",
+        "3.step is torch.float32 of shape (2,)",
+        "9.exp_avg belongs to none of the 4 parameters",
+    ):
+        assert part in str(refusal.value), f"{part!r} is not in {refusal.value}"
+    assert_same_bits(flatten_optimizer(optimizer), before)
+
+
+def test_an_optimizer_with_other_state_is_refused() -> None:
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    train(model, optimizer, range(1))
+    with pytest.raises(ValueError, match=r"max_exp_avg_sq.*expected AdamW's"):
+        flatten_optimizer(optimizer)
