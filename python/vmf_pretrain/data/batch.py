@@ -1,0 +1,50 @@
+"""This rank's images of one step.
+
+Legend: B images, C channels.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that could not be read, and another one took its place.
+
+    Attributes:
+        name: of the image, as the data set names it.
+        reason: what is wrong with it, one sentence.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Views, masks and numbers of images.
+
+    Attributes:
+        views: network inputs [B, C, side, side], the global views first.
+        masks: by name, rows as the images.
+        indices: the images' numbers in the data set, B of them.
+        bad: images of this batch that could not be read.
+    """
+
+    views: list[Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    indices: list[int] = field(default_factory=list)
+    bad: list[BadImage] = field(default_factory=list)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Batch":
+        """The batch on a device; views in ``dtype`` if one is given. Does not wait for the device."""
+        views = [view.to(device, dtype, non_blocking=True) for view in self.views]
+        masks = {name: mask.to(device, non_blocking=True) for name, mask in self.masks.items()}
+        return replace(self, views=views, masks=masks)
+
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory; the loader calls it."""
+        views = [view.pin_memory() for view in self.views]
+        return replace(self, views=views, masks={name: mask.pin_memory() for name, mask in self.masks.items()})
