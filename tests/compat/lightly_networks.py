@@ -25,7 +25,7 @@ Record = dict[str, Tensor]
 @functools.cache
 def published() -> Any:
     """lightly's own classes; imported late, for the ranks do without."""
-    importlib.import_module("vmf_pretrain.with_torchvision")  # lightly imports torchvision, which a CPU build of torch needs help with
+    importlib.import_module("vmf_pretrain.with_torchvision")  # lightly imports torchvision
     modules = [importlib.import_module(f"lightly.{name}") for name in ("loss", "models.modules.heads")]
     names = ("DINOLoss", "IBOTPatchLoss", "KoLeoLoss", "DINOProjectionHead", "DINOv2ProjectionHead")
     return SimpleNamespace(**{name: next(vars(m)[name] for m in modules if name in vars(m)) for name in names})

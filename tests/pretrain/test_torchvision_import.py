@@ -48,14 +48,18 @@ def answer_imports(monkeypatch: pytest.MonkeyPatch, *answers: Exception | None) 
 
 
 def test_after_the_package_a_fresh_process_can_import_torchvision_timm_and_lightning() -> None:
-    script = "import vmf_pretrain.with_torchvision, torchvision.transforms.v2, timm, lightning.fabric; print('imported')"
+    script = (
+        "import vmf_pretrain.with_torchvision, torchvision.transforms.v2, timm, lightning.fabric; print('imported')"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "imported", f"exit code {done.returncode}: {done.stderr[-500:]}"
 
 
 @pytest.mark.quick
 def test_second_import_declares_nothing() -> None:
-    assert torchvision_import.import_torchvision() is None, "torchvision was importable, yet schemas were declared again"
+    assert torchvision_import.import_torchvision() is None, (
+        "torchvision was importable, yet schemas were declared again"
+    )
 
 
 @pytest.mark.quick

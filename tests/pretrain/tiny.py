@@ -11,17 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
 from vmf_pretrain.config.file import read_config, write_config
 from vmf_pretrain.config.run import Config
+from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches
 from vmf_pretrain.data.images import DigitImages, digits
-from vmf_pretrain.engine.loop import Training
+from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.engine.run import Run
+from vmf_pretrain.methods.method import Place
+from vmf_pretrain.methods.table import method_class
+from vmf_pretrain.networks.headed import Headed
 
 RECIPES = Path(__file__).parents[2] / "python" / "vmf_pretrain" / "recipes"
 PHOTO_SIDE = 48  # pixels
@@ -126,17 +129,30 @@ def yaml_of(config: Config, path: Path) -> Path:
     return path
 
 
-def training_on(config: Config, count: int) -> tuple[Training, ViewBatches]:
+def loop_on(config: Config, count: int, **options: Any) -> tuple[Loop, ViewBatches]:
     """A run's state before its first step, and its batches of ``count`` digits."""
-    batches = ViewBatches(some_digits(count), config)
-    return Training(config, batches.steps_per_epoch, Fabric(accelerator="cpu", devices=1)), batches
+    method = method_class(config)
+    batches = ViewBatches(some_digits(count), config, method.plan(config))
+    return Loop(config, method, batches.steps_per_epoch, torch.device("cpu"), **options), batches
 
 
-def views_of(batches: ViewBatches, step: int) -> list[Tensor]:
+def build_networks(config: Config) -> tuple[Headed, Headed]:
+    """Student and teacher of a DINO method."""
+    method: Any = method_class(config)(config, Place(0, 5, config.train.epochs))
+    return method.student, method.teacher
+
+
+def batch_of(batches: ViewBatches, step: int) -> Batch:
     """Batch ``step``, which is no error."""
-    views = batches[step]
-    assert isinstance(views, list), views
-    return views
+    batch = batches[step]
+    assert isinstance(batch, Batch), batch
+    return batch
+
+
+def numbers_of(loop: Loop, step: int, batch: Batch) -> dict[str, float]:
+    """Take a step; its numbers."""
+    (taken,) = loop.step(step, batch)
+    return taken.numbers
 
 
 def a_run(config: Config, out: Path, *, resume: bool = False) -> tuple[Run, io.StringIO]:

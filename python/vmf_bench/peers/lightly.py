@@ -21,7 +21,9 @@ def prepare_lightly(inputs: HeadInputs, compile_: Compile) -> Loss:
     """
     if importlib.util.find_spec("lightly") is None:
         raise UnavailableError("lightly is not installed")
-    importlib.import_module("vmf_pretrain.with_torchvision")  # mends torchvision, which lightly imports, on CPU builds of torch
+    importlib.import_module(
+        "vmf_pretrain.with_torchvision"
+    )  # mends torchvision, which lightly imports, on CPU builds of torch
     scale = equal_weight(inputs, "lightly")
     return _matched(inputs, scale) if inputs.shape.matched else _multi_crop(inputs, scale)
 

@@ -19,6 +19,8 @@ class LossConfig:
         center_start: "zero" as published, or "first_batch", which spares a small model some steps toward a constant.
         centering: "probability" or "logit", for dino-vmf; dino always centres logits.
         koleo_weight: weight of the KoLeo regulariser on the student's features of each global view; 0 disables it.
+        koleo_group: where KoLeo looks for an image's neighbours: in the whole "batch", or among the images of its "rank".
+        implementation: "ours", or "published" for stored logits and one softmax a pair, to compare with.
     """
 
     student_temp: float = 0.1
@@ -29,6 +31,8 @@ class LossConfig:
     center_start: Literal["zero", "first_batch"] = "zero"
     centering: Literal["probability", "logit"] = "probability"
     koleo_weight: float = 0.0
+    koleo_group: Literal["batch", "rank"] = "batch"
+    implementation: Literal["ours", "published"] = "ours"
 
     def __post_init__(self) -> None:
         require_positive(

@@ -1,7 +1,6 @@
 """Everything a run depends on: frozen dataclasses, each field with its unit, checked when made."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from vmf_pretrain.config.backbone import BackboneConfig
 from vmf_pretrain.config.checks import require
@@ -31,7 +30,7 @@ class Config:
         evaluate: k-NN and the other checks.
     """
 
-    method: Literal["dino-vmf", "dino"] = "dino-vmf"
+    method: str = "dino-vmf"
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)

@@ -12,26 +12,35 @@ from torch.utils.data import DataLoader, Dataset
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
-from vmf_pretrain.config.views import GLOBAL_VIEWS
+from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.digit_views import digit_view
 from vmf_pretrain.data.images import DigitImages, Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.data.photo_views import photo_view
+from vmf_pretrain.data.plan import Plan
 from vmf_pretrain.data.randomness import DATA_ORDER, VIEW, generator_for
 
 
 @dataclass(frozen=True)
-class ViewBatches(Dataset[list[Tensor] | PretrainError]):
+class ViewBatches(Dataset[Batch | PretrainError]):
     """Batch ``step`` is one tensor [B, C, side, side] for each view; the two global views come first."""
 
     images: Images
     config: Config
+    plan: Plan
+    rank: int = 0
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
             raise PretrainError(
                 f"data.batch_size is {self.config.data.batch_size} but there are {len(self.images)} training images; "
                 "a batch must not be larger."
+            )
+        if self.config.data.batch_size % self.ranks:
+            raise PretrainError(
+                f"data.batch_size is {self.config.data.batch_size} but there are {self.ranks} ranks; expected a multiple: it "
+                "is the batch of all ranks together."
             )
 
     @property
@@ -42,12 +51,15 @@ class ViewBatches(Dataset[list[Tensor] | PretrainError]):
     def __len__(self) -> int:
         return self.steps_per_epoch * self.config.train.epochs
 
-    def __getitem__(self, step: int) -> list[Tensor] | PretrainError:
+    def __getitem__(self, step: int) -> Batch | PretrainError:
         """The views, or the error of an unreadable image: an error raised in a worker would arrive as a traceback."""
         epoch, place = divmod(step, self.steps_per_epoch)
         size = self.config.data.batch_size
+        mine = size // self.ranks
+        start = place * size + self.rank * mine
+        indices = self.order(epoch)[start : start + mine].tolist()
         try:
-            return self.views(epoch, self.order(epoch)[place * size : (place + 1) * size].tolist())
+            return Batch(self.views(epoch, indices), indices=indices)
         except PretrainError as error:
             return error
 
@@ -62,7 +74,7 @@ class ViewBatches(Dataset[list[Tensor] | PretrainError]):
     def _pixels(self, epoch: int, indices: list[int]) -> list[Tensor]:
         """The views as pixels in [0, 1]; the noise of digits may leave that range."""
         chosen, seed = self.config.views, self.config.seed
-        sides = [chosen.global_size] * GLOBAL_VIEWS + [chosen.local_size] * chosen.local_count
+        sides = [chosen.global_size] * self.plan.global_views + [chosen.local_size] * self.plan.local_views
         if isinstance(self.images, DigitImages):
             digits = self.images.canvases[indices], self.images.middles[indices]
             return [
@@ -84,7 +96,7 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def load_from(batches: ViewBatches, step: int) -> DataLoader[list[Tensor] | PretrainError]:
+def load_from(batches: ViewBatches, step: int) -> DataLoader[Batch | PretrainError]:
     """Loader of the batches from ``step`` to the end of the run, in order."""
     workers = batches.config.data.workers
     return DataLoader(

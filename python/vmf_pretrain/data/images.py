@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.views import DIGIT_CANVAS
 from vmf_pretrain.data.digit_views import DIGIT_SIDE, ink_middles
 from vmf_pretrain.data.randomness import PLACEMENT, generator_for
@@ -134,3 +135,15 @@ def folder_images(folder: Path, size: int, held_out: float) -> tuple[FolderImage
 def _split(images: SomeImages, held_out: int) -> tuple[SomeImages, SomeImages]:
     order = torch.randperm(len(images), generator=generator_for(SPLIT_SEED, PLACEMENT, 1))
     return images.subset(order[held_out:].sort().values), images.subset(order[:held_out].sort().values)
+
+
+def load_images(config: Config) -> tuple[Images, Images | None]:
+    """Training and held-out images of a configuration."""
+    if config.data.kind == "digits":
+        return digits()
+    return folder_images(Path(str(config.data.folder)), config.views.global_size, config.data.held_out)
+
+
+def names_of(images: Images) -> list[str] | None:
+    """What the data set calls each image; None if they have numbers only."""
+    return None if isinstance(images, DigitImages) else [str(path) for path in images.paths]

@@ -1,10 +1,20 @@
-"""Ctrl-C and SIGTERM set a flag that the loop reads between steps; a second signal ends the program at once."""
+"""Signals set a flag that the loop reads between steps.
 
+Ctrl-C and SIGTERM stop the run after a checkpoint; a second one ends the program at once. SIGUSR1 asks for a checkpoint only.
+"""
+
+import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
+from vmf_pretrain.engine.votes import Counts
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVE = getattr(signal, "SIGUSR1", None)  # not on Windows
+
+REPEATED = 2.0  # seconds in which torchrun repeats a signal
 
 
 class Interruption:
@@ -12,9 +22,15 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
+        self.save = False
+        self._noted = 0.0
+        # torchrun passes on a Ctrl-C that the ranks got from the terminal as well: that is no second one
+        self._repeated = REPEATED if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if SAVE is not None:
+            self._before[SAVE] = signal.signal(SAVE, self._ask)
         return self
 
     def __exit__(
@@ -23,12 +39,25 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def votes(self, bad_images: int) -> Counts:
+        """What this rank says to the others; a request for a checkpoint is said once."""
+        save, self.save = self.save, False
+        terminate, interrupt = (self.requested is number for number in (signal.SIGTERM, signal.SIGINT))
+        return Counts(bad_images, int(terminate), int(interrupt), int(save))
+
     @property
     def exit_code(self) -> int:
         """128 plus the signal's number, as shells report it; 0 without one."""
         return 0 if self.requested is None else 128 + self.requested
 
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.save = True
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number)
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self._noted = signal.Signals(number), now
+        elif now - self._noted > self._repeated:
+            for each in SIGNALS:
+                signal.signal(each, self._before[each])
+            signal.raise_signal(number)

@@ -1,97 +1,124 @@
-"""The state of a run, and one training step: DINO's algorithm 1 with KoLeo, clipping and schedules.
+"""One step of any method: forward, backward, and an update that all ranks make or none.
 
-Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, and its published trainer.
+A step whose loss or gradient is not finite is skipped on every rank: weights, optimizer, followers and buffers (centres, batch
+statistics) keep their bits. On a CPU the loop knows at once. On a GPU the update is made conditional on the device, and the
+host reads a step later, so that it never waits.
 """
 
-import math
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
-from vmf_kernels import DINOLoss, DINOvMFLoss, KoLeoLoss
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
-from vmf_pretrain.config.views import GLOBAL_VIEWS
+from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.randomness import INITIALISATION, TRAINING_STEP, stream_seed
-from vmf_pretrain.engine.optim import clip_each, drop_last_layer_gradients, gradients_of, parameter_groups, set_rates
-from vmf_pretrain.engine.schedules import CosineSchedule
-from vmf_pretrain.networks.backbone import build_networks, follow
+from vmf_pretrain.engine.loss_scale import LossScale
+from vmf_pretrain.engine.optim import clip_each, gradients_of, parameter_groups, set_rates
+from vmf_pretrain.engine.parallel import Wrapped, wrap
+from vmf_pretrain.engine.votes import Counts, Taken, Votes
+from vmf_pretrain.methods.method import MINIMISED, Method, Place
+from vmf_pretrain.networks import ranks
+from vmf_pretrain.schedules import CosineSchedule
 from vmf_pretrain.storage.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": None}
 
-class Training:
-    """Student, teacher, loss, optimizer and schedules of one run.
+
+class Loop:
+    """A method with its optimizer and schedules.
 
     Args:
         config: the whole run.
+        method: its class.
         steps_per_epoch: optimizer steps in an epoch.
-        fabric: device and precision.
+        device: of this rank.
+        late: whether the host reads a step late; None means on a GPU only.
+
+    Raises:
+        PretrainError: the networks cannot be built.
     """
 
-    def __init__(self, config: Config, steps_per_epoch: int, fabric: Fabric) -> None:
+    def __init__(
+        self,
+        config: Config,
+        method: type[Method],
+        steps_per_epoch: int,
+        device: torch.device,
+        *,
+        late: bool | None = None,
+    ) -> None:
         torch.manual_seed(stream_seed(config.seed, INITIALISATION))
-        self.config = config
-        self.steps_per_epoch = steps_per_epoch
-        self.fabric = fabric
-        student, teacher = build_networks(config)
-        self.student, self.teacher = student.to(fabric.device), teacher.to(fabric.device)
-        self.loss = build_loss(config).to(fabric.device)
-        self.koleo = KoLeoLoss()
-        groups = parameter_groups(self.student)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.learning_rate)
-        self.total_steps = config.train.epochs * steps_per_epoch
+        self.config, self.device = config, device
+        self.start = Place(0, steps_per_epoch, config.train.epochs)
+        self.method = method(config, self.start).to(device)
+        if config.train.precision == "fp64":
+            self.method.double()
+        self.wrapped: Wrapped = wrap(self.method, config, device)
+        self.late = device.type == "cuda" if late is None else late
+        groups = parameter_groups(self.method)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.learning_rate, fused=True if self.late else None)
+        self.loss_scale = LossScale(active=config.train.precision == "fp16", device=device)
+        self.votes = Votes(device, late=self.late)
         optim, warm_up = config.optim, config.optim.warmup_epochs * steps_per_epoch
-        self.learning_rate = CosineSchedule(optim.learning_rate, optim.final_learning_rate, self.total_steps, warm_up)
-        self.weight_decay = CosineSchedule(optim.weight_decay, optim.final_weight_decay, self.total_steps)
-        self.momentum = CosineSchedule(optim.teacher_momentum, optim.final_teacher_momentum, self.total_steps)
+        self.learning_rate = CosineSchedule(optim.learning_rate, optim.final_learning_rate, self.start.steps, warm_up)
+        self.weight_decay = CosineSchedule(optim.weight_decay, optim.final_weight_decay, self.start.steps)
 
-    def teacher_temperature(self, epoch: int) -> float:
-        """The teacher's temperature in ``epoch``; after the end, that of the last epoch."""
-        schedule = self.loss.teacher_temp_schedule
-        return float(schedule[min(epoch, len(schedule) - 1)])
+    def place(self, step: int) -> Place:
+        """The place of a step."""
+        return Place(step, self.start.steps_per_epoch, self.start.epochs)
 
-    def step(self, step: int, views: list[Tensor]) -> dict[str, Tensor]:
-        """Take one optimizer step; returns the numbers to log, as [] tensors on the device.
+    def step(self, step: int, batch: Batch, *, log: bool = True, mine: Callable[[], Counts] = Counts) -> list[Taken]:
+        """Take one optimizer step.
 
-        Raises:
-            PretrainError: the loss or a gradient is not finite; no weight has been changed by this step.
+        Args:
+            step: its number.
+            batch: this rank's images, on any device.
+            log: whether the numbers of this step are wanted.
+            mine: returns what this rank votes besides; called when the step's gradients are there.
+
+        Returns:
+            What has become known: of this step, or on a GPU of the step before, if there was one.
         """
-        # stochastic depth draws from the global generator; seeding it by the step makes saving its state unnecessary
+        place = self.place(step)
+        # what is random in a step draws from the global generator; seeding it by the step makes saving its state unnecessary
         torch.manual_seed(stream_seed(self.config.seed, TRAINING_STEP, step))
-        epoch = step // self.steps_per_epoch
-        views = [view.to(self.fabric.device, non_blocking=True) for view in views]
-        with self.fabric.autocast():
-            with torch.no_grad():
-                _, targets = self.teacher(views[:GLOBAL_VIEWS])
-            features, logits = self.student(views)
-            loss = self.loss(logits, targets, epoch)
-            koleo = self._koleo(features)
-        total = loss + self.config.loss.koleo_weight * koleo
-        _require_finite(total, "loss", step)
+        batch = batch.to(self.device, dtype=torch.float64 if self.config.train.precision == "fp64" else None)
+        before = {name: value.clone() for name, value in self.method.named_buffers()}
+        with self._autocast():
+            losses: dict[str, Tensor] = self.wrapped(batch, place)
+        total = losses[MINIMISED]
         self.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(total)
-        norm = self._update(step, epoch)
-        return {**self._statistics(), "loss": loss.detach(), "koleo": koleo.detach(), "gradient_norm": norm}
+        self.wrapped.backward(self.loss_scale.scaled(total))
+        gradients = gradients_of(self.method)
+        self.loss_scale.unscale(gradients)
+        norm = clip_each(gradients, self.config.optim.clip)
+        finite = total.detach().isfinite() & norm.isfinite()
+        skipped = self.votes.cast(mine(), finite, total.detach().isfinite())
+        self._update(place, skipped, before)
+        numbers: dict[str, Tensor] = {}
+        if log:
+            averaged = {name: ranks.averaged(value.detach()) for name, value in losses.items()}
+            numbers = {**self.method.numbers(), **averaged, "gradient_norm": norm}
+        return self.votes.keep(step, batch.indices, numbers)
+
+    def drain(self) -> list[Taken]:
+        """What is not known yet; after the last step, or before a checkpoint."""
+        return self.votes.drain()
 
     def rates(self, step: int) -> dict[str, float]:
         """The values of the schedules at a step."""
-        return {
-            "learning_rate": self.learning_rate.at(step),
-            "weight_decay": self.weight_decay.at(step),
-            "teacher_momentum": self.momentum.at(step),
-            "teacher_temperature": self.teacher_temperature(step // self.steps_per_epoch),
-        }
+        own = {"learning_rate": self.learning_rate.at(step), "weight_decay": self.weight_decay.at(step)}
+        return {**own, **self.method.rates(self.place(step))}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a checkpoint has to hold."""
-        return {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "loss": self.loss.state_dict(),
-            "optimizer": flatten_optimizer(self.optimizer),
-        }
+        """Everything a checkpoint has to hold: a group for each part of the method, and the optimizer's."""
+        groups = {name: part.state_dict() for name, part in self.method.named_children()}
+        groups = {name: tensors for name, tensors in groups.items() if tensors}
+        scale = {"loss_scale": self.loss_scale.state_dict()} if self.loss_scale.active else {}
+        return {**groups, **scale, "optimizer": flatten_optimizer(self.optimizer)}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint.
@@ -99,63 +126,42 @@ class Training:
         Raises:
             PretrainError: its tensors do not fit this configuration.
         """
+        expected = self.tensors()
         try:
-            for name in ("student", "teacher", "loss"):
-                getattr(self, name).load_state_dict(checkpoint.tensors[name])
+            for name, part in self.method.named_children():
+                if name in expected:
+                    part.load_state_dict(checkpoint.tensors[name])
+            if self.loss_scale.active and "loss_scale" in checkpoint.tensors:
+                self.loss_scale.load_state_dict(checkpoint.tensors["loss_scale"])
         except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise PretrainError(f"checkpoint {checkpoint.path} does not fit the configuration: {reason}.") from None
         restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
 
-    def _koleo(self, features: Tensor) -> Tensor:
-        """Sum over the global views, as published."""
-        if self.config.loss.koleo_weight == 0:
-            return features.new_zeros(())
-        crops = features.chunk(self.config.view_count)[:GLOBAL_VIEWS]
-        return torch.stack([self.koleo(crop) for crop in crops]).sum()
+    def _update(self, place: Place, skipped: Tensor, before: dict[str, Tensor]) -> None:
+        """Optimizer, followers and buffers; nothing changes if the [] tensor ``skipped`` is not 0."""
+        set_rates(self.optimizer, self.learning_rate.at(place.step), self.weight_decay.at(place.step))
+        self.method.adjust_gradients(place)
+        self.loss_scale.update(skipped)
+        if self.late:
+            self._keep_buffers(skipped, before)
+            setattr(self.optimizer, "found_inf", skipped)  # noqa: B010 -- read by fused optimizers, unknown to their type
+            self.optimizer.step()
+            self.method.after_step(place, 1.0 - skipped)
+        elif skipped.item():
+            # through the modules, which may note on the host whether a buffer has started
+            self.method.load_state_dict(before, strict=False)
+        else:
+            self.optimizer.step()
+            self.method.after_step(place, 1.0)
 
-    def _update(self, step: int, epoch: int) -> Tensor:
-        set_rates(self.optimizer, self.learning_rate.at(step), self.weight_decay.at(step))
-        norm = clip_each(gradients_of(self.student), self.config.optim.clip)
-        _require_finite(norm, "gradient's norm", step)
-        if epoch < self.config.optim.freeze_last_layer_epochs:
-            drop_last_layer_gradients(self.student)
-        self.optimizer.step()
-        follow(self.teacher, self.student, self.momentum.at(step))
-        return norm
+    @torch.no_grad()
+    def _keep_buffers(self, skipped: Tensor, before: dict[str, Tensor]) -> None:
+        for name, value in self.method.named_buffers():
+            value.copy_(torch.where(skipped > 0, before[name], value))
 
-    def _statistics(self) -> dict[str, Tensor]:
-        found = self.loss.statistics
-        assert found is not None
-        return {
-            "teacher_entropy": found.teacher_entropy,
-            "student_entropy": found.student_entropy,
-            "kl": found.kl,
-            "mutual_information": found.mutual_information,
-        }
-
-
-def _require_finite(value: Tensor, name: str, step: int) -> None:
-    if not math.isfinite(value.item()):
-        raise PretrainError(
-            f"the {name} is {value.item()} at step {step}; lower optim.learning_rate or set train.precision to 32-true in the "
-            "run folder's config.yaml, and go on from the last checkpoint with --resume."
-        )
-
-
-def build_loss(config: Config) -> DINOLoss:
-    """The loss of the configured method."""
-    loss = config.loss
-    published: tuple[Any, ...] = (
-        config.head.prototypes,
-        config.view_count,
-        loss.warmup_teacher_temp,
-        loss.teacher_temp,
-        loss.warmup_teacher_temp_epochs,
-        config.train.epochs,
-        loss.student_temp,
-        loss.center_momentum,
-    )
-    if config.method == "dino":
-        return DINOLoss(*published, center_start=loss.center_start)
-    return DINOvMFLoss(*published, centering=loss.centering, center_start=loss.center_start)
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = PRECISIONS[self.config.train.precision]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            yield

@@ -1,6 +1,4 @@
-"""The optimizer step of DINO: parameter groups, clipping per parameter, the frozen last layer and the moving average."""
-
-from collections.abc import Iterable
+"""Parameter groups, rates, and clipping per parameter."""
 
 import torch
 from torch import Tensor, nn
@@ -46,16 +44,3 @@ def clip_each(gradients: list[Tensor], max_norm: float) -> Tensor:
         coefficients = (max_norm / (torch.stack(norms) + CLIP_EPSILON)).clamp(max=1.0)
         torch._foreach_mul_(gradients, list(coefficients.unbind()))
     return torch.stack([norm.float() for norm in norms]).square().sum().sqrt()
-
-
-def drop_last_layer_gradients(module: nn.Module) -> None:
-    """Exclude the prototypes from this step, as DINO does at first: without a gradient there is no weight decay either."""
-    for name, parameter in module.named_parameters():
-        if "last_layer" in name:
-            parameter.grad = None
-
-
-@torch.no_grad()
-def update_average(average: Iterable[Tensor], current: Iterable[Tensor], momentum: float) -> None:
-    """``average <- momentum average + (1 - momentum) current``, in place, tensor by tensor."""
-    torch._foreach_lerp_(list(average), [value.detach() for value in current], 1.0 - momentum)

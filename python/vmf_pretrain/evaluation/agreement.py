@@ -11,8 +11,9 @@ differ from one another means that the network is evaluated on other inputs than
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 BATCHES_LOGGED = 10  # the newest lines of the log that are compared
 SPREADS = 4.0  # standard deviations of single batches within which log and summary agree
@@ -55,3 +56,21 @@ def agreement(logged: Sequence[float], once: Sequence[float], twice: Sequence[fl
         return None
     tolerance = SPREADS * math.hypot(statistics.stdev(logged), statistics.stdev(once))
     return Agreement(statistics.fmean(logged), (statistics.fmean(once), statistics.fmean(twice)), tolerance)
+
+
+def compared(records: Sequence[Mapping[str, Any]], judged: tuple[Sequence[float], Sequence[float]]) -> dict[str, Any]:
+    """The summary's comparison of mutual information in the log and in evaluated images; nulls if it is impossible.
+
+    Args:
+        records: of the log.
+        judged: mutual information of batches of B, and of 2 B, evaluated images.
+    """
+    lines = [record["mutual_information"] for record in records if "mutual_information" in record]
+    logged = [math.nan if value is None else value for value in lines[-BATCHES_LOGGED:]]
+    found = agreement(logged, *judged)
+    return {
+        "mutual_information_logged": None if found is None else found.logged,
+        "mutual_information_judged": None if found is None else list(found.judged),
+        "mutual_information_tolerance": None if found is None else found.tolerance,
+        "mutual_information_agrees": None if found is None else found.holds,
+    }

@@ -8,19 +8,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vmf_kernels import DINOHead, LogitCenter, ProbabilityCenter
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.images import SPLIT_SEED, Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.data.randomness import JUDGED_ORDER, generator_for
-from vmf_pretrain.engine.loop import Training
 from vmf_pretrain.evaluation.features import extract_features
 from vmf_pretrain.evaluation.knn import knn_accuracy
 from vmf_pretrain.evaluation.linear import linear_accuracy
 from vmf_pretrain.evaluation.prototypes import HeadReport, batch_information, report_head
 from vmf_pretrain.evaluation.rank import rankme
+from vmf_pretrain.methods.method import Assignment, Method, Place
 
 BASELINES = ("knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels")
+HEAD_FIGURES = (
+    "mutual_information",
+    "teacher_entropy",
+    "usage_entropy",
+    "prototypes_used",
+    "unique_prototypes",
+    "largest_duplicate_share",
+)
 BATCH = 256  # images a forward pass
 PIXEL_SIDE = 32  # side of the images whose pixels k-NN compares: full photographs would fill the memory
 PROBED_SIDE = 16  # the same for the linear probe: at 32 it takes a minute for 800 photographs, and is no better
@@ -32,12 +39,12 @@ class Report:
 
     Attributes:
         figures: the numbers of the summary that depend on the teacher.
-        head: how the head assigns the training images.
+        head: how the head assigns the training images; None without prototypes.
         information: mutual information, nats, of evaluated images in batches as large as in training, and twice as large.
     """
 
     figures: dict[str, Any]
-    head: HeadReport
+    head: HeadReport | None
     information: tuple[list[float], list[float]]
 
 
@@ -76,38 +83,28 @@ class Judge:
         """Network inputs of the evaluated images: batches [B, C, size, size]."""
         return map(network_input(self.config).of, self._pixels(images))
 
-    def report(self, training: Training) -> Report:
-        """Evaluate the teacher with its head."""
-        teacher = training.teacher
-        features = self._features(teacher.backbone, self.train)
-        tau = training.teacher_temperature(self.config.train.epochs)
-        center = training.loss.centering
-        assert isinstance(center, LogitCenter | ProbabilityCenter), "the trainer's losses have a running centre"
-        assigned: dict[str, Any] = {"temperature": tau, "bias": center.bias(tau)}
-        threshold = self.config.evaluate.duplicate_threshold
-        head = report_head(teacher.head, features, **assigned, threshold=threshold)
-        kept = self._features(teacher.backbone, self._kept()) if self._labelled else None
-        figures = {
+    def report(self, method: Method, place: Place) -> Report:
+        """Evaluate a method's network, with its head if it has one."""
+        backbone, assignment = method.evaluated, method.assignment(place)
+        features = self._features(backbone, self.train)
+        kept = self._features(backbone, self._kept()) if self._labelled else None
+        figures: dict[str, Any] = {
             "knn": None if kept is None else self._compare(features, kept),
             "linear": None if kept is None else self._linear(features, kept),
-            "mutual_information": head.mutual_information,
-            "teacher_entropy": head.teacher_entropy,
             "rankme": rankme(features),
-            "usage_entropy": head.usage_entropy,
-            "prototypes_used": head.prototypes_used,
-            "unique_prototypes": head.unique_prototypes,
-            "largest_duplicate_share": head.largest_duplicate_share,
         }
-        return Report(figures, head, self._information(teacher.head, features, assigned))
+        if assignment is None:
+            return Report({**figures, **dict.fromkeys(HEAD_FIGURES)}, None, ([], []))
+        head = report_head(assignment, features, threshold=self.config.evaluate.duplicate_threshold)
+        figures |= {name: getattr(head, name) for name in HEAD_FIGURES}
+        return Report(figures, head, self._information(assignment, features))
 
-    def _information(
-        self, head: DINOHead, features: Tensor, assigned: dict[str, Any]
-    ) -> tuple[list[float], list[float]]:
+    def _information(self, assignment: Assignment, features: Tensor) -> tuple[list[float], list[float]]:
         """Mutual information of batches as large as in training, and twice as large (at most all images); fixed order."""
         shuffled = features[torch.randperm(len(features), generator=generator_for(SPLIT_SEED, JUDGED_ORDER))]
         size = self.config.data.batch_size
-        once = batch_information(head, shuffled, **assigned, rows=size)
-        return once, batch_information(head, shuffled, **assigned, rows=min(2 * size, len(shuffled)))
+        once = batch_information(assignment, shuffled, rows=size)
+        return once, batch_information(assignment, shuffled, rows=min(2 * size, len(shuffled)))
 
     def _kept(self) -> Images:
         assert self.held_out is not None

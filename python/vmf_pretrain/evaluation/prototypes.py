@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vmf_kernels import (
     AssignmentStatistics,
-    DINOHead,
     PrototypeLogits,
     Prototypes,
     prototype_cross_entropy,
@@ -18,6 +17,7 @@ from vmf_kernels import (
 )
 from vmf_pretrain.evaluation.features import device_of, evaluating
 from vmf_pretrain.evaluation.rank import entropy
+from vmf_pretrain.methods.method import Assignment
 
 LOGIT_ROWS_AT_ONCE = 64  # of stored logits: 16 MiB of fp32 at K = 65,536
 
@@ -48,23 +48,20 @@ class HeadReport:
 
 
 @torch.no_grad()
-def report_head(
-    head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, threshold: float
-) -> HeadReport:
+def report_head(assignment: Assignment, features: Tensor, *, threshold: float) -> HeadReport:
     """How the head assigns ``features`` to prototypes, in evaluation mode; every image has the same weight.
 
     Args:
-        head: the projection head; its prototypes add the vMF normaliser if they have one (``DINOvMFHead``). The mode of every
-            module is restored.
+        assignment: the head, its temperature and bias; the prototypes add the vMF normaliser if they have one
+            (``DINOvMFHead``). The mode of every module is restored.
         features: [N, F] of the backbone; moved to the head's device.
-        temperature: the teacher's, positive.
-        bias: [K] nats added to the logits (the centre's bias), or None.
         threshold: cosine distance below which two prototypes count as duplicates.
 
     Raises:
         ValueError: shapes or the temperature do not fit.
     """
-    logits, on_device = _assigned(head, features, bias)
+    temperature = assignment.temperature
+    logits, on_device = _assigned(assignment, features)
     prototypes = logits.prototypes
     statistics = _statistics(logits.features, prototypes, temperature, on_device)
     duplicates = unique_prototypes(prototypes.effective_weight(), threshold)
@@ -81,23 +78,23 @@ def report_head(
 
 
 @torch.no_grad()
-def batch_information(
-    head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None, *, rows: int
-) -> list[float]:
+def batch_information(assignment: Assignment, features: Tensor, *, rows: int) -> list[float]:
     """Mutual information, in nats, of each consecutive batch of ``rows`` images, as a log of such batches would have it.
 
     It is at most ``ln rows``, and on average less than that of all images together. Arguments as ``report_head``. No image
     is in two batches; images left over are not used.
     """
-    logits, on_device = _assigned(head, features, bias)
+    temperature = assignment.temperature
+    logits, on_device = _assigned(assignment, features)
     prototypes = logits.prototypes
     starts = range(0, len(features) - rows + 1, rows)
     batches = (logits.features[start : start + rows] for start in starts)
     return [float(_statistics(batch, prototypes, temperature, on_device).mutual_information) for batch in batches]
 
 
-def _assigned(head: DINOHead, features: Tensor, bias: Tensor | None) -> tuple[PrototypeLogits, Tensor | None]:
+def _assigned(assignment: Assignment, features: Tensor) -> tuple[PrototypeLogits, Tensor | None]:
     """Logits of features in evaluation mode, and the bias on their device."""
+    head, bias = assignment.head, assignment.bias
     device = device_of(head)
     with evaluating(head):
         logits: PrototypeLogits = head(features.to(device)).float()

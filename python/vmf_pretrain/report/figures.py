@@ -1,13 +1,15 @@
 """Every PNG of a run folder."""
 
-from torch import Tensor
+from collections.abc import Mapping
 
+from torch import nn
+
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.evaluation.attention import attention_maps
 from vmf_pretrain.evaluation.prototypes import HeadReport
-from vmf_pretrain.networks.backbone import Network
 from vmf_pretrain.report.plots import plot_attention, plot_kappa, plot_knn, plot_loss, plot_usage
 from vmf_pretrain.storage.run_folder import RunFolder, read_metrics
 
@@ -15,20 +17,29 @@ SAMPLE_IMAGES = 6
 
 
 def draw_plots(
-    folder: RunFolder, config: Config, head: HeadReport, teacher: Network, images: Images, baselines: dict[str, float]
+    folder: RunFolder,
+    config: Config,
+    head: HeadReport | None,
+    backbone: nn.Module,
+    images: Images,
+    baselines: Mapping[str, float],
 ) -> None:
-    """Every PNG of the run folder."""
+    """Every PNG of the run folder; those of the prototypes and of the class token only where there are such."""
     records = read_metrics(folder)
-    losses = [record for record in records if record.get("loss") is not None]
+    losses = [record for record in records if record.get("teacher_entropy") is not None]
     if losses:
         plot_loss(losses, config.head.prototypes, folder.plots / "loss.png")
     evaluations = [record for record in records if record.get("knn") is not None]
     plot_knn(evaluations, baselines, folder.plots / "knn.png")
-    plot_usage(head.usage.cpu(), folder.plots / "usage.png")
-    plot_kappa(head.norms.cpu() / config.loss.teacher_temp, folder.plots / "kappa.png")
+    if head is not None:
+        plot_usage(head.usage.cpu(), folder.plots / "usage.png")
+        plot_kappa(head.norms.cpu() / config.loss.teacher_temp, folder.plots / "kappa.png")
     fed = network_input(config)
     sample = fed.of(images.evaluation_pixels(_spread(len(images))))
-    maps: Tensor = attention_maps(teacher.backbone, sample).cpu()
+    try:
+        maps = attention_maps(backbone, sample).cpu()
+    except PretrainError:  # no class token, or no plain attention
+        return
     plot_attention(fed.pixels(sample), maps, folder.plots / "attention.png")
 
 

@@ -15,6 +15,8 @@ NEAR = 0.02  # of ln K: how close a teacher's entropy is to a band before it cou
 
 def verdict(figures: Mapping[str, Any], prototypes: int) -> str:
     """What the numbers mean, in one sentence."""
+    if figures["mutual_information"] is None:
+        return "This method has no prototypes to collapse; look at the accuracies and at the rank of the features."
     if figures["mutual_information"] >= DEAD_INFORMATION:
         return f"The head is alive: prototypes tell {figures['mutual_information']:.2f} nats about an image."
     if figures["teacher_entropy"] > (1 - NEAR) * math.log(prototypes):
@@ -70,17 +72,25 @@ def print_summary(
         table.add_row(name, _percent(figures[f"knn{which}"]), _percent(figures[f"linear{which}"]))
     console.print(table)
     head = Table(title="head", title_justify="left", show_header=False)
+    if figures["mutual_information"] is None:
+        head.add_row("rank of the features (RankMe)", f"{figures['rankme']:.1f}")
+    else:
+        _add_head(head, figures, prototypes)
+    console.print(head)
+    console.print(verdict(figures, prototypes))
+    if figures["mutual_information"] is not None:
+        console.print(comparison(figures), soft_wrap=True, highlight=False)
+    console.print(f"Run folder: {folder} (summary.json, metrics.jsonl, plots/, weights/, tensorboard/)", soft_wrap=True)
+    console.print(f"Next: {next_command}", soft_wrap=True, highlight=False)
+
+
+def _add_head(head: Table, figures: Mapping[str, Any], prototypes: int) -> None:
     head.add_row("mutual information of images and prototypes", f"{figures['mutual_information']:.2f} nats")
     head.add_row("rank of the features (RankMe)", f"{figures['rankme']:.1f}")
     head.add_row("prototypes used (best for some image)", f"{figures['prototypes_used']} of {prototypes}")
     head.add_row("entropy of their usage", f"{figures['usage_entropy']:.2f} nats (ln K = {math.log(prototypes):.2f})")
     head.add_row("unique prototypes", f"{figures['unique_prototypes']} of {prototypes}")
     head.add_row("largest set of duplicates", f"{100 * figures['largest_duplicate_share']:.1f} % of the prototypes")
-    console.print(head)
-    console.print(verdict(figures, prototypes))
-    console.print(comparison(figures), soft_wrap=True, highlight=False)
-    console.print(f"Run folder: {folder} (summary.json, metrics.jsonl, plots/, weights/, tensorboard/)", soft_wrap=True)
-    console.print(f"Next: {next_command}", soft_wrap=True, highlight=False)
 
 
 def _percent(value: float | None) -> str:

@@ -8,15 +8,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.network_input import NetworkInput
-from vmf_pretrain.networks.backbone import Network
 from vmf_pretrain.storage.run_folder import RunFolder
 
 
-def save_weights(folder: RunFolder, name: str, teacher: Network, fed: NetworkInput, facts: Mapping[str, Any]) -> None:
+def save_weights(folder: RunFolder, name: str, teacher: nn.Module, fed: NetworkInput, facts: Mapping[str, Any]) -> None:
     """Write ``weights/<name>.safetensors`` with the teacher's ``backbone.`` and ``head.``, and beside it a JSON file with
     its network input (``input``) and the facts."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in teacher.state_dict().items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.pretrain.tiny import (
+    batch_of,
     changed,
     digits_config,
     one_sentence,
@@ -21,7 +22,6 @@ from tests.pretrain.tiny import (
     save_photos,
     some_digits,
     two_classes,
-    views_of,
 )
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.batches import ViewBatches, load_from
@@ -53,7 +53,7 @@ def loaded(batches: ViewBatches, step: int) -> list[list[Tensor]]:
 def test_views_have_their_sizes_and_channels_the_global_ones_first(kind: str, tmp_path: Path) -> None:
     batches = batches_of(kind, tmp_path)
     channels, large, small = (1, 16, 8) if kind == "digits" else (3, 32, 16)
-    shapes = [tuple(view.shape) for view in views_of(batches, 0)]
+    shapes = [tuple(view.shape) for view in batch_of(batches, 0)]
     assert shapes == [(4, channels, large, large)] * 2 + [(4, channels, small, small)] * 2
 
 
@@ -88,9 +88,9 @@ def test_another_seed_epoch_index_or_view_gives_another_view(kind: str, tmp_path
 def test_batches_leave_the_global_generator_alone_and_do_not_read_it(kind: str, tmp_path: Path) -> None:
     batches = batches_of(kind, tmp_path)
     torch.manual_seed(1)
-    first, before = views_of(batches, 3), torch.get_rng_state()
+    first, before = batch_of(batches, 3), torch.get_rng_state()
     torch.manual_seed(2)
-    again = views_of(batches, 3)
+    again = batch_of(batches, 3)
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), before), "a batch drew from the global generator"
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
@@ -115,7 +115,7 @@ def test_epoch_shows_no_image_twice_and_holds_whole_batches_only(tmp_path: Path)
         taken = batches.order(epoch)[:8].tolist()
         expected = [batches.views(epoch, taken[:4]), batches.views(epoch, taken[4:])]
         for place in range(2):
-            got = views_of(batches, 2 * epoch + place)
+            got = batch_of(batches, 2 * epoch + place)
             assert all(torch.equal(one, other) for one, other in zip(got, expected[place], strict=True))
 
 
@@ -126,7 +126,7 @@ def test_loader_gives_the_same_batches_with_and_without_workers_from_any_step(
 ) -> None:
     alone = loaded(batches_of(kind, tmp_path, data={"workers": 0}), step)
     helped = loaded(batches_of(kind, tmp_path, data={"workers": 2}), step)
-    expected = [views_of(batches_of(kind, tmp_path), place) for place in range(step, 6)]
+    expected = [batch_of(batches_of(kind, tmp_path), place) for place in range(step, 6)]
     assert len(alone) == len(helped) == 6 - step
     for name, got in (("0 workers", alone), ("2 workers", helped)):
         wrong = [

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import vmf_pretrain
-from tests.pretrain.tiny import a_run, changed, digits_config, photos_config, save_ramps, views_of
+from tests.pretrain.tiny import a_run, batch_of, changed, digits_config, photos_config, save_ramps
 from vmf_pretrain.config.data import DataConfig
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.views import GLOBAL_VIEWS
 from vmf_pretrain.data.batches import ViewBatches
+from vmf_pretrain.data.images import load_images
 from vmf_pretrain.data.network_input import SCALES, NetworkInput, network_input
-from vmf_pretrain.engine.run import load_images
+from vmf_pretrain.data.plan import Plan
 from vmf_pretrain.evaluation.attention import VisionTransformer
 from vmf_pretrain.evaluation.judge import Judge
 
@@ -130,7 +131,9 @@ def training_and_judged(kind: str, folder: Path) -> tuple[Tensor, Tensor, Networ
     """What the network is fed in global views of every training image, and when it is judged."""
     config = config_of(kind, folder, views=MILD[kind], evaluate={"max_images": 10_000})
     train, held_out = load_images(config)
-    views = ViewBatches(train, config).views(0, list(range(len(train))))[:GLOBAL_VIEWS]
+    views = ViewBatches(train, config, Plan(2, config.views.local_count)).views(0, list(range(len(train))))[
+        :GLOBAL_VIEWS
+    ]
     return torch.cat(views), torch.cat(list(Judge(train, held_out, config).inputs(train))), network_input(config)
 
 
@@ -183,8 +186,8 @@ def test_nothing_reaches_a_network_in_a_whole_run_but_through_the_one_way(
 @pytest.mark.quick
 def test_views_are_the_same_pixels_on_the_networks_scale(tmp_path: Path) -> None:
     config = config_of("folder", tmp_path)
-    batches = ViewBatches(load_images(config)[0], config)
-    shown = [network_input(config).pixels(view) for view in views_of(batches, 0)]
+    batches = ViewBatches(load_images(config)[0], config, Plan(2, config.views.local_count))
+    shown = [network_input(config).pixels(view) for view in batch_of(batches, 0).views]
     assert all(view.min() > -1e-5 and view.max() < 1 + 1e-5 for view in shown), [view.aminmax() for view in shown]
     assert max(view.max().item() for view in shown) > 0.7
 

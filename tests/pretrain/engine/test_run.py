@@ -29,7 +29,9 @@ from tests.pretrain.tiny import (
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import read_config
 from vmf_pretrain.config.run import Config
+from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.engine.run import Run
+from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.evaluation.judge import BASELINES
 from vmf_pretrain.report.figures import draw_plots
 from vmf_pretrain.storage.run_folder import read_metrics
@@ -71,14 +73,14 @@ def whole_run(config: Config, out: Path) -> Run:
 
 def before_step(run: Run, step: int, act: Callable[[], object]) -> Run:
     """Let ``act`` happen while the run does step number ``step``."""
-    training: Any = run.training
+    training: Any = run.loop
     original = training.step
 
-    def step_and_act(number: int, views: list[Tensor]) -> dict[str, Tensor]:
+    def step_and_act(number: int, batch: Batch, **options: Any) -> list[Taken]:
         if number == step:
             act()
-        numbers: dict[str, Tensor] = original(number, views)
-        return numbers
+        taken: list[Taken] = original(number, batch, **options)
+        return taken
 
     training.step = step_and_act
     return run
@@ -94,7 +96,7 @@ def resumed(out: Path) -> Run:
 
 
 def state_of(run: Run) -> dict[str, Tensor]:
-    groups = run.training.tensors()
+    groups = run.loop.tensors()
     return copied({f"{group}.{name}": value for group, named in groups.items() for name, value in named.items()})
 
 
@@ -164,15 +166,15 @@ def test_run_that_crashed_repeats_the_steps_since_its_checkpoint(whole: Run, tmp
 
 
 def lose_centre(run: Run) -> None:
-    run.training.loss.centering.center.zero_()
+    run.loop.method.loss.centering.center.zero_()
 
 
 def lose_optimizer(run: Run) -> None:
-    run.training.optimizer.state.clear()
+    run.loop.optimizer.state.clear()
 
 
 def lose_teacher(run: Run) -> None:
-    run.training.teacher.load_state_dict(run.training.student.state_dict())
+    run.loop.method.teacher.load_state_dict(run.loop.method.student.state_dict())
 
 
 def lose_place(run: Run) -> None:
@@ -193,10 +195,10 @@ def test_each_part_of_a_checkpoint_is_needed(lose: Callable[[Run], None], stoppe
     lose(lacking)
     for each in (exact, lacking):
         for step in (each.step, each.step + 1):
-            views = each.batches[step]
-            assert isinstance(views, list)
-            each.training.step(step, views)
-    students = [copied(dict(each.training.student.named_parameters())) for each in (exact, lacking)]
+            batch = each.batches[step]
+            assert isinstance(batch, Batch)
+            each.loop.step(step, batch)
+    students = [copied(dict(each.loop.method.student.named_parameters())) for each in (exact, lacking)]
     assert differing(*students), f"{lose.__name__} changes nothing: the comparison cannot fail"
 
 
@@ -205,7 +207,7 @@ def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     runs = [a_run(changed(unfrozen, seed=seed), tmp_path / str(seed))[0] for seed in (0, 1)]
     for run in runs:
         run.train()
-    students = [copied(dict(run.training.student.named_parameters())) for run in runs]
+    students = [copied(dict(run.loop.method.student.named_parameters())) for run in runs]
     same = students[0].keys() - set(differing(*students))
     assert not same, f"weights that no seed changes: {same}"
 
@@ -301,7 +303,7 @@ def test_both_methods_run_under_autocast(method: str, tmp_path: Path) -> None:
     assert run.train() == 0
     losses = [record["loss"] for record in read_metrics(run.folder) if "loss" in record]
     assert all(isinstance(loss, float) and 0 < loss < 20 for loss in losses), losses
-    assert {value.dtype for value in run.training.student.parameters()} == {torch.float32}
+    assert {value.dtype for value in run.loop.method.student.parameters()} == {torch.float32}
 
 
 @pytest.mark.usefixtures("plots")
@@ -376,13 +378,13 @@ def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path: Path) -> None:
 def test_run_that_fails_in_its_first_step_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = a_run(digits_config(), tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(run.training, "step", failing_step)
+        patch.setattr(run.loop, "step", failing_step)
         with pytest.raises(PretrainError, match="not a number"):
             run.train()
     assert resumed(tmp_path / "run").step == 0
 
 
-def failing_step(step: int, views: list[Tensor]) -> dict[str, Tensor]:
+def failing_step(step: int, batch: Batch, **options: object) -> NoReturn:
     raise PretrainError("the loss is not a number.")
 
 

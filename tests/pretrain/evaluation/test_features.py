@@ -16,6 +16,7 @@ from vmf_pretrain.evaluation.knn import knn_accuracy
 from vmf_pretrain.evaluation.linear import linear_accuracy
 from vmf_pretrain.evaluation.prototypes import HeadReport, batch_information, report_head
 from vmf_pretrain.evaluation.rank import rankme
+from vmf_pretrain.methods.method import Assignment
 
 pytestmark = pytest.mark.quick
 
@@ -284,7 +285,7 @@ def test_a_report_equals_the_probabilities_written_out(
     monkeypatch.setattr(prototypes, "LOGIT_ROWS_AT_ONCE", rows_at_once)
     head, features = some_head(head_class, use_bn=True), torch.randn(50, IN_DIM)
     bias = 2 * torch.randn(PROTOTYPES) if biased else None
-    report = report_head(head, features, TEMPERATURE, bias, threshold=0.025)
+    report = report_head(Assignment(head, TEMPERATURE, bias), features, threshold=0.025)
     q = written_out(head, features, TEMPERATURE, bias)
     expected = {
         "mutual_information": (entropy(q.mean(0)) - entropy(q).mean()).item(),
@@ -308,10 +309,12 @@ def test_normaliser_and_bias_change_which_prototypes_are_used() -> None:
     favoured = torch.full((PROTOTYPES,), -1e4)
     favoured[5] = 0.0
 
-    usages = [report_head(head, features, TEMPERATURE, None, threshold=0.025).usage for head in heads.values()]
+    usages = [
+        report_head(Assignment(head, TEMPERATURE, None), features, threshold=0.025).usage for head in heads.values()
+    ]
     shift = (usages[0] - usages[1]).abs().max().item()
     assert shift > 0.01, f"the normaliser moves usage by only {shift}"
-    alone = report_head(heads[DINOvMFHead], features, TEMPERATURE, favoured, threshold=0.025)
+    alone = report_head(Assignment(heads[DINOvMFHead], TEMPERATURE, favoured), features, threshold=0.025)
     assert alone.prototypes_used == 1, f"{alone.prototypes_used} used"
     assert alone.usage[5].item() == pytest.approx(1.0), f"usage is {alone.usage}"
 
@@ -323,7 +326,7 @@ def report_of_logits(scale: float, features: Tensor) -> HeadReport:
         head.mlp.weight.copy_(torch.eye(5))
         head.last_layer.weight_v.copy_(torch.eye(5))
         head.last_layer.weight_g.fill_(scale)
-    return report_head(head, features, 0.04, None, threshold=0.025)
+    return report_head(Assignment(head, 0.04, None), features, threshold=0.025)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +350,7 @@ def test_a_report_leaves_the_head_alone() -> None:
     head = some_head(DINOvMFHead, use_bn=True).train()
     before, random_state = {k: v.clone() for k, v in head.state_dict().items()}, torch.get_rng_state()
     features = torch.randn(20, IN_DIM, generator=torch.Generator().manual_seed(1))
-    report = report_head(head, features, TEMPERATURE, torch.zeros(PROTOTYPES), threshold=0.025)
+    report = report_head(Assignment(head, TEMPERATURE, torch.zeros(PROTOTYPES)), features, threshold=0.025)
     assert all(part.training for part in head.modules()), "a part stayed in evaluation mode"
     assert torch.equal(torch.get_rng_state(), random_state), "the global generator moved"
     changed = [name for name, value in head.state_dict().items() if not torch.equal(value, before[name])]
@@ -360,7 +363,7 @@ def test_a_report_leaves_the_head_alone() -> None:
 @pytest.mark.parametrize("head_class", [DINOHead, DINOvMFHead])
 def test_information_of_batches_equals_the_probabilities_written_out(head_class: type[DINOHead]) -> None:
     head, features, bias = some_head(head_class, use_bn=True), torch.randn(50, IN_DIM), 2 * torch.randn(PROTOTYPES)
-    got = batch_information(head, features, TEMPERATURE, bias, rows=20)
+    got = batch_information(Assignment(head, TEMPERATURE, bias), features, rows=20)
     parts = [written_out(head, features[start : start + 20], TEMPERATURE, bias) for start in (0, 20)]
     expected = [(entropy(q.mean(0)) - entropy(q).mean()).item() for q in parts]
     assert got == pytest.approx(expected, abs=2e-5), f"got {got}; expected {expected}"
@@ -368,6 +371,6 @@ def test_information_of_batches_equals_the_probabilities_written_out(head_class:
 
 @pytest.mark.parametrize(("rows", "batches"), [(50, 1), (51, 0), (7, 7), (1, 50)])
 def test_information_is_of_whole_batches_only(rows: int, batches: int) -> None:
-    got = batch_information(some_head(), torch.randn(50, IN_DIM), TEMPERATURE, None, rows=rows)
+    got = batch_information(Assignment(some_head(), TEMPERATURE, None), torch.randn(50, IN_DIM), rows=rows)
     assert len(got) == batches
     assert all(abs(value) < 1e-5 for value in got) == (rows == 1 or not got), f"{got} of batches of {rows}"

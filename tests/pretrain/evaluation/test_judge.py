@@ -9,13 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.pretrain.tiny import digits_config, photos_config, save_photos, training_on, two_classes, views_of
+from tests.pretrain.tiny import (
+    batch_of,
+    build_networks,
+    digits_config,
+    loop_on,
+    photos_config,
+    save_photos,
+    two_classes,
+)
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.images import DigitImages, digits, folder_images
 from vmf_pretrain.evaluation.judge import Judge
 from vmf_pretrain.evaluation.knn import knn_accuracy
 from vmf_pretrain.evaluation.linear import linear_accuracy
-from vmf_pretrain.networks.backbone import build_networks
 
 pytestmark = pytest.mark.quick
 
@@ -92,10 +99,10 @@ def test_images_looked_at_lie_evenly_over_all_classes() -> None:
 @pytest.mark.parametrize("labelled", [True, False])
 def test_report_has_every_figure_and_accuracies_only_with_labels(labelled: bool) -> None:
     config = digits_config(evaluate={"max_images": 100})
-    training, batches = training_on(config, 300)
-    training.step(0, views_of(batches, 0))  # the centre starts with it
+    training, batches = loop_on(config, 300)
+    training.step(0, batch_of(batches, 0))  # the centre starts with it
     train, held_out = digits()
-    report = Judge(train, held_out if labelled else None, config).report(training)
+    report = Judge(train, held_out if labelled else None, config).report(training.method, training.place(1))
     figures, head = report.figures, report.head
     accuracies = [figures["knn"], figures["linear"]]
     assert all((accuracy is not None) == labelled for accuracy in accuracies), accuracies

@@ -12,20 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.pretrain.tiny import (
+    batch_of,
+    build_networks,
     differing,
     digits_config,
+    loop_on,
     one_sentence,
     photos_config,
     save_photos,
     some_digits,
-    training_on,
-    views_of,
 )
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.images import folder_images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.evaluation.prototypes import HeadReport
-from vmf_pretrain.networks.backbone import build_networks
 from vmf_pretrain.report.figures import draw_plots
 from vmf_pretrain.storage.run_folder import MetricsLog, RunFolder
 from vmf_pretrain.storage.weights import load_weights, save_weights
@@ -45,14 +45,14 @@ REPORT = HeadReport(
 
 @pytest.mark.quick
 def test_weights_load_strictly_into_a_fresh_network(tmp_path: Path) -> None:
-    training, batches = training_on(digits_config(data={"batch_size": 32}), 64)
-    training.step(0, views_of(batches, 0))
+    training, batches = loop_on(digits_config(data={"batch_size": 32}), 64)
+    training.step(0, batch_of(batches, 0))
     folder = RunFolder.create(tmp_path / "run")
-    save_weights(folder, "last", training.teacher, FED, {"step": 1})
+    save_weights(folder, "last", training.method.teacher, FED, {"step": 1})
     _, fresh = build_networks(digits_config(seed=9))
     tensors, fed = load_weights(folder.weights / "last.safetensors")
     fresh.load_state_dict(tensors, strict=True)
-    assert differing(fresh.state_dict(), training.teacher.state_dict()) == []
+    assert differing(fresh.state_dict(), training.method.teacher.state_dict()) == []
     assert fed == FED
     assert json.loads((folder.weights / "last.json").read_text()) == {"step": 1, "input": FED.facts()}
 
@@ -97,7 +97,7 @@ def test_attention_is_drawn_beside_the_photograph_and_not_what_was_made_of_it(
     save_photos(tmp_path / "photos", 6)
     images, _ = folder_images(tmp_path / "photos", 32, 0.25)
     config = photos_config(tmp_path / "photos")
-    draw_plots(RunFolder.create(tmp_path / "run"), config, REPORT, build_networks(config)[1], images, {})
+    draw_plots(RunFolder.create(tmp_path / "run"), config, REPORT, build_networks(config)[1].backbone, images, {})
     error = (drawn[0] - images.evaluation_pixels(list(range(6)))).abs().max().item()
     assert error < 1e-6, f"off by {error:.1e}"
 
@@ -111,7 +111,7 @@ def test_every_plot_is_a_picture(images: int, tmp_path: Path) -> None:
     log.write({"step": 2, "loss": None, "teacher_entropy": None, "kl": None})
     log.write({"step": 2, "epoch": 1, "knn": 60.0})
     _, teacher = build_networks(digits_config())
-    draw_plots(folder, digits_config(), REPORT, teacher, some_digits(images), {"untrained": 20.0})
+    draw_plots(folder, digits_config(), REPORT, teacher.backbone, some_digits(images), {"untrained": 20.0})
     for name in ("loss", "knn", "usage", "kappa", "attention"):
         with Image.open(folder.plots / f"{name}.png") as picture:
             shades = len(set(picture.convert("L").tobytes()))

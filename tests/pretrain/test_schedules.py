@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lightning.fabric import Fabric
 
-from tests.pretrain.tiny import digits_config
-from vmf_pretrain.engine.loop import Training
-from vmf_pretrain.engine.schedules import CosineSchedule
+from tests.pretrain.tiny import digits_config, loop_on
+from vmf_pretrain.schedules import CosineSchedule
 
 pytestmark = pytest.mark.quick
 
@@ -47,9 +45,11 @@ def test_teacher_temperature_rises_in_a_line_and_stays(warm_up: int, epochs: int
         loss={"warmup_teacher_temp": 0.02, "teacher_temp": 0.06, "warmup_teacher_temp_epochs": warm_up},
         train={"epochs": epochs},
     )
-    training = Training(config, 5, Fabric(accelerator="cpu", devices=1))
+    training = loop_on(config, 5 * 256)[0]
     published_array = np.concatenate((np.linspace(0.02, 0.06, warm_up), np.full(epochs - warm_up + 1, 0.06)))
-    got = np.array([training.teacher_temperature(epoch) for epoch in range(epochs + 1)])
+    got = np.array(
+        [training.method.rates(training.place(5 * epoch))["teacher_temperature"] for epoch in range(epochs + 1)]
+    )
     assert np.allclose(got, published_array, atol=1e-12), f"{got.tolist()} instead of {published_array.tolist()}"
 
 
@@ -63,7 +63,7 @@ def test_rates_of_a_step_follow_the_configuration() -> None:
         "teacher_momentum": 0.9,
         "final_teacher_momentum": 0.99,
     }
-    training = Training(digits_config(optim=optim), 5, Fabric(accelerator="cpu", devices=1))
+    training = loop_on(digits_config(optim=optim), 5 * 256)[0]
     expected = {
         "learning_rate": published(0.01, 0.001, 10, 5),
         "weight_decay": published(0.1, 0.2, 10, 0),

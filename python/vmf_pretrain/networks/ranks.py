@@ -1,0 +1,44 @@
+"""This process among those of a run: collectives that also work alone, without a process group."""
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+
+def grouped() -> bool:
+    """Whether there is a process group of more than one rank."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and count() > 1
+
+
+def count() -> int:
+    """Number of ranks; 1 without a process group."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+def rank() -> int:
+    """This process's place among the ranks, from 0."""
+    return torch.distributed.get_rank() if grouped() else 0
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Sum over the ranks, without a gradient; the tensor itself if there is one rank. Every rank must call it."""
+    if not grouped():
+        return tensor
+    total = tensor.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """Mean over the ranks, without a gradient; the tensor itself if there is one rank. Every rank must call it."""
+    return summed(tensor) / count() if grouped() else tensor
+
+
+def from_first(value: str) -> str:
+    """The first rank's text, on every rank."""
+    if not grouped():
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
