@@ -1,4 +1,4 @@
-"""How the trainer is laid out: its README names every file, and each imports only from those above it."""
+"""How the trainer is laid out: its README names every file by room, and each imports only from those above it."""
 
 from __future__ import annotations
 
@@ -10,38 +10,74 @@ import pytest
 
 import vmf_pretrain
 from tests.pretrain.tiny import SUMMARY_KEYS
+from tests.test_layout import module_name, order_of
 
 pytestmark = pytest.mark.quick
 
 PACKAGE = Path(str(vmf_pretrain.__file__)).parent
 README = (PACKAGE / "README.md").read_text()
-TABLE = README.split("## Why")[0]
-ORDER = re.findall(r"^\| `(\w+)\.py` \|", TABLE, flags=re.MULTILINE)
+ORDER = order_of(README)
+SOURCES = {module_name(path, PACKAGE): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+ROOMS = ["config", "data", "storage", "networks", "methods", "evaluation", "report", "engine"]
+LATE = {"engine.parallel": {"engine.sharded"}}  # imported when it is needed
 
 
-def imported_from(name: str) -> set[str]:
+def imported_from(source: str) -> set[str]:
     """The trainer's modules that a module imports, wherever in it."""
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return {module.split(".")[1] for module in names if module.startswith("vmf_pretrain.")}
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vmf_pretrain":
+            below = (node.module or "").partition(".")[2]
+            for alias in node.names:
+                inner = f"{below}.{alias.name}".lstrip(".")
+                names.add(inner if inner in SOURCES else below)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("vmf_pretrain.")}
+    return names - {""}
 
 
-def test_readme_names_every_file() -> None:
-    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert sorted(ORDER) == sorted(files), f"listed or present alone: {set(ORDER) ^ files}"
+def faults_of(sources: dict[str, str], order: list[str]) -> list[str]:
+    """What breaks the order; a sentence each."""
+    faults = [f"{name} is not in the tables: add it" for name in sources if name and name not in order]
+    for name in sources.keys() & set(order):
+        late = [module for module in imported_from(sources[name]) if module not in order[: order.index(name)]]
+        faults += [f"{name} imports {module}, which is not above it" for module in late]
+    return faults
 
 
-@pytest.mark.parametrize("place", range(len(ORDER)), ids=ORDER)
-def test_module_imports_only_from_those_above_it(place: int) -> None:
-    below = imported_from(ORDER[place]) - set(ORDER[:place])
-    assert not below, f"{ORDER[place]} imports {sorted(below)}"
+def test_every_file_is_in_the_tables_and_imports_only_from_those_above_it() -> None:
+    packages = {name for name in ORDER if f"{name}.".count(".") == 1 and name in ROOMS}
+    assert not [name for name in ORDER if name not in SOURCES], "named but absent"
+    sources = {name: source for name, source in SOURCES.items() if name not in packages}
+    faults = faults_of(sources, ["with_torchvision", *[name for name in ORDER if name != "with_torchvision"]])
+    assert not faults, "\n".join(faults)
 
 
-def test_only_the_package_itself_knows_that_torchvision_is_mended() -> None:
-    knowing = [name for name in ORDER if "torchvision_import" in imported_from(name)]
-    assert not knowing, f"{knowing} import it too"
-    assert "torchvision_import" in imported_from("__init__")
+def test_rooms_are_in_the_order_of_their_floors() -> None:
+    found = list(dict.fromkeys(name.split(".")[0] for name in ORDER if "." in name))
+    assert found == ROOMS
+
+
+def test_import_of_a_file_below_is_found() -> None:
+    sources = {"config.a": "from vmf_pretrain.engine.run import Run", "engine.run": ""}
+    assert faults_of(sources, ["config.a", "engine.run"]) == ["config.a imports engine.run, which is not above it"]
+    assert faults_of({"config.b": ""}, []) == ["config.b is not in the tables: add it"]
+
+
+def test_no_method_is_known_outside_its_room() -> None:
+    """A new method is one new file and one line in a table."""
+    outside = {
+        name: source for name, source in SOURCES.items() if name.split(".")[0] in ("engine", "report", "evaluation")
+    }
+    knowing = [
+        name for name, source in outside.items() if re.search(r"methods\.(?!method\b|table\b)\w+|is_(dino|mae)", source)
+    ]
+    assert not knowing, f"{knowing} know a method"
+
+
+def test_only_the_rooms_that_need_it_know_that_torchvision_is_mended() -> None:
+    knowing = [name for name, source in SOURCES.items() if "with_torchvision" in imported_from(source)]
+    assert sorted(knowing) == ["data", "evaluation", "networks"]
 
 
 def test_readme_explains_every_key_of_the_summary() -> None:

@@ -155,10 +155,10 @@ def numbers_of(loop: Loop, step: int, batch: Batch) -> dict[str, float]:
     return taken.numbers
 
 
-def a_run(config: Config, out: Path, *, resume: bool = False) -> tuple[Run, io.StringIO]:
+def a_run(config: Config, out: Path, *, resume: bool = False, **options: Any) -> tuple[Run, io.StringIO]:
     """A run and what it prints."""
     printed = io.StringIO()
-    return Run(config, out, resume=resume, console=Console(file=printed, width=CONSOLE_WIDTH)), printed
+    return Run(config, out, resume=resume, console=Console(file=printed, width=CONSOLE_WIDTH), **options), printed
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vmf_pretrain.engine.optim import local_tensors
+
 START, GROWTH, BACKOFF, PATIENCE = 2.0**16, 2.0, 0.5, 2000  # GradScaler's
 LEAST = 1.0  # at this scale, a gradient that is not finite is no matter of fp16's range
 
@@ -38,7 +40,7 @@ class LossScale(nn.Module):
     def unscale(self, gradients: Sequence[Tensor]) -> None:
         """Divide gradients, in place."""
         if self.active and gradients:
-            torch._foreach_mul_(list(gradients), 1.0 / self.scale)
+            torch._foreach_mul_(local_tensors(gradients), 1.0 / self.scale)
 
     @torch.no_grad()
     def update(self, skipped: Tensor) -> None:

@@ -1,7 +1,10 @@
 """Parameter groups, rates, and clipping per parameter."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 CLIP_EPSILON = 1e-6  # keeps the clip coefficient finite where a gradient is exactly zero
 
@@ -32,6 +35,16 @@ def gradients_of(module: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that is shared out over ranks, on each of them; every rank must call it. Others are returned as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's parts, in the same memory."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
 @torch.no_grad()
 def clip_each(gradients: list[Tensor], max_norm: float) -> Tensor:
     """Scale each gradient separately, in place, to an L2 norm of at most ``max_norm``; 0 changes nothing.
@@ -39,8 +52,8 @@ def clip_each(gradients: list[Tensor], max_norm: float) -> Tensor:
     Returns:
         0-dim float32: the L2 norm of all gradients together before clipping; not finite if any of them is not.
     """
-    norms = torch._foreach_norm(gradients)
+    norms = [whole_tensor(norm) for norm in torch._foreach_norm(gradients)]
     if max_norm > 0:
         coefficients = (max_norm / (torch.stack(norms) + CLIP_EPSILON)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, list(coefficients.unbind()))
+        torch._foreach_mul_(local_tensors(gradients), list(coefficients.unbind()))
     return torch.stack([norm.float() for norm in norms]).square().sum().sqrt()

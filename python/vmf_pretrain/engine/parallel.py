@@ -5,13 +5,15 @@ torchrun's environment is read, and SLURM's if torchrun did not set one; no othe
 
 import contextlib
 import datetime
+import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vmf_pretrain.config.errors import PretrainError
@@ -96,10 +98,15 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 class Wrapped:
-    """A method whose gradients are averaged over the ranks."""
+    """A method whose gradients are averaged over the ranks.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    Args:
+        module: the method, or what wraps it.
+        whole: parameters whose gradients nothing else averages.
+    """
+
+    def __init__(self, module: nn.Module, whole: Sequence[nn.Parameter] = ()) -> None:
+        self.module, self.whole = module, whole
 
     def __call__(self, batch: Batch, place: Place) -> dict[str, Tensor]:
         """The method's losses."""
@@ -109,6 +116,9 @@ class Wrapped:
     def backward(self, loss: Tensor) -> None:
         """The gradient of the loss of all ranks' images."""
         torch.autograd.backward(loss)
+        for parameter in self.whole:
+            if parameter.grad is not None:
+                parameter.grad = ranks.averaged(parameter.grad)
 
 
 def wrap(method: Method, config: Config, device: torch.device) -> Wrapped:
@@ -121,10 +131,14 @@ def wrap(method: Method, config: Config, device: torch.device) -> Wrapped:
     if config.train.parallel == "fsdp":
         from vmf_pretrain.engine.sharded import shard
 
-        return Wrapped(shard(method, device))
+        shard(method, device)
+        trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        return Wrapped(method, [parameter for parameter in trained if not isinstance(parameter, DTensor)])
     options: dict[str, Any] = {"device_ids": [device.index]} if device.type == "cuda" else {}
     # buffers are the same on all ranks without help: centres and batch statistics are those of all ranks' rows
-    return Wrapped(DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True, **options))
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    options["forward_sync_buffers" if newer else "broadcast_buffers"] = False
+    return Wrapped(DistributedDataParallel(method, gradient_as_bucket_view=True, **options))
 
 
 def compile_blocks(method: Method) -> None:

@@ -1,8 +1,11 @@
 """A method whose parameters, gradients and optimizer state are shared out over the ranks (FSDP2)."""
 
+import warnings
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from vmf_kernels import DINOHead
@@ -10,18 +13,25 @@ from vmf_pretrain.methods.method import Method
 from vmf_pretrain.networks import ranks
 
 
-def shard(method: Method, device: torch.device) -> Method:
+def shard(method: Method, device: torch.device) -> None:
     """Shard every vision transformer by blocks, and every head, in place; other parameters stay whole and are averaged.
 
     The networks that follow are sharded as the trained ones are, so that a moving average needs no communication.
     """
+    # heads and backbones return views, which nothing here changes in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (ranks.count(),))
     transformers = [part for part in method.modules() if isinstance(part, VisionTransformer)]
     for transformer in transformers:
         for block in transformer.blocks:
-            fully_shard(block, mesh=mesh)
+            _shard(block, mesh)
     # backbones and heads are units of their own, not parts of a larger one: a backbone is also evaluated by itself, and a
     # head's unit returns a copy of the prototypes, which the loss reads later
     for part in [*transformers, *(part for part in method.modules() if isinstance(part, DINOHead))]:
-        fully_shard(part, mesh=mesh)
-    return method
+        _shard(part, mesh)
+
+
+def _shard(part: nn.Module, mesh: DeviceMesh) -> None:
+    # a follower has no backward pass, which would share its parameters out again before the moving average
+    trained = any(parameter.requires_grad for parameter in part.parameters())
+    fully_shard(part, mesh=mesh, reshard_after_forward=None if trained else True)
