@@ -19,7 +19,11 @@ from vmf_pretrain.config.file import read_config, write_config
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches
-from vmf_pretrain.data.images import DigitImages, digits
+from vmf_pretrain.data.bundled import DigitImages, digits
+from vmf_pretrain.data.images import Images
+from vmf_pretrain.data.load import load_images
+from vmf_pretrain.data.photos import Photos
+from vmf_pretrain.data.plan import Plan
 from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.engine.run import Run
 from vmf_pretrain.methods.method import Place
@@ -127,6 +131,19 @@ def yaml_of(config: Config, path: Path) -> Path:
     """``config`` as a file."""
     write_config(config, path)
     return path
+
+
+def folder_images(folder: Path, size: int, held_out: float) -> tuple[Photos, Photos | None]:
+    """Training and held-out images of a folder, evaluated at ``size`` pixels."""
+    train, kept, _ = load_images(photos_config(folder, data={"held_out": held_out}, views={"global_size": size}))
+    assert isinstance(train, Photos)
+    assert kept is None or isinstance(kept, Photos)
+    return train, kept
+
+
+def batches_over(images: Images, config: Config, rank: int = 0, ranks: int = 1) -> ViewBatches:
+    """Batches with two global views and the local views that the configuration counts."""
+    return ViewBatches(images, config, Plan(local_views=config.views.local_count), rank, ranks)
 
 
 def loop_on(config: Config, count: int, **options: Any) -> tuple[Loop, ViewBatches]:

@@ -48,8 +48,10 @@ class Config:
         for name, size in sizes.items():
             patch = self.backbone.patch_size
             require(size % patch == 0, f"{name} is {size} but must be a multiple of backbone.patch_size, {patch}.")
-        missing = self.data.kind == "folder" and self.data.folder is None
-        require(not missing, 'data.folder is missing; data.kind "folder" needs the path of a folder of images.')
+        missing = self.data.kind in ("folder", "shards") and self.data.folder is None
+        require(
+            not missing, f'data.folder is missing; data.kind "{self.data.kind}" needs the path of a folder of images.'
+        )
         frozen = self.method == "dino-vmf" and self.head.norm_prototypes is True
         require(
             not frozen, "head.norm_prototypes is true but dino-vmf learns the norms; leave it out or use method dino."
@@ -72,7 +74,7 @@ class Config:
     def _check_digits(self) -> None:
         sizes = self.views.global_size, self.views.local_size
         require(
-            self.data.kind == "folder" or (sizes[0] == DIGIT_CANVAS and sizes[1] < DIGIT_CANVAS),
+            self.data.kind != "digits" or (sizes[0] == DIGIT_CANVAS and sizes[1] < DIGIT_CANVAS),
             f"views.global_size {sizes[0]} and views.local_size {sizes[1]} do not fit digits; expected {DIGIT_CANVAS} and "
             "less.",
         )

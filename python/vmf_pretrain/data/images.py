@@ -1,149 +1,100 @@
-"""The images of a run: the bundled digits, or a folder.
+"""What a run needs of its images, wherever they come from, and which of them are held out."""
 
-Legend: N images, S side of the canvas, C channels.
-"""
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, TypeVar
 
-import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
-from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.config.run import Config
-from vmf_pretrain.config.views import DIGIT_CANVAS
-from vmf_pretrain.data.digit_views import DIGIT_SIDE, ink_middles
 from vmf_pretrain.data.randomness import PLACEMENT, generator_for
 
-SIXTEEN_BIT = 257.0  # 65,535 / 255
-FULL_INK = 16.0  # largest value of scikit-learn's digits
-TRAIN_DIGITS = 1297  # the other 500 are held out
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # more pixels than any photograph has
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 SPLIT_SEED = 0  # of splits and placements; not the run's seed, so that all runs are compared on the same data
 
 
-@dataclass(frozen=True)
-class DigitImages:
-    """Handwritten digits, each at a random place of a canvas."""
+class Images(Protocol):
+    """Images by number.
 
-    canvases: Tensor  # [N, S, S] ink in [0, 1]
-    middles: Tensor  # [N, 2] middle of the ink, pixels from the canvas's middle
-    labels: Tensor  # [N] int64
+    Legend: N images, B of them, C channels.
+    """
 
-    def __len__(self) -> int:
-        return len(self.canvases)
+    @property
+    def labels(self) -> Tensor | None:
+        """[N] int64 classes, or None."""
+        ...
 
-    def evaluation_pixels(self, indices: list[int]) -> Tensor:
-        """[B, 1, S, S] in [0, 1]: the canvases."""
-        return self.canvases[indices].unsqueeze(1)
+    def __len__(self) -> int: ...
 
-    def subset(self, indices: Tensor) -> "DigitImages":
-        """Some of the images."""
-        return DigitImages(self.canvases[indices], self.middles[indices], self.labels[indices])
+    def name(self, index: int) -> str:
+        """What a person finds the image by."""
+        ...
 
-
-@dataclass(frozen=True)
-class FolderImages:
-    """Image files, decoded when they are needed."""
-
-    paths: list[Path]
-    labels: Tensor | None  # [N] int64 classes by sub-folder, None where there are none
-    size: int  # side of an evaluation image, pixels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def decode(self, index: int) -> Tensor:
-        """[3, height, width] float32 in [0, 1].
+    def decode(self, index: int, pixels: int | None = None) -> Tensor:
+        """[C, height, width] of one image; ``pixels`` is the least number that an image may be reduced to.
 
         Raises:
-            PretrainError: the file is not a readable image; names it.
+            UnreadableImageError: the image is damaged.
         """
-        path = self.paths[index]
-        try:
-            with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                rgb = _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
-        except (OSError, UnidentifiedImageError, *BOMBS, SyntaxError, ValueError) as error:
-            raise PretrainError(f"image {path} cannot be read ({error}); mend or remove it.") from None
-        pixels: Tensor = functional.to_dtype(functional.pil_to_tensor(rgb), torch.float32, scale=True)
-        return pixels
+        ...
 
-    def evaluation_pixels(self, indices: list[int]) -> Tensor:
-        """[B, 3, size, size] in [0, 1]: resized by the shorter side to 8/7 of ``size``, centre-cropped."""
-        resized = (functional.resize(self.decode(index), [self.size * 8 // 7], antialias=True) for index in indices)
-        return torch.stack([functional.center_crop(image, [self.size, self.size]) for image in resized])
+    def evaluation_pixels(self, indices: Sequence[int]) -> Tensor:
+        """[B, C, size, size] in [0, 1]."""
+        ...
 
-    def subset(self, indices: Tensor) -> "FolderImages":
-        """Some of the images."""
-        labels = None if self.labels is None else self.labels[indices]
-        return FolderImages([self.paths[index] for index in indices.tolist()], labels, self.size)
+    def subset(self, indices: Tensor) -> Self:
+        """Some of the images, in that order."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """The fingerprint: ``images`` and ``names_and_sizes``, a SHA-256."""
+        ...
 
 
-Images = DigitImages | FolderImages
-SomeImages = TypeVar("SomeImages", DigitImages, FolderImages)
+@dataclass(frozen=True)
+class Found:
+    """What was found where the images of a run were looked for.
 
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """A 16-bit grayscale image scaled to 8 bits, because ``convert`` would clip it to white; other images unchanged."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image).astype(np.float64) / SIXTEEN_BIT).clip(0, 255).round().astype(np.uint8))
-
-
-def digits() -> tuple[DigitImages, DigitImages]:
-    """Training and held-out digits; the split and the place of each digit never change."""
-    bundled = load_digits()
-    ink = torch.from_numpy((bundled.images / FULL_INK).astype(np.float32))
-    free = DIGIT_CANVAS - DIGIT_SIDE + 1
-    corners = torch.randint(free, (len(ink), 2), generator=generator_for(SPLIT_SEED, PLACEMENT)).tolist()
-    canvases = torch.zeros(len(ink), DIGIT_CANVAS, DIGIT_CANVAS)
-    for canvas, digit, (top, left) in zip(canvases, ink, corners, strict=True):
-        canvas[top : top + DIGIT_SIDE, left : left + DIGIT_SIDE] = digit
-    everything = DigitImages(canvases, ink_middles(canvases), torch.from_numpy(bundled.target).long())
-    return _split(everything, len(ink) - TRAIN_DIGITS)
-
-
-def folder_images(folder: Path, size: int, held_out: float) -> tuple[FolderImages, FolderImages | None]:
-    """Training images of a folder, searched recursively; also held-out images, if sub-folders name classes.
-
-    Raises:
-        PretrainError: the folder does not exist or holds no image.
+    Attributes:
+        where: the place, for people.
+        images: all of them, held-out ones included.
+        classes: names of the classes, none without labels.
+        held_out: images held out.
+        skipped: how many things were skipped, by what they are.
+        notes: sentences on what a person should know.
+        facts: the fingerprint of the images and of the split.
     """
-    if not folder.is_dir():
-        raise PretrainError(f"data.folder {folder} is not a folder; expected one with images.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise PretrainError(f"data.folder {folder} holds no image; expected files ending in {', '.join(SUFFIXES)}.")
-    classes = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
-    labelled = len(classes) > 1 and all(path.parent != folder for path in paths)
-    if not labelled:
-        return FolderImages(paths, None, size), None
-    labels = torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
-    train, kept = _split(FolderImages(paths, labels, size), max(1, round(held_out * len(paths))))
-    return train, kept
+
+    where: str
+    images: int
+    classes: Sequence[str]
+    held_out: int
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """One line: images, classes, held out, skipped; then the notes, a line each."""
+        classes = f"{len(self.classes)} classes" if self.classes else "no classes"
+        skipped = ", ".join(f"{count} {kind}" for kind, count in self.skipped.items() if count)
+        line = f"{self.images:,} images in {self.where}, {classes}, {self.held_out:,} held out"
+        return "\n".join([f"{line}; skipped: {skipped or 'nothing'}.", *self.notes])
 
 
-def _split(images: SomeImages, held_out: int) -> tuple[SomeImages, SomeImages]:
+SomeImages = TypeVar("SomeImages", bound=Images)
+
+
+def split(images: SomeImages, held_out: int) -> tuple[SomeImages, SomeImages]:
+    """Training images, and ``held_out`` others; the same for every run on as many images."""
     order = torch.randperm(len(images), generator=generator_for(SPLIT_SEED, PLACEMENT, 1))
     return images.subset(order[held_out:].sort().values), images.subset(order[:held_out].sort().values)
 
 
-def load_images(config: Config) -> tuple[Images, Images | None]:
-    """Training and held-out images of a configuration."""
-    if config.data.kind == "digits":
-        return digits()
-    return folder_images(Path(str(config.data.folder)), config.views.global_size, config.data.held_out)
-
-
-def names_of(images: Images) -> list[str] | None:
-    """What the data set calls each image; None if they have numbers only."""
-    return None if isinstance(images, DigitImages) else [str(path) for path in images.paths]
+def fingerprint(names_and_sizes: Iterable[tuple[str, int]]) -> dict[str, Any]:
+    """Number and SHA-256 of images by name and size in bytes, whatever their order."""
+    lines = sorted(f"{name}\t{size}\n" for name, size in names_and_sizes)
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return {"images": len(lines), "names_and_sizes": digest.hexdigest()}

@@ -1,78 +1,120 @@
 """Views of photographs: DINO's crops, flips, colours and blurs, drawn from one generator per view.
 
+A crop is resized as bytes; only the small view becomes floating.
+
 Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, section 3.2 and its
 published augmentation.
 """
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2.functional import InterpolationMode
 
 from vmf_pretrain.config.views import GLOBAL_VIEWS, PhotoViewConfig
+from vmf_pretrain.data import colour
+from vmf_pretrain.data.colour import Planes
 
 ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
-BLUR_DEVIATIONS = (0.1, 2.0)  # pixels at a side of 224
-BLUR_SIDE = 224
-SOLARIZE_ABOVE = 0.5
+BLUR_RADII = (0.1, 2.0)  # pixels of the view, whatever its side, as published
+FULL_BYTE = np.float32(255)
 
 
-def photo_view(image: Tensor, view: int, side: int, config: PhotoViewConfig, generator: Generator) -> Tensor:
-    """[3, side, side] view number ``view`` (0 and 1 are global) of an image [3, H, W]; both in [0, 1]."""
-    area = config.global_area if view < GLOBAL_VIEWS else config.local_area
-    top, left, height, width = _crop_box(image.shape[-2], image.shape[-1], area, generator)
-    out = functional.resized_crop(image, top, left, height, width, [side, side], antialias=True)
-    if _chance(config.flip, generator):
-        out = functional.horizontal_flip(out)
-    if _chance(config.jitter, generator):
-        out = _jitter(out, config, generator)
-    if _chance(config.grayscale, generator):
-        out = functional.rgb_to_grayscale(out, num_output_channels=3)
-    if _chance(config.blur[min(view, 2)], generator):
-        sigma = _uniform(*BLUR_DEVIATIONS, generator) * side / BLUR_SIDE
-        out = functional.gaussian_blur(out, kernel_size=[_odd(side / 10)] * 2, sigma=[sigma] * 2)
-    if view == 1 and _chance(config.solarize, generator):
-        out = functional.solarize(out, SOLARIZE_ABOVE)
-    pixels: Tensor = out.clamp(0, 1)
-    return pixels
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a view, uniform in [0, 1): each has its use, so that none depends on whether another is used."""
+
+    crops: list[float]  # share of the area and aspect, for each try
+    place: list[float]  # down and across
+    order: list[float]  # the parts of the jitter are done in the order of these
+    amounts: list[float]  # brightness, contrast, saturation, hue
+    flip: float
+    jitter: float
+    grayscale: float
+    blur: float
+    radius: float
+    solarize: float
+
+    @classmethod
+    def of(cls, generator: Generator) -> "Draws":
+        """The first numbers of a generator."""
+        crops = 2 * CROP_TRIES
+        numbers: list[float] = torch.rand(crops + 16, generator=generator).tolist()
+        rest = numbers[crops:]
+        return cls(numbers[:crops], rest[:2], rest[2:6], rest[6:10], *rest[10:])
 
 
-def _crop_box(height: int, width: int, area: tuple[float, float], generator: Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop with a random share of the area; the whole image if no try fits."""
-    for _ in range(CROP_TRIES):
-        pixels = height * width * _uniform(*area, generator)
-        aspect = math.exp(_uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), generator))
+def photo_view(
+    image: Tensor,
+    view: int,
+    side: int,
+    config: PhotoViewConfig,
+    generator: Generator,
+    *,
+    global_views: int = GLOBAL_VIEWS,
+) -> Tensor:
+    """[3, side, side] float32 in [0, 1], view number ``view`` of an image [3, H, W] uint8; the global ones come first.
+
+    It is quickest for images with channels last in memory.
+    """
+    draws, is_global = Draws.of(generator), view < global_views
+    area = config.global_area if is_global else config.local_area
+    top, left, height, width = crop_box(image.shape[-2], image.shape[-1], area, draws)
+    crop = image[:, top : top + height, left : left + width]
+    small = functional.resize(crop, [side, side], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    if draws.flip < config.flip:
+        small = small.flip(2)
+    planes = small.contiguous().numpy().astype(np.float32)
+    planes /= FULL_BYTE
+    if draws.jitter < config.jitter:
+        planes = _jittered(planes, config, draws)
+    if draws.grayscale < config.grayscale:
+        planes = colour.grayscale(planes)
+    if draws.blur < config.blur[min(view, 1) if is_global else 2]:
+        planes = colour.blur(planes, _between(BLUR_RADII, draws.radius))
+    if view == 1 and is_global and draws.solarize < config.solarize:
+        planes = colour.solarize(planes)
+    return torch.from_numpy(np.clip(planes, 0, 1, out=planes))
+
+
+def least_pixels(config: PhotoViewConfig, global_size: int, local_size: int | None) -> int:
+    """The least size of an image, in pixels, at which no crop is enlarged; ``local_size`` is None without local views."""
+    narrowest = {global_size: config.global_area[0]}
+    if local_size is not None:
+        narrowest[local_size] = min(config.local_area[0], narrowest.get(local_size, 1.0))
+    return math.ceil(max(side**2 / (share * ASPECT[0]) for side, share in narrowest.items()))
+
+
+def crop_box(height: int, width: int, area: tuple[float, float], draws: Draws) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop with a random share of the area; if no try fits, the largest in the middle."""
+    for one in range(CROP_TRIES):
+        share, shape = draws.crops[2 * one : 2 * one + 2]
+        pixels = height * width * _between(area, share)
+        aspect = math.exp(_between((math.log(ASPECT[0]), math.log(ASPECT[1])), shape))
         crop_height, crop_width = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
         if 0 < crop_height <= height and 0 < crop_width <= width:
-            top = int(torch.randint(height - crop_height + 1, (), generator=generator))
-            left = int(torch.randint(width - crop_width + 1, (), generator=generator))
-            return top, left, crop_height, crop_width
-    return 0, 0, height, width
+            # shares, not numbers of pixels, so that a smaller copy of the image gets the same crop
+            top = int(draws.place[0] * (height - crop_height + 1))
+            return top, int(draws.place[1] * (width - crop_width + 1)), crop_height, crop_width
+    crop_height, crop_width = min(height, round(width / ASPECT[0])), min(width, round(height * ASPECT[1]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def _jitter(image: Tensor, config: PhotoViewConfig, generator: Generator) -> Tensor:
+def _jittered(image: Planes, config: PhotoViewConfig, draws: Draws) -> Planes:
     """Brightness, contrast, saturation and hue, in a random order."""
-    for which in torch.randperm(4, generator=generator).tolist():
-        if which == 0:
-            image = functional.adjust_brightness(image, 1 + _uniform(-config.brightness, config.brightness, generator))
-        elif which == 1:
-            image = functional.adjust_contrast(image, 1 + _uniform(-config.contrast, config.contrast, generator))
-        elif which == 2:
-            image = functional.adjust_saturation(image, 1 + _uniform(-config.saturation, config.saturation, generator))
-        else:
-            image = functional.adjust_hue(image, _uniform(-config.hue, config.hue, generator))
+    amounts = (config.brightness, config.contrast, config.saturation, config.hue)
+    parts = (colour.brightness, colour.contrast, colour.saturation, colour.hue)
+    middle = (1.0, 1.0, 1.0, 0.0)
+    for part in sorted(range(len(parts)), key=draws.order.__getitem__):
+        amount = middle[part] + amounts[part] * (2 * draws.amounts[part] - 1)
+        image = parts[part](image, amount)
     return image
 
 
-def _odd(size: float) -> int:
-    return 2 * (int(size) // 2) + 1
-
-
-def _chance(probability: float, generator: Generator) -> bool:
-    return float(torch.rand((), generator=generator)) < probability
-
-
-def _uniform(low: float, high: float, generator: Generator) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
+def _between(bounds: tuple[float, float], share: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * share

@@ -15,6 +15,8 @@ TRAINING_STEP = 3
 PLACEMENT = 4
 INITIALISATION = 5
 JUDGED_ORDER = 6
+MASK = 7
+REPLACEMENT = 8
 
 
 def stream_seed(seed: int, use: int, *place: int) -> int:

@@ -18,8 +18,9 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import write_config
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
-from vmf_pretrain.data.batches import ViewBatches, load_from
-from vmf_pretrain.data.images import load_images, names_of
+from vmf_pretrain.data.batches import ViewBatches
+from vmf_pretrain.data.load import load_images
+from vmf_pretrain.data.loader import load_from
 from vmf_pretrain.data.network_input import NetworkInput, network_input
 from vmf_pretrain.engine.interruption import Interruption
 from vmf_pretrain.engine.keeping import Keeping
@@ -78,7 +79,8 @@ class Run:
         method = method_class(config, allow_code=allow_code)
         if not resume and self.first:
             RunFolder.refuse_existing(out)
-        train, held_out = load_images(config)
+        train, held_out, found = load_images(config, allow_code=allow_code)
+        self.console.print(found.text, soft_wrap=True, highlight=False)
         self.batches = ViewBatches(train, config, method.plan(config), ranks.rank(), ranks.count())
         self.judge = Judge(train, held_out, config)
         self.loop = Loop(config, method, self.batches.steps_per_epoch, choose_device(config))
@@ -87,7 +89,7 @@ class Run:
         self.folder = RunFolder(out)
         self.keeping = Keeping(self.folder, config, self.loop)
         scaled = self.loop.loss_scale.active
-        self.skipping = Skipping(self.folder, names_of(train), config.train.max_skipped, scaled=scaled)
+        self.skipping = Skipping(self.folder, train.name, config.train.max_skipped, scaled=scaled)
         if resume:
             RunFolder.reopen(out)
             self._restore(self.keeping.newest())
@@ -107,8 +109,6 @@ class Run:
         stopped = None
         with Interruption() as interruption, RunProgress(self.console, len(self.batches), self.step) as progress:
             for batch in load_from(self.batches, self.step):
-                if isinstance(batch, PretrainError):
-                    raise batch
                 stopped = self._advance(batch, log, progress, interruption)
                 if stopped is not None:
                     break

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable
 
 import torch.distributed
 
@@ -16,13 +17,13 @@ class Skipping:
 
     Args:
         folder: where skipped_steps.jsonl gets a line for each.
-        names: what the data set calls an image.
+        name: what the data set calls an image.
         most: how many in a row end the run.
         scaled: whether the loss is scaled (fp16): then a gradient alone that is not finite is a matter of the scale.
     """
 
-    def __init__(self, folder: RunFolder, names: list[str] | None, most: int, *, scaled: bool) -> None:
-        self.folder, self.names, self.most, self.scaled = folder, names, most, scaled
+    def __init__(self, folder: RunFolder, name: Callable[[int], str], most: int, *, scaled: bool) -> None:
+        self.folder, self.name, self.most, self.scaled = folder, name, most, scaled
         self.row = 0
 
     def learn(self, taken: Taken) -> None:
@@ -48,8 +49,8 @@ class Skipping:
             )
 
     def _write(self, taken: Taken, what: str) -> None:
-        images = taken.indices if self.names is None else [self.names[index] for index in taken.indices]
-        everyone: list[list[int] | list[str]] = [images] * ranks.count()
+        images = [self.name(index) for index in taken.indices]
+        everyone: list[list[str]] = [images] * ranks.count()
         if ranks.grouped():
             torch.distributed.all_gather_object(everyone, images)
         if ranks.rank():

@@ -13,19 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import vmf_pretrain
-from tests.pretrain.tiny import a_run, batch_of, changed, digits_config, photos_config, save_ramps
+from tests.pretrain.tiny import a_run, batch_of, batches_over, changed, digits_config, photos_config, save_ramps
 from vmf_pretrain.config.data import DataConfig
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.views import GLOBAL_VIEWS
-from vmf_pretrain.data.batches import ViewBatches
-from vmf_pretrain.data.images import load_images
+from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.network_input import SCALES, NetworkInput, network_input
-from vmf_pretrain.data.plan import Plan
 from vmf_pretrain.evaluation.attention import VisionTransformer
 from vmf_pretrain.evaluation.judge import Judge
 
-KINDS = get_args(get_type_hints(DataConfig)["kind"])
+KINDS = ("digits", "folder")  # shards and a Dataset of the user's own are fed as a folder is
 PHOTOS = NetworkInput(32, *SCALES["folder"])
 PACKAGE = Path(str(vmf_pretrain.__file__)).parent
 OTHERS = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "network_input")
@@ -53,8 +51,13 @@ def config_of(kind: str, folder: Path, **sections: Any) -> Config:
 
 @pytest.mark.quick
 def test_every_kind_of_data_has_a_scale_of_its_own_channels() -> None:
-    assert {kind: len(mean) for kind, (mean, _) in SCALES.items()} == {"digits": 1, "folder": 3}
-    assert set(SCALES) == set(KINDS)
+    assert {kind: len(mean) for kind, (mean, _) in SCALES.items()} == {
+        "digits": 1,
+        "folder": 3,
+        "shards": 3,
+        "dataset": 3,
+    }
+    assert set(SCALES) == set(get_args(get_type_hints(DataConfig)["kind"]))
 
 
 # The scale
@@ -130,10 +133,8 @@ def moments(images: Tensor) -> Tensor:
 def training_and_judged(kind: str, folder: Path) -> tuple[Tensor, Tensor, NetworkInput]:
     """What the network is fed in global views of every training image, and when it is judged."""
     config = config_of(kind, folder, views=MILD[kind], evaluate={"max_images": 10_000})
-    train, held_out = load_images(config)
-    views = ViewBatches(train, config, Plan(2, config.views.local_count)).views(0, list(range(len(train))))[
-        :GLOBAL_VIEWS
-    ]
+    train, held_out, _ = load_images(config)
+    views = batches_over(train, config).views(0, list(range(len(train))))[:GLOBAL_VIEWS]
     return torch.cat(views), torch.cat(list(Judge(train, held_out, config).inputs(train))), network_input(config)
 
 
@@ -186,7 +187,7 @@ def test_nothing_reaches_a_network_in_a_whole_run_but_through_the_one_way(
 @pytest.mark.quick
 def test_views_are_the_same_pixels_on_the_networks_scale(tmp_path: Path) -> None:
     config = config_of("folder", tmp_path)
-    batches = ViewBatches(load_images(config)[0], config, Plan(2, config.views.local_count))
+    batches = batches_over(load_images(config)[0], config)
     shown = [network_input(config).pixels(view) for view in batch_of(batches, 0).views]
     assert all(view.min() > -1e-5 and view.max() < 1 + 1e-5 for view in shown), [view.aminmax() for view in shown]
     assert max(view.max().item() for view in shown) > 0.7

@@ -13,13 +13,14 @@ from tests.pretrain.tiny import (
     batch_of,
     build_networks,
     digits_config,
+    folder_images,
     loop_on,
     photos_config,
     save_photos,
     two_classes,
 )
 from vmf_pretrain.config.run import Config
-from vmf_pretrain.data.images import DigitImages, digits, folder_images
+from vmf_pretrain.data.bundled import DigitImages, digits
 from vmf_pretrain.evaluation.judge import Judge
 from vmf_pretrain.evaluation.knn import knn_accuracy
 from vmf_pretrain.evaluation.linear import linear_accuracy

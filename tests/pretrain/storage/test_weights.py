@@ -16,6 +16,7 @@ from tests.pretrain.tiny import (
     build_networks,
     differing,
     digits_config,
+    folder_images,
     loop_on,
     one_sentence,
     photos_config,
@@ -23,7 +24,6 @@ from tests.pretrain.tiny import (
     some_digits,
 )
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.data.images import folder_images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.evaluation.prototypes import HeadReport
 from vmf_pretrain.report.figures import draw_plots

@@ -1,0 +1,76 @@
+"""Images that cannot be read: named, counted, listed in bad_files.jsonl, and too many of them end the run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.data.batch import BadImage
+
+NAMED = 10  # names in the error that ends a run
+SUPPOSED = 1000  # a share is of at least this many images, so that one bad file among the first hundred is not 1 %
+
+
+class UnreadableImageError(Exception):
+    """One image cannot be read; its text is the reason, without the name."""
+
+
+class BadImages:
+    """The list of unreadable images of a run, one JSON object a line: name, reason, step.
+
+    Args:
+        path: the file; lines of ``first_step`` and later, which a resumed run reads again, are dropped.
+        max_share: largest share of unreadable images among those read.
+        first_step: the step that the run begins or goes on with.
+    """
+
+    def __init__(self, path: Path, max_share: float, first_step: int = 0) -> None:
+        self.path = path
+        self.max_share = max_share
+        kept = [record for record in _records(path) if record["step"] < first_step]
+        self.names = [str(record["name"]) for record in kept]
+        if path.exists():
+            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    @property
+    def count(self) -> int:
+        """Unreadable images so far; one that is read again counts again, as it does among the images read."""
+        return len(self.names)
+
+    def add(self, bad: Sequence[BadImage], step: int, images_read: int) -> None:
+        """Write the bad images of a step; ``images_read`` is the number of images read so far in the whole run.
+
+        Raises:
+            PretrainError: more than ``max_share`` of the images read (of SUPPOSED at least) are bad; names ten of them.
+        """
+        if not bad:
+            return
+        with self.path.open("a") as file:
+            file.writelines(json.dumps({**asdict(image), "step": step}) + "\n" for image in bad)
+        self.names += [image.name for image in bad]
+        if self.count > self.max_share * max(images_read, SUPPOSED):
+            raise PretrainError(
+                f"{self.count} of {images_read} images cannot be read, more than data.max_bad_share, {self.max_share:g}, "
+                f"allows (of at least {SUPPOSED}); {self.path} lists them with reasons, first {first_names(self.names)}."
+            )
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first ten different names, and how many more there are."""
+    different = list(dict.fromkeys(names))
+    more = f" and {len(different) - NAMED} more" if len(different) > NAMED else ""
+    return ", ".join(different[:NAMED]) + more
+
+
+def _records(path: Path) -> list[dict[str, object]]:
+    """The lines of the file; a last line that a kill has cut is dropped."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,61 @@
+"""The images of a configuration, and what was found where they were looked for."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from vmf_pretrain.config.data import DataConfig
+from vmf_pretrain.config.run import Config
+from vmf_pretrain.data.bundled import digits
+from vmf_pretrain.data.cache import ImageCache
+from vmf_pretrain.data.folder import FolderSource
+from vmf_pretrain.data.images import Found, Images, split
+from vmf_pretrain.data.photos import everything
+from vmf_pretrain.data.shards import ShardSource
+from vmf_pretrain.data.source import Source
+from vmf_pretrain.data.user_dataset import UserSource
+
+DIGIT_CLASSES = tuple("0123456789")
+
+
+def load_images(config: Config, *, allow_code: bool = False) -> tuple[Images, Images | None, Found]:
+    """Training and held-out images, and what was found; images are held out only if they have classes.
+
+    Args:
+        config: the run.
+        allow_code: whether data.dataset may be imported and called.
+
+    Raises:
+        PretrainError: there are no images, or not where the configuration says.
+    """
+    train, held_out, found = _digits() if config.data.kind == "digits" else _photos(config, allow_code)
+    facts = {**train.facts(), "held_out": None if held_out is None else held_out.facts()}
+    return train, held_out, replace(found, facts=facts)
+
+
+def _digits() -> tuple[Images, Images | None, Found]:
+    train, held_out = digits()
+    count = len(train) + len(held_out)
+    return train, held_out, Found("the bundled digits", count, DIGIT_CLASSES, len(held_out))
+
+
+def _photos(config: Config, allow_code: bool) -> tuple[Images, Images | None, Found]:
+    source, where = _source(config.data, allow_code)
+    cache = None if config.data.cache is None else ImageCache(Path(config.data.cache), config.data.cache_side)
+    labels, classes = source.labels()
+    photos = everything(source, labels, config.views.global_size, cache)
+    train: Images = photos
+    held_out: Images | None = None
+    if labels is not None:
+        train, held_out = split(photos, max(1, round(config.data.held_out * len(photos))))
+    kept = 0 if held_out is None else len(held_out)
+    return train, held_out, Found(where, len(photos), classes, kept, source.skipped, source.notes)
+
+
+def _source(data: DataConfig, allow_code: bool) -> tuple[Source, str]:
+    """The source of photographs, and its name for people."""
+    if data.kind == "dataset":
+        path = str(data.dataset)
+        return UserSource(path, data.dataset_arguments, allow_code=allow_code), path
+    folder = Path(str(data.folder))
+    source = FolderSource(folder) if data.kind == "folder" else ShardSource(folder)
+    return source, str(folder)

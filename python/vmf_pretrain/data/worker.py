@@ -1,0 +1,66 @@
+"""What a loader's worker process does about signals, and how it ends: with its parent, or when the parent says so."""
+
+import multiprocessing.queues
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+TOO_MANY_FILES = 73  # exit status of a worker that could not hand over a batch
+ORPHAN_CHECK = 1.0  # seconds
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+@dataclass(frozen=True)
+class WorkerStart:
+    """Called in each worker when it starts.
+
+    A terminal sends Ctrl-C, and a scheduler SIGTERM, to workers too. They must live until the training process has taken
+    its last batch, so they ignore both, and SIGTERM ends them only once ``closing`` is set.
+
+    Attributes:
+        closing: one byte of shared memory without a lock, which a killed worker could hold for ever; 1 when workers are to end.
+    """
+
+    closing: Any
+
+    def __call__(self, worker: int) -> None:
+        """Set up the worker of that number."""
+        parent = os.getppid()
+
+        def end(number: int, frame: FrameType | None) -> None:
+            if self.closing.value or os.getppid() != parent:
+                os._exit(0)
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        # the thread that hands batches over would print its error, drop the batch and leave the training process waiting
+        multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Signals wait in this thread and in processes started here, which would die of them before they are ready."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with(parent: int) -> None:
+    """End when the parent has: a worker may be waiting for a lock that nobody will release."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK)
+    os._exit(0)
+
+
+def _give_up(error: Exception, batch: object) -> None:
+    os._exit(TOO_MANY_FILES)
