@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.batch import BadImage
@@ -63,7 +64,7 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(different[:NAMED]) + more
 
 
-def _records(path: Path) -> list[dict[str, object]]:
+def _records(path: Path) -> list[dict[str, Any]]:
     """The lines of the file; a last line that a kill has cut is dropped."""
     if not path.exists():
         return []

@@ -22,6 +22,8 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit, 256 MiB as RGB; a constant of our
 REDUCTIONS = (8, 4, 2)  # by which a JPEG can be decoded smaller
 # Pictures with transparency are drawn for pages, and pages are white. To drop alpha would show colours that nobody sees.
 BACKGROUND = (255, 255, 255)
+ORIENTATION = 0x0112  # tag of EXIF
+UPRIGHT = 1
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -56,8 +58,11 @@ def _pixels(image: Image.Image, encoded: bytes, pixels: int | None) -> Tensor:
     if pixels is not None and image.format in ("JPEG", "MPO"):
         _reduce(image, pixels)
     _load_whole(image)
-    rgb = np.asarray(_rgb(ImageOps.exif_transpose(image), _significant_bits(encoded)))
-    return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
+    if image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:  # exif_transpose copies the image even then
+        image = ImageOps.exif_transpose(image)
+    rgb = image if image.mode == "RGB" and not image.has_transparency_data else _rgb(image, _significant_bits(encoded))
+    # the array cannot be written to, which torch warns about; nobody does
+    return torch.from_numpy(np.asarray(rgb)).permute(2, 0, 1)
 
 
 def _reduce(image: Image.Image, pixels: int) -> None:
@@ -65,7 +70,7 @@ def _reduce(image: Image.Image, pixels: int) -> None:
     width, height = image.size
     for by in REDUCTIONS:
         if width * height >= pixels * by**2:
-            image.draft(None, (width // by, height // by))  # type: ignore[arg-type]
+            image.draft(None, (width // by, height // by))
             return
 
 

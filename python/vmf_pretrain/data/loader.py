@@ -48,7 +48,7 @@ class _Loading(Iterator[Batch]):
         self._workers: list[BaseProcess] = []
         data = batches.config.data
         context = multiprocessing.get_context(data.start_method)
-        closing: Any = context.RawValue("b", 0)  # type: ignore[attr-defined]
+        closing: Any = context.RawValue("b", 0)
         loader: DataLoader[Batch | PretrainError] = DataLoader(
             batches,
             batch_size=None,

@@ -130,13 +130,21 @@ def _read_members(archive: tarfile.TarFile, length: int, index: ShardIndex) -> N
                 return
             raise
         if member is None:
+            if not _is_end_mark(archive):
+                raise tarfile.ReadError("no header and no end mark after the last whole member")
             return
-        archive.members = []  # else it keeps every member
         if member.isreg() and not member.issparse() and member.offset_data + member.size > length:
             index.cut.append(member.name)
             index.skipped[CUT] += 1
         else:
             _sort(archive, member, index)
+
+
+def _is_end_mark(archive: tarfile.TarFile) -> bool:
+    """Whether the archive ends where tarfile stopped, which it also does at a damaged header."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    return archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _sort(archive: tarfile.TarFile, member: tarfile.TarInfo, index: ShardIndex) -> None:

@@ -74,7 +74,7 @@ class UserSource:
         labels = torch.as_tensor(targets)
         if labels.ndim != 1 or labels.is_floating_point():
             return None, []
-        known, places = labels.long().unique(return_inverse=True)
+        known, places = torch.unique(labels.long(), return_inverse=True)
         return (places, [str(label) for label in known.tolist()]) if len(known) > 1 else (None, [])
 
 
