@@ -1,6 +1,7 @@
 """Images that cannot be read: named, counted, listed in bad_files.jsonl, and too many of them end the run."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,40 +21,43 @@ class UnreadableImageError(Exception):
 class BadImages:
     """The list of unreadable images of a run, one JSON object a line: name, reason, step.
 
+    Every rank appends its own; the count is that of all ranks, so that all of them end at the same step.
+
     Args:
         path: the file; lines of ``first_step`` and later, which a resumed run reads again, are dropped.
         max_share: largest share of unreadable images among those read.
         first_step: the step that the run begins or goes on with.
+        writes: whether this rank drops those lines.
     """
 
-    def __init__(self, path: Path, max_share: float, first_step: int = 0) -> None:
+    def __init__(self, path: Path, max_share: float, first_step: int = 0, *, writes: bool = True) -> None:
         self.path = path
         self.max_share = max_share
         kept = [record for record in _records(path) if record["step"] < first_step]
-        self.names = [str(record["name"]) for record in kept]
-        if path.exists():
-            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self.count = len(kept)  # one that is read again counts again, as it does among the images read
+        if writes and path.exists():
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(part, path)
 
-    @property
-    def count(self) -> int:
-        """Unreadable images so far; one that is read again counts again, as it does among the images read."""
-        return len(self.names)
+    def note(self, bad: Sequence[BadImage], step: int) -> None:
+        """Write the bad images of this rank's batch of a step."""
+        if bad:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps({**asdict(image), "step": step}) + "\n" for image in bad))
 
-    def add(self, bad: Sequence[BadImage], step: int, images_read: int) -> None:
-        """Write the bad images of a step; ``images_read`` is the number of images read so far in the whole run.
+    def learn(self, count: int, images_read: int) -> None:
+        """Take note of ``count`` bad images of a step on all ranks; ``images_read`` is that of the whole run so far.
 
         Raises:
             PretrainError: more than ``max_share`` of the images read (of SUPPOSED at least) are bad; names ten of them.
         """
-        if not bad:
-            return
-        with self.path.open("a") as file:
-            file.writelines(json.dumps({**asdict(image), "step": step}) + "\n" for image in bad)
-        self.names += [image.name for image in bad]
-        if self.count > self.max_share * max(images_read, SUPPOSED):
+        self.count += count
+        if count and self.count > self.max_share * max(images_read, SUPPOSED):
+            names = first_names([str(record["name"]) for record in _records(self.path)])
             raise PretrainError(
                 f"{self.count} of {images_read} images cannot be read, more than data.max_bad_share, {self.max_share:g}, "
-                f"allows (of at least {SUPPOSED}); {self.path} lists them with reasons, first {first_names(self.names)}."
+                f"allows (of at least {SUPPOSED}): {names}; {self.path} lists them with reasons."
             )
 
 

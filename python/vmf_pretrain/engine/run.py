@@ -17,6 +17,7 @@ from rich.console import Console
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import write_config
 from vmf_pretrain.config.run import Config
+from vmf_pretrain.data.bad_images import BadImages
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches
 from vmf_pretrain.data.load import load_images
@@ -107,6 +108,8 @@ class Run:
         if self.step == 0:
             self._write(log, {"step": 0, "knn": self.facts.get("knn_untrained")})
         stopped = None
+        listed, most = self.folder.path / "bad_files.jsonl", self.config.data.max_bad_share
+        self.bad = BadImages(listed, most, self.step, writes=self.first)
         with Interruption() as interruption, RunProgress(self.console, len(self.batches), self.step) as progress:
             for batch in load_from(self.batches, self.step):
                 stopped = self._advance(batch, log, progress, interruption)
@@ -165,6 +168,7 @@ class Run:
         number, every = self.step + 1, self.config.train
         last, epoch_ends = number == len(self.batches), number % self.batches.steps_per_epoch == 0
         logged = last or number % every.log_every == 0
+        self.bad.note(batch.bad, self.step)
         taken = self.loop.step(self.step, batch, log=logged, mine=functools.partial(interruption.votes, len(batch.bad)))
         self.step = number
         progress.advance(number)
@@ -185,6 +189,7 @@ class Run:
         """Write down what is known of a step."""
         number = taken.step + 1
         self.skipping.learn(taken)
+        self.bad.learn(taken.counts.bad_images, number * self.config.data.batch_size)
         if taken.numbers:
             rates = self.loop.rates(taken.step)
             epoch = -(-number // self.batches.steps_per_epoch)

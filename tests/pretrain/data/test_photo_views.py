@@ -29,13 +29,20 @@ PLAIN = PhotoViewConfig(
 
 
 def photo(height: int = SIDE, width: int = SIDE) -> Tensor:
-    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def shares(image: Tensor) -> Tensor:
+    return image.float() / 255
 
 
 def ramps(side: int) -> Tensor:
-    """[3, side, side] whose first channel is the place across, in [0, 1], and whose second the place down."""
-    places = (torch.arange(side) + 0.5) / side
-    return torch.stack([places.expand(side, side), places[:, None].expand(side, side), torch.zeros(side, side)])
+    """[3, side, side] whose first channel is the place across, in bytes, and whose second the place down."""
+    places = ((torch.arange(side) + 0.5) / side * 255).round().to(torch.uint8)
+    return torch.stack(
+        [places.expand(side, side), places[:, None].expand(side, side), torch.zeros(side, side, dtype=torch.uint8)]
+    )
 
 
 def shown(image: Tensor, config: PhotoViewConfig, view: int = 0, *, seed: int = 0, side: int = SIDE) -> Tensor:
@@ -44,7 +51,7 @@ def shown(image: Tensor, config: PhotoViewConfig, view: int = 0, *, seed: int = 
 
 
 def test_plain_parameters_give_the_image_back() -> None:
-    error = (shown(photo(), PLAIN) - photo()).abs().max().item()
+    error = (shown(photo(), PLAIN) - shares(photo())).abs().max().item()
     assert error < 1e-5, f"off by {error:.1e}"
 
 
@@ -89,14 +96,14 @@ def test_flip_comes_with_its_probability() -> None:
 def test_grayscale_leaves_one_shade_in_all_channels() -> None:
     got = shown(photo(), replace(PLAIN, grayscale=1.0))
     assert (got - got[:1]).abs().max() < 1e-5, f"channels differ by {(got - got[:1]).abs().max():.1e}"
-    expected = functional.rgb_to_grayscale(photo())
+    expected = functional.rgb_to_grayscale(shares(photo()))
     assert (got[:1] - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("view", "inverted"), [(0, False), (1, True), (2, False)])
 def test_solarize_inverts_bright_pixels_of_the_second_global_view_only(view: int, inverted: bool) -> None:
     got = shown(photo(), replace(PLAIN, solarize=1.0), view)
-    expected = torch.where(photo() > 0.5, 1 - photo(), photo()) if inverted else photo()
+    expected = torch.where(shares(photo()) > 0.5, 1 - shares(photo()), shares(photo())) if inverted else shares(photo())
     assert (got - expected).abs().max() < 1e-5, f"off by {(got - expected).abs().max():.1e}"
 
 
@@ -106,18 +113,18 @@ def test_blur_comes_with_the_probability_of_its_view(view: int, blurred: int) ->
     first, second, local = (float(blurred == place) for place in range(3))
     config, image = replace(PLAIN, blur=(first, second, local)), photo(BLUR_SIDE, BLUR_SIDE)
     got = [shown(image, config, view, seed=seed, side=BLUR_SIDE).diff(dim=2).abs().mean() for seed in range(4)]
-    roughness = (min(got) / image.diff(dim=2).abs().mean()).item()
+    roughness = (min(got) / shares(image).diff(dim=2).abs().mean()).item()
     assert (roughness < 0.8) == (min(view, 2) == blurred), f"view {view} has {roughness:.2f} of its roughness"
 
 
 @pytest.mark.parametrize("which", ["brightness", "contrast", "saturation", "hue"])
 def test_each_part_of_the_jitter_acts_alone_and_keeps_the_range(which: str) -> None:
     nothing = replace(PLAIN, jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
-    unchanged = (shown(photo(), nothing) - photo()).abs().max().item()
+    unchanged = (shown(photo(), nothing) - shares(photo())).abs().max().item()
     amount = {which: 0.5}
     got = shown(photo(), replace(nothing, **amount))  # type: ignore[arg-type]
     assert unchanged < 1e-4, f"a jitter of nothing changes {unchanged:.1e}"
-    assert (got - photo()).abs().max() > 0.02, f"{which} changes {(got - photo()).abs().max():.3f} only"
+    assert (got - shares(photo())).abs().max() > 0.02, f"{which} changes {(got - shares(photo())).abs().max():.3f} only"
     assert got.min() > -1e-5
     assert got.max() < 1 + 1e-5
 
