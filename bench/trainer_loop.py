@@ -41,10 +41,7 @@ PARTS = ("forward", "backward", "update")
 
 def config_of(images: int, *, small: bool) -> Config:
     """DINO-vMF's step: as published, or with a network of width 192 on smaller views."""
-    base = Config(
-        method="dino-vmf",
-        data=replace(Config.__dataclass_fields__["data"].default_factory(), kind="folder", folder="."),
-    )
+    base = Config(data=DataConfig(kind="folder", folder="."))
     sizes = {"global_size": 64, "local_size": 32, "local_count": 4} if small else {}
     return replace(
         base,
