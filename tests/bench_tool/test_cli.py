@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.pretrain.tiny import one_sentence
-from vmf_bench import cli, plan, run
+from vmf_bench import cli, measure, plan, roof, run
 from vmf_bench.inputs import HeadInputs
 from vmf_bench.peers.stored import published
 from vmf_bench.variants import VARIANTS, Variant
@@ -22,8 +22,11 @@ SMALL = ["--rows", "10", "--prototypes", "64", "--dim", "16", "--dtype", "float3
 
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two main sizes alone, on the CPU wherever it runs."""
+    """The two main sizes alone, in few rounds, and rates of little work; on the CPU wherever it runs."""
     monkeypatch.setattr(plan, "FACTORS", ())
+    monkeypatch.setattr(measure, "MOST_ROUNDS", measure.LEAST_ROUNDS)
+    monkeypatch.setitem(roof.LARGEST_MM, "cpu", roof.SMALLEST_MM)
+    monkeypatch.setitem(roof.COPIED_BYTES, "cpu", 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
