@@ -172,6 +172,18 @@ def numbers_of(loop: Loop, step: int, batch: Batch) -> dict[str, float]:
     return taken.numbers
 
 
+CONFIGS: dict[str, Config] = {}  # by their text, which takes longer to parse than a step
+
+
+def config_in(out: Path) -> Config:
+    """The configuration in the folder of a run."""
+    path = out / "config.yaml"
+    text = path.read_text()
+    if text not in CONFIGS:
+        CONFIGS[text] = read_config(path)
+    return CONFIGS[text]
+
+
 def a_run(config: Config, out: Path, *, resume: bool = False, **options: Any) -> tuple[Run, io.StringIO]:
     """A run and what it prints."""
     printed = io.StringIO()

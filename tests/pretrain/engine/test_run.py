@@ -19,6 +19,7 @@ from tests.pretrain.tiny import (
     SUMMARY_KEYS,
     a_run,
     changed,
+    config_in,
     copied,
     differing,
     digits_config,
@@ -92,7 +93,7 @@ def stopped_at(run: Run, step: int) -> int:
 
 
 def resumed(out: Path) -> Run:
-    return a_run(read_config(out / "config.yaml"), out, resume=True)[0]
+    return a_run(config_in(out), out, resume=True)[0]
 
 
 def state_of(run: Run) -> dict[str, Tensor]:
