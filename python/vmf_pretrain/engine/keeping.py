@@ -9,7 +9,7 @@ from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vmf_pretrain.storage.run_folder import RunFolder
-from vmf_pretrain.storage.weights import save_weights
+from vmf_pretrain.storage.weights import Weights, save_weights
 
 
 class Keeping:
@@ -32,4 +32,5 @@ class Keeping:
         """Write the exported module's weights."""
         if ranks.rank() == 0:
             facts = {"network": self.config.method, "step": step, "knn": knn, "config": asdict(self.config)}
-            save_weights(self.folder, name, self.loop.method.exported, network_input(self.config), facts)
+            path, tensors = self.folder.weights / f"{name}.safetensors", self.loop.method.exported.state_dict()
+            save_weights(Weights(path, tensors, network_input(self.config), facts))

@@ -22,7 +22,8 @@ from vmf_pretrain.engine.votes import Counts, Taken, Votes
 from vmf_pretrain.methods.method import MINIMISED, Method, Place
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.schedules import CosineSchedule
-from vmf_pretrain.storage.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from vmf_pretrain.storage.checkpoint import Checkpoint
+from vmf_pretrain.storage.optimizer_state import flatten_optimizer, restore_optimizer
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": None}
 

@@ -37,7 +37,8 @@ from vmf_pretrain.networks import ranks
 from vmf_pretrain.report.figures import draw_plots
 from vmf_pretrain.report.summary import print_summary, write_summary
 from vmf_pretrain.storage.checkpoint import Checkpoint
-from vmf_pretrain.storage.run_folder import MetricsLog, RunFolder, read_metrics
+from vmf_pretrain.storage.metrics import MetricsLog, read_metrics
+from vmf_pretrain.storage.run_folder import RunFolder
 
 SHOWN = {
     "loss": "loss",

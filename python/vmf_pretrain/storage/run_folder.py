@@ -1,16 +1,10 @@
-"""The folder of one run: its paths, and the log of metrics."""
+"""The folder of one run: its paths."""
 
-import json
-import math
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
 
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.storage.lock import LOCK
 
 
 @dataclass(frozen=True)
@@ -31,8 +25,8 @@ class RunFolder:
 
     @classmethod
     def refuse_existing(cls, path: Path) -> None:
-        """Raise PretrainError if ``path`` is taken; creates nothing."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        """Raise PretrainError if ``path`` is taken by more than a lock (``RunLock``); creates nothing."""
+        if path.exists() and (not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())):
             raise PretrainError(f"run folder {path} already exists; choose another with --out, or go on with --resume.")
 
     @classmethod
@@ -67,6 +61,16 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """The same as TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def bad_files(self) -> Path:
+        """Images that could not be read, one JSON object per line."""
+        return self.path / "bad_files.jsonl"
+
+    @property
     def summary(self) -> Path:
         """The numbers at the end of the run."""
         return self.path / "summary.json"
@@ -85,41 +89,3 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where ``--resume`` continues from."""
         return self.path / "checkpoints"
-
-
-class MetricsLog:
-    """metrics.jsonl and TensorBoard events. On resume, records of steps that will run again are removed."""
-
-    def __init__(self, folder: RunFolder, from_step: int) -> None:
-        self._path = folder.metrics
-        kept = [record for record in read_metrics(folder) if record["step"] <= from_step]
-        rewritten = self._path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(rewritten, self._path)  # atomic, so that a crash here does not lose the history
-        self._events = SummaryWriter(str(folder.path / "tensorboard"), purge_step=from_step + 1)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; every number except the step also becomes a TensorBoard scalar."""
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        with self._path.open("a") as lines:
-            lines.write(json.dumps(finite) + "\n")
-        for key, value in finite.items():
-            if key != "step" and isinstance(value, int | float):
-                self._events.add_scalar(key, value, int(record["step"]))
-
-    def close(self) -> None:
-        """Flush TensorBoard's events."""
-        self._events.close()
-
-
-def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    """Every record so far; a last line cut short by a crash is ignored."""
-    if not folder.metrics.exists():
-        return []
-    records = []
-    for line in folder.metrics.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records

@@ -1,52 +1,74 @@
-"""The results of a run to load or to look at: weights and plots."""
+"""Weights that others load: the tensors of a network, the input it is used with, and facts about the run."""
 
 import json
-import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.network_input import NetworkInput
-from vmf_pretrain.storage.run_folder import RunFolder
+from vmf_pretrain.storage.durable import replace_durably, sync_folder, temporary
+from vmf_pretrain.storage.tensor_file import read_tensors, write_tensors
+
+FACTS = "vmf_pretrain"  # entry of the file's own header: the same JSON as beside it
 
 
-def save_weights(folder: RunFolder, name: str, teacher: nn.Module, fed: NetworkInput, facts: Mapping[str, Any]) -> None:
-    """Write ``weights/<name>.safetensors`` with the teacher's ``backbone.`` and ``head.``, and beside it a JSON file with
-    its network input (``input``) and the facts."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in teacher.state_dict().items()}
-    path = folder.weights / f"{name}.safetensors"
-    _replace(path, lambda temporary: save_file(tensors, str(temporary)))
-    described = json.dumps({**facts, "input": fed.facts()}, indent=2) + "\n"
-    _replace(path.with_suffix(".json"), lambda temporary: temporary.write_text(described))
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Weights to write.
+
+    Attributes:
+        path: ``weights/<name>.safetensors``.
+        tensors: by name: of the teacher, those of ``backbone.`` and ``head.``.
+        fed: what the network is fed with.
+        facts: anything that JSON can hold: step, accuracy, configuration.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    fed: NetworkInput
+    facts: Mapping[str, Any]
+
+
+def save_weights(weights: Weights) -> None:
+    """Write ``<name>.safetensors`` and, for people, ``<name>.json`` with the network input (``input``) and the facts.
+
+    The safetensors file has the same facts in its header, so it is complete alone. Each file is written whole or not at all.
+
+    Raises:
+        OSError: the disk is full or read-only; the files of before are intact.
+    """
+    described = json.dumps({**weights.facts, "input": weights.fed.facts()}, indent=2) + "\n"
+    path = weights.path
+    with temporary(path.with_name(f".{path.name}.tmp")) as unfinished:
+        write_tensors(unfinished, weights.tensors, {"format": "pt", FACTS: described})
+        unfinished.replace(path)
+        sync_folder(path.parent)
+    replace_durably(path.with_suffix(".json"), described.encode())
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], NetworkInput]:
     """The tensors of a ``weights/<name>.safetensors`` file and the input of its network.
 
     Raises:
-        PretrainError: a file cannot be read, or the JSON beside the weights lacks ``input``.
+        PretrainError: the file cannot be read, is not well formed, or neither it nor the JSON beside it has ``input``.
     """
+    tensors, metadata = read_tensors(path)
     beside = path.with_suffix(".json")
     try:
-        tensors, facts = load_file(path), json.loads(beside.read_text())
-    except (OSError, SafetensorError, ValueError) as error:
+        # earlier versions wrote the facts beside the weights only
+        facts = json.loads(metadata[FACTS] if FACTS in metadata else beside.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise PretrainError(
-            f"weights {path} with {beside.name} cannot be read: {' '.join(str(error).split())}."
+            f"weights {path} do not say what they were trained on, and {beside.name} beside them cannot be read: "
+            f"{' '.join(str(error).split())}."
         ) from None
     if not isinstance(facts, dict) or not isinstance(facts.get("input"), dict):
         raise PretrainError(
             f"weights {path} do not say what they were trained on; expected input with size, channels, mean and deviation in "
-            f"{beside.name}, which every version except the first writes."
+            f"their header or in {beside.name}, which every version except the first writes."
         )
     return tensors, NetworkInput.from_facts(facts["input"])
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)

@@ -35,7 +35,7 @@ from vmf_pretrain.engine.run import Run
 from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.evaluation.judge import BASELINES
 from vmf_pretrain.report.figures import draw_plots
-from vmf_pretrain.storage.run_folder import read_metrics
+from vmf_pretrain.storage.metrics import read_metrics
 
 STEPS = 10  # of the digits' configuration
 PROMISED = [

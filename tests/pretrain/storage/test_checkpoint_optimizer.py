@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.pretrain.saved import assert_same_bits, quiet_load
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.storage.checkpoint import flatten_optimizer, restore_optimizer, save_checkpoint
+from vmf_pretrain.storage.checkpoint import save_checkpoint
+from vmf_pretrain.storage.optimizer_state import flatten_optimizer, restore_optimizer
 
 pytestmark = pytest.mark.quick
 

@@ -10,7 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.storage.run_folder import MetricsLog, RunFolder, read_metrics
+from vmf_pretrain.storage.metrics import MetricsLog, read_metrics
+from vmf_pretrain.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.quick
 
