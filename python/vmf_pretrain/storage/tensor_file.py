@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,7 +83,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     )  # larger first: all are aligned
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        parts = itertools.chain([_header_of(dict(named), metadata or {})], (_bytes_of(tensor) for _, tensor in named))
+        parts: Iterable[bytes | memoryview] = itertools.chain(
+            [_header_of(dict(named), metadata or {})], (_bytes_of(tensor) for _, tensor in named)
+        )
         for part in parts:
             digest.update(part)
             file.write(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from torch import nn
 
 from tests.pretrain.saved import assert_same_bits, names, quiet_load, save, some_tensors
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.storage import checkpoint
+from vmf_pretrain.storage import step_folders
 from vmf_pretrain.storage.checkpoint import load_checkpoint, save_checkpoint
+from vmf_pretrain.storage.manifest import hash_of
 
 pytestmark = pytest.mark.quick
 
@@ -147,7 +149,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_warned_of(tmp_path: Path, m
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    monkeypatch.setattr(step_folders.shutil, "rmtree", refuse)
     with pytest.warns(UserWarning, match=r"step_00000001 could not be removed: Permission denied"):
         save(tmp_path, 2, keep=1)
     assert quiet_load(tmp_path).step == 2
@@ -254,7 +256,7 @@ def rewrite_description(path: Path, **entries: Any) -> None:
     described = json.loads((path / "state.json").read_text())
     del described["sha256"]
     described.update(entries)
-    described["sha256"] = checkpoint._hash_of(described)
+    described["sha256"] = hash_of(described)
     (path / "state.json").write_text(json.dumps(described))
 
 
@@ -262,7 +264,8 @@ def rewrite_description(path: Path, **entries: Any) -> None:
 def test_a_tensor_file_that_is_none_is_refused_cleanly(tmp_path: Path, header: bytes) -> None:
     path = save(tmp_path, 1)
     (path / "student.safetensors").write_bytes(header)
-    rewrite_description(path, files={"student.safetensors": checkpoint.hashlib.sha256(header).hexdigest()})
+    (path / "rng.safetensors").unlink()
+    rewrite_description(path, files={"student.safetensors": hashlib.sha256(header).hexdigest()})
     with pytest.raises(PretrainError, match="tensors cannot be parsed"):
         load_checkpoint(tmp_path)
 
@@ -270,7 +273,7 @@ def test_a_tensor_file_that_is_none_is_refused_cleanly(tmp_path: Path, header: b
 def test_a_file_outside_the_checkpoint_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "run", 1)
     (tmp_path / "secret.safetensors").write_bytes(b"")
-    outside = {"../../secret.safetensors": checkpoint.hashlib.sha256(b"").hexdigest()}
+    outside = {"../../secret.safetensors": hashlib.sha256(b"").hexdigest()}
     rewrite_description(path, files=outside)
     with pytest.raises(PretrainError, match="no plain file name"):
         load_checkpoint(tmp_path / "run")
@@ -300,6 +303,3 @@ def test_all_damaged_is_an_error_that_lists_each(tmp_path: Path) -> None:
 def test_no_checkpoint_is_an_error(tmp_path: Path, folder: str) -> None:
     with pytest.raises(PretrainError, match=r"holds no checkpoint; expected a folder"):
         load_checkpoint(tmp_path / folder)
-
-
-# A disk that fails, and a kill at any moment

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from tests.pretrain.tiny import (
     batch_of,
@@ -24,11 +25,12 @@ from tests.pretrain.tiny import (
     some_digits,
 )
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.data.network_input import network_input
+from vmf_pretrain.data.network_input import NetworkInput, network_input
 from vmf_pretrain.evaluation.prototypes import HeadReport
 from vmf_pretrain.report.figures import draw_plots
-from vmf_pretrain.storage.run_folder import MetricsLog, RunFolder
-from vmf_pretrain.storage.weights import load_weights, save_weights
+from vmf_pretrain.storage.metrics import MetricsLog
+from vmf_pretrain.storage.run_folder import RunFolder
+from vmf_pretrain.storage.weights import Weights, load_weights, save_weights
 
 FED = network_input(digits_config())
 REPORT = HeadReport(
@@ -43,12 +45,16 @@ REPORT = HeadReport(
 )
 
 
+def weights_of(folder: RunFolder, teacher: nn.Module, fed: NetworkInput, facts: dict[str, Any]) -> Weights:
+    return Weights(folder.weights / "last.safetensors", teacher.state_dict(), fed, facts)
+
+
 @pytest.mark.quick
 def test_weights_load_strictly_into_a_fresh_network(tmp_path: Path) -> None:
     training, batches = loop_on(digits_config(data={"batch_size": 32}), 64)
     training.step(0, batch_of(batches, 0))
     folder = RunFolder.create(tmp_path / "run")
-    save_weights(folder, "last", training.method.teacher, FED, {"step": 1})
+    save_weights(weights_of(folder, training.method.teacher, FED, {"step": 1}))
     _, fresh = build_networks(digits_config(seed=9))
     tensors, fed = load_weights(folder.weights / "last.safetensors")
     fresh.load_state_dict(tensors, strict=True)
@@ -61,9 +67,10 @@ def test_weights_load_strictly_into_a_fresh_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize("beside", [None, "not JSON", "[]", '{"step": 1}', '{"input": {"size": 16}}'])
 def test_weights_that_do_not_say_what_they_were_trained_on_are_refused(beside: str | None, tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
-    save_weights(folder, "last", build_networks(digits_config())[1], FED, {})
+    save_file(build_networks(digits_config())[1].state_dict(), folder.weights / "last.safetensors")
     path = folder.weights / "last.json"
-    path.unlink() if beside is None else path.write_text(beside)
+    if beside is not None:
+        path.write_text(beside)
     with pytest.raises(PretrainError, match=r"last\.json|input lacks channels, mean, deviation") as caught:
         load_weights(folder.weights / "last.safetensors")
     assert one_sentence(str(caught.value)), str(caught.value)
@@ -72,7 +79,7 @@ def test_weights_that_do_not_say_what_they_were_trained_on_are_refused(beside: s
 @pytest.mark.quick
 def test_scale_of_photographs_is_beside_their_weights(tmp_path: Path) -> None:
     folder, config = RunFolder.create(tmp_path / "run"), photos_config(tmp_path)
-    save_weights(folder, "last", build_networks(config)[1], network_input(config), {})
+    save_weights(weights_of(folder, build_networks(config)[1], network_input(config), {}))
     said = json.loads((folder.weights / "last.json").read_text())["input"]
     assert said == {"size": 32, "channels": 3, "mean": [0.485, 0.456, 0.406], "deviation": [0.229, 0.224, 0.225]}
 
@@ -82,7 +89,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     for step in (1, 2):
         _, teacher = build_networks(digits_config())
-        save_weights(folder, "last", teacher, FED, {"step": step})
+        save_weights(weights_of(folder, teacher, FED, {"step": step}))
     assert sorted(path.name for path in folder.weights.iterdir()) == ["last.json", "last.safetensors"]
     assert json.loads((folder.weights / "last.json").read_text())["step"] == 2
     assert differing(load_file(folder.weights / "last.safetensors"), teacher.state_dict()) == []
