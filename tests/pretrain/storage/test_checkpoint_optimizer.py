@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from tests.pretrain.saved import assert_same_bits, quiet_load
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.storage.checkpoint import save_checkpoint
-from vmf_pretrain.storage.optimizer_state import flatten_optimizer, restore_optimizer
+from vmf_pretrain.storage.optimizer_state import flatten_optimizer, optimizer_targets, restore_optimizer
 
 pytestmark = pytest.mark.quick
 
@@ -110,3 +112,59 @@ def test_a_state_that_does_not_fit_is_refused_with_every_name_and_changes_nothin
     ):
         assert part in str(refusal.value), f"{part!r} is not in {refusal.value}"
     assert_same_bits(flatten_optimizer(optimizer), before)
+
+
+class Trusting(torch.optim.SGD):
+    """Keeps a Python number and a flag beside SGD's momentum."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["trust"] = state.get("trust", 1.0) * 0.7
+                state["updates"] = state.get("updates", 0) + 1
+                state["adapted"] = parameter.ndim > 1
+                parameter.data.mul_(1 - 0.01 * state["trust"])
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "AMSGrad": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True),
+    "plain SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01),
+    "RMSprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.5, centered=True),
+    "fused Adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.01, fused=True),
+    "numbers": lambda model: Trusting(model.parameters(), lr=0.01, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_any_optimizer_of_tensors_and_numbers_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    through, resumed = small_model(), small_model()
+    optimizer, fresh = OPTIMIZERS[kind](through), OPTIMIZERS[kind](resumed)
+    train(through, optimizer, range(5))
+    save_checkpoint(
+        tmp_path, 5, {"student": through.state_dict(), "optimizer": flatten_optimizer(optimizer)}, {}, keep=1
+    )
+    found = quiet_load(tmp_path).tensors
+    resumed.load_state_dict(found["student"])
+    targets = optimizer_targets(fresh, found["optimizer"])
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in found["optimizer"].items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in targets.items()} == shapes
+    restore_optimizer(fresh, found["optimizer"])
+    for parameter, other in zip(through.parameters(), resumed.parameters(), strict=True):
+        kinds = {name: type(value) for name, value in optimizer.state[parameter].items() if value is not None}
+        assert {name: type(value) for name, value in fresh.state[other].items()} == kinds
+    train(through, optimizer, range(5, 10))
+    train(resumed, fresh, range(5, 10))
+    assert_same_bits(dict(resumed.state_dict()), dict(through.state_dict()))
+
+
+@pytest.mark.parametrize("value", ["text", [1.0], torch.zeros(7)], ids=["text", "list", "shape"])
+def test_a_state_that_cannot_be_saved_is_refused(value: Any) -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    train(model, optimizer, range(1))
+    optimizer.state[model[0].weight]["odd"] = value
+    with pytest.raises(ValueError, match=r"0\.odd is"):
+        flatten_optimizer(optimizer)

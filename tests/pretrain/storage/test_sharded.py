@@ -196,6 +196,8 @@ def test_a_sharded_checkpoint_is_safetensors_and_json_alone(folder: Path) -> Non
     assert names(checkpoint) == sorted([*listed, "state.json"])
     for name in listed:
         assert load_file(checkpoint / name), f"{name} is empty"
+        mode = (checkpoint / name).stat().st_mode
+        assert mode & 0o113 == 0, f"{name} can be run, or written by anyone: {oct(mode)}"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
