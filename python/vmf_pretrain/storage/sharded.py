@@ -21,8 +21,9 @@ from vmf_pretrain.storage.checkpoint import (
     require_same_tensors,
 )
 from vmf_pretrain.storage.durable import remove
-from vmf_pretrain.storage.manifest import SHARDED, DamagedError, Manifest, hash_file, write_manifest
-from vmf_pretrain.storage.shards import fill_from_shards, write_shards
+from vmf_pretrain.storage.manifest import SHARDED, DamagedError, Manifest, write_manifest
+from vmf_pretrain.storage.shard_writer import write_shards
+from vmf_pretrain.storage.shards import fill_from_shards
 from vmf_pretrain.storage.step_folders import TEMPORARY, clear_up, folder_of, put_in_place, remove_older
 from vmf_pretrain.storage.tensor_file import read_tensors
 
@@ -62,7 +63,7 @@ def save_sharded(folder: Path, step: int, tensors: Groups, state: Mapping[str, A
 
     try:
         _together(group, begin)
-        written = _together(group, lambda: _write_and_hash(unfinished, tensors, group))
+        written = _together(group, lambda: write_shards(unfinished, tensors, group))
         hashes = {name: sha256 for of_rank in written for name, sha256 in of_rank.items()}
         _together(group, finish)
     except OSError as error:
@@ -124,10 +125,6 @@ def _fill(target: Tensor, whole: Tensor) -> None:
         target.to_local().copy_(share.to_local())
     else:
         target.copy_(whole)
-
-
-def _write_and_hash(folder: Path, tensors: Groups, group: Any) -> dict[str, str]:
-    return {path.name: hash_file(path)[0] for path in write_shards(folder, tensors, group)}
 
 
 def _together(group: Any, act: Callable[[], T]) -> list[T]:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that many ranks wrote together: torch's distributed checkpoint in its safetensors form.
+"""Reading the files that many ranks wrote together: torch's distributed checkpoint in its safetensors form.
 
 Each rank writes its shards into a file of its own, whose header says where in the whole tensor each shard belongs. A tensor of
 group "student" is called "student/<name>". There is no pickle, in which torch's other file format keeps its metadata.
@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,42 +26,13 @@ def flat_names(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{group}{BETWEEN}{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
 
 
-def write_shards(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], group: Any) -> list[Path]:
-    """Write this rank's shards into ``folder``, which exists. All ranks of ``group`` call it.
-
-    Args:
-        folder: seen by all ranks.
-        groups: by group, then by name: DTensors, or plain tensors that all ranks have alike.
-        group: a process group with a CPU backend, that nothing else uses meanwhile.
-
-    Returns:
-        The files of this rank, which are on disk.
-
-    Raises:
-        OSError: a rank could not write; raised on all ranks.
-    """
-    # here, as in the functions below: importing it takes a second, and one process does not need it
-    from torch.distributed import get_rank
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try:
-        save(dict(flat_names(groups)), storage_writer=writer, process_group=group)
-    except CheckpointException as error:
-        reasons = [raised for raised, _ in error.failures.values()]
-        others = [reason for reason in reasons if not isinstance(reason, OSError)]
-        raise (others or reasons)[0] from error
-    return sorted(folder.glob(f"shard-{get_rank(group) + 1:05d}-*.safetensors"))
-
-
 def fill_from_shards(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Fill tensors in place; a DTensor with the shards that belong to this rank. Each rank reads alone.
 
     Raises:
         PretrainError: a file cannot be read or does not hold what it should.
     """
+    # here, since importing it takes a second and few runs need it
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load

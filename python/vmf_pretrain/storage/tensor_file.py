@@ -77,6 +77,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Raises:
         OSError: the disk is full or read-only.
+        ValueError: a tensor has a dtype that such a file cannot hold.
     """
     named = sorted(
         tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
@@ -122,6 +123,8 @@ def _header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
     place = 0
     for name, tensor in tensors.items():
         end = place + tensor.numel() * tensor.element_size()
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, NAMES))}")
         entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -6,6 +6,7 @@ records are lost. Here an event file is a file of records like any other (``line
 
 import io
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from vmf_pretrain.storage.tolerant import TolerantWrites
 
 VERSION = "brain.Event:2"  # how an event file says what it is
 KIND = "tensorboard"
+PREFIX = "events.out.tfevents."  # by which TensorBoard knows its files
+MOMENT = re.compile(rf"{re.escape(PREFIX)}(\d{{10,11}})\.")  # seconds since 1970
 
 
 class TensorBoardEvents:
@@ -65,10 +68,8 @@ def _framed(event: Any) -> bytes:
 
 
 def _unused(folder: Path) -> Path:
-    """A new file's name: TensorBoard reads the files of a folder in the order of their names."""
-    moment = int(time.time())
-    while True:
-        path = folder / f"events.out.tfevents.{moment:010d}.{socket.gethostname()}.{os.getpid()}"
-        if not path.exists():
-            return path
-        moment += 1
+    """A new file's name, which comes after those in the folder: TensorBoard reads files in the order of their names."""
+    # the clock may have been set back since, or stand in the same second
+    before = [int(found[1]) for path in folder.glob(f"{PREFIX}*") if (found := MOMENT.match(path.name))]
+    moment = max([int(time.time()), *(one + 1 for one in before)])
+    return folder / f"{PREFIX}{moment:010d}.{socket.gethostname()}.{os.getpid()}"

@@ -112,6 +112,14 @@ def test_a_log_that_cannot_even_begin_does_not_end_the_run(tmp_path: Path, monke
     assert scalars_of(folder) == [(2, 3.0)]
 
 
+def test_a_clock_that_is_set_back_hides_no_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    for moment, step in ((2_000_000_000, 1), (1_000_000_000, 2), (1_000_000_000, 3)):
+        monkeypatch.setattr("vmf_pretrain.storage.tensorboard.time.time", lambda moment=moment: float(moment))
+        MetricsLog(folder, step - 1).write({"step": step, "loss": float(step)})
+    assert scalars_of(folder) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
 def test_what_waits_for_the_disk_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MOST_WAITING", 100)
     said: list[str] = []
