@@ -31,7 +31,7 @@ class Fingerprint:
 
     Attributes:
         images: of the training images: for example count, and a hash of sorted names and sizes.
-        held_out: the same of the held-out images; empty if there are none.
+        held_out: the same of the held-out images; None if there are none.
         batch: images in the global batch of an optimizer step: ranks and accumulation do not change it.
         views: the plan: how many views, how large, which masks.
         seed: of initialisation, order and augmentation.
@@ -43,7 +43,7 @@ class Fingerprint:
     """
 
     images: Mapping[str, Any]
-    held_out: Mapping[str, Any]
+    held_out: Mapping[str, Any] | None
     batch: int
     views: Mapping[str, Any]
     seed: int

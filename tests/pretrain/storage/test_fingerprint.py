@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.quick
 
 NOW = Fingerprint.of(
     images={"count": 100, "sha256": "ab"},
-    held_out={},
+    held_out=None,
     batch=64,
     views={"global_views": 2, "sizes": (224, 96)},
     seed=1,
@@ -30,7 +31,7 @@ CHANGES: list[tuple[str, dict[str, Any], str | None, str]] = [
     # what differs, the fields, the kind that allows it, what is said
     ("images", {"images": {"count": 99, "sha256": "ab"}}, "data", "images: count was 100 and is 99"),
     ("content", {"images": {"count": 100, "sha256": "cd"}}, "data", "images: sha256 was 'ab' and is 'cd'"),
-    ("held out", {"held_out": {"count": 5}}, "data", "held_out: count is 5 and was not known before"),
+    ("held out", {"held_out": {"count": 5}}, "data", "held_out was None and is .*5"),
     ("batch", {"batch": 32}, "batch", "batch was 64 and is 32"),
     ("views", {"views": {"global_views": 1, "sizes": [224, 96]}}, "views", "views: global_views was 2 and is 1"),
     ("seed", {"seed": 2}, "seed", "seed was 1 and is 2"),
@@ -68,7 +69,7 @@ def test_a_changed_meaning_of_the_steps_is_refused_unless_allowed(fields: Any, k
     if kind is not None:
         assert one_sentence(str(caught.value)), str(caught.value)
         [sentence] = resumed(now, allowed={kind})
-        assert said.split(":")[0] in sentence
+        assert re.search(said, sentence), sentence
 
 
 def test_other_versions_are_said_and_not_refused() -> None:
