@@ -12,7 +12,7 @@ from tests.pretrain.engine.test_run import state_of, stopped_at
 from tests.pretrain.tiny import a_run, differing, digits_config
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import read_config
-from vmf_pretrain.storage.run_folder import read_metrics
+from vmf_pretrain.storage.metrics import read_metrics
 
 NAME = "tests.pretrain.engine.outside_method:Turns"
 

@@ -15,7 +15,7 @@ from vmf_bench.machine import machine
 from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.engine.run import Run
 from vmf_pretrain.methods.published import PublishedLoss
-from vmf_pretrain.storage.run_folder import read_metrics
+from vmf_pretrain.storage.metrics import read_metrics
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "before_the_fold.json").read_text())
 
