@@ -28,20 +28,7 @@ MIB = 2**20
 LOWER = "lower data.workers, data.batch_size or views.local_count"
 
 
-def load_from(batches: ViewBatches, step: int) -> Iterator[Batch]:
-    """The batches from ``step`` to the end of the run, in order. Close it, or delete it, to end its workers.
-
-    Raises:
-        PretrainError: too little shared memory or too few open files for the workers (at once); when a batch is asked for:
-            a worker has died, a batch's images cannot be read, or too many files are open.
-    """
-    if batches.config.data.workers:
-        require_shared_memory(batches)
-        require_open_files(batches)
-    return _Loading(batches, step)
-
-
-class _Loading(Iterator[Batch]):
+class Loading(Iterator[Batch]):
     """The iterator; its workers end with it."""
 
     def __init__(self, batches: ViewBatches, step: int) -> None:
@@ -100,6 +87,19 @@ class _Loading(Iterator[Batch]):
         if "ancdata" in text:  # how a limit of open files shows where a batch is received
             return _too_many_files()
         return f"a worker of the data loader has ended ({text})." if "DataLoader worker" in text else None
+
+
+def load_from(batches: ViewBatches, step: int) -> Loading:
+    """The batches from ``step`` to the end of the run, in order. Close it, or delete it, to end its workers.
+
+    Raises:
+        PretrainError: too little shared memory or too few open files for the workers (at once); when a batch is asked for:
+            a worker has died, a batch's images cannot be read, or too many files are open.
+    """
+    if batches.config.data.workers:
+        require_shared_memory(batches)
+        require_open_files(batches)
+    return Loading(batches, step)
 
 
 def _end_workers(workers: list[BaseProcess], closing: Any) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.randomness import INITIALISATION, TRAINING_STEP, stream_seed
@@ -23,7 +22,8 @@ from vmf_pretrain.methods.method import MINIMISED, Method, Place
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.schedules import CosineSchedule
 from vmf_pretrain.storage.checkpoint import Checkpoint
-from vmf_pretrain.storage.optimizer_state import flatten_optimizer, restore_optimizer
+from vmf_pretrain.storage.optimizer_state import flatten_optimizer, optimizer_targets, restore_optimizer
+from vmf_pretrain.storage.sharded import load_into
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": None}
 
@@ -103,7 +103,7 @@ class Loop:
         if log:
             averaged = {name: ranks.averaged(value.detach()) for name, value in losses.items()}
             numbers = {**self.method.numbers(), **averaged, "gradient_norm": norm}
-        return self.votes.keep(step, batch.indices, numbers)
+        return self.votes.keep(step, batch, numbers)
 
     def drain(self) -> list[Taken]:
         """What is not known yet; after the last step, or before a checkpoint."""
@@ -122,22 +122,23 @@ class Loop:
         return {**groups, **scale, "optimizer": flatten_optimizer(self.optimizer)}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint.
+        """Go back to a checkpoint of any number of ranks, sharded or not.
 
         Raises:
-            PretrainError: its tensors do not fit this configuration.
+            PretrainError: its tensors do not fit this configuration; the error lists them.
         """
-        expected = self.tensors()
-        try:
-            for name, part in self.method.named_children():
-                if name in expected:
-                    part.load_state_dict(checkpoint.tensors[name])
-            if self.loss_scale.active and "loss_scale" in checkpoint.tensors:
-                self.loss_scale.load_state_dict(checkpoint.tensors["loss_scale"])
-        except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise PretrainError(f"checkpoint {checkpoint.path} does not fit the configuration: {reason}.") from None
-        restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
+        targets = self.tensors()
+        del targets["optimizer"]
+        targets = {
+            group: {name: torch.empty_like(tensor) for name, tensor in named.items()}
+            for group, named in targets.items()
+        }
+        state = optimizer_targets(self.optimizer, checkpoint.tensors["optimizer"])
+        load_into(checkpoint, {**targets, "optimizer": state})
+        for name, part in [*self.method.named_children(), ("loss_scale", self.loss_scale)]:
+            if name in targets:
+                part.load_state_dict(targets[name])
+        restore_optimizer(self.optimizer, state)
 
     def _update(self, place: Place, skipped: Tensor, before: dict[str, Tensor]) -> None:
         """Optimizer, followers and buffers; nothing changes if the [] tensor ``skipped`` is not 0."""

@@ -108,6 +108,11 @@ class Wrapped:
     def __init__(self, module: nn.Module, whole: Sequence[nn.Parameter] = ()) -> None:
         self.module, self.whole = module, whole
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has a part of the parameters."""
+        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+
     def __call__(self, batch: Batch, place: Place) -> dict[str, Tensor]:
         """The method's losses."""
         losses: dict[str, Tensor] = self.module(batch, place)

@@ -1,14 +1,16 @@
 """A pretraining run from its configuration to its summary, on one rank or many.
 
-Every rank runs this; the first one owns the folder, the log, the evaluation and the console.
+Every rank runs this; the first one owns the folder, the log and the console. It also evaluates; ranks that have only a part of
+the network take part in that.
 """
 
+import contextlib
 import functools
 import io
 import shlex
 import signal
 import time
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,19 @@ from rich.console import Console
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import write_config
 from vmf_pretrain.config.run import Config
-from vmf_pretrain.data.bad_images import BadImages
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches
 from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.loader import load_from
 from vmf_pretrain.data.network_input import NetworkInput, network_input
+from vmf_pretrain.data.waiting import Waiting
+from vmf_pretrain.engine.bad_images import BadImages
 from vmf_pretrain.engine.interruption import Interruption
 from vmf_pretrain.engine.keeping import Keeping
 from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.engine.parallel import choose_device
 from vmf_pretrain.engine.progress import RunProgress
+from vmf_pretrain.engine.records import Records
 from vmf_pretrain.engine.skipping import Skipping
 from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.evaluation.agreement import compared
@@ -35,10 +39,13 @@ from vmf_pretrain.evaluation.judge import BASELINES, Judge
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.report.figures import draw_plots
-from vmf_pretrain.report.summary import print_summary, write_summary
+from vmf_pretrain.report.summary import print_summary, summary_text
 from vmf_pretrain.storage.checkpoint import Checkpoint
-from vmf_pretrain.storage.metrics import MetricsLog, read_metrics
+from vmf_pretrain.storage.durable import replace_durably
+from vmf_pretrain.storage.lock import RunLock
+from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
+from vmf_pretrain.storage.tolerant import TolerantWrites
 
 SHOWN = {
     "loss": "loss",
@@ -46,11 +53,13 @@ SHOWN = {
     "KL": "kl",
     "MI": "mutual_information",
     "lr": "learning_rate",
+    "images/s": "images_per_second",
+    "data wait": "data_wait",
 }
 
 
 class Run:
-    """One run in its folder.
+    """One run in its folder. The folder is locked until ``train`` returns, or ``close`` is called.
 
     Args:
         config: the whole run.
@@ -59,6 +68,9 @@ class Run:
         console: where progress and summary are printed.
         allow_code: whether the configuration may name modules to import.
         allow_changed: what may differ from the checkpoint's run although step numbers then mean something else.
+
+    Attributes:
+        figures: the numbers of the summary, once the run has finished.
 
     Raises:
         PretrainError: the folder, the data or the checkpoint do not fit; the error says what was given and expected.
@@ -75,64 +87,46 @@ class Run:
         allow_changed: Set[str] = frozenset(),
     ) -> None:
         self.started = time.perf_counter()
-        self.config, self.fed = config, network_input(config)
+        self.config, self.fed, self.folder = config, network_input(config), RunFolder(out)
         self.first = ranks.rank() == 0
         self.console = console if self.first else Console(file=io.StringIO())
-        method = method_class(config, allow_code=allow_code)
-        if not resume and self.first:
-            RunFolder.refuse_existing(out)
-        train, held_out, found = load_images(config, allow_code=allow_code)
-        self.console.print(found.text, soft_wrap=True, highlight=False)
-        self.batches = ViewBatches(train, config, method.plan(config), ranks.rank(), ranks.count())
-        self.judge = Judge(train, held_out, config)
-        self.loop = Loop(config, method, self.batches.steps_per_epoch, choose_device(config))
-        self.step = 0
-        self.facts: dict[str, Any] = {"seconds_before": 0.0, "best_knn": None}
-        self.folder = RunFolder(out)
-        self.keeping = Keeping(self.folder, config, self.loop)
-        scaled = self.loop.loss_scale.active
-        self.skipping = Skipping(self.folder, train.name, config.train.max_skipped, scaled=scaled)
-        if resume:
-            RunFolder.reopen(out)
-            self._restore(self.keeping.newest())
-            self.console.print(f"Going on from step {self.step} of {len(self.batches)}.")
-            return
-        if self.first:
-            self.facts |= self._judged_before_training()
-            RunFolder.create(out)
-            write_config(config, self.folder.config)
-        self.save()  # step 0: so that --resume works even if something stops the first epoch
+        self.tolerant = TolerantWrites(self._say)
+        self.step, self.figures = 0, dict[str, Any]()
+        self.facts: dict[str, Any] = {"seconds_before": 0.0, "best_knn": None, "bad_images": 0}
+        with contextlib.ExitStack() as closing:
+            self._lock(out, resume, closing)
+            self._build(allow_code, closing)
+            if resume:
+                self._restore(self.keeping.newest(allow_changed))
+                self.console.print(f"Going on from step {self.step} of {len(self.batches)}.")
+            else:
+                self._begin()
+            self._closing = closing.pop_all()  # only now: what fails before this gives the lock back
 
     def train(self) -> int:
         """Train to the end, or until a signal; returns the program's exit code."""
-        log = MetricsLog(self.folder, self.step) if self.first else None
-        if self.step == 0:
-            self._write(log, {"step": 0, "knn": self.facts.get("knn_untrained")})
-        stopped = None
-        listed, most = self.folder.path / "bad_files.jsonl", self.config.data.max_bad_share
-        self.bad = BadImages(listed, most, self.step, writes=self.first)
-        with Interruption() as interruption, RunProgress(self.console, len(self.batches), self.step) as progress:
-            for batch in load_from(self.batches, self.step):
-                stopped = self._advance(batch, log, progress, interruption)
-                if stopped is not None:
-                    break
-        if log is not None:
-            log.close()
-        if stopped is not None and self.step < len(self.batches):
+        with self._closing:
+            stopped = self._steps()
+            if stopped is None or self.step == len(self.batches):
+                self.keeping.writer.wait()
+                self.finish()
+                return 0
             self._keep()
-            self.console.print(
-                f"Stopped by {stopped.name} at step {self.step}; a checkpoint is written. "
-                f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(self.folder.path))}",
-                soft_wrap=True,
-                highlight=False,
+            self.keeping.writer.wait()
+            self._say(
+                f"Stopped by {stopped.name} at step {self.step}; {self._kept()} "
+                f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(self.folder.path))}"
             )
             return 128 + stopped
-        if self.first:
-            self.finish()
-        return 0
+
+    def close(self) -> None:
+        """Give up the folder of a run that is not trained."""
+        self._closing.close()
 
     def finish(self) -> None:
         """Evaluate the network, draw the plots, and print the summary."""
+        if not self._judging:
+            return
         method, train = self.loop.method, self.judge.train
         report = self.judge.report(method, self.loop.place(self.step))
         if self.facts["best_knn"] is None:  # without labels, the last weights are the best known
@@ -140,36 +134,98 @@ class Run:
             self.keeping.weights("best", self.step, report.figures["knn"])
         baselines = {"untrained": self.facts["knn_untrained"], "raw pixels": self.facts["knn_pixels"]}
         known = {name: value for name, value in baselines.items() if value is not None}
-        draw_plots(self.folder, self.config, report.head, method.evaluated, self.judge.held_out or train, known)
+        images, backbone = self.judge.held_out or train, method.evaluated
+        draw = functools.partial(draw_plots, self.folder, self.config, report.head, backbone, images, known)
+        self.tolerant.attempt("plots", draw)
         self.figures = {
             **report.figures,
             **compared(read_metrics(self.folder), report.information),
             **{name: self.facts[name] for name in (*BASELINES, "best_knn")},
+            "bad_images": self.facts["bad_images"],
             "seconds": round(self.seconds, 1),
             "method": self.config.method,
             "seed": self.config.seed,
             "steps": self.step,
         }
-        write_summary(self.folder.summary, self.figures)
-        print_summary(self.console, self.figures, self.config.head.prototypes, self.folder.path, self._next_command())
-
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
-        self.keeping.checkpoint(self.step, {**self.facts, "seconds_before": self.seconds})
+        if self.first:
+            text = summary_text(self.figures).encode()
+            self.tolerant.attempt("summary.json", lambda: replace_durably(self.folder.summary, text))
+            prototypes = self.config.head.prototypes
+            print_summary(self.console, self.figures, prototypes, self.folder.path, self._next_command())
 
     @property
     def seconds(self) -> float:
         """Wall time of the run in seconds, added up over interruptions."""
         return float(self.facts["seconds_before"]) + time.perf_counter() - self.started
 
+    def save(self) -> None:
+        """Write a checkpoint of this step, in the background."""
+        self._save(None)
+
+    def _lock(self, out: Path, resume: bool, closing: contextlib.ExitStack) -> None:
+        if not self.first:
+            return
+        if not resume:
+            RunFolder.refuse_existing(out)
+            closing.callback(_remove_if_empty, out, existed=out.exists())
+        elif not self.folder.config.is_file():
+            RunFolder.reopen(out)  # raises
+        closing.enter_context(RunLock.take(out, say=self._say))
+
+    def _build(self, allow_code: bool, closing: contextlib.ExitStack) -> None:
+        """Data, networks and what belongs to them; nothing is written."""
+        config, method = self.config, method_class(self.config, allow_code=allow_code)
+        train, held_out, found = load_images(config, allow_code=allow_code)
+        self._say(found.text)
+        self.batches = ViewBatches(train, config, method.plan(config), ranks.rank(), ranks.count())
+        self.judge = Judge(train, held_out, config)
+        self.loop = Loop(config, method, self.batches.steps_per_epoch, choose_device(config))
+        self.keeping = closing.enter_context(
+            Keeping(self.folder, config, self.loop, self.batches, found.facts, self._say)
+        )
+        self._judging = self.first or self.loop.wrapped.sharded
+
+    def _begin(self) -> None:
+        if self._judging:
+            self.facts |= self._judged_before_training()
+        if self.first:
+            RunFolder.create(self.folder.path)
+            write_config(self.config, self.folder.config)
+        self.save()  # step 0: so that --resume works even if something stops the first epoch
+        self.keeping.writer.wait()
+
+    def _steps(self) -> signal.Signals | None:
+        """All steps that are left; returns the signal that stopped them."""
+        records = Records(self.folder, self.step, self.tolerant, writes=self.first)
+        self.skipping = Skipping(
+            records.skipped.write,
+            self._say,
+            self.judge.train.name,
+            self.config.train.max_skipped,
+            scaled=self.loop.loss_scale.active,
+        )
+        self.bad = BadImages(records.bad.write, self.config.data.max_bad_share, self.facts["bad_images"])
+        if self.step == 0:
+            records.metrics.write({"step": 0, "knn": self.facts.get("knn_untrained")})
+        stopped = None
+        loading = load_from(self.batches, self.step)
+        self._waiting, self._logged_at = Waiting(loading), (self.step, time.perf_counter())
+        bar = RunProgress(self.console, len(self.batches), self.step)
+        with contextlib.closing(loading), contextlib.closing(records), Interruption() as interruption, bar as progress:
+            for batch in self._waiting:
+                stopped = self._advance(batch, records, progress, interruption)
+                self.keeping.writer.check()
+                if stopped is not None:
+                    break
+        return stopped
+
     def _advance(
-        self, batch: Batch, log: MetricsLog | None, progress: RunProgress, interruption: Interruption
+        self, batch: Batch, records: Records, progress: RunProgress, interruption: Interruption
     ) -> signal.Signals | None:
         """One step, and what falls due after it; returns the signal that stops all ranks, or None."""
         number, every = self.step + 1, self.config.train
         last, epoch_ends = number == len(self.batches), number % self.batches.steps_per_epoch == 0
         logged = last or number % every.log_every == 0
-        self.bad.note(batch.bad, self.step)
         taken = self.loop.step(self.step, batch, log=logged, mine=functools.partial(interruption.votes, len(batch.bad)))
         self.step = number
         progress.advance(number)
@@ -179,35 +235,57 @@ class Run:
         if evaluating or saving or any(one.counts.stop for one in taken):
             taken += self.loop.drain()
         for one in taken:
-            self._learn(one, log, progress)
-        if evaluating and self.first:
-            self._evaluate(log, progress)
+            self._learn(one, records, progress)
+        if evaluating and self._judging:
+            self._evaluate(records, progress)
         if saving:
             self._keep()
         return next((one.counts.stop for one in taken if one.counts.stop is not None), None)
 
-    def _learn(self, taken: Taken, log: MetricsLog | None, progress: RunProgress) -> None:
+    def _learn(self, taken: Taken, records: Records, progress: RunProgress) -> None:
         """Write down what is known of a step."""
         number = taken.step + 1
         self.skipping.learn(taken)
-        self.bad.learn(taken.counts.bad_images, number * self.config.data.batch_size)
+        self.bad.learn(taken, number * self.config.data.batch_size)
+        self.facts["bad_images"] = self.bad.count
         if taken.numbers:
-            rates = self.loop.rates(taken.step)
+            rates = {**self.loop.rates(taken.step), **self._speed(number)}
             epoch = -(-number // self.batches.steps_per_epoch)
             record = {"step": number, "epoch": epoch, **taken.numbers, **rates, "seconds": round(self.seconds, 2)}
-            self._write(log, record)
+            records.metrics.write(record)
             progress.tell(number, {name: record[key] for name, key in SHOWN.items() if key in record})
+
+    def _speed(self, number: int) -> dict[str, float]:
+        """Images a second, and the share of the time that went by in waiting for data, since the last logged step."""
+        now, (before, then) = time.perf_counter(), self._logged_at
+        rate = (number - before) * self.config.data.batch_size / max(now - then, 1e-9)
+        wait, advice = self._waiting.share, self._waiting.advice
+        if advice is not None and before > 0 and not getattr(self, "_advised", False):
+            self._advised = True
+            self._say(advice)
+        self._logged_at = (number, now)
+        self._waiting.restart()
+        return {"images_per_second": round(rate, 2), "data_wait": round(wait, 4)}
 
     def _keep(self) -> None:
         """Write a checkpoint, and the weights of the same step."""
-        self.save()
-        self.keeping.weights("last", self.step, None)
+        self._save("last")
 
-    def _evaluate(self, log: MetricsLog | None, progress: RunProgress) -> None:
+    def _save(self, weights: str | None) -> None:
+        self.keeping.checkpoint(self.step, {**self.facts, "seconds_before": self.seconds}, weights)
+
+    def _kept(self) -> str:
+        """What is on disk now, as a sentence."""
+        saved = self.keeping.writer.saved
+        if saved == self.step:
+            return "a checkpoint is written."
+        return f"its checkpoint COULD NOT BE WRITTEN; the newest one is of step {saved}."
+
+    def _evaluate(self, records: Records, progress: RunProgress) -> None:
         accuracy = self.judge.knn(self.loop.method.evaluated)
         if accuracy is None:
             return
-        self._write(log, {"step": self.step, "epoch": self._epoch, "knn": accuracy})
+        records.metrics.write({"step": self.step, "epoch": self._epoch, "knn": accuracy})
         progress.tell(self.step, {"k-NN %": accuracy})
         if self.facts["best_knn"] is None or accuracy > self.facts["best_knn"]:
             self.facts["best_knn"] = accuracy
@@ -218,23 +296,24 @@ class Run:
         """Epochs done, including the current one."""
         return -(-self.step // self.batches.steps_per_epoch)
 
-    def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
-        if log is not None:
-            log.write(record)
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False)
 
     def _judged_before_training(self) -> dict[str, Any]:
         """The network input and the accuracies of the untrained network, for checkpoints; call before the first step."""
         return {"input": self.fed.facts(), **self.judge.baselines(self.loop.method.evaluated)}
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.step, self.facts = checkpoint.step, checkpoint.state
+        state: Mapping[str, Any] = checkpoint.state
+        self.step, self.facts = checkpoint.step, {**self.facts, **state}
+        for name in ("fingerprint", "config"):
+            self.facts.pop(name, None)
         if "input" not in self.facts:
             # the first version trained on the same scale, but evaluated photographs on another
             self.facts |= {**self._judged_before_training(), "best_knn": None}
-            self.console.print(
+            self._say(
                 f"Checkpoint {checkpoint.path.name} does not say what its network is fed, so it was judged by an earlier "
-                "version; baselines are judged anew, and the best accuracy from here on.",
-                soft_wrap=True,
+                "version; baselines are judged anew, and the best accuracy from here on."
             )
         trained = NetworkInput.from_facts(self.facts["input"])
         if trained != self.fed:
@@ -248,3 +327,10 @@ class Run:
             other = "dino" if self.config.method == "dino-vmf" else "dino-vmf"
             return f"vmf-pretrain demo --method {other}"
         return f"tensorboard --logdir {shlex.quote(str(self.folder.path))}"
+
+
+def _remove_if_empty(folder: Path, *, existed: bool) -> None:
+    """A run that ended before it began leaves no folder."""
+    if not existed:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -6,12 +6,13 @@ On a GPU the sum is copied to the host without waiting, and read a step later.
 import signal
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vmf_pretrain.data.batch import BadImage, Batch
 from vmf_pretrain.networks import ranks
 
 
@@ -54,19 +55,21 @@ class Taken:
         step: its number.
         counts: what the ranks voted, summed.
         indices: image numbers of this rank's batch.
+        bad: images of this rank's batch that could not be read.
         numbers: by name; empty if the step is not logged.
     """
 
     step: int
     counts: Counts
     indices: list[int]
+    bad: list[BadImage]
     numbers: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     step: int
-    indices: list[int]
+    batch: Batch  # without its views
     names: list[str]
     copy: Tensor  # float64, on the host
     event: torch.cuda.Event | None
@@ -92,7 +95,7 @@ class Votes:
         self._summed = ranks.summed(vote)
         return self._summed[4].clamp(max=1.0)
 
-    def keep(self, step: int, indices: list[int], numbers: Mapping[str, Tensor]) -> list[Taken]:
+    def keep(self, step: int, batch: Batch, numbers: Mapping[str, Tensor]) -> list[Taken]:
         """Keep what belongs to the step whose votes were cast; returns the steps whose votes are on the host."""
         assert self._summed is not None
         values = torch.stack([*self._summed.double(), *(value.detach().double() for value in numbers.values())])
@@ -102,7 +105,7 @@ class Votes:
         event: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        self._waiting.append(_Waiting(step, indices, list(numbers), copy, event))
+        self._waiting.append(_Waiting(step, replace(batch, views=[], masks={}), list(numbers), copy, event))
         return self._read(keep=1 if self.late else 0)
 
     def drain(self) -> list[Taken]:
@@ -117,6 +120,6 @@ class Votes:
                 one.event.synchronize()
             values = one.copy.tolist()
             counts, numbers = values[:COUNTS], values[COUNTS:]
-            known = Counts(*(int(value) for value in counts)), one.indices, dict(zip(one.names, numbers, strict=True))
-            read.append(Taken(one.step, *known))
+            known = Counts(*(int(value) for value in counts)), one.batch.indices, one.batch.bad
+            read.append(Taken(one.step, *known, dict(zip(one.names, numbers, strict=True))))
         return read

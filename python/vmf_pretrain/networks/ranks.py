@@ -1,8 +1,12 @@
 """This process among those of a run: collectives that also work alone, without a process group."""
 
+from typing import TypeVar
+
 import torch
 import torch.distributed
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def grouped() -> bool:
@@ -42,3 +46,12 @@ def from_first(value: str) -> str:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def gathered(mine: list[T]) -> list[T]:
+    """The lists of all ranks joined, in the order of ranks, on every rank. Every rank must call it."""
+    if not grouped():
+        return mine
+    everyone: list[list[T]] = [[]] * count()
+    torch.distributed.all_gather_object(everyone, mine)
+    return [item for part in everyone for item in part]

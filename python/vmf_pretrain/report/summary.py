@@ -51,10 +51,10 @@ def comparison(figures: Mapping[str, Any]) -> str:
     )
 
 
-def write_summary(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write summary.json; numbers that are not finite become null."""
+def summary_text(figures: Mapping[str, Any]) -> str:
+    """The contents of summary.json; numbers that are not finite become null."""
     plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in figures.items()}
-    path.write_text(json.dumps(plain, indent=2) + "\n")
+    return json.dumps(plain, indent=2) + "\n"
 
 
 def print_summary(

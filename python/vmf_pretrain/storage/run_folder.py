@@ -71,6 +71,11 @@ class RunFolder:
         return self.path / "bad_files.jsonl"
 
     @property
+    def skipped_steps(self) -> Path:
+        """Steps whose loss or gradient was not finite, one JSON object per line."""
+        return self.path / "skipped_steps.jsonl"
+
+    @property
     def summary(self) -> Path:
         """The numbers at the end of the run."""
         return self.path / "summary.json"

@@ -37,6 +37,7 @@ from vmf_pretrain.evaluation.judge import BASELINES
 from vmf_pretrain.report.figures import draw_plots
 from vmf_pretrain.storage.metrics import read_metrics
 
+TIMED = ("seconds", "images_per_second", "data_wait")
 STEPS = 10  # of the digits' configuration
 PROMISED = [
     "config.yaml",
@@ -103,7 +104,7 @@ def state_of(run: Run) -> dict[str, Tensor]:
 
 def untimed(run: Run) -> list[dict[str, Any]]:
     records = read_metrics(run.folder)
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in TIMED} for record in records]
 
 
 def summary_of(run: Run) -> dict[str, Any]:
