@@ -204,7 +204,7 @@ class Run:
             self.config.train.max_skipped,
             scaled=self.loop.loss_scale.active,
         )
-        self.bad = BadImages(records.bad.write, self.config.data.max_bad_share, self.facts["bad_images"])
+        self.bad = BadImages(records.bad.write, self.config.data.max_bad_share, self.facts.get("bad_images", 0))
         if self.step == 0:
             records.metrics.write({"step": 0, "knn": self.facts.get("knn_untrained")})
         stopped = None

@@ -35,6 +35,7 @@ from vmf_pretrain.engine.run import Run
 from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.evaluation.judge import BASELINES
 from vmf_pretrain.report.figures import draw_plots
+from vmf_pretrain.storage.lines import read_lines
 from vmf_pretrain.storage.metrics import read_metrics
 
 TIMED = ("seconds", "images_per_second", "data_wait")
@@ -95,6 +96,12 @@ def stopped_at(run: Run, step: int) -> int:
 
 def resumed(out: Path) -> Run:
     return a_run(config_in(out), out, resume=True)[0]
+
+
+def unlocked(run: Run) -> Run:
+    """A run that is not trained through ``train``."""
+    run.close()
+    return run
 
 
 def state_of(run: Run) -> dict[str, Tensor]:
@@ -193,7 +200,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("lose", [lose_centre, lose_optimizer, lose_teacher, lose_place])
 def test_each_part_of_a_checkpoint_is_needed(lose: Callable[[Run], None], stopped: Path) -> None:
-    exact, lacking = resumed(stopped), resumed(stopped)
+    exact, lacking = (unlocked(resumed(stopped)) for _ in range(2))
     lose(lacking)
     for each in (exact, lacking):
         for step in (each.step, each.step + 1):
@@ -321,11 +328,22 @@ def test_run_without_labels_has_no_accuracy_and_still_everything_else(tmp_path: 
     assert missing == [], f"missing {missing}"
 
 
-def test_unreadable_training_image_ends_the_run_with_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "ends"), [(0.01, False), (0.0, True)])
+def test_unreadable_training_image_is_listed_and_ends_the_run_beyond_the_limit(
+    share: float, ends: bool, tmp_path: Path
+) -> None:
     save_photos(tmp_path / "photos", 15)
     (tmp_path / "photos" / "notes.jpg").write_text("these are not pixels")
-    with pytest.raises(PretrainError, match=r"notes\.jpg cannot be read"):
-        a_run(photos_config(tmp_path / "photos"), tmp_path / "run")[0].train()
+    run, _ = a_run(photos_config(tmp_path / "photos", data={"max_bad_share": share}), tmp_path / "run")
+    if ends:
+        with pytest.raises(PretrainError, match=r"cannot be read, more than data.max_bad_share.*notes\.jpg"):
+            run.train()
+    else:
+        assert run.train() == 0
+        assert summary_of(run)["bad_images"] >= 1
+    (first, *_) = read_lines(run.folder.bad_files)
+    assert first["name"].endswith("notes.jpg"), first
+    assert set(first) == {"name", "reason", "step"}
 
 
 def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -339,7 +357,7 @@ def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
 def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     run, _ = a_run(digits_config(), tmp_path / "run")
     stopped_at(run, 2)
-    with pytest.raises(PretrainError, match="does not fit the configuration") as caught:
+    with pytest.raises(PretrainError, match="of another run: The network has other shapes") as caught:
         a_run(digits_config(head={"prototypes": 33}), tmp_path / "run", resume=True)
     assert "\n" not in str(caught.value)
 
