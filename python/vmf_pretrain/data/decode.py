@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vmf_pretrain.data.bad_images import UnreadableImageError
@@ -46,6 +46,8 @@ def decode(encoded: bytes | Image.Image, pixels: int | None = None) -> Tensor:
                 return _pixels(image, encoded, pixels)
     except UnreadableImageError:
         raise
+    except UnidentifiedImageError:  # its own text holds an address, which differs from one process to the next
+        raise UnreadableImageError(f"no image that Pillow knows as {', '.join(FORMATS)}") from None
     except Exception as error:  # a decoder may raise anything on the bytes of a stranger: TypeError, struct.error, ...
         reason = " ".join(str(error).split()) or "no reason given"
         raise UnreadableImageError(f"{type(error).__name__}: {reason}") from None

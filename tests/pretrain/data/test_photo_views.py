@@ -97,7 +97,7 @@ def test_grayscale_leaves_one_shade_in_all_channels() -> None:
     got = shown(photo(), replace(PLAIN, grayscale=1.0))
     assert (got - got[:1]).abs().max() < 1e-5, f"channels differ by {(got - got[:1]).abs().max():.1e}"
     expected = functional.rgb_to_grayscale(shares(photo()))
-    assert (got[:1] - expected).abs().max() < 1e-5
+    assert (got[:1] - expected).abs().max() < 2e-4, "torchvision has 0.2989 where Pillow has 0.299"
 
 
 @pytest.mark.parametrize(("view", "inverted"), [(0, False), (1, True), (2, False)])

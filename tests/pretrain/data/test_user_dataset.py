@@ -67,7 +67,7 @@ def test_without_permission_nothing_is_imported(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("kind", ITEMS)
 def test_items_of_every_kind_are_its_images(kind: str) -> None:
-    train, held_out, found = load_images(config_of(kind=kind), allow_code=True)
+    train, held_out, _ = load_images(config_of(kind=kind), allow_code=True)
     expected = torch.from_numpy(np.asarray(colours()).copy()).permute(2, 0, 1)
     assert torch.equal(train.decode(3), expected)
     assert (len(train), held_out, train.name(3)) == (12, None, f"{HERE}:Few[3]")
