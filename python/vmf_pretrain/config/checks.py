@@ -18,9 +18,9 @@ def require_positive(section: str, **values: float) -> None:
 
 
 def require_not_negative(section: str, **values: float) -> None:
-    """Every value of the section is >= 0."""
+    """Every value of the section is >= 0 and finite."""
     for name, value in values.items():
-        require(value >= 0, f"{section}.{name} is {value} but must be 0 or greater.")
+        require(0 <= value < math.inf, f"{section}.{name} is {value} but must be 0 or greater and finite.")
 
 
 def require_share(section: str, **values: float) -> None:
@@ -32,4 +32,5 @@ def require_share(section: str, **values: float) -> None:
 def require_range(section: str, **ranges: tuple[float, float]) -> None:
     """Every value of the section is (low, high) with 0 < low <= high."""
     for name, (low, high) in ranges.items():
-        require(0 < low <= high, f"{section}.{name} is [{low}, {high}] but must be two numbers with 0 < low <= high.")
+        fits = 0 < low <= high < math.inf
+        require(fits, f"{section}.{name} is [{low}, {high}] but must be two numbers with 0 < low <= high.")

@@ -1,68 +1,169 @@
-"""Configurations as YAML files. Reading refuses unknown keys; writing includes every field."""
+"""Settings from a file, from the command line and from Python, in layers: each is checked by itself, then they are merged."""
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.former import renewed
+from vmf_pretrain.config.paths import with_expanded_paths
+from vmf_pretrain.config.recipe import RecipeHeader
 from vmf_pretrain.config.run import Config
+from vmf_pretrain.config.typed import UnfitValueError, fitted, hint_of, made, merged, shown, takes_text
+from vmf_pretrain.config.yaml_text import UnfitYamlError, plain_scalar, read_text, yaml_values
+
+HEADER = "recipe"  # the section that describes a recipe
 
 
 def read_config(path: Path, **overrides: Any) -> Config:
-    """The configuration in a YAML file, with top-level fields (``seed``, ``method``) overridden where not None.
+    """The configuration in a YAML file, with fields (``seed=3``, ``**{"train.epochs": 3}``) overridden where not None.
 
     Raises:
         PretrainError: the file cannot be read, is not YAML, or has a key, type or value that does not fit.
     """
-    try:
-        text = path.read_text()
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise PretrainError(f"config {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PretrainError(f"config {path} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, Mapping):
-        raise PretrainError(f"config {path} holds {type(values).__name__}; expected a mapping of sections.")
-    _check_keys(values, Config, "")
-    chosen = {name: value for name, value in overrides.items() if value is not None}
-    return _typed({**values, **chosen}, path)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return config_of(read_layer(path), python_layer(given))
+
+
+def config_of(*layers: Mapping[str, Any]) -> Config:
+    """The configuration of layers of settings, later ones over earlier ones.
+
+    Raises:
+        PretrainError: a value is out of range, or two do not go together.
+    """
+    config: Config = made(Config, merged(*layers))
+    return config
+
+
+def read_layer(path: Path) -> dict[str, Any]:
+    """The settings of a file, without a recipe's description.
+
+    Raises:
+        PretrainError: it cannot be read or is not YAML; a key is unknown or a value of the wrong type: names file and line.
+    """
+    return _read(path)[0]
+
+
+def read_header(path: Path) -> RecipeHeader:
+    """What a recipe says of itself.
+
+    Raises:
+        PretrainError: as ``read_layer``, or it says nothing.
+    """
+    header = _read(path)[1]
+    if header is None:
+        raise PretrainError(f"config {path} has no section {HEADER}; expected {_header_keys()}.")
+    return header
+
+
+def text_layer(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of the command line: dotted names to text. A word stays one where a field takes words; else it is YAML.
+
+    Raises:
+        PretrainError: a name is unknown, or a text is not YAML or of the wrong type.
+    """
+    return merged(*(_one_text(name, text) for name, text in texts.items()))
+
+
+def python_layer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a call: sections as mappings, or dotted names.
+
+    Raises:
+        PretrainError: a name is unknown, or a value has the wrong type.
+    """
+    nested = merged(*(_nested(name.split("."), value) for name, value in values.items()))
+    return with_expanded_paths(fitted(Config, renewed(nested)))
+
+
+def config_text(config: Config) -> str:
+    """Every field as YAML, defaults included."""
+    return yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def write_config(config: Config, path: Path) -> None:
     """Write every field, defaults included, so that the file alone repeats the run."""
-    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+    path.write_text(config_text(config), encoding="utf-8")
 
 
-def _typed(values: Mapping[str, Any], path: Path) -> Config:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config, "config")
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that the core schema would read as something else."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is not yaml.ScalarNode or not implicit[0]:
+            return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        names = {type(None): "null", bool: "bool", int: "int", float: "float"}
+        return f"tag:yaml.org,2002:{names.get(type(plain_scalar(value)), 'str')}"
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _read(path: Path) -> tuple[dict[str, Any], RecipeHeader | None]:
+    text = read_text(path)
     try:
-        config: Config = parser.instantiate(parser.parse_object({"config": dict(values)})).config
-    except (ArgumentError, TypeError) as error:
-        reason = " ".join(str(error).replace("config.", "").split())
-        raise PretrainError(f"config {path}: {reason}.") from None
-    return config
+        values, lines = yaml_values(text)
+    except UnfitYamlError as error:
+        raise PretrainError(f"config {path} is not YAML as settings need it{_line(error.line)}: {error}.") from None
+    if not isinstance(values, Mapping):
+        kind = "nothing" if values is None else f"a {type(values).__name__}"
+        raise PretrainError(f"config {path} holds {kind}; expected a mapping of sections.")
+    try:
+        header = _header(values)
+        settings = {key: value for key, value in values.items() if key != HEADER}
+        return with_expanded_paths(fitted(Config, renewed(settings))), header
+    except UnfitValueError as error:
+        raise PretrainError(f"config {path}{_line(lines.get(error.path))}: {error}") from None
 
 
-def _check_keys(values: Mapping[str, Any], kind: type, section: str) -> None:
-    """Refuse a key that is no field of ``kind``, naming the nearest one."""
-    hints = get_type_hints(kind)
-    known = [field.name for field in fields(kind)]
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {section}{near[0]}?" if near else f"expected one of {', '.join(known)}."
-            raise PretrainError(f"{section}{key} is not an option of the configuration; {hint}")
-        inner = hints[key]
-        if is_dataclass(inner) and isinstance(inner, type):
-            if not isinstance(value, Mapping):
-                raise PretrainError(f"{section}{key} is {value!r}; expected a section with keys of its own.")
-            _check_keys(value, inner, f"{section}{key}.")
+def _header(values: Mapping[str, Any]) -> RecipeHeader | None:
+    if HEADER not in values:
+        return None
+    header = fitted(RecipeHeader, values[HEADER], (HEADER,))
+    missing = [field.name for field in fields(RecipeHeader) if field.name not in header]
+    if missing:
+        raise UnfitValueError((HEADER,), f"{HEADER} has no {', '.join(missing)}; expected {_header_keys()}.")
+    return RecipeHeader(**header)
+
+
+def _header_keys() -> str:
+    return ", ".join(field.name for field in fields(RecipeHeader))
+
+
+def _one_text(name: str, text: str) -> dict[str, Any]:
+    path = name.split(".")
+    try:
+        hint = hint_of(Config, path)
+        if takes_text(hint):
+            value: Any = None if text == "null" and _fits_null(hint) else text
+        else:
+            value = yaml_values(text)[0]
+        return with_expanded_paths(fitted(Config, renewed(_nested(path, value))))
+    except UnfitYamlError as error:
+        raise PretrainError(f"--{name} is {shown(text)}, which is not YAML: {error}.") from None
+    except UnfitValueError as error:
+        raise PretrainError(f"--{error}") from None
+
+
+def _fits_null(hint: Any) -> bool:
+    """Whether a field may be null."""
+    try:
+        return fitted(hint, None, ("",)) is None
+    except UnfitValueError:
+        return False
+
+
+def _nested(path: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(path):
+        value = {key: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def _line(line: int | None) -> str:
+    return "" if line is None else f" line {line}"
 
 
 def _plain(value: Any) -> Any:

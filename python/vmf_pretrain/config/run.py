@@ -1,13 +1,16 @@
 """Everything a run depends on: frozen dataclasses, each field with its unit, checked when made."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vmf_pretrain.config.backbone import BackboneConfig
 from vmf_pretrain.config.checks import require
 from vmf_pretrain.config.data import DataConfig
 from vmf_pretrain.config.evaluate import EvaluateConfig
 from vmf_pretrain.config.head import HeadConfig
+from vmf_pretrain.config.log import LogConfig
 from vmf_pretrain.config.loss import LossConfig
+from vmf_pretrain.config.method import is_import_path, require_method
 from vmf_pretrain.config.optim import OptimConfig
 from vmf_pretrain.config.train import TrainConfig
 from vmf_pretrain.config.views import DIGIT_CANVAS, GLOBAL_VIEWS, ViewsConfig
@@ -18,7 +21,8 @@ class Config:
     """One run.
 
     Attributes:
-        method: "dino-vmf" (prototypes with their own concentration) or "dino".
+        method: "dino-vmf" (prototypes with their own concentration), "dino", or "module:Class" for a method of your own, which
+            --allow-code has to permit.
         seed: seed of the initialisation, the data order and every augmentation.
         data: which images.
         views: multi-crop and augmentation.
@@ -28,6 +32,8 @@ class Config:
         optim: optimizer and schedules.
         train: length and device.
         evaluate: k-NN and the other checks.
+        log: what is written beside metrics.jsonl.
+        options: settings of a method of your own, whatever it reads.
     """
 
     method: str = "dino-vmf"
@@ -40,8 +46,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        self._check_method()
         sizes = {"views.global_size": self.views.global_size}
         if self.views.local_count:
             sizes["views.local_size"] = self.views.local_size
@@ -50,12 +59,11 @@ class Config:
             require(size % patch == 0, f"{name} is {size} but must be a multiple of backbone.patch_size, {patch}.")
         missing = self.data.kind in ("folder", "shards") and self.data.folder is None
         require(
-            not missing, f'data.folder is missing; data.kind "{self.data.kind}" needs the path of a folder of images.'
+            not missing,
+            "data.folder is missing; expected the path of a folder of images, for example with --data FOLDER.",
         )
-        frozen = self.method == "dino-vmf" and self.head.norm_prototypes is True
-        require(
-            not frozen, "head.norm_prototypes is true but dino-vmf learns the norms; leave it out or use method dino."
-        )
+        batch, parts = self.data.batch_size, self.train.accumulate
+        require(batch % parts == 0, f"train.accumulate is {parts} but must divide data.batch_size, {batch}.")
         alone = self.data.batch_size == 1 and self.loss.koleo_weight > 0
         require(not alone, "data.batch_size is 1 but KoLeo (loss.koleo_weight) compares images; expected at least 2.")
         self._check_digits()
@@ -70,6 +78,15 @@ class Config:
             f"loss.warmup_teacher_temp_epochs is {warm_up} but the run has {epochs} epochs (train.epochs).",
         )
         require(0 <= self.seed < 2**31, f"seed is {self.seed} but must lie between 0 and 2147483647.")
+
+    def _check_method(self) -> None:
+        require_method(self.method)
+        stray = self.options and not is_import_path(self.method)
+        require(not stray, f"options are given but {self.method} reads none; expected a method module:Class.")
+        frozen = self.method == "dino-vmf" and self.head.norm_prototypes is True
+        require(
+            not frozen, "head.norm_prototypes is true but dino-vmf learns the norms; leave it out or use method dino."
+        )
 
     def _check_digits(self) -> None:
         sizes = self.views.global_size, self.views.local_size

@@ -5,8 +5,6 @@ from typing import Literal
 
 from vmf_pretrain.config.checks import require_positive
 
-OLD_PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16"}
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -15,8 +13,7 @@ class TrainConfig:
     Attributes:
         epochs: passes over the training images.
         device: "auto" uses a GPU if there is one.
-        precision: "fp32"; "bf16" or "fp16" for autocast, fp16 with a scaled loss; "fp64" for comparisons. "32-true" and
-            "bf16-mixed" are older names of the first two.
+        precision: "fp32"; "bf16" or "fp16" for autocast, fp16 with a scaled loss; "fp64" for comparisons.
         parallel: how several ranks share the networks: "ddp" (each has all) or "fsdp" (each has a part).
         accumulate: in how many parts a rank computes its images, so that only one part's activations are in memory; the result
             is that of the whole batch.
@@ -30,7 +27,7 @@ class TrainConfig:
 
     epochs: int = 100
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16", "fp64", "32-true", "bf16-mixed"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     accumulate: int = 1
     activation_checkpointing: bool = False
@@ -41,7 +38,6 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", OLD_PRECISIONS.get(self.precision, self.precision))
         require_positive(
             "train",
             accumulate=self.accumulate,

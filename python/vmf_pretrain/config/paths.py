@@ -1,0 +1,44 @@
+"""Which settings are paths: ``~`` in them is the home folder, and a run keeps them absolute, to go on from any folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vmf_pretrain.config.errors import PretrainError
+
+PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset({("data", "folder")})
+
+
+def expanded(path: str | Path, name: str) -> Path:
+    """``path`` with ``~`` and ``~user`` as the home folder.
+
+    Args:
+        path: as a person wrote it.
+        name: of the setting, for the error.
+
+    Raises:
+        PretrainError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise PretrainError(f"{name} is {path} but its home folder is not known; write the whole path.") from None
+
+
+def with_expanded_paths(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A copy of nested settings with ``~`` expanded in every path.
+
+    Raises:
+        PretrainError: a home folder is not known.
+    """
+    return {key: _expanded(value, (*above, key)) for key, value in values.items()}
+
+
+def _expanded(value: Any, path: tuple[str, ...]) -> Any:
+    if isinstance(value, Mapping):
+        return with_expanded_paths(value, path)
+    if path not in PATH_FIELDS:
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(_expanded(item, path) for item in value)
+    return str(expanded(value, ".".join(path))) if isinstance(value, str) and value.startswith("~") else value
