@@ -1,1 +1,23 @@
 """A thin trainer for self-distillation on top of vmf_kernels; importing it imports nothing heavy."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmf_pretrain.call import Finished, pretrain
+    from vmf_pretrain.config.errors import PretrainError
+
+__all__ = ["Finished", "PretrainError", "pretrain"]
+
+_PLACES = {"Finished": "call", "PretrainError": "config.errors", "pretrain": "call"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,83 +1,255 @@
-"""The command ``vmf-pretrain``: a demo on bundled digits, or a run on a folder of images."""
+"""The command ``vmf-pretrain``: a demo on bundled digits, a run on images of yours, and the recipes that there are."""
 
 import argparse
-import itertools
+import os
+import re
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-
-from rich.console import Console
+from typing import Any, NoReturn
 
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.config.file import read_config
+from vmf_pretrain.config.file import config_text, text_layer
+from vmf_pretrain.config.method import METHODS
+from vmf_pretrain.config.paths import expanded
+from vmf_pretrain.config.resume import KINDS, MAY_CHANGE, flat, kinds_of
 from vmf_pretrain.config.run import Config
+from vmf_pretrain.config.typed import merged, names_of
+from vmf_pretrain.launch import first_to_say, many_ranks, rank, restarted
+from vmf_pretrain.start import Wish, require_free, settings, settings_to_go_on, start
 
+DONE = 0  # exit code
+CRASHED = 1  # exit code
 BAD_INPUT = 2  # exit code
 INTERRUPTED = 130  # exit code, as shells report a SIGINT
-METHODS = ("dino-vmf", "dino")
+FIELD = re.compile(r"--([a-z]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)  # --section.field VALUE, or --section.field=VALUE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit code: 0 done, 2 bad input, 130 or 143 stopped by a signal after a checkpoint."""
-    chosen = _parser().parse_args(arguments)
+    """Run the command.
+
+    Args:
+        arguments: those of the command line; None takes the process's own.
+
+    Returns:
+        The exit code: 0 done, 1 crashed, 2 bad input, 130 or 143 stopped by a signal after a checkpoint.
+    """
+    folder: list[Path] = []  # of the run, once it is known
     try:
-        return _run(chosen)
+        return _run(_parsed(sys.argv[1:] if arguments is None else arguments), folder)
     except PretrainError as error:
-        print(f"vmf-pretrain: {error}", file=sys.stderr)
+        _complain(str(error))
         return BAD_INPUT
     except KeyboardInterrupt:  # only before or after the training; during it, a signal first writes a checkpoint
-        print("vmf-pretrain: stopped; a run that has begun goes on with --resume.", file=sys.stderr)
+        _complain("stopped; a run that has begun goes on with --resume.")
         return INTERRUPTED
+    except BrokenPipeError:  # ``vmf-pretrain recipes | head``: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CRASHED
+    except Exception as error:  # whatever it is, a person gets a sentence, and the traceback as a file to send
+        from vmf_pretrain.crash import explained
+
+        _complain(explained(error, folder[0] if folder else None))
+        return CRASHED
 
 
-def _run(chosen: argparse.Namespace) -> int:
-    from vmf_pretrain.engine.run import Run
-
-    if chosen.out is None:
-        if chosen.resume:
-            raise PretrainError("--resume got no run; expected --out with its folder.")
-        chosen.out = _new_folder(Path("runs"), chosen.command)
-    config = _config(chosen)
-    run = Run(config, chosen.out, resume=chosen.resume, console=Console())
-    return run.train()
-
-
-def _config(chosen: argparse.Namespace) -> Config:
+def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
+    if chosen.command == "recipes":
+        return _recipes(chosen.name)
+    fields = _fields(chosen)
+    allowed = kinds_of(kind for text in chosen.allow_changed for kind in text.split(","))
+    out = None if chosen.out is None else expanded(chosen.out, "--out")
+    if out is not None:
+        folder.append(out)
+    goes_on = chosen.resume or _restarted_in(out)
     if chosen.resume:
-        ignored = [name for name in ("config", "seed", "method") if getattr(chosen, name, None) is not None]
-        if ignored:
-            raise PretrainError(
-                f"--{ignored[0]} does not go with --resume: a run keeps its configuration, {chosen.out / 'config.yaml'}."
+        _refuse_beside_resume(chosen)
+    if goes_on:
+        if out is None:
+            raise PretrainError("--resume got no run; expected --out with its folder.")
+        config = settings_to_go_on(out, fields if chosen.resume else _changeable(fields), allowed)
+    else:
+        if out is not None and not chosen.print_config and rank() == 0:
+            require_free(out)
+        recipe = "digits" if chosen.command == "demo" else chosen.recipe
+        config = settings(Wish(recipe, chosen.config, fields, chosen.allow_code), _say)
+    if chosen.print_config:
+        print(config_text(config), end="")
+        return DONE
+    from rich.console import Console
+
+    console = Console()
+    found = start(
+        config,
+        out,
+        name=chosen.command,
+        resume=goes_on,
+        console=console,
+        allow_code=chosen.allow_code,
+        allow_changed=allowed,
+        began=folder.append,
+    )
+    return found.code
+
+
+def _restarted_in(out: Path | None) -> bool:
+    """Whether torchrun starts this again after a rank was lost, and the run had begun."""
+    if not restarted():
+        return False
+    if out is None:
+        raise PretrainError("torchrun has restarted the ranks, but there is no --out to go on in; give one.")
+    return (out / "config.yaml").is_file()
+
+
+def _refuse_beside_resume(chosen: argparse.Namespace) -> None:
+    """A run keeps its method, its seed and where its settings came from."""
+    given = [name for name in ("config", "recipe", "seed", "method") if getattr(chosen, name, None) is not None]
+    if given and chosen.out is not None:
+        raise PretrainError(
+            f"--{given[0]} does not go with --resume: a run keeps its configuration, {chosen.out / 'config.yaml'}."
+        )
+
+
+def _changeable(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's first settings that a restart may apply again; its config.yaml has the others."""
+    kept = {name: value for name, value in flat(fields).items() if name in MAY_CHANGE}
+    nested: dict[str, Any] = {}
+    for name, value in kept.items():
+        section, _, key = name.partition(".")
+        nested = merged(nested, {section: {key: value}})
+    return nested
+
+
+def _fields(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the command line."""
+    short = {"seed": chosen.seed, "method": chosen.method, "data.folder": getattr(chosen, "data", None)}
+    texts = {name: text for name, text in short.items() if text is not None}
+    twice = [name for name in texts if name in chosen.fields]
+    if twice:
+        raise PretrainError(f"{twice[0]} is given twice, as --{twice[0]} and by its short name; expected one of them.")
+    return text_layer({**texts, **chosen.fields})
+
+
+def _recipes(name: str | None) -> int:
+    from vmf_pretrain.recipes.table import recipe_path, recipes
+
+    if name is not None:
+        print(recipe_path(name).read_text(encoding="utf-8"), end="")
+        return DONE
+    heads = ("recipe", "method", "backbone", "global batch")
+    rows = [
+        (found.name, found.config.method, _backbone(found.config), str(found.config.data.batch_size))
+        for found in recipes()
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row, found in zip([heads, *rows], [None, *recipes()], strict=True):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if found is not None:
+            about = found.about
+            print(
+                f"    {about.title}\n    stands for: {about.stands_for}\n    memory: {about.memory}; time: {about.time}"
             )
-        return read_config(chosen.out / "config.yaml")
-    overrides = {"seed": chosen.seed, "method": chosen.method}
-    if chosen.command == "demo":
-        with resources.as_file(resources.files("vmf_pretrain") / "recipes" / "digits.yaml") as recipe:
-            return read_config(recipe, **overrides)
-    if chosen.config is None:
-        raise PretrainError("fit got no configuration; expected --config FILE, or --resume with the --out of a run.")
-    return read_config(chosen.config, **overrides)
+    print("\nvmf-pretrain recipes NAME prints one; vmf-pretrain fit --recipe NAME --data FOLDER runs it.")
+    return DONE
 
 
-def _new_folder(parent: Path, name: str) -> Path:
-    """``parent/name``, or the first of ``parent/name-2``, ``-3``, ... that does not exist."""
-    candidates = itertools.chain([parent / name], (parent / f"{name}-{number}" for number in itertools.count(2)))
-    return next(path for path in candidates if not path.exists())
+def _backbone(config: Config) -> str:
+    """The backbone's name, and what differs from it."""
+    chosen = config.backbone
+    shape = {"patch": chosen.patch_size, "width": chosen.width, "depth": chosen.depth}
+    if f"patch{chosen.patch_size}_" in chosen.name:
+        del shape["patch"]
+    changed = [f"{name} {value}" for name, value in shape.items() if value is not None]
+    return chosen.name + (f" ({', '.join(changed)})" if changed else "")
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line, with ``--section.field VALUE`` collected in ``fields``.
+
+    Raises:
+        PretrainError: it is no command line of ours.
+    """
+    rest: list[str] = []
+    fields: dict[str, str] = {}
+    left = iter(arguments)
+    for word in left:
+        found = FIELD.fullmatch(word)
+        if found is None:
+            rest.append(word)
+            continue
+        value = found[2] if found[2] is not None else next(left, None)
+        if value is None or (found[2] is None and value.startswith("--")):
+            raise PretrainError(f"--{found[1]} got no value; expected --{found[1]} VALUE.")
+        fields[found[1]] = value
+    chosen = _parser().parse_args(rest)
+    if fields and chosen.command == "recipes":
+        raise PretrainError(
+            f"--{next(iter(fields))} does not go with recipes; vmf-pretrain fit --print-config shows settings."
+        )
+    chosen.fields = fields
+    return chosen
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises PretrainError instead of printing its usage on every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
+        place = None if unknown is None else _place_of(unknown[1])
+        hint = f"see {self.prog} --help." if place is None else f"did you mean --{place}?"
+        raise PretrainError(f"{' '.join(message.split())}; {hint}")
+
+
+def _place_of(key: str) -> str | None:
+    """The dotted name of a field whose section was left out."""
+    return next((name for name in names_of(Config) if name.rsplit(".", 1)[-1] == key), None)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vmf-pretrain", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="pretrain a small ViT on bundled digits: a few minutes on a CPU")
-    fit = commands.add_parser("fit", help="pretrain with a configuration file")
-    fit.add_argument("--config", type=Path, metavar="FILE", help="YAML file; vmf_pretrain/recipes has examples")
+    parser = _Parser(prog="vmf-pretrain", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    fields = "any setting is an option too: --optim.learning_rate 1e-3, --views.photos.blur '[1.0, 0.1, 0.5]'"
+    demo = commands.add_parser(
+        "demo", help="pretrain a small ViT on bundled digits: a few minutes on a CPU", epilog=fields, allow_abbrev=False
+    )
+    fit = commands.add_parser("fit", help="pretrain on images of yours", epilog=fields, allow_abbrev=False)
+    fit.add_argument("--data", metavar="FOLDER", help="images, searched recursively; sub-folders are classes of k-NN")
+    fit.add_argument("--recipe", metavar="NAME", help="settings by name (default: chosen by machine and images)")
+    fit.add_argument("--config", type=Path, metavar="FILE", help="settings as a YAML file")
+    demo.set_defaults(config=None, recipe=None)
     for command in (demo, fit):
-        command.add_argument("--out", type=Path, help="new run folder (default: the next free runs/demo or runs/fit)")
-        command.add_argument("--seed", type=int, help="seed of initialisation, data order and augmentation")
-        command.add_argument("--method", choices=METHODS, help="the method (default: that of the configuration)")
+        command.add_argument(
+            "--out", type=Path, help=f"run folder (default: the next free runs/{command.prog.split()[-1]})"
+        )
+        command.add_argument(
+            "--method", help=f"{' or '.join(METHODS)}, or module:Class (default: that of the settings)"
+        )
+        command.add_argument("--seed", help="seed of initialisation, data order and augmentation")
         command.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
+        command.add_argument(
+            "--allow-changed",
+            action="append",
+            default=[],
+            metavar="KIND",
+            help=f"resume although this has changed: {', '.join(KINDS)}",
+        )
+        command.add_argument("--allow-code", action="store_true", help="let the settings name modules of yours to run")
+        command.add_argument("--print-config", action="store_true", help="print all settings as YAML, and end")
+    table = commands.add_parser("recipes", help="list the recipes, or print one", allow_abbrev=False)
+    table.add_argument("name", nargs="?", metavar="NAME", help="recipe to print as YAML")
     return parser
+
+
+def _say(line: str) -> None:
+    """On stderr, so that what --print-config prints stays YAML; once for all ranks."""
+    if rank() == 0:
+        print(line, file=sys.stderr)
+
+
+def _complain(sentence: str) -> None:
+    """One error for all ranks: the first rank that has it says it."""
+    if not many_ranks() or first_to_say(sentence):
+        print(f"vmf-pretrain: {sentence}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -66,7 +65,7 @@ def test_missing_configuration_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_fit_without_a_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(["fit", "--out", str(tmp_path / "run")], capsys)
-    assert "expected --config FILE, or --resume" in said
+    assert "fit got no images; expected --data FOLDER, --recipe NAME, --config FILE" in said
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
@@ -140,14 +139,6 @@ def test_resuming_with_other_settings_is_refused(
     assert f"{extra[0]} does not go with --resume" in said
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["demo", "--method", "simclr"], ["demo", "--seed", "x"]])
-def test_unknown_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
-
-
 @pytest.mark.quick
 def test_fit_on_a_folder_of_photographs_runs_to_its_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_classes(tmp_path / "photos")
@@ -214,12 +205,3 @@ def test_ctrl_c_stops_cleanly_and_the_command_that_it_prints_goes_on(
     assert main(command) == 0
     assert records_in(out) == 60
     assert json.loads((out / "summary.json").read_text())["steps"] == 60
-
-
-def test_recipe_for_photographs_says_what_to_fill_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import vmf_pretrain
-
-    recipe = Path(str(vmf_pretrain.__file__)).parent / "recipes" / "imagefolder_vits16.yaml"
-    said = refused(["fit", "--config", str(recipe), "--out", str(tmp_path / "run")], capsys)
-    placeholder: Any = yaml.safe_load(recipe.read_text())["data"]["folder"]
-    assert placeholder in said

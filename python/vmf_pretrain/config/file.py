@@ -78,9 +78,24 @@ def python_layer(values: Mapping[str, Any]) -> dict[str, Any]:
     return with_expanded_paths(fitted(Config, renewed(nested)))
 
 
+def check_sections(layer: Mapping[str, Any]) -> None:
+    """Each section of a layer, made by itself: its values are in range, whatever the other sections will be.
+
+    Raises:
+        PretrainError: a value is out of range.
+    """
+    for name, values in layer.items():
+        made(hint_of(Config, [name]), values)
+
+
 def config_text(config: Config) -> str:
     """Every field as YAML, defaults included."""
     return yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def text_config(text: str) -> Config:
+    """The configuration that ``config_text`` wrote."""
+    return config_of(fitted(Config, yaml_values(text)[0]))
 
 
 def write_config(config: Config, path: Path) -> None:

@@ -89,6 +89,10 @@ class Config:
         )
 
     def _check_digits(self) -> None:
+        unused = self.data.kind == "digits" and self.data.folder is not None
+        require(
+            not unused, f'data.folder is {self.data.folder} but data.kind "digits" reads none; expected kind "folder".'
+        )
         sizes = self.views.global_size, self.views.local_size
         require(
             self.data.kind != "digits" or (sizes[0] == DIGIT_CANVAS and sizes[1] < DIGIT_CANVAS),

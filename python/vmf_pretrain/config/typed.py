@@ -90,6 +90,15 @@ def hint_of(kind: type, path: Sequence[str]) -> Any:
     return hint
 
 
+def names_of(kind: type, above: str = "") -> list[str]:
+    """Dotted names of all fields of a dataclass and of those within it."""
+    names: list[str] = []
+    for key, hint in get_type_hints(kind).items():
+        inner = is_dataclass(hint) and isinstance(hint, type)
+        names += names_of(hint, f"{above}{key}.") if inner else [f"{above}{key}"]
+    return names
+
+
 def takes_text(hint: Any) -> bool:
     """Whether a field's values are words, so that a word on the command line is one whatever YAML would make of it."""
     members = _members(hint)

@@ -1,0 +1,77 @@
+"""The choice of a recipe: a table of machines and images, and that what is chosen can run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vmf_pretrain.config.file import config_of, python_layer, read_layer
+from vmf_pretrain.config.run import Config
+from vmf_pretrain.recipes.choose import GIB, Asked, Choice, choose
+from vmf_pretrain.recipes.machine import Machine, Photos
+from vmf_pretrain.recipes.table import recipe_path
+
+pytestmark = pytest.mark.quick
+
+LAPTOP = Machine("cpu", 8 * GIB, cores=4)
+GPU = Machine("cuda", 24 * GIB, cores=16)
+# machine, images, recipe, global batch, parts, epochs, global view
+CHOICES = [
+    (LAPTOP, Photos(500, 480), "small_photos", 64, 1, 108, 64),
+    (LAPTOP, Photos(5_000, 480), "small_photos", 64, 1, 11, 64),
+    (LAPTOP, Photos(5_000, 32), "small_photos", 64, 1, 11, 32),
+    (LAPTOP, Photos(10, 480), "small_photos", 8, 1, 200, 64),
+    (LAPTOP, Photos(2, None), "small_photos", 2, 1, 200, 64),
+    (LAPTOP, Photos(10_000_000, 480), "small_photos", 64, 1, 2, 64),
+    (replace(LAPTOP, cores=64), Photos(5_000, 480), "small_photos", 64, 1, 173, 64),
+    (GPU, Photos(1_281_167, 375), "imagefolder_vits16", 64, 1, 100, 224),
+    (GPU, Photos(60_000, 375), "imagefolder_vits16", 64, 1, 200, 224),
+    (GPU, Photos(50_000, 32), "imagefolder_vits16", 64, 1, 200, 32),
+    (GPU, Photos(5_000, 96), "imagefolder_vits16", 64, 1, 800, 64),
+    (GPU, Photos(5_000, 128), "imagefolder_vits16", 64, 1, 800, 96),
+    (GPU, Photos(40, 375), "imagefolder_vits16", 32, 1, 800, 224),
+    (replace(GPU, memory=8 * GIB), Photos(1_281_167, 375), "imagefolder_vits16", 64, 2, 100, 224),
+    (replace(GPU, memory=1 * GIB), Photos(1_281_167, 375), "imagefolder_vits16", 64, 64, 100, 224),
+    (replace(GPU, memory=139 * GIB), Photos(1_281_167, 375), "imagefolder_vits16", 256, 1, 100, 224),
+    (replace(GPU, ranks=8), Photos(1_281_167, 375), "imagefolder_vits16", 256, 1, 100, 224),
+]
+
+
+def settings_of(choice: Choice) -> Config:
+    recipe = read_layer(recipe_path(choice.recipe))
+    return config_of(recipe, python_layer({**choice.fields, "data.folder": "/photos"}))
+
+
+@pytest.mark.parametrize(("machine", "photos", "recipe", "batch", "parts", "epochs", "side"), CHOICES)
+def test_recipe_fits_the_machine_and_its_images(
+    machine: Machine, photos: Photos, recipe: str, batch: int, parts: int, epochs: int, side: int
+) -> None:
+    choice = choose(machine, photos)
+    config = settings_of(choice)
+    found = (
+        choice.recipe,
+        config.data.batch_size,
+        config.train.accumulate,
+        config.train.epochs,
+        config.views.global_size,
+    )
+    assert found == (recipe, batch, parts, epochs, side)
+    assert config.views.global_size % config.backbone.patch_size == 0
+    assert f"{photos.count:,} images" in choice.reason[0]
+    assert f"{epochs} epochs" in choice.reason[1]
+    assert not any("\n" in line for line in choice.reason)
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("epochs", [1, 2, 7, 1000])
+def test_what_a_person_has_fixed_is_kept_and_the_rest_goes_with_it(machine: Machine, epochs: int) -> None:
+    config = settings_of(choose(machine, Photos(5_000, 480), Asked(batch_size=48, epochs=epochs)))
+    assert (config.data.batch_size, config.train.epochs) == (48, epochs)
+    assert config.optim.freeze_last_layer_epochs < epochs
+
+
+def test_learning_rate_is_that_of_the_recipe_scaled_to_the_batch() -> None:
+    small, large = (settings_of(choose(GPU, Photos(10**6, 375), Asked(batch_size=size))) for size in (64, 256))
+    assert small.optim.learning_rate == read_layer(recipe_path("imagefolder_vits16"))["optim"]["learning_rate"]
+    assert large.optim.learning_rate == 4 * small.optim.learning_rate
