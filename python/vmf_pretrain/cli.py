@@ -74,7 +74,7 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
         recipe = "digits" if chosen.command == "demo" else chosen.recipe
         config = settings(Wish(recipe, chosen.config, fields, chosen.allow_code), _say)
     if chosen.print_config:
-        print(config_text(config), end="")
+        print(config_text(config, sys.stdout.encoding or "ascii"), end="")
         return DONE
     from rich.console import Console
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,24 @@ def test_folder_alone_chooses_a_recipe_and_says_which_and_why(
     values = yaml.safe_load(out)
     assert (values["data"]["batch_size"], values["train"]["epochs"], values["train"]["device"]) == (16, 200, "cpu")
     assert values["data"]["folder"] == str(tmp_path / "photos")
+
+
+def test_settings_are_printed_whatever_the_terminal_can_show(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "vmf_pretrain",
+        "fit",
+        "--recipe",
+        "small_photos",
+        "--data",
+        "/é",
+        "--print-config",
+    ]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "config.yaml").write_bytes(done.stdout)
+    assert read_config(tmp_path / "config.yaml").data.folder == "/é"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))

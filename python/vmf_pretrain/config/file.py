@@ -88,9 +88,15 @@ def check_sections(layer: Mapping[str, Any]) -> None:
         made(hint_of(Config, [name]), values)
 
 
-def config_text(config: Config) -> str:
-    """Every field as YAML, defaults included."""
-    return yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def config_text(config: Config, encoding: str = "utf-8") -> str:
+    """Every field as YAML, defaults included; letters are escaped where ``encoding`` lacks one of them."""
+    values = _plain(asdict(config))
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+    return text
 
 
 def text_config(text: str) -> Config:
