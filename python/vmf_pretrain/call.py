@@ -73,7 +73,7 @@ def pretrain(
     if resume:
         if folder is None or recipe is not None or config is not None:
             raise PretrainError("resume needs out, the folder of a run, and takes no recipe and no config.")
-        chosen = settings_to_go_on(folder, layer, allowed)
+        chosen = settings_to_go_on(folder, layer, allow_changed=allowed, allow_code=allow_code)
     else:
         if folder is not None:
             require_free(folder)

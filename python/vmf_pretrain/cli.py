@@ -67,7 +67,8 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
     if goes_on:
         if out is None:
             raise PretrainError("--resume got no run; expected --out with its folder.")
-        config = settings_to_go_on(out, fields if chosen.resume else _changeable(fields), allowed)
+        kept = fields if chosen.resume else _changeable(fields)
+        config = settings_to_go_on(out, kept, allow_changed=allowed, allow_code=chosen.allow_code)
     else:
         if out is not None and not chosen.print_config and rank() == 0:
             require_free(out)

@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from vmf_pretrain.config.file import (
     text_config,
 )
 from vmf_pretrain.config.method import is_import_path
-from vmf_pretrain.config.paths import expanded
+from vmf_pretrain.config.paths import expanded, with_absolute_paths
 from vmf_pretrain.config.resume import refuse_changes
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.typed import merged
@@ -79,13 +79,14 @@ def settings(wish: Wish, say: Callable[[str], None]) -> Config:
         base = read_layer(expanded(wish.config, "--config"))
     else:
         base = _chosen(wish, say)
-    config = _absolute(config_of(base, wish.fields))
-    if is_import_path(config.method) and not wish.allow_code:
-        raise PretrainError(f"method {config.method} runs code of yours; add --allow-code if you trust it.")
+    config = with_absolute_paths(config_of(base, wish.fields))
+    _require_allowed(config, wish.allow_code)
     return config
 
 
-def settings_to_go_on(out: Path, fields: Mapping[str, Any], allow_changed: frozenset[str]) -> Config:
+def settings_to_go_on(
+    out: Path, fields: Mapping[str, Any], *, allow_changed: frozenset[str], allow_code: bool
+) -> Config:
     """The configuration of the run in ``out``, with the fields that may change.
 
     Raises:
@@ -95,7 +96,8 @@ def settings_to_go_on(out: Path, fields: Mapping[str, Any], allow_changed: froze
     if not path.is_file():
         raise PretrainError(f"run folder {out} holds no run to resume; expected a config.yaml in it.")
     before = read_config(path)
-    after = _absolute(config_of(read_layer(path), fields))
+    after = with_absolute_paths(config_of(read_layer(path), fields))
+    _require_allowed(after, allow_code)
     refuse_changes(before, after, allow_changed)
     return after
 
@@ -173,11 +175,12 @@ def start(
         return Started(run.train(), folder)
 
 
-def _absolute(config: Config) -> Config:
-    """With the data's folder absolute, so that the run goes on from any folder."""
-    if config.data.folder is None:
-        return config
-    return replace(config, data=replace(config.data, folder=str(Path(config.data.folder).absolute())))
+def _require_allowed(config: Config, allow_code: bool) -> None:
+    """Settings run no code unless a person has allowed it."""
+    own = [config.method] if is_import_path(config.method) else []
+    own += [str(config.data.dataset)] if config.data.kind == "dataset" else []
+    if own and not allow_code:
+        raise PretrainError(f"{own[0]} runs code of yours; add --allow-code if you trust it.")
 
 
 def _chosen(wish: Wish, say: Callable[[str], None]) -> dict[str, Any]:
@@ -188,7 +191,7 @@ def _chosen(wish: Wish, say: Callable[[str], None]) -> dict[str, Any]:
 
     data, train = wish.fields.get("data", {}), wish.fields.get("train", {})
     kind = data.get("kind", "folder")
-    if kind != "folder":
+    if kind not in ("folder", "shards"):
         raise PretrainError(f"no recipe is chosen by itself for data.kind {kind}; name one with --recipe or --config.")
     if data.get("folder") is None:
         raise PretrainError(

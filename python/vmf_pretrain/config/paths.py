@@ -1,12 +1,14 @@
 """Which settings are paths: ``~`` in them is the home folder, and a run keeps them absolute, to go on from any folder."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.run import Config
 
-PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset({("data", "folder")})
+PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset({("data", "folder"), ("data", "cache")})
 
 
 def expanded(path: str | Path, name: str) -> Path:
@@ -23,6 +25,14 @@ def expanded(path: str | Path, name: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise PretrainError(f"{name} is {path} but its home folder is not known; write the whole path.") from None
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """A configuration that means the same from any working folder."""
+    paths: dict[str, Any] = {
+        key: str(Path(value).absolute()) for _, key in PATH_FIELDS if (value := getattr(config.data, key)) is not None
+    }
+    return replace(config, data=replace(config.data, **paths))
 
 
 def with_expanded_paths(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:

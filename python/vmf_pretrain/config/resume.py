@@ -11,6 +11,8 @@ from vmf_pretrain.config.typed import shown
 MAY_CHANGE: frozenset[str] = frozenset(
     {
         "data.folder",  # moved; that its images are the same is checked when the run goes on
+        "data.max_bad_share",
+        "data.start_method",
         "data.workers",
         "log.tensorboard",
         "train.accumulate",
@@ -27,7 +29,7 @@ MAY_CHANGE: frozenset[str] = frozenset(
 # what --allow-changed permits beside: steps then mean something else than before
 KINDS: dict[str, tuple[str, ...]] = {
     "batch": ("data.batch_size",),
-    "data": ("data.folder", "data.held_out", "data.kind"),
+    "data": ("data.cache", "data.dataset", "data.folder", "data.held_out", "data.kind"),
     "seed": ("seed",),
     "views": ("views.",),
 }

@@ -66,6 +66,7 @@ def choose(machine: Machine, photos: Photos, asked: Asked | None = None) -> Choi
     epochs = asked.epochs or _epochs(machine, photos)
     large, small, patch = _sizes(recipe, photos)
     fields = {
+        "data.kind": photos.kind,
         "data.batch_size": batch,
         "data.workers": _workers(machine),
         "views.global_size": large,

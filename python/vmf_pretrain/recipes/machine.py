@@ -1,17 +1,22 @@
 """What there is to choose a recipe by: this machine, and the images of a folder by their names and headers only."""
 
+import io
 import os
 import random
 import statistics
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from vmf_pretrain.config.errors import PretrainError
 
-IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+if TYPE_CHECKING:
+    from vmf_pretrain.data.source import Source
+
 SAMPLED = 200  # files whose headers are read: a median that is right to a few percent, in a second
 SAMPLE_SEED = 0
+UNKNOWN_MEMORY = 8 << 30  # where the system does not say: a small laptop's
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,12 @@ class Photos:
     Attributes:
         count: files with the name of an image.
         side: median of the shorter side, pixels; None if no header could be read.
+        kind: how they are stored, as ``data.kind``.
     """
 
     count: int
     side: int | None
+    kind: Literal["folder", "shards"] = "folder"
 
 
 def this_machine(device: str) -> Machine:
@@ -57,47 +64,39 @@ def this_machine(device: str) -> Machine:
 
 
 def photos_in(folder: Path) -> Photos:
-    """The images of a folder, searched recursively; decodes none, and reads the headers of at most 200.
+    """The images of a folder, in files or in tar shards; decodes none, and reads the headers of at most 200.
 
     Raises:
         PretrainError: it is no folder, cannot be read, or holds no image.
     """
-    if not folder.is_dir():
+    if not folder.is_dir():  # before torch is imported
         raise PretrainError(f"data.folder {folder} is not a folder; expected one with images.")
-    paths = _images(folder)
-    if not paths:
-        raise PretrainError(
-            f"data.folder {folder} holds no image; expected files ending in {', '.join(sorted(IMAGES))}."
-        )
-    sample = random.Random(SAMPLE_SEED).sample(paths, min(SAMPLED, len(paths)))
-    sides = [side for side in map(_shorter_side, sample) if side is not None]
-    return Photos(len(paths), round(statistics.median(sides)) if sides else None)
+    from vmf_pretrain.data.decode import SUFFIXES
+    from vmf_pretrain.data.folder import FolderSource, files_below
+    from vmf_pretrain.data.shards import ARCHIVES, ShardSource
+
+    in_shards = not files_below(folder, SUFFIXES)[0] and bool(files_below(folder, ARCHIVES)[0])
+    source: Source = ShardSource(folder) if in_shards else FolderSource(folder)
+    count = len(source.names)
+    sample = random.Random(SAMPLE_SEED).sample(range(count), min(SAMPLED, count))
+    sides = [side for side in (_shorter_side(source, index) for index in sample) if side is not None]
+    return Photos(count, round(statistics.median(sides)) if sides else None, "shards" if in_shards else "folder")
 
 
-def _images(folder: Path) -> list[str]:
-    """Paths, in alphabetic order, so that the sample is the same each time."""
-
-    def refuse(error: OSError) -> None:
-        raise PretrainError(f"data.folder {error.filename} cannot be read: {error.strerror}.") from None
-
-    return sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if os.path.splitext(name)[1].lower() in IMAGES
-    )
-
-
-def _shorter_side(path: str) -> int | None:
+def _shorter_side(source: "Source", index: int) -> int | None:
+    """Pixels; None if the header cannot be read: the run itself says which files are damaged."""
     from PIL import Image
+
+    from vmf_pretrain.data.decode import FORMATS
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
-            with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF")) as image:
+            warnings.simplefilter("ignore")  # nothing is decoded
+            encoded = source.read(index)
+            with Image.open(io.BytesIO(encoded if isinstance(encoded, bytes) else b""), formats=FORMATS) as image:
                 return min(image.size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None  # the run itself says which files it cannot read
+    except Exception:  # a header may make a decoder raise anything, as in data/decode.py
+        return None
 
 
 def _memory() -> int:
@@ -107,6 +106,3 @@ def _memory() -> int:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no such limit, or "max"
         return total
-
-
-UNKNOWN_MEMORY = 8 << 30  # where the system does not say: a small laptop's

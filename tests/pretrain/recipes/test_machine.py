@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ def test_images_are_counted_and_measured_without_decoding(tmp_path: Path, monkey
 def test_headers_of_a_sample_only_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in range(30):
         (tmp_path / f"{place}.jpg").touch()
-    read: list[str] = []
+    read: list[int] = []
     monkeypatch.setattr(machine, "SAMPLED", 7)
-    monkeypatch.setattr(machine, "_shorter_side", lambda path: read.append(path) or 64)
+    monkeypatch.setattr(machine, "_shorter_side", lambda source, index: read.append(index) or 64)
     assert photos_in(tmp_path) == Photos(count=30, side=64)
     assert len(set(read)) == 7
     first = list(read)
@@ -43,6 +44,15 @@ def test_headers_of_a_sample_only_are_read(tmp_path: Path, monkeypatch: pytest.M
 def test_folder_without_a_readable_header_is_still_counted(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_text("no pixels")
     assert photos_in(tmp_path) == Photos(count=1, side=None)
+
+
+def test_shards_are_known_by_their_names(tmp_path: Path) -> None:
+    (photo,) = save_photos(tmp_path / "photos", 1, side=40)
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as shard:
+        for name in ("a.png", "b.png"):
+            shard.add(photo, name)
+    assert photos_in(tmp_path / "shards") == Photos(count=2, side=40, kind="shards")
 
 
 def test_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
