@@ -95,6 +95,7 @@ UNFIT: list[tuple[str, str, list[str]]] = [
     ("not a number", "optim: {clip: .nan}\n", ["optim.clip is nan; expected a finite number"]),
     ("number too large", "optim: {clip: 1e999}\n", ["optim.clip is inf"]),
     ("null for a number", "optim: {clip: null}\n", ["optim.clip is null; expected a finite number"]),
+    ("boolean for a number", "optim: {clip: true}\n", ["optim.clip is true; expected a finite number"]),
     ("boolean for a count", "train: {epochs: true}\n", ["train.epochs is true; expected a whole number"]),
     ("count for a boolean", "head: {batch_norm: 1}\n", ["head.batch_norm is 1; expected true or false"]),
     ("YAML 1.1 boolean", "head: {batch_norm: on}\n", ['head.batch_norm is "on"; expected true or false']),
