@@ -78,13 +78,16 @@ def test_folder_without_images_is_refused(name: str, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_image_is_refused_by_name(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_image_is_refused_by_name_where_none_is_allowed(
+    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_photos(tmp_path / "photos", 15)
     (tmp_path / "photos" / "notes.jpg").write_text("these are not pixels")
-    config = changed(photos_config(tmp_path / "photos"), data={"workers": workers})
+    config = changed(photos_config(tmp_path / "photos"), data={"workers": workers, "max_bad_share": 0.0})
     path = yaml_of(config, tmp_path / "config.yaml")
     said = refused(["fit", "--config", str(path), "--out", str(tmp_path / "run")], capsys)
-    assert f"{tmp_path / 'photos' / 'notes.jpg'} cannot be read" in said
+    assert "cannot be read, more than data.max_bad_share" in said
+    assert "notes.jpg" in said
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
