@@ -28,16 +28,19 @@ class Records:
         step: that the run begins or goes on with; records of steps that run again are dropped.
         tolerant: takes what the disk refuses.
         writes: whether this is the first rank.
+        tensorboard: whether TensorBoard's events are written.
     """
 
-    def __init__(self, folder: RunFolder, step: int, tolerant: TolerantWrites, *, writes: bool) -> None:
+    def __init__(
+        self, folder: RunFolder, step: int, tolerant: TolerantWrites, *, writes: bool, tensorboard: bool
+    ) -> None:
         self.metrics: _Writes = _Nothing()
         self.bad: _Writes = _Nothing()
         self.skipped: _Writes = _Nothing()
         self._metrics: MetricsLog | None = None
         self._lists: list[JsonLines] = []
         if writes:
-            self.metrics = self._metrics = MetricsLog(folder, step, tolerant)
+            self.metrics = self._metrics = MetricsLog(folder, step, tolerant, tensorboard=tensorboard)
             paths = (folder.bad_files, folder.skipped_steps)
             self._lists = [JsonLines(path, tolerant, lambda record: record.get("step", 0) < step) for path in paths]
             self.bad, self.skipped = self._lists

@@ -196,7 +196,8 @@ class Run:
 
     def _steps(self) -> signal.Signals | None:
         """All steps that are left; returns the signal that stopped them."""
-        records = Records(self.folder, self.step, self.tolerant, writes=self.first)
+        writes, tensorboard = self.first, self.config.log.tensorboard
+        records = Records(self.folder, self.step, self.tolerant, writes=writes, tensorboard=tensorboard)
         self.skipping = Skipping(
             records.skipped.write,
             self._say,

@@ -17,24 +17,34 @@ class MetricsLog:
         folder: of the run.
         from_step: the step that training begins or goes on at.
         tolerant: counts and says what the disk refuses; nothing here raises OSError for it.
+        tensorboard: whether events are written beside metrics.jsonl.
     """
 
-    def __init__(self, folder: RunFolder, from_step: int, tolerant: TolerantWrites | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        from_step: int,
+        tolerant: TolerantWrites | None = None,
+        *,
+        tensorboard: bool = True,
+    ) -> None:
         tolerant = tolerant or TolerantWrites()
         self._lines = JsonLines(folder.metrics, tolerant, lambda record: record.get("step", 0) <= from_step)
-        self._events = TensorBoardEvents(folder.tensorboard, from_step, tolerant)
+        self._events = TensorBoardEvents(folder.tensorboard, from_step, tolerant) if tensorboard else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; every number except the step also becomes a TensorBoard scalar. Not finite becomes null."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         self._lines.write(finite)
         numbers = {key: value for key, value in finite.items() if key != "step" and isinstance(value, int | float)}
-        self._events.write(int(record["step"]), numbers)
+        if self._events is not None:
+            self._events.write(int(record["step"]), numbers)
 
     def close(self) -> None:
         """Try once more to write what the disk refused; say what is lost. Otherwise every record is in the files already."""
         self._lines.flush()
-        self._events.flush()
+        if self._events is not None:
+            self._events.flush()
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:

@@ -10,42 +10,9 @@ import torch
 
 from tests.pretrain.tiny import a_run, batches_over, folder_images, one_sentence, photos_config, two_classes
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.data.bad_images import SUPPOSED, BadImages
-from vmf_pretrain.data.batch import BadImage
 from vmf_pretrain.data.batches import TRIES, ViewBatches
 
 pytestmark = pytest.mark.quick
-
-
-def test_list_has_a_line_for_each_and_a_resumed_run_reads_none_twice(tmp_path: Path) -> None:
-    path = tmp_path / "bad_files.jsonl"
-    first = BadImages(path, 0.5)
-    for step in range(4):
-        first.note([BadImage(f"image {step}", "cut")], step)
-        first.learn(1, step)
-    with path.open("a") as file:
-        file.write('{"name": "cut by a k')
-    resumed = BadImages(path, 0.5, first_step=2)
-    assert resumed.count == 2
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"name": f"image {step}", "reason": "cut", "step": step} for step in range(2)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("share", "read", "allowed"), [(0.01, 100, 10), (0.01, 5 * SUPPOSED, 50), (0.0, 10**6, 0), (1.0, 64, 64)]
-)
-def test_limit_is_a_share_of_what_was_read(share: float, read: int, allowed: int, tmp_path: Path) -> None:
-    images = BadImages(tmp_path / "bad_files.jsonl", share)
-    images.learn(allowed, read)
-    if share == 1.0:  # every image may be bad
-        return
-    images.note([BadImage(f"image {number}", "cut") for number in range(12)], 0)
-    with pytest.raises(PretrainError, match=r"data\.max_bad_share") as caught:
-        images.learn(1, read)
-    message = str(caught.value)
-    assert one_sentence(message), message
-    assert "image 9 and 2 more" in message, message
 
 
 def with_bad(folder: Path, *names: str) -> ViewBatches:
