@@ -33,11 +33,7 @@ def in_parts(network: nn.Module, rows: Tensor, *, images: int, parts: int) -> Te
     def run(part: int) -> Tensor:
         for depth, kept in zip(depths, drawn, strict=True):
             depth.kept = kept[starts[part] : starts[part + 1]]
-        try:
-            output: Tensor = network(pieces[part])
-        finally:
-            for depth in depths:
-                depth.kept = None
+        output: Tensor = network(pieces[part])
         return output
 
     if len(pieces) == 1:
