@@ -25,6 +25,7 @@ from vmf_kernels import (
     unique_prototypes,
 )
 from vmf_kernels.backends.native import module
+from vmf_kernels.backends.native.scores import NativeKeys, score_task
 from vmf_kernels.compat import dinov2, dinov3, ibot, lightly, solo
 from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 
@@ -273,14 +274,14 @@ def test_what_does_not_fit_never_reaches_the_native_module(tensor: Tensor) -> No
     with pytest.raises(
         RuntimeError, match=r"native module was about to get .* expected 6 contiguous fp32 numbers on the CPU"
     ):
-        module.address(tensor, 6)
+        module.built().dot(tensor, tensor, 6)
 
 
 def test_freed_memory_and_unlike_networks_never_reach_the_native_module() -> None:
     freed = torch.ones(3, D)
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="native module was about to get"):
-        module.address(freed, 3 * D)
+        module.built().dot(freed, freed, 3 * D)
 
     def op(student: int, teacher: int) -> Any:
         tau, x = torch.tensor(0.1, dtype=torch.float64), torch.randn(3, D)
@@ -300,5 +301,6 @@ def test_freed_memory_and_unlike_networks_never_reach_the_native_module() -> Non
     ids=["columns", "fp64", "overlapping", "vector"],
 )
 def test_prototypes_that_do_not_fit_never_reach_the_native_module(weight: Tensor) -> None:
+    keys = NativeKeys(weight, "linear", None, 1.0, 1.0, None, (1.0, 1.0))
     with pytest.raises(RuntimeError, match=r"native module was about to get .* expected"):
-        module.weight_of(weight)
+        score_task(torch.zeros(3, 6), keys, None)

@@ -113,9 +113,9 @@ def check_weights(pairing: Pairing) -> None:
         if weights is None or not is_readable(weights) or weights.numel() == 0:
             continue
         if weights.numel() <= FEW:
-            # as Python numbers, which is faster than torch's reduction; NaN fails the comparisons below
-            flat: list[float] = weights.flatten().tolist()
-            least, most = (math.nan, math.nan) if any(map(math.isnan, flat)) else (min(flat), max(flat))
+            # as Python numbers, which is faster than torch's reduction; NaN fails the comparisons below, and makes the sum NaN
+            flat: list[float] = (weights.flatten() if weights.ndim > 1 else weights).tolist()
+            least, most = (math.nan, math.nan) if math.isnan(sum(flat)) else (min(flat), max(flat))
         else:
             least, most = (bound.item() for bound in weights.aminmax())
         if not (least >= 0 and most < math.inf):  # false for NaN as well

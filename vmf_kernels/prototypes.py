@@ -250,16 +250,16 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
         )
 
 
-@torch.no_grad()
 def prepare_bias(
     prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
     """[K] nats, the bias of ``prepare_keys``, whose arguments these are."""
-    bias = None if extra_bias is None else extra_bias.to(dtype).reshape(-1)
+    bias = None if extra_bias is None else extra_bias.detach().to(dtype).reshape(-1)
     if prototypes.has_normalizer:
-        # as ``log_normalizer``, but with the same inverse temperature as the products
-        kappa = prototypes.norms(dtype).to(dtype) * temperature.to(dtype).reciprocal()
-        normalizer = log_vmf_constant(kappa, prototypes.dim)
+        with torch.no_grad():
+            # as ``log_normalizer``, but with the same inverse temperature as the products
+            kappa = prototypes.norms(dtype).to(dtype) * temperature.to(dtype).reciprocal()
+            normalizer = log_vmf_constant(kappa, prototypes.dim)
         bias = normalizer if bias is None else bias + normalizer
     # the lowest finite number, not -inf: its product with a zero probability would be NaN
     return None if bias is None else bias.clamp(min=torch.finfo(dtype).min)

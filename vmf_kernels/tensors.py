@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.nn import Parameter
 
 PLAIN = (Tensor, Parameter)  # the exact types: a subclass may keep its values elsewhere
@@ -21,8 +22,7 @@ def has_memory(tensor: Tensor) -> bool:
     # torch.func and torch.vmap wrap tensors without changing their type
     if type(tensor) not in PLAIN or tensor.is_meta or torch.compiler.is_compiling():
         return False
-    functorch = torch._C._functorch
-    return not (functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+    return not (is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor))
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -57,6 +57,11 @@ def refuse_gradients(**arguments: object) -> None:
                 f"{name} requires a gradient, but only the student's outputs and prototypes get one; expected "
                 f"{name}.detach()"
             )
+
+
+def without_gradient(tensor: Tensor) -> Tensor:
+    """The tensor, detached if it requires a gradient."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def is_transforming() -> bool:

@@ -202,12 +202,19 @@ struct Gatherer {
     return {reinterpret_cast<const char*>(start), reinterpret_cast<const char*>(start + std::ptrdiff_t(count) * dim)};
   }
 
+  // Rows of dz that are formed: some of padding cost less than a rest of single rows.
+  int formed_rows(int vectors) const {
+    int rows = gather.student_rows;
+    while (rows < students && (Dot::ON_TILES || rows % tile_rows(vectors) % 4)) ++rows;
+    return rows;
+  }
+
   void add_feature_gradient(int count, bool first, Ahead soon) const {
     const int steps = words<Dot>(count);
     for_each_tile(Cut(width / LANES), [&](auto n, int vector) __attribute__((always_inline)) {
       constexpr int N = decltype(n)::value;
       const Word* panel = at<Word>(room.values) + std::ptrdiff_t(vector) * LANES * steps;
-      for_each_rows<Dot, N>(students, [&](auto m, int s, int valid) __attribute__((always_inline)) {
+      for_each_rows<Dot, N>(formed_rows(N), [&](auto m, int s, int valid) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         float* out = task.feature_gradient + std::ptrdiff_t(s) * width + vector * LANES;
         tile<Dot, M, N>(steps, students_of(count, s), panel, valid, share_of(soon, steps),
@@ -223,7 +230,7 @@ struct Gatherer {
     const float* logits = more ? row_of(gather.logits, next) : nullptr;
     Ahead scores{reinterpret_cast<const char*>(logits),
                  reinterpret_cast<const char*>(logits + more * gather.logits.stride)};
-    const int steps = words<Dot>(students);
+    const int steps = words<Dot>(gather.student_rows), stride = words<Dot>(students);
     const bool direct = width == dim;  // else through a block of whole vectors
     float* start = direct ? gather.weight_gradient + std::ptrdiff_t(first) * dim : at<float>(room.gradient);
     for_each_tile(Cut(width / LANES), [&](auto n, int vector) __attribute__((always_inline)) {
@@ -232,7 +239,7 @@ struct Gatherer {
       for_each_rows<Dot, N>(count, [&](auto m, int k, int valid) __attribute__((always_inline)) {
         constexpr int M = decltype(m)::value;
         float* out = start + std::ptrdiff_t(k) * width + vector * LANES;
-        tile<Dot, M, N>(steps, Rows<Word>{at<Word>(room.by_row) + std::ptrdiff_t(k) * steps, steps}, panel, valid,
+        tile<Dot, M, N>(steps, Rows<Word>{at<Word>(room.by_row) + std::ptrdiff_t(k) * stride, stride}, panel, valid,
                         share_of(weights.start < weights.end ? weights : scores, steps),
                         [&](int row, auto& sums) __attribute__((always_inline)) {
                           put(out + std::ptrdiff_t(row) * width, width, !direct || gather.first, sums);

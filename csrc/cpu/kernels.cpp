@@ -21,15 +21,11 @@ struct Table {
     pack_transposed<Dot>(rows, count, dim, static_cast<Word*>(panels));
   }
   static std::size_t values_bytes(int count, int dim) {
-    return aligned(sizeof(Word) * words<Dot>(padded(count)) * std::size_t(padded(dim)));
+    return aligned(sizeof(Word) * words<Dot>(count) * std::size_t(padded(dim)));
   }
   static void pack_values(const float* rows, int count, int dim, void* panels) {
-    const int whole = padded(count);
     pack_panels<Dot>(
-        whole, dim,
-        [&](int r, int d, float* line) {
-          if (r < count) line_of(rows + std::ptrdiff_t(r) * dim, dim, d, line, 1.0f);
-        },
+        count, dim, [&](int r, int d, float* line) { line_of(rows + std::ptrdiff_t(r) * dim, dim, d, line, 1.0f); },
         static_cast<Word*>(panels));
   }
   static void pack_coefficients(const float* rows, int count, int columns, float* panels) {

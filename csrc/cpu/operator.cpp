@@ -23,6 +23,10 @@ constexpr int LEAST_PART = 480;  // prototypes: a few blocks
 constexpr std::size_t PARTS_BYTES = std::size_t(16) << 20;  // of all copies of dz, if this allows
 constexpr int FEWEST_PARTS = 8;                             // at least so many parts
 
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
+constexpr float LOG2_E = 1.4426950408889634f;
+float not_below(float least, float x) { return x < least ? least : x; }  // a NaN stays
+
 constexpr double EXPONENTIAL = 16;  // costs as much as so many products
 
 int threads_for(double products, const Execution& run) {
@@ -107,7 +111,7 @@ void for_each_part(int parts, int prototypes, int threads, Body&& body) {
 
 struct ScoreRoom {
   char* panels;
-  float *statistics, *scaled, *multiplier;
+  float *statistics, *scaled, *bias, *multiplier, *norm, *gain;
   char* scratch;
   std::size_t scratch_bytes, bytes;
   ScoreRoom(const Score& s, const Execution& run, const Kernels& kernels, void* start)
@@ -117,7 +121,11 @@ struct ScoreRoom {
     statistics = arena.take<float>(std::size_t(part_count(s.weight.prototypes)) * statistics_of(s) *
                                    padded_to(s.rows, kernels.lanes));
     scaled = arena.take<float>(s.row_factor == 1 ? 0 : std::size_t(s.rows) * s.weight.dim);
+    bias = arena.take<float>(s.bias ? s.weight.prototypes : 0);
     multiplier = arena.take<float>(s.weight.prototypes);
+    const int found = s.norms == Norms::free || s.norm ? 0 : s.weight.prototypes;
+    norm = arena.take<float>(found);
+    gain = arena.take<float>(found);
     scratch = arena.take<char>(scratch_bytes * std::min(run.threads, MOST_PARTS));
     bytes = arena.used;
   }
@@ -240,6 +248,14 @@ void score(const Score& given, const Execution& run, void* workspace) {
     for (std::size_t i = 0; i < count; ++i) room.scaled[i] = s.features[i] * s.row_factor;
     s.features = room.scaled;
   }
+  if (s.bias) {
+    // with another bias, finite in base 2 as well: the difference of both is taken
+    const float least = s.other_bias ? LOWEST : -std::numeric_limits<float>::infinity();
+    for (int k = 0; k < s.weight.prototypes; ++k)
+      room.bias[k] = not_below(least, not_below(LOWEST, s.bias[k]) * LOG2_E);
+    s.bias = room.bias;
+  }
+  if (!s.norm) s.norm = room.norm, s.gain = room.gain;
   if (s.norms == Norms::free) std::fill(room.multiplier, room.multiplier + s.weight.prototypes, s.uniform);
   const int rows = padded_to(s.rows, kernels.lanes), parts = part_count(s.weight.prototypes);
   const std::size_t stride = std::size_t(statistics_of(s)) * rows;
@@ -266,6 +282,10 @@ Sums gather(const Gather& g, const Execution& run, void* workspace) {
   pad(g.student_top, g.student_rows, room.student_top, students, infinity);
   pad(g.teacher_top, g.teacher_rows, room.teacher_top, teachers, infinity);
   const Sums sums = weigh(g, room, students, teachers);
+  if (g.first) {
+    std::fill(g.bias_gradient, g.bias_gradient + g.weight.prototypes, 0.0f);
+    std::fill(g.usage, g.usage + g.weight.prototypes, 0.0f);
+  }
   if (g.column_top) {
     if (!g.other_top) throw std::invalid_argument("column sums need the teacher's other softmax");
     for (int t = 0; t < g.teacher_rows; ++t) room.column_offset[t] = g.other_top[t] + std::log2(g.other_mass[t]);
@@ -303,16 +323,25 @@ std::size_t step_workspace(const Score& student, const Score& teacher, const Gat
   if (student.weight.prototypes != teacher.weight.prototypes || student.weight.prototypes != g.weight.prototypes)
     throw std::invalid_argument("networks with different numbers of prototypes, whose logits lie side by side");
   const std::size_t scores = std::max(score_workspace(student, run), score_workspace(teacher, run));
-  return 3 * aligned_floats(student.rows) + 5 * aligned_floats(teacher.rows) + std::max(scores, gather_workspace(g, run));
+  return 3 * aligned_floats(student.rows) + 5 * aligned_floats(teacher.rows) + 2 * aligned_floats(g.weight.prototypes) +
+         std::max(scores, gather_workspace(g, run));
 }
 
 Sums step(Score student, Score teacher, Gather g, const Execution& run, void* workspace) {
   char* room = static_cast<char*>(workspace);
-  const auto take = [&](int rows) {
+  const auto take = [&](int count) {
     float* piece = reinterpret_cast<float*>(room);
-    room += aligned_floats(rows);
+    room += aligned_floats(count);
     return piece;
   };
+  if (student.norms != Norms::free)
+    student.norm = take(g.weight.prototypes), g.gain = student.gain = take(g.weight.prototypes);
+  PullBack pull_back;
+  if (g.pull_back) {
+    pull_back = *g.pull_back;
+    if (student.norm) pull_back.norm = student.norm;
+    g.pull_back = &pull_back;
+  }
   g.student_top = student.top = take(student.rows), g.student_mass = student.mass = take(student.rows);
   g.student_moment = student.moment = take(student.rows);
   g.teacher_top = teacher.top = take(teacher.rows), g.teacher_mass = teacher.mass = take(teacher.rows);

@@ -50,7 +50,7 @@ struct Logits {
 // Rows against one network's prototypes: their logits, and an online softmax over the prototypes.
 struct Score {
   Weight weight;
-  const float* bias;        // [K], or null
+  const float* bias;        // [K] nats, or null
   const float* features;    // [R, D] contiguous
   float uniform;            // the multiplier of all prototypes, which a gain multiplies unless the norms are free
   float row_factor;         // multiplies the features before the products
@@ -60,13 +60,13 @@ struct Score {
   float* mass;    // [R] sum_k 2^(l - top)
   float* moment;  // [R] sum_k 2^(l - top) (l - top)
   // The same logits with another bias in place of `bias`: their maximum and mass, from the same products. Or null.
-  const float* other_bias = nullptr;  // [K]
+  const float* other_bias = nullptr;  // [K] base 2
   float* other_top = nullptr;         // [R]
   float* other_mass = nullptr;        // [R]
   // Unless the norms are free, the multipliers are uniform times a gain, which is found with the norm beside the products.
   Norms norms = Norms::free;
   const float* magnitude = nullptr;  // [K] g, or null for 1
-  float* norm = nullptr;             // [K] receives ||v_k||
+  float* norm = nullptr;             // [K] receives ||v_k||, and then gain too; or null
   float* gain = nullptr;             // [K] receives g_k / ||v_k||; 0 for a row of zeros, which has no direction
 };
 
@@ -105,7 +105,7 @@ struct Gather {
   float* weight_gradient;       // [K, D] contiguous, or null
   float* bias_gradient;         // [K] beta, equation (6); added to
   float* usage;                 // [K] sum_t n_t q_t; added to
-  bool first;                   // the weight gradient is written, not added to
+  bool first;                   // weight gradient, beta and usage are written, not added to
   const PullBack* pull_back;    // with the last chunk of rows, or null
   // Sums over the teacher rows of its other softmax, sum_t 2^(l_tk - offset_t), as a maximum to which the chunks add, and a mass
   // relative to it; or null. l has the target's bias: the caller adds other_bias - bias to the logarithm.
@@ -136,8 +136,8 @@ void score(const Score&, const Execution&, void* workspace);
 std::size_t gather_workspace(const Gather&, const Execution&);
 Sums gather(const Gather&, const Execution&, void* workspace);
 
-// Both networks' scores and the gathering pass in one call: logits are stored where `gather` expects them, and the sums over
-// the prototypes stay in the workspace. Only if this rank has all prototypes; otherwise ranks merge the sums in between.
+// Both networks' scores and the gathering pass in one call: logits are stored where `gather` expects them; the student's norms and
+// gains and the sums over the prototypes stay in the workspace. Only if this rank has all prototypes; otherwise ranks merge the sums in between.
 std::size_t step_workspace(const Score& student, const Score& teacher, const Gather&, const Execution&);
 Sums step(Score student, Score teacher, Gather gather, const Execution&, void* workspace);
 

@@ -60,6 +60,9 @@ struct Softmax {
   }
 };
 
+// Bytes of logits of all prototypes that stay in the cache for the gathering pass; more of them are stored past it.
+constexpr std::size_t CACHED_LOGITS = std::size_t(1) << 18;
+
 constexpr float LOWEST = -3.4028234663852886e38f;  // finite: (-inf) - (-inf) would be NaN
 
 // No prototypes yet: [count, rows] maxima, masses and moments, in threes.
@@ -78,6 +81,7 @@ struct Scorer {
   const Score& score = *task.score;
   const int rows = padded(score.rows);
   const int steps = words<Dot>(score.weight.dim);
+  const bool past_cache = sizeof(float) * score.weight.prototypes * score.logits.stride > CACHED_LOGITS;
 
   static std::size_t word_bytes(const Weight& w) {
     return Dot::PER_WORD == 1 ? 0 : aligned(sizeof(Word) * block_prototypes(w.dim) * std::size_t(words<Dot>(w.dim)));
@@ -180,7 +184,10 @@ struct Scorer {
         logits[m] = multiply_add(sums[m][n], all(task.multiplier[k + m]), all(score.bias ? score.bias[k + m] : 0.0f));
       if (out)
 #pragma GCC unroll 32
-        for (int m = 0; m < M; ++m) store_past_cache(out + m * score.logits.stride + n * LANES, logits[m]);
+        for (int m = 0; m < M; ++m) {
+          float* to = out + m * score.logits.stride + n * LANES;
+          past_cache ? store_past_cache(to, logits[m]) : store(to, logits[m]);
+        }
       softmax(block, vector, n).template absorb<M>(logits);
     }
   }

@@ -75,12 +75,13 @@ def check_log_sums(features: Tensor, prototypes: Prototypes, bias: Tensor, isa: 
 @contextmanager
 def damaged(damage: Damage) -> Iterator[list[str]]:
     """Every task of the module with its arguments changed in place by ``damage(name, arguments)``; the names seen."""
-    native, names = module.built(), []
+    native, names, kept = module.built(), [], []
 
     def changed(task: str) -> Callable[..., Any]:
         def build(**arguments: Any) -> Any:
             names.append(task)
             damage(task, arguments)
+            kept.append(arguments)  # the task points to its tensors
             return getattr(native, task)(**arguments)
 
         return build

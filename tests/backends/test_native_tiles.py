@@ -18,7 +18,7 @@ from tests.backends.native_calls import Damage, check, check_log_sums, damaged
 from tests.backends.test_native import DAMAGES, SHAPES, changed_quantities, problem_of
 from tests.csrc.building import module_with_stand_in
 from tests.ops.test_prototype_cross_entropy import HARD
-from vmf_kernels.backends.native import module, operator, scores
+from vmf_kernels.backends.native import module, operator
 from vmf_kernels.prototypes import KINDS
 from vmf_kernels.testing import assert_within_budget, library_outcome, random_problem
 
@@ -37,12 +37,9 @@ def _on_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(module, "why_absent", lambda: None)
     monkeypatch.setattr(module, "instruction_sets", lambda: tuple(built.available()))
     monkeypatch.setattr(module, "LEAST_WORK", 0)
-    kept = module._execution, scores._no_logits  # between calls, and of one module
-    for cache in kept:
-        cache.cache_clear()
+    module._execution.cache_clear()  # between calls, and of one module
     yield
-    for cache in kept:
-        cache.cache_clear()
+    module._execution.cache_clear()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -101,16 +101,16 @@ def test_prototypes_far_from_every_row_have_finite_sums(isa: str) -> None:
 
 
 def no_other_bias(name: str, arguments: dict[str, Any]) -> None:
-    if name == "Score" and arguments["other_bias"]:
+    if name == "Score" and arguments["other_bias"] is not None:
         arguments["other_bias"] = arguments["bias"]
 
 
-def one_row_less(name: str, arguments: dict[str, Any]) -> None:
+def students_as_teachers(name: str, arguments: dict[str, Any]) -> None:
     if name == "Gather":
-        arguments["teacher_rows"] -= 1
+        arguments["teacher_column"] = 0
 
 
-@pytest.mark.parametrize("damage", [no_other_bias, one_row_less], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", [no_other_bias, students_as_teachers], ids=lambda damage: damage.__name__)
 def test_damaged_sums_fail_the_budget(damage: Damage, isa: str) -> None:
     """Negative control."""
     problem = random_problem(views=(5, 4), prototypes=127, dim=24, dtype=torch.float32)

@@ -64,11 +64,13 @@ def check_backend_name(backend: str) -> None:
 
 
 def _unsupported(name: str, rows: Tensor, weights: Sequence[Tensor]) -> str | None:
-    dims = sorted({weight.shape[1] for weight in weights})
-    if name in ONE_DIM and len(dims) > 1:
+    if name in ONE_DIM and len(dims := sorted({weight.shape[1] for weight in weights})) > 1:
         return f"it needs one embedding dim, but the networks have {' and '.join(map(str, dims))}"
-    reasons = (BACKENDS[name].unsupported(rows, weight) for weight in weights)
-    return next((reason for reason in reasons if reason is not None), None)
+    for weight in weights:
+        reason = BACKENDS[name].unsupported(rows, weight)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _auto_takes(name: str, rows: Tensor, weights: Sequence[Tensor]) -> bool:

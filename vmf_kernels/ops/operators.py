@@ -22,6 +22,7 @@ from vmf_kernels.tensors import PLAIN, has_memory, is_transforming, no_autocast
 NAMESPACE = "vmf_kernels"
 # global, because torch removes the operators when their library object is freed
 LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+EAGER = {*PLAIN, type(None), bool, str}  # types of arguments
 KERNELS: dict[Any, Callable[..., Any]] = {}  # by operator
 FLOPS: dict[Any, Callable[..., int]] = {}  # by operator, as ``torch.utils.flop_counter`` keeps them
 
@@ -70,17 +71,41 @@ def operator(
     return register
 
 
+def called(op: Any, gradient: type[OperatorFunction], args: Sequence[Any]) -> Any:
+    """``op(*args)`` of an operator with this gradient; without the dispatcher, where it would only record the gradient.
+
+    The dispatcher and the conversion of arguments and results take some tens of us.
+    """
+    listening = (
+        torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
+    if listening or is_transforming() or not _is_eager(args):
+        return op(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return gradient.apply(*args)
+    return KERNELS[op](*args)
+
+
 def below_autograd(op: Any, *args: Any) -> Any:
     """The operator's results, without recording its gradient."""
     if is_transforming():
         # autograd is off in an autograd.Function, so the next outer level of torch.func would record nothing
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    eager = has_memory(args[0]) and not torch._C._len_torch_dispatch_stack()
-    if eager and all(type(arg) in PLAIN or not isinstance(arg, Tensor) for arg in args):
-        return KERNELS[op](*args)  # no mode or subclass is involved: calling without the dispatcher saves some ten us
+    if _is_eager(args):
+        return KERNELS[op](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def _is_eager(args: Sequence[Any]) -> bool:
+    """Whether neither a mode nor a subclass of tensors takes part, so that a kernel may be called without the dispatcher."""
+    if torch._C._len_torch_dispatch_stack() or not has_memory(args[0]):
+        return False
+    return EAGER.issuperset(map(type, args))
 
 
 def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:

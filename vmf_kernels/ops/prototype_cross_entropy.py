@@ -19,7 +19,7 @@ from vmf_kernels.arguments import check_bias, check_features, in_autocast_dtype,
 from vmf_kernels.backends.choice import choose_backend
 from vmf_kernels.backends.contract import LossInputs
 from vmf_kernels.backends.scaling import scale_in_place
-from vmf_kernels.ops.operators import OperatorFunction, operator
+from vmf_kernels.ops.operators import OperatorFunction, called, operator
 from vmf_kernels.ops.ready_gradients import (
     Form,
     Kept,
@@ -33,7 +33,7 @@ from vmf_kernels.pairing import Pairing, check_pairing, check_weights
 from vmf_kernels.prototypes import Prototypes, accumulation_dtype, refuse_severed
 from vmf_kernels.ranks import gather_objects, group_named, name_of, sum_over_ranks
 from vmf_kernels.statistics import AssignmentStatistics, SharedStatistics, entropy
-from vmf_kernels.tensors import may_require_grad, refuse_gradients
+from vmf_kernels.tensors import may_require_grad, refuse_gradients, without_gradient
 
 NAME = "prototype_cross_entropy"
 
@@ -123,23 +123,23 @@ def prototype_cross_entropy(
     device = student_features.device
     dtype = accumulation_dtype(student_features.dtype)
     pairing = Pairing(
-        pair_weights.detach().to(device=device, dtype=dtype),
-        None if image_weights is None else image_weights.detach().to(device=device, dtype=dtype),
+        without_gradient(pair_weights).to(device=device, dtype=dtype),
+        None if image_weights is None else without_gradient(image_weights).to(device=device, dtype=dtype),
     )
     check_pairing(pairing, teacher_features.shape[0], student_features.shape[0])
     check_weights(pairing)
-    student, teacher = student_prototypes, teacher_prototypes.detach()
+    student, teacher = student_prototypes, teacher_prototypes
     arguments = _Arguments(
         student_features=student_features,
         student_weight=student.weight,
         student_magnitude=student.magnitude,
         student_kind=student.kind,
-        teacher_features=teacher_features.detach(),
-        teacher_weight=teacher.weight,
-        teacher_magnitude=teacher.magnitude,
+        teacher_features=without_gradient(teacher_features),
+        teacher_weight=without_gradient(teacher.weight),
+        teacher_magnitude=None if teacher.magnitude is None else without_gradient(teacher.magnitude),
         teacher_kind=teacher.kind,
-        # detach only if needed: the bias may hold a question (backends/uncentered.py)
-        teacher_bias=teacher_bias.detach() if teacher_bias is not None and teacher_bias.requires_grad else teacher_bias,
+        # the object itself if possible: it may hold a question (backends/uncentered.py)
+        teacher_bias=None if teacher_bias is None else without_gradient(teacher_bias),
         view_weights=pairing.view_weights,
         image_weights=pairing.image_weights,
         student_temperature=temperature_tensor(student_temperature, "student_temperature", device),
@@ -149,7 +149,7 @@ def prototype_cross_entropy(
         backend=backend,
         group=name_of(prototype_group),
     )
-    loss, summary, usage = _cross_entropy_op(*arguments)[:3]
+    loss, summary, usage = called(_cross_entropy_op, _Gradient, arguments)[:3]
     statistics = AssignmentStatistics.of_op(summary, usage)
     if prototype_group is not None:
         usage_entropy = sum_over_ranks(entropy(statistics.usage), prototype_group)

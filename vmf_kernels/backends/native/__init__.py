@@ -17,7 +17,7 @@ class NativeBackend:
     def unsupported(self, rows: Tensor, weight: Tensor) -> str | None:
         """Why it cannot run on these tensors, or None: another device or dtype, or the module is absent."""
         for name, tensor in (("features", rows), ("prototypes", weight)):
-            if tensor.device.type != "cpu":
+            if not tensor.is_cpu:
                 return f"it runs on CPUs, but the {name} are on {tensor.device}"
             if tensor.dtype not in STORED:
                 return f"it takes float32, bfloat16 or float16, but the {name} are {tensor.dtype}"

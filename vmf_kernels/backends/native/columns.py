@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vmf_kernels.backends.base_two import LN_2
 from vmf_kernels.backends.native import module
-from vmf_kernels.backends.native.scores import NativeKeys
+from vmf_kernels.backends.native.scores import NativeKeys, in_base_2
 
 
 def no_columns(prototypes: int) -> Tensor:
@@ -25,7 +25,7 @@ def sums_of_columns(columns: Tensor, keys: NativeKeys) -> Tensor:
     """[K] nats, over the probabilities with the keys' other bias; -inf without rows."""
     top, mass = columns
     assert keys.other_bias is not None
-    assert keys.bias_base_2 is not None
+    assert keys.bias is not None
     # the pass read logits with the bias of the target
-    sums: Tensor = (top + (keys.other_bias - keys.bias_base_2) + mass.log2()) * LN_2
+    sums: Tensor = (top + (keys.other_bias - in_base_2(keys.bias.reshape(-1))) + mass.log2()) * LN_2
     return sums

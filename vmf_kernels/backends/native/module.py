@@ -1,4 +1,4 @@
-"""The compiled module, and the conversion of tensors for it.
+"""The compiled module, and the conversion of tensors for it. It checks what it gets (``csrc/cpu/tensors.h``).
 
 Legend: R rows, K prototypes, D embedding dim.
 """
@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmf_kernels.tensors import PLAIN
-
 MODULE = "vmf_kernels._native"
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 LEAST_WORK = 1 << 18  # products per thread: fewer are faster than waking another one (python -m bench.least_work)
 WITH_BF16 = ("avx512bf16", "amx_bf16")  # instruction sets with bf16 products
-MISFIT = "the native module was about to get {got}; expected {expected} (a fault of vmf_kernels: please report it)"
-STORED = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of features and prototypes
 
 
 @functools.cache
@@ -70,13 +67,6 @@ def _execution(products: torch.dtype, threads: int, least_work: int, sets: tuple
     )
 
 
-@functools.cache
-def norms_named(kind: str) -> Any:
-    """The module's name for the norms of "linear", "normalized" or "weight_norm" prototypes."""
-    norms = built().Norms
-    return {"linear": norms.free, "normalized": norms.fixed, "weight_norm": norms.magnitude}[kind]
-
-
 def has_bf16_products() -> bool:
     """Whether the machine has instructions that multiply bf16 numbers."""
     return instruction_sets()[-1] in WITH_BF16
@@ -85,47 +75,6 @@ def has_bf16_products() -> bool:
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory for the module: on the CPU and of this dtype, whatever torch's defaults are."""
     return torch.empty(shape, dtype=dtype, device=CPU)
-
-
-def weight_of(weight_KD: Tensor) -> Any:
-    """Stored prototypes for the module; the tensor must outlive the result, and elements of a row must be adjacent."""
-    module = built()
-    plain = weight_KD.is_cpu and _is_plain(weight_KD)
-    if not plain or weight_KD.ndim != 2 or weight_KD.dtype not in STORED or weight_KD.data_ptr() == 0:
-        raise RuntimeError(MISFIT.format(got=_described(weight_KD), expected="a matrix of fp32, bf16 or fp16"))
-    prototypes, dim = weight_KD.shape
-    stride, step = weight_KD.stride()
-    if step != 1 or (prototypes > 1 and stride < dim):
-        raise RuntimeError(
-            MISFIT.format(got=_described(weight_KD), expected="rows of adjacent elements that do not overlap")
-        )
-    return module.Weight(
-        data=weight_KD.data_ptr(),
-        stored=getattr(module.Stored, STORED[weight_KD.dtype]),
-        stride=stride,
-        prototypes=prototypes,
-        dim=dim,
-    )
-
-
-def address(tensor: Tensor | None, count: int) -> int:
-    """Address of the first of ``count`` adjacent fp32 numbers; 0 for None.
-
-    Every pointer that the module gets comes from here or from ``weight_of``. So a tensor that does not fit is an error, not
-    an access beyond its memory.
-
-    Raises:
-        RuntimeError: the tensor is anything else.
-    """
-    if tensor is None:
-        return 0
-    fits = tensor.dtype == torch.float32 and tensor.is_cpu and tensor.numel() == count and tensor.is_contiguous()
-    first = tensor.data_ptr() if fits and _is_plain(tensor) else 0
-    if first == 0 and (count or not fits):
-        raise RuntimeError(
-            MISFIT.format(got=_described(tensor), expected=f"{count} contiguous fp32 numbers on the CPU")
-        )
-    return first
 
 
 def fp32(values: Tensor) -> Tensor:
@@ -139,12 +88,3 @@ def workspace(bytes_needed: int) -> tuple[Tensor, int]:
     """Memory for one call, to be kept until it returns, and the address of its first whole cache line."""
     memory = new(bytes_needed + ALIGNMENT, dtype=torch.uint8)
     return memory, -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory holds its values: a subclass with its own dispatch may keep them elsewhere."""
-    return type(tensor) in PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())} on {tensor.device}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vmf_kernels.backends.base_two import LN_2, LOG2_E
+from vmf_kernels.backends.base_two import LN_2
 from vmf_kernels.backends.contract import LossInputs, LossOutputs, RowInputs
 from vmf_kernels.backends.native import module
 from vmf_kernels.backends.native.chunks import Chunk, chunks_of, padded, row_ranges
@@ -67,13 +67,15 @@ def cross_entropy(inputs: LossInputs) -> LossOutputs:
     chunks = chunks_of(step.views, images, _most_prototypes(step.student.prototypes, group), step.free_columns)
     for index, (chunk, logits) in enumerate(zip(chunks, step.rooms_for(chunks), strict=True)):
         step.run(chunk, logits, first=index == 0, last=index == len(chunks) - 1)
+    if not chunks:
+        step.clear()
     return step.outputs()
 
 
 def usage(inputs: RowInputs) -> Tensor:
     """[K] mean probability of each prototype."""
     products, count, group = products_of(inputs.features), inputs.prototypes.count, inputs.prototype_group
-    keys = native_keys(inputs.prototypes, inputs.temperature, inputs.bias, products)
+    keys = native_keys(inputs.prototypes, inputs.temperature, inputs.bias, products).keeping_gains()
     x_RD, result = module.fp32(inputs.features), module.new(count).zero_()
     one_by_one = module.new(1, 1).fill_(1 / max(len(x_RD), 1))
     for rows in row_ranges(len(x_RD), _most_prototypes(count, group)):
@@ -103,8 +105,8 @@ def column_log_sum_exp(inputs: RowInputs, offset: Tensor) -> Tensor:
     own = native_keys(prototypes, inputs.temperature, inputs.bias, products)
     if not len(features):
         return module.new(prototypes.count).fill_(-torch.inf)
-    x_RD, bias_R = module.fp32(features), (offset.to(torch.float32) * -LOG2_E).contiguous()
-    keys = NativeKeys(x_RD, "linear", None, None, own.row_factor, own.factor, bias_R, bias_R, own.scale)
+    x_RD, bias_R = module.fp32(features), -module.fp32(offset)
+    keys = NativeKeys(x_RD, "linear", None, own.row_factor, own.factor, bias_R, own.scale)
     gain = prototypes.gain()
     parts = []
     for block in row_ranges(prototypes.count, len(x_RD)):
@@ -125,11 +127,11 @@ class _Step:
     products: torch.dtype
     student: NativeKeys
     teacher: NativeKeys
-    student_rows: Tensor  # [V, B, D] fp32
-    teacher_rows: Tensor  # [G, B, D of the teacher] fp32
+    student_rows: Tensor  # [S, D] fp32
+    teacher_rows: Tensor  # [T, D of the teacher] fp32
     view_weights: Tensor  # [G, V] fp32
     image_weights: Tensor | None  # [B] fp32
-    feature_gradient: Tensor  # [V, B, D]
+    feature_gradient: Tensor  # [S, D]
     weight_gradient: Tensor | None  # [K, D]
     magnitude_gradient: Tensor | None  # [K]
     bias_gradient: Tensor  # [K] beta
@@ -141,20 +143,23 @@ class _Step:
     @classmethod
     def of(cls, inputs: LossInputs, images: int) -> _Step:
         pairing, (teacher_views, student_views) = inputs.pairing, inputs.pairing.view_weights.shape
-        x_SD, x_TD = module.fp32(inputs.student_features), module.fp32(inputs.teacher_features)
+        x_SD = module.fp32(inputs.student_features)
         count, dim = inputs.student.weight.shape
         wanted = inputs.prototype_gradient
         products = products_of(inputs.student_features, inputs.teacher_features)
         by_image = pairing.image_weights
-        sums = module.new(2, count).zero_()
-        # with prototypes of several ranks, rows have no sums over all of them before the gathering pass
-        question = question_on(inputs.teacher_bias) if has_all_prototypes(inputs.prototype_group) else None
+        student = native_keys(inputs.student, inputs.student_temperature, None, products)
+        question = None
+        if has_all_prototypes(inputs.prototype_group):
+            question = question_on(inputs.teacher_bias)
+        else:  # then rows have no sums over all prototypes before the gathering pass
+            student = student.keeping_gains()
         return cls(
             inputs,
             (teacher_views, student_views),
             images,
             products,
-            native_keys(inputs.student, inputs.student_temperature, None, products),
+            student,
             native_keys(
                 inputs.teacher,
                 inputs.teacher_temperature,
@@ -162,15 +167,15 @@ class _Step:
                 products,
                 also_without_extra=question is not None,
             ),
-            x_SD.view(student_views, images, dim),
-            x_TD.view(teacher_views, images, inputs.teacher.dim),
+            x_SD,
+            module.fp32(inputs.teacher_features),
             module.fp32(pairing.view_weights),
             None if by_image is None else module.fp32(by_image),
-            module.new(student_views, images, dim),
+            module.new(*x_SD.shape),
             module.new(count, dim) if wanted else None,
             module.new(count) if wanted and inputs.student.magnitude is not None else None,
-            sums[0],
-            sums[1],
+            module.new(count),
+            module.new(count),
             [],
             question,
             None if question is None else no_columns(count),
@@ -197,14 +202,15 @@ class _Step:
     def run(self, chunk: Chunk, logits: Logits, *, first: bool, last: bool) -> None:
         """Add a chunk's share to every sum; the last one pulls the gradient back to the stored prototypes."""
         whole = _sizes(chunk) == (*self.views, self.images)
-        students = self.student_rows if whole else chunk.students_of(self.student_rows)
-        teachers = self.teacher_rows if whole else chunk.teachers_of(self.teacher_rows)
-        x_SD, x_TD = students.flatten(0, 1).contiguous(), teachers.flatten(0, 1).contiguous()
+        x_SD, x_TD, x_gradient = self.student_rows, self.teacher_rows, self.feature_gradient
+        if not whole:
+            x_SD = chunk.students_of(self._by_view(x_SD)).flatten(0, 1).contiguous()
+            x_TD = chunk.teachers_of(x_TD.view(self.views[0], self.images, -1)).flatten(0, 1).contiguous()
+            x_gradient = module.new(*x_SD.shape)
         column = _columns_of(chunk)[0]
         counts = chunk.student_views.start == 0  # of the chunks with its teacher rows, one adds to the columns
         teacher = self.teacher if counts else self.teacher._replace(other_bias=None)
         rest = self.student.scale[1]
-        x_gradient = self.feature_gradient.flatten(0, 1) if whole else module.new(*x_SD.shape)
         gathering = Gathering(
             self.student,
             logits,
@@ -235,9 +241,13 @@ class _Step:
         if rest != 1:
             x_gradient.mul_(rest)
         if not whole:
-            part, mine = x_gradient.view_as(students), chunk.students_of(self.feature_gradient)
+            mine = chunk.students_of(self._by_view(self.feature_gradient))
             # the pairs of a student row may be in several chunks, if its image has too many views for one
-            (mine.copy_ if self._is_new(chunk) else mine.add_)(part)
+            (mine.copy_ if self._is_new(chunk) else mine.add_)(x_gradient.view(mine.shape))
+
+    def _by_view(self, rows_SD: Tensor) -> Tensor:
+        """[V, B, D] of the student's rows."""
+        return rows_SD.view(self.views[1], self.images, -1)
 
     def _is_new(self, chunk: Chunk) -> bool:
         """Whether no earlier chunk had its student rows: then it has the first of the teacher's views."""
@@ -245,10 +255,11 @@ class _Step:
 
     def _pairs(self, chunk: Chunk) -> Pairs:
         """The pairs of this chunk only, so that p - q is formed before G is rounded for the products."""
-        by_view, sizes = self.view_weights, _sizes(chunk)
+        by_view, by_image, sizes = self.view_weights, self.image_weights, _sizes(chunk)
         if sizes[:2] != self.views:
             by_view = by_view[chunk.teacher_views, chunk.student_views].contiguous()
-        by_image = None if self.image_weights is None else self.image_weights[chunk.images]
+        if sizes[2] != self.images and by_image is not None:
+            by_image = by_image[chunk.images]
         return Pairs(by_view, by_image, sizes[2])
 
     def _pull_back(self) -> PullBack | None:
@@ -257,7 +268,7 @@ class _Step:
         if prototypes.kind == "linear":
             return None
         norm = slope = None
-        if self.student.found is None:
+        if self.student.norms == "linear":
             norm = torch.linalg.vector_norm(self.student.weight, dim=1, dtype=torch.float32)
         if prototypes.has_normalizer:
             scale = self.inputs.student_temperature.to(torch.float32).reciprocal()
@@ -272,31 +283,33 @@ class _Step:
             self.question.total = sums_of_columns(self.columns, self.teacher)
         if shared:
             self.feature_gradient = sum_over_ranks(self.feature_gradient, group)
-        dot, count = module.built().dot, self.feature_gradient.numel()
-        aligned = dot(module.address(self.feature_gradient, count), module.address(self.student_rows, count), count)
+        native, loss, summary = module.built(), module.new(), module.new(3)
+        aligned = native.dot(self.feature_gradient, self.student_rows, self.feature_gradient.numel())
         biased, bias = 0.0, self.student.bias
         if bias is not None:
-            count = bias.numel()
-            biased = dot(module.address(bias, count), module.address(self.bias_gradient, count), count)
+            biased = native.dot(bias, self.bias_gradient, bias.numel())
         if shared:
             biased = float(sum_over_ranks(torch.tensor(biased, dtype=torch.float64, device=module.CPU), group))
-        sums = zip(*self.sums, strict=True) if self.sums else ((), (), ())
-        student_entropy, teacher_entropy, total = (math.fsum(part) for part in sums)
-        loss = student_entropy + aligned + biased
-        if self.weight_gradient is not None and not self.images:
-            self.weight_gradient.zero_()
-            if self.magnitude_gradient is not None:
-                self.magnitude_gradient.zero_()
+        student_entropy, teacher_entropy, total = map(math.fsum, zip(*self.sums, strict=True))
+        value = student_entropy + aligned + biased
         total = total or 1.0  # if no pair has weight, every weighted sum is 0 as well
-        means = teacher_entropy / total, student_entropy / total, (loss - teacher_entropy) / total
+        means = teacher_entropy / total, student_entropy / total, (value - teacher_entropy) / total
+        native.conclude(self.usage, self.usage.numel(), total, loss, value, summary, means)
         return LossOutputs(
-            torch.tensor(loss, dtype=torch.float32, device=module.CPU),
-            torch.tensor(means, dtype=torch.float32, device=module.CPU),
-            self.usage / total,
-            self.feature_gradient.flatten(0, 1) if inputs.feature_gradient else module.new(0),
+            loss,
+            summary,
+            self.usage,
+            self.feature_gradient if inputs.feature_gradient else module.new(0),
             module.new(0) if self.weight_gradient is None else self.weight_gradient,
             module.new(0) if self.magnitude_gradient is None else self.magnitude_gradient,
         )
+
+    def clear(self) -> None:
+        """Sums over no chunk."""
+        self.sums.append((0.0, 0.0, 0.0))
+        for total in (self.bias_gradient, self.usage, self.weight_gradient, self.magnitude_gradient):
+            if total is not None:
+                total.zero_()
 
 
 def _columns_of(chunk: Chunk) -> tuple[int, int]:

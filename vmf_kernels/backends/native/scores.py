@@ -5,7 +5,6 @@ Legend: R rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels.backends.base_two import LOG2_E
 from vmf_kernels.backends.native import module
-from vmf_kernels.backends.native.chunks import padded
 from vmf_kernels.prototypes import Prototypes, prepare_bias, refuse_freed
 from vmf_kernels.ranks import has_all_prototypes, max_over_ranks, sum_over_ranks
 
@@ -27,29 +25,27 @@ MOST_PIECES = 64  # the module takes no more
 class NativeKeys(NamedTuple):
     """Prepared prototypes: base-2 ``logit_k(x) = gain_k factor <weight_k, row_factor x> + bias_k``; ``w_k = gain_k weight_k``.
 
-    Unless the norms are free, the first score finds norms and gains, beside its products.
+    Unless the norms are free, a score finds norms and gains, beside its products.
     """
 
     weight: Tensor  # [K, D] fp32, bf16 or fp16, elements of a row adjacent
     norms: str  # "linear", "normalized" or "weight_norm"
-    magnitude: Tensor | None  # [K] fp32
-    found: Tensor | None  # [2, K] norms of the stored rows, and gains, from a score; None if all gains are 1
+    magnitude: Tensor | None  # [K] or [K, 1] fp32
     row_factor: float
     factor: float
-    bias: Tensor | None  # [K] nats, as ``Keys.bias``
-    bias_base_2: Tensor | None  # [K]
+    bias: Tensor | None  # [K] nats, as ``Keys.bias``, but not bounded below
     scale: tuple[float, float]  # two factors of the inverse temperature, as ``split_scale``
     other_bias: Tensor | None = None  # [K] base 2, of a second softmax of the same products
+    found: Tensor | None = None  # [2, K] receives norms of the stored rows, and gains; None if only scores need them
 
     @property
     def prototypes(self) -> int:
         """K."""
         return self.weight.shape[0]
 
-    def for_module(self) -> tuple[int, int]:
-        """Addresses of norms and gains, 0 if all gains are 1; this object must outlive their use."""
-        norms = module.address(self.found, 2 * self.prototypes)
-        return norms, norms and norms + 4 * self.prototypes
+    def keeping_gains(self) -> NativeKeys:
+        """The same with room for norms and gains, which a gathering pass by itself needs."""
+        return self if self.norms == "linear" else self._replace(found=module.new(2, self.prototypes))
 
 
 class Softmax(NamedTuple):
@@ -74,11 +70,6 @@ class Softmax(NamedTuple):
         moment = decay * (moment + torch.where(decay > 0, shift, 0.0) * mass)
         return Softmax(torch.cat([top[None], sum_over_ranks(torch.stack([decay * mass, moment]), group)]))
 
-    def for_module(self, rows: int) -> tuple[int, int, int]:
-        """Addresses of top, mass and moment of so many rows; this object must outlive their use."""
-        first = module.address(self.sums, 3 * rows)
-        return first, first + 4 * rows, first + 8 * rows
-
 
 def native_keys(
     prototypes: Prototypes,
@@ -92,25 +83,21 @@ def native_keys(
 
     ``also_without_extra`` adds a second softmax of the same rows, whose bias lacks ``extra_bias``.
     """
-    weight = prototypes.weight.detach()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    scale = 1 / temperature.item()
     refuse_freed(prototypes.weight, prototypes.magnitude)
-    bias, base_2, other_bias = _biases(prototypes, temperature, extra_bias, also_without_extra)
+    weight, magnitude = prototypes.weight, prototypes.magnitude
+    scale = 1 / temperature.item()
+    bias, other_bias = _biases(prototypes, temperature, extra_bias, also_without_extra)
     # scale the rows, where its rounding errors average out over the dims; but not bf16 rows, which are exact as they are
     row_factor, factor = split_scale(scale * LOG2_E)
     if products == torch.bfloat16:
         row_factor, factor = 1.0, row_factor * factor
-    norms, magnitude = prototypes.without_vmf().kind, prototypes.magnitude
     return NativeKeys(
-        weight,
-        norms,
-        None if magnitude is None else module.fp32(magnitude.detach().reshape(-1)),
-        None if norms == "linear" else module.new(2, len(weight)),
+        weight if weight.stride(1) == 1 else weight.contiguous(),
+        prototypes.kind.removesuffix("_vmf"),
+        None if magnitude is None else module.fp32(magnitude),
         row_factor,
         factor,
         bias,
-        base_2,
         split_scale(scale),
         other_bias,
     )
@@ -118,16 +105,23 @@ def native_keys(
 
 def _biases(
     prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor | None, also_without_extra: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """[K] the bias in nats, in base 2, and in base 2 without ``extra_bias`` if that is asked for; None for 0."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """[K] the bias in nats, and in base 2 without ``extra_bias`` if that is asked for; None for 0."""
+    if not prototypes.has_normalizer:
+        bias = None if extra_bias is None else module.fp32(extra_bias)
+        return bias, bias.new_zeros(bias.numel()) if also_without_extra and bias is not None else None
+    bias = prepare_bias(prototypes, temperature, extra_bias, torch.float32)
     if not also_without_extra or extra_bias is None:
-        bias = prepare_bias(prototypes, temperature, extra_bias, torch.float32)
-        return bias, None if bias is None else bias * LOG2_E, None
-    lowest = torch.finfo(torch.float32).min  # finite in base 2 as well: the difference of both is taken
-    own, extra = prepare_bias(prototypes, temperature, None, torch.float32), extra_bias.to(torch.float32).reshape(-1)
-    bias = (extra if own is None else extra + own).clamp(min=lowest)
-    other = torch.zeros_like(extra) if own is None else (own * LOG2_E).clamp(min=lowest)
-    return bias, (bias * LOG2_E).clamp(min=lowest), other
+        return bias, None
+    own = prepare_bias(prototypes, temperature, None, torch.float32)
+    assert own is not None
+    return bias, in_base_2(own)
+
+
+def in_base_2(bias: Tensor) -> Tensor:
+    """[K] the bias of a second softmax, or the one beside it: finite in base 2, because their difference is taken."""
+    lowest = torch.finfo(torch.float32).min
+    return (bias.clamp(min=lowest) * LOG2_E).clamp(min=lowest)
 
 
 def split_scale(number: float) -> tuple[float, float]:
@@ -165,52 +159,24 @@ class Logits(NamedTuple):
         """The same memory, further to the right."""
         return self._replace(first=first)
 
-    def for_module(self, prototypes: int, columns: int) -> Any:
-        """The module's form of so many prototypes and columns from the first; this object must outlive the result."""
-        if not self.pieces:
-            return _no_logits()
-        size, stride = self.pieces[0].shape
-        if prototypes > size * len(self.pieces) or self.first + columns > stride:
-            raise RuntimeError(
-                f"logits have room for {stride} columns of {size * len(self.pieces)} prototypes, not for more"
-            )
-        lengths = [min(size, prototypes - k) for k in range(0, prototypes, size)]
-        starts = [
-            module.address(piece, length * stride) + self.first * piece.itemsize
-            for piece, length in zip(self.pieces, lengths, strict=True)
-        ]
-        return module.built().Logits(pieces=starts, prototypes=size, stride=stride)
-
 
 NOT_STORED = Logits([], 0)
 
 
-@functools.cache
-def _no_logits() -> Any:
-    return module.built().Logits(pieces=[], prototypes=1, stride=0)
-
-
 def score_task(rows_RD: Tensor, keys: NativeKeys, softmax: Softmax | None, logits: Logits = NOT_STORED) -> Any:
     """The module's form of a score; its tensors must outlive it. Without a softmax, it is for the module's ``step``."""
-    rows, prototypes = len(rows_RD), keys.prototypes
-    top, mass, moment = (0, 0, 0) if softmax is None else softmax.for_module(rows)
-    norm, gain = keys.for_module()
     return module.built().Score(
-        weight=module.weight_of(keys.weight),
-        bias=module.address(keys.bias_base_2, prototypes),
-        features=module.address(rows_RD, rows * keys.weight.shape[1]),
+        weight=keys.weight,
+        bias=keys.bias,
+        features=rows_RD,
         uniform=keys.factor,
         row_factor=keys.row_factor,
-        rows=rows,
-        logits=logits.for_module(prototypes, padded(rows)),
-        top=top,
-        mass=mass,
-        moment=moment,
-        other_bias=module.address(keys.other_bias, prototypes),
-        norms=module.norms_named(keys.norms),
-        magnitude=module.address(keys.magnitude, prototypes),
-        norm=norm,
-        gain=gain,
+        logits=logits,
+        sums=None if softmax is None else softmax.sums,
+        other_bias=keys.other_bias,
+        norms=keys.norms,
+        magnitude=keys.magnitude,
+        found=keys.found,
     )
 
 

@@ -34,21 +34,20 @@ class NativeStoredSums:
         """[R] nats ``log sum_k exp(l_rk + extra_k)``."""
         bias = None if extra_K is None else module.fp32(extra_K.reshape(-1)) * LOG2_E
         result = module.new(self._rows)
-        self._run("sum_over_prototypes", module.address(bias, self._prototypes), result)
+        self._run("sum_over_prototypes", bias, result)
         return result * LN_2
 
     def over_rows(self, offset_R: Tensor) -> Tensor:
         """[K] nats ``log sum_r exp(l_rk - offset_r)``."""
         offset, result = module.fp32(offset_R) * LOG2_E, module.new(self._prototypes)
-        self._run("sum_over_rows", module.address(offset, self._rows), result)
+        self._run("sum_over_rows", offset, result)
         return result * LN_2
 
-    def _run(self, name: str, argument: int, result: Tensor) -> None:
+    def _run(self, name: str, argument: Tensor | None, result: Tensor) -> None:
         native, run = module.built(), module.execution(self._products)
-        logits = self._logits.for_module(self._prototypes, padded(self._rows))
-        stored = native.StoredLogits(logits=logits, prototypes=self._prototypes, rows=self._rows)
+        stored = native.StoredLogits(logits=self._logits, prototypes=self._prototypes, rows=self._rows)
         memory, start = module.workspace(native.stored_workspace(stored, run))
-        getattr(native, name)(stored, argument, module.address(result, len(result)), run, start)
+        getattr(native, name)(stored, argument, result, run, start)
         del memory
 
 
