@@ -110,13 +110,13 @@ def check_pairing(pairing: Pairing, teacher_rows: int, student_rows: int) -> int
 def check_weights(pairing: Pairing) -> None:
     """Raise ValueError unless all weights are finite and not negative. Skips weights whose reading would wait for a device."""
     for weights, name in ((pairing.view_weights, "pair weights"), (pairing.image_weights, "image or row weights")):
-        if weights is None or not is_readable(weights) or weights.numel() == 0:
+        if weights is None or not is_readable(weights):
             continue
         if weights.numel() <= FEW:
-            # as Python numbers, which is faster than torch's reduction; NaN fails the comparisons below, and makes the sum NaN
+            # as Python numbers, which is faster than torch's reduction; the sum is NaN if any is, and fails the comparison
             flat: list[float] = (weights.flatten() if weights.ndim > 1 else weights).tolist()
-            least, most = (math.nan, math.nan) if math.isnan(sum(flat)) else (min(flat), max(flat))
-        else:
-            least, most = (bound.item() for bound in weights.aminmax())
+            if min(flat, default=0.0) >= 0 and sum(flat) < math.inf:
+                continue
+        least, most = (bound.item() for bound in weights.aminmax())
         if not (least >= 0 and most < math.inf):  # false for NaN as well
             raise ValueError(f"{name} go from {least:.3g} to {most:.3g}; expected finite numbers >= 0")

@@ -76,10 +76,10 @@ def test_sums_match_the_fp64_truth(
 @pytest.mark.parametrize("name", ["sum_over_prototypes", "sum_over_rows"])
 def test_sums_without_bias_or_offset_fail_the_budget(name: str, isa: str) -> None:
     """Negative control."""
-    run, zeros = stored_sums.NativeStoredSums._run, torch.zeros(4099)
+    run = stored_sums.NativeStoredSums._run
 
-    def damaged(self: stored_sums.NativeStoredSums, called: str, argument: int, result: Tensor) -> None:
-        run(self, called, zeros.data_ptr() if called == name else argument, result)
+    def damaged(self: stored_sums.NativeStoredSums, called: str, argument: Tensor | None, result: Tensor) -> None:
+        run(self, called, argument if argument is None or called != name else torch.zeros_like(argument), result)
 
     with (
         mock.patch.object(stored_sums.NativeStoredSums, "_run", damaged),
