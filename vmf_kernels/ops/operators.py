@@ -76,6 +76,8 @@ def called(op: Any, gradient: type[OperatorFunction], args: Sequence[Any]) -> An
 
     The dispatcher and the conversion of arguments and results take some tens of us.
     """
+    if torch.compiler.is_compiling():  # first: a trace goes no further
+        return op(*args)
     listening = (
         torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
