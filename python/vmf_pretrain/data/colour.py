@@ -94,8 +94,8 @@ def solarize(image: Planes) -> Planes:
 def blur(image: Planes, radius: float) -> Planes:
     """Blurred as by Pillow's ``GaussianBlur(radius)``, ``radius`` being the deviation in pixels.
 
-    The three box blurs are one kernel. Beyond an edge its pixels repeat; Pillow repeats them anew in each pass, so the outermost
-    six pixels differ: by at most 3 of 255 in smooth pictures, by up to 20 in noise.
+    The three box blurs are one kernel. Beyond an edge its pixels repeat; Pillow repeats them anew in each pass, so the
+    outermost six pixels differ: by at most 3 of 255 in smooth pictures, by up to 20 in noise.
     """
     kernel = blur_kernel(radius)
     return _convolved(_convolved(image, kernel, 1), kernel, 2)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from vmf_pretrain.data.worker import TOO_MANY_FILES, WorkerStart, held_signals
 
 PREFETCHED = 2  # batches that a worker prepares ahead
 SHARED_MEMORY = Path("/dev/shm")
+DYING = 2.0  # seconds between the end of a connection and that of its process
 FILES_FREE = 64  # open files that a process needs besides those of batches
 MIB = 2**20
 LOWER = "lower data.workers, data.batch_size or views.local_count"
@@ -60,7 +62,7 @@ class Loading(Iterator[Batch]):
         except StopIteration:
             self.close()
             raise
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             reason = self._reason(error)
             self.close()
             if reason is None:
@@ -76,8 +78,13 @@ class Loading(Iterator[Batch]):
         self._end()
         self._batches = None
 
-    def _reason(self, error: RuntimeError | OSError) -> str | None:
+    def _reason(self, error: RuntimeError | OSError | EOFError) -> str | None:
         """One sentence on what happened to the workers, or None if it was something else."""
+        if isinstance(error, EOFError | ConnectionError):  # the other end has died this moment
+            ending = multiprocessing.connection.wait([worker.sentinel for worker in self._workers], DYING)
+            for worker in self._workers:
+                if worker.sentinel in ending:
+                    worker.join(DYING)
         dead = [worker for worker in self._workers if worker.exitcode not in (None, 0)]
         if dead:
             return _death(dead[0])
@@ -143,7 +150,8 @@ def require_shared_memory(batches: ViewBatches) -> None:
 def require_open_files(batches: ViewBatches) -> None:
     """Raise PretrainError if the limit of open files is too low: each tensor of a waiting batch is an open file."""
     limit = _file_limit()
-    held = (batches.config.data.workers * PREFETCHED + 1) * len(batches.sides) + FILES_FREE
+    # a worker has those of its own batches open twice while it hands them over
+    held = (max(2, batches.config.data.workers) * PREFETCHED + 1) * len(batches.sides) + FILES_FREE
     if limit is not None and held > limit:
         raise PretrainError(
             f"{batches.config.data.workers} workers need {held} open files but the limit is {limit}; raise it (ulimit -n "

@@ -1,14 +1,16 @@
 """What a loader's worker process does about signals, and how it ends: with its parent, or when the parent says so."""
 
+import errno
 import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 TOO_MANY_FILES = 73  # exit status of a worker that could not hand over a batch
@@ -43,6 +45,8 @@ class WorkerStart:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         # the thread that hands batches over would print its error, drop the batch and leave the training process waiting
         multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
+        # so would the thread that hands over the open files of a batch, and try again for ever
+        sys.excepthook = _give_up_without_files
 
 
 @contextmanager
@@ -60,6 +64,12 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(ORPHAN_CHECK)
     os._exit(0)
+
+
+def _give_up_without_files(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        os._exit(TOO_MANY_FILES)
+    sys.__excepthook__(kind, error, trace)
 
 
 def _give_up(error: Exception, batch: object) -> None:
