@@ -25,13 +25,17 @@ STEPS = 10
 WAIT = 300  # seconds, on a busy machine
 
 
+def environment_of(died: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "DIED": str(died), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
 def command(folder: Path, out: str, *, ranks: int = 2, restarts: int = 0, method: str = DYING) -> subprocess.Popen[str]:
     """A run under torchrun, with checkpoints after 5 and 10 steps."""
     config = yaml_of(digits_config(method=method), folder / f"{out}.yaml")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     ours = ["-m", "vmf_pretrain", "fit", "--config", str(config), "--out", str(folder / out), "--allow-code"]
-    environment = {**os.environ, "DIED": str(folder / f"{out}.died"), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python"), environment.get("PYTHONPATH", "")])
+    environment = environment_of(folder / f"{out}.died")
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*launcher, f"--max-restarts={restarts}", *ours], env=environment, cwd=folder, **streams)
 
@@ -88,3 +92,26 @@ def test_ctrl_c_at_torchrun_leaves_a_checkpoint_of_all_ranks(tmp_path: Path) -> 
     if stopped:
         assert load_checkpoint(metrics.checkpoints).step == int(stopped[2])
         assert said.count("Stopped by") == 1, said[-3000:]
+
+
+def test_run_of_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
+    (tmp_path / "whole.died").touch()
+    (whole, cut) = (command(tmp_path, out) for out in ("whole", "cut"))
+    said = {process: process.communicate(timeout=WAIT)[0] for process in (whole, cut)}
+    assert whole.returncode == 0, said[whole][-3000:]
+    assert cut.returncode != 0, "no rank was killed: this shows nothing"
+    alone = subprocess.run(
+        [sys.executable, "-m", "vmf_pretrain", "fit", "--resume", "--out", str(tmp_path / "cut"), "--allow-code"],
+        env=environment_of(tmp_path / "cut.died"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert "Going on from step 5 of 10." in alone.stdout
+    losses = [
+        [record["loss"] for record in read_metrics(RunFolder(tmp_path / out)) if "loss" in record]
+        for out in ("cut", "whole")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len(losses[0]) == STEPS
