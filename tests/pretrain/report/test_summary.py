@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vmf_pretrain.report.summary import comparison, print_summary, verdict, write_summary
+from vmf_pretrain.report.summary import comparison, print_summary, summary_text, verdict
 
 pytestmark = pytest.mark.quick
 
@@ -121,7 +121,6 @@ def test_run_without_labels_says_so_instead_of_a_number() -> None:
     assert "None" not in text
 
 
-def test_file_holds_the_figures_and_null_for_what_is_not_a_number(tmp_path: Path) -> None:
-    write_summary(tmp_path / "summary.json", {**FIGURES, "rankme": math.nan, "linear": math.inf, "knn": None})
-    expected = {**FIGURES, "rankme": None, "linear": None, "knn": None}
-    assert json.loads((tmp_path / "summary.json").read_text()) == expected
+def test_file_holds_the_figures_and_null_for_what_is_not_a_number() -> None:
+    text = summary_text({**FIGURES, "rankme": math.nan, "linear": math.inf, "knn": None})
+    assert json.loads(text) == {**FIGURES, "rankme": None, "linear": None, "knn": None}
