@@ -21,6 +21,7 @@ IMPORTED = (
     "torch.distributed.fsdp",
     "vmf_kernels.compat.dinov2",
     "vmf_kernels.testing",
+    "vmf_pretrain.engine.loop",
 )  # once for the ranks of all files
 Case = Callable[[Any], Any]
 

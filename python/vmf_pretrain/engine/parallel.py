@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,7 +88,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT, **_meeting(os.environ))
     except (RuntimeError, ValueError) as error:
         raise PretrainError(f"the ranks cannot meet ({backend}): {' '.join(str(error).split())}.") from None
     try:
@@ -95,6 +96,20 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.distributed.barrier()  # gloo aborts if a rank leaves while another one still sends
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _meeting(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Where the ranks leave their addresses; after a restart by torchrun another place than before.
+
+    torch alone would find the addresses of the ranks that have ended: its store stays with the launcher (2.13).
+    """
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world, port = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    store = TCPStore(environment["MASTER_ADDR"], port, world, is_master=False, timeout=TIMEOUT)
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefixed = PrefixStore(f"vmf_pretrain/attempt {attempt}", store)
+    return {"store": prefixed, "rank": rank, "world_size": world}
 
 
 class Wrapped:

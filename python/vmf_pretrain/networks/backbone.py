@@ -9,6 +9,7 @@ from vmf_pretrain.config.backbone import BackboneConfig
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.network_input import network_input
+from vmf_pretrain.networks.checkpointing import checkpoint_block
 from vmf_pretrain.networks.stochastic_depth import own_stochastic_depth
 
 
@@ -40,7 +41,9 @@ def build_backbone(config: Config, *, drop_path: float = 0.0) -> timm.models.Vis
     if not isinstance(backbone, timm.models.VisionTransformer):
         raise PretrainError(_unfit(chosen, f"it is a {type(backbone).__name__}"))
     own_stochastic_depth(backbone)
-    backbone.set_grad_checkpointing(config.train.activation_checkpointing)
+    if config.train.activation_checkpointing:
+        for block in backbone.blocks:
+            checkpoint_block(block)
     return backbone
 
 

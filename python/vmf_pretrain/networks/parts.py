@@ -33,7 +33,11 @@ def in_parts(network: nn.Module, rows: Tensor, *, images: int, parts: int) -> Te
     def run(part: int) -> Tensor:
         for depth, kept in zip(depths, drawn, strict=True):
             depth.kept = kept[starts[part] : starts[part + 1]]
-        output: Tensor = network(pieces[part])
+        try:
+            output: Tensor = network(pieces[part])
+        finally:
+            for depth in depths:
+                depth.kept = None
         return output
 
     if len(pieces) == 1:

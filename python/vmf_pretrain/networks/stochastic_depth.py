@@ -24,16 +24,14 @@ class StochasticDepth(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        # [R] what rows are multiplied with; it stays for a backward pass that computes the block again (checkpointing)
-        self.kept: Tensor | None = None
+        self.kept: Tensor | None = None  # [R] what the rows of the next call are multiplied with; None draws anew
 
     def forward(self, branch: Tensor) -> Tensor:
         """[R, ...] to the same shape."""
         if not self.training or self.rate == 0:
             return branch
-        rows = branch.shape[0]
-        kept = self.kept if self.kept is not None and len(self.kept) == rows else _drawn(rows, self.rate, branch)
-        return branch * kept.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
+        kept = _drawn(branch.shape[0], self.rate, branch) if self.kept is None else self.kept.to(branch.dtype)
+        return branch * kept.view(-1, *[1] * (branch.ndim - 1))
 
 
 def own_stochastic_depth(module: nn.Module) -> None:

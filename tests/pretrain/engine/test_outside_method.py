@@ -48,7 +48,7 @@ def test_module_is_not_imported_without_permission(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("dnio", "expected one of dino, dino-vmf, or module:Class"),
+        ("dnio", "must be one of"),
         ("no.such.module:X", "cannot be imported"),
         ("tests.pretrain.engine.outside_method:Nothing", "cannot be imported"),
         ("json:JSONDecoder", "is no class derived from"),

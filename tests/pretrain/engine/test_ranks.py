@@ -23,13 +23,13 @@ IMAGES = 256
 SETTINGS: dict[str, dict[str, Any]] = {
     "dino-vmf": {"method": "dino-vmf"},
     "dino, stochastic depth": {"method": "dino", "backbone": {"drop_path": 0.3, "depth": 2}},
-    "KoLeo among a rank's images": {"loss": {"koleo_group": "rank", "koleo_weight": 1.0}},
 }
+AMONG_A_RANK = {"loss": {"koleo_group": "rank", "koleo_weight": 1.0}}
 SHARED = {"data": {"batch_size": 32}, "train": {"epochs": 4}, "optim": {"warmup_epochs": 1, "learning_rate": 1e-3}}
 NUMBERS = ("loss", "koleo", "gradient_norm", "mutual_information", "teacher_entropy", "kl")
 
 
-def losses(setting: dict[str, Any], **train: Any) -> list[dict[str, float]]:
+def losses(setting: dict[str, Any], steps: int = STEPS, **train: Any) -> list[dict[str, float]]:
     """The logged numbers of the first steps, on as many ranks as there are."""
     merged = {name: dict(value) for name, value in SHARED.items()}
     for name, value in setting.items():
@@ -39,7 +39,7 @@ def losses(setting: dict[str, Any], **train: Any) -> list[dict[str, float]]:
     method = method_class(config)
     batches = ViewBatches(some_digits(IMAGES), config, method.plan(config), ranks.rank(), ranks.count())
     loop = Loop(config, method, batches.steps_per_epoch, torch.device("cpu"))
-    taken = [loop.step(step, batch_of(batches, step))[0].numbers for step in range(STEPS)]
+    taken = [loop.step(step, batch_of(batches, step))[0].numbers for step in range(steps)]
     return [{name: numbers[name] for name in NUMBERS} for numbers in taken]
 
 
@@ -50,10 +50,10 @@ def all_settings(**train: Any) -> dict[str, list[dict[str, float]]]:
 def run_rank(rank: int, folder: str, count: int) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
-    found = {"ddp": all_settings()}
+    found: dict[str, Any] = {"ddp": {**all_settings(), "among a rank": losses(AMONG_A_RANK, 1)}}
     if count == 2:
         found["fsdp"] = all_settings(parallel="fsdp")
-        found["in parts"] = all_settings(accumulate=3)
+        found["in parts"] = all_settings(accumulate=2)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(found))
     torch.distributed.barrier()
@@ -63,7 +63,8 @@ def run_rank(rank: int, folder: str, count: int) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Numbers by way of dividing the batch, then by setting."""
-    found = {"whole": all_settings(), "4 parts": all_settings(accumulate=4)}
+    alone = {**all_settings(), "among a rank": losses(AMONG_A_RANK, 1)}
+    found = {"whole": alone, "4 parts": all_settings(accumulate=4)}
     for count in (2, 4):
         folder = tmp_path_factory.mktemp(f"ranks{count}")
         start_ranks(run_rank, (str(folder), count), count)
@@ -76,7 +77,7 @@ WAYS = ["4 parts", "2 ranks, ddp", "2 ranks, fsdp", "2 ranks, in parts", "4 rank
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("setting", [name for name in SETTINGS if "rank's" not in name])
+@pytest.mark.parametrize("setting", list(SETTINGS))
 def test_every_way_of_dividing_the_batch_gives_the_same_numbers(setting: str, way: str, found: Any) -> None:
     for step, (got, expected) in enumerate(zip(found[way][setting], found["whole"][setting], strict=True)):
         for name in NUMBERS:
@@ -86,7 +87,7 @@ def test_every_way_of_dividing_the_batch_gives_the_same_numbers(setting: str, wa
 
 
 def test_group_of_koleo_is_a_setting(found: Any) -> None:
-    name = "KoLeo among a rank's images"
+    name = "among a rank"
     for way in ("2 ranks, ddp", "4 ranks, ddp"):
         apart = abs(found[way][name][0]["koleo"] - found["whole"][name][0]["koleo"])
         assert apart > 1e-3, f"{way}: neighbours among a rank's images are those of the batch (apart by {apart:.1e})"
