@@ -10,6 +10,8 @@ from pathlib import Path
 
 from vmf_pretrain.launch import many_ranks, rank
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "Read error", "remote process exited", "Broken pipe")
+
 
 def explained(error: BaseException, folder: Path | None) -> str:
     """A sentence on an unexpected error: what happened, what to change, how to go on.
@@ -30,6 +32,11 @@ def explained(error: BaseException, folder: Path | None) -> str:
         less = "--train.accumulate 2 (or more) computes the batch in parts, --train.activation_checkpointing true keeps less"
         again = f"go on with: {go_on} --train.accumulate 2" if go_on else "add one of them"
         return f"memory ran out ({first_line}); {less}; {again}; {details}."
+    if many_ranks() and any(word in str(error) for word in LOST):
+        return (
+            f"another rank has ended or cannot be reached ({first_line}); look for what it said. The run goes on from its last "
+            f"checkpoint with --resume, or by itself under torchrun --max-restarts 1; {details}."
+        )
     said = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     again = f"; the run goes on from its last checkpoint with: {go_on}" if go_on else ""
     return f"an unexpected error ended the run ({said}){again}; {details}."

@@ -16,6 +16,7 @@ from tests.pretrain.tiny import RECIPES, changed, digits_config, photos_config, 
 from vmf_pretrain import launch, start
 from vmf_pretrain.cli import main
 from vmf_pretrain.config.file import read_config
+from vmf_pretrain.crash import explained
 
 pytestmark = pytest.mark.quick
 
@@ -277,6 +278,14 @@ def test_unexpected_error_is_a_sentence_and_a_file(
         assert said.count("\n") == 1, said
         assert str(out / "crash.txt") in said
         assert "Traceback" in (out / "crash.txt").read_text()
+
+
+def test_lost_rank_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    error = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:62110.")
+    assert "an unexpected error" in explained(error, begun(tmp_path / "alone"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert explained(error, tmp_path / "alone").startswith("another rank has ended or cannot be reached")
+    assert "an unexpected error" in explained(RuntimeError("sizes do not match"), tmp_path / "alone")
 
 
 def test_ctrl_c_before_training_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
