@@ -1,43 +1,75 @@
-"""Runs under torchrun: a rank that dies, a restart, and a signal."""
+"""Runs under torchrun's agent: a rank that dies, a restart, another number of ranks; and a signal to torchrun itself.
+
+The agent starts ranks from a server that has imported everything, which a rank of torchrun's takes many seconds for.
+"""
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tests.pretrain.tiny import digits_config, yaml_of
+from tests.on_ranks import IMPORTED
+from tests.pretrain.tiny import a_run, digits_config, yaml_of
+from vmf_pretrain.cli import main
+from vmf_pretrain.config.file import read_config
 from vmf_pretrain.storage.checkpoint import load_checkpoint
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
 DYING = "tests.pretrain.engine.dying_method:Dying"
-STEPS = 10
+STEPS = 10  # of the digits' configuration, with checkpoints after 5 and 10
 WAIT = 300  # seconds, on a busy machine
 
 
-def environment_of(died: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "DIED": str(died), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+def one_rank(arguments: list[str]) -> None:
+    """The command on one rank."""
+    torch.set_num_threads(1)
+    code = main(arguments)
+    if code:
+        sys.exit(code)
 
 
-def command(folder: Path, out: str, *, ranks: int = 2, restarts: int = 0, method: str = DYING) -> subprocess.Popen[str]:
-    """A run under torchrun, with checkpoints after 5 and 10 steps."""
-    config = yaml_of(digits_config(method=method), folder / f"{out}.yaml")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    ours = ["-m", "vmf_pretrain", "fit", "--config", str(config), "--out", str(folder / out), "--allow-code"]
-    environment = environment_of(folder / f"{out}.died")
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*launcher, f"--max-restarts={restarts}", *ours], env=environment, cwd=folder, **streams)
+def launch(folder: Path, out: str, *, ranks: int = 2, restarts: int = 0, dies: bool = True) -> None:
+    """A run of which a rank is killed in step 7; raises ChildFailedError if it does not end well."""
+    if not dies:
+        (folder / f"{out}.died").touch()
+    config = replace(digits_config(), method=DYING, options={"died": str(folder / f"{out}.died")})
+    arguments = [
+        "fit",
+        "--config",
+        str(yaml_of(config, folder / f"{out}.yaml")),
+        "--out",
+        str(folder / out),
+        "--allow-code",
+    ]
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*IMPORTED])
+    chosen = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=uuid.uuid4().hex,
+        max_restarts=restarts,
+        start_method="forkserver",
+    )
+    elastic_launch(chosen, one_rank)(arguments)
 
 
 def final_tensors(folder: Path) -> dict[str, Any]:
@@ -46,72 +78,88 @@ def final_tensors(folder: Path) -> dict[str, Any]:
     return {f"{group}.{name}": value for group, named in found.tensors.items() for name, value in named.items()}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_rank_that_is_killed_ends_the_others_and_a_restart_goes_on_exactly(ranks: int, tmp_path: Path) -> None:
-    (tmp_path / "whole.died").touch()
-    whole = command(tmp_path, "whole", ranks=ranks)
-    restarted = command(tmp_path, "restarted", ranks=ranks, restarts=1)
-    said = {process: process.communicate(timeout=WAIT)[0] for process in (whole, restarted)}
-    assert whole.returncode == 0, said[whole][-3000:]
-    assert restarted.returncode == 0, said[restarted][-3000:]
-    assert (tmp_path / "restarted.died").exists(), "no rank was killed: this shows nothing"
-    assert "Going on from step 5 of 10." in said[restarted]
-    ours, theirs = final_tensors(tmp_path / "restarted"), final_tensors(tmp_path / "whole")
+def losses_of(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(RunFolder(folder)) if "loss" in record]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed() -> Iterator[None]:
+    """The agent takes over signal handlers and the environment of this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    environment = dict(os.environ)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of two ranks that nothing stopped, and one that lost a rank; how long the other one lived on."""
+    folder = tmp_path_factory.mktemp("runs")
+    launch(folder, "whole", dies=False)
+    began = time.monotonic()
+    with pytest.raises(ChildFailedError):
+        launch(folder, "cut")
+    (folder / "seconds").write_text(str(time.monotonic() - began))
+    return folder
+
+
+def test_restart_after_a_killed_rank_goes_on_to_the_same_bits(runs: Path) -> None:
+    launch(runs, "restarted", restarts=1)
+    assert (runs / "restarted.died").exists(), "no rank was killed: this shows nothing"
+    ours, theirs = final_tensors(runs / "restarted"), final_tensors(runs / "whole")
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
-    lines = [
-        [record.get("loss") for record in read_metrics(RunFolder(tmp_path / out))] for out in ("restarted", "whole")
-    ]
-    assert lines[0] == lines[1]
+    assert losses_of(runs / "restarted") == losses_of(runs / "whole")
 
 
-def test_without_a_restart_the_others_end_within_a_minute(tmp_path: Path) -> None:
-    process = command(tmp_path, "run")
-    while not (tmp_path / "run.died").exists():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.1)
-    began = time.monotonic()
-    process.communicate(timeout=WAIT)
-    assert process.returncode not in (0, None)
-    assert time.monotonic() - began < 60, f"it took {time.monotonic() - began:.0f} s"
-    assert json.loads((tmp_path / "run" / "checkpoints" / "step_00000005" / "state.json").read_text())["step"] == 5
+def test_four_ranks_are_restarted_too(runs: Path) -> None:
+    launch(runs, "four", ranks=4, restarts=1)
+    assert (runs / "four.died").exists(), "no rank was killed: this shows nothing"
+    assert losses_of(runs / "four") == pytest.approx(losses_of(runs / "whole"), rel=1e-6)
+
+
+def test_without_a_restart_the_others_end_within_a_minute(runs: Path) -> None:
+    seconds = float((runs / "seconds").read_text())
+    assert seconds < 60, f"the run and its end took {seconds:.0f} s"
+    assert load_checkpoint(RunFolder(runs / "cut").checkpoints).step == 5
+
+
+def test_run_of_two_ranks_goes_on_with_one(runs: Path) -> None:
+    run, printed = a_run(read_config(runs / "cut" / "config.yaml"), runs / "cut", resume=True, allow_code=True)
+    assert run.train() == 0
+    assert "Going on from step 5 of 10." in printed.getvalue()
+    assert losses_of(runs / "cut") == pytest.approx(losses_of(runs / "whole"), rel=1e-6)
 
 
 def test_ctrl_c_at_torchrun_leaves_a_checkpoint_of_all_ranks(tmp_path: Path) -> None:
-    (tmp_path / "run.died").touch()
-    process = command(tmp_path, "run")
-    metrics = RunFolder(tmp_path / "run")
-    while not [record for record in read_metrics(metrics) if record.get("step", 0) >= 2]:
+    config = yaml_of(digits_config(train={"epochs": 400, "checkpoint_every": 400}), tmp_path / "run.yaml")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "vmf_pretrain",
+    ]
+    process = subprocess.Popen(
+        [*launcher, "fit", "--config", str(config), "--out", str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    folder = RunFolder(tmp_path / "run")
+    while not [record for record in read_metrics(folder) if record.get("step", 0) >= 2]:
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=WAIT)[0]
     stopped = re.search(r"Stopped by SIG(INT|TERM) at step (\d+); a checkpoint is written", said)
-    finished = "Run folder:" in said  # the signal came after the last step
-    assert stopped or finished, said[-3000:]
-    if stopped:
-        assert load_checkpoint(metrics.checkpoints).step == int(stopped[2])
-        assert said.count("Stopped by") == 1, said[-3000:]
-
-
-def test_run_of_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
-    (tmp_path / "whole.died").touch()
-    (whole, cut) = (command(tmp_path, out) for out in ("whole", "cut"))
-    said = {process: process.communicate(timeout=WAIT)[0] for process in (whole, cut)}
-    assert whole.returncode == 0, said[whole][-3000:]
-    assert cut.returncode != 0, "no rank was killed: this shows nothing"
-    alone = subprocess.run(
-        [sys.executable, "-m", "vmf_pretrain", "fit", "--resume", "--out", str(tmp_path / "cut"), "--allow-code"],
-        env=environment_of(tmp_path / "cut.died"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    assert "Going on from step 5 of 10." in alone.stdout
-    losses = [
-        [record["loss"] for record in read_metrics(RunFolder(tmp_path / out)) if "loss" in record]
-        for out in ("cut", "whole")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert len(losses[0]) == STEPS
+    assert stopped, said[-3000:]
+    assert load_checkpoint(folder.checkpoints).step == int(stopped[2])
+    assert said.count("Stopped by") == 1, said[-3000:]
