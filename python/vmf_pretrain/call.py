@@ -1,5 +1,6 @@
 """The Python call: the same run as the command's."""
 
+import functools
 import json
 import os
 from collections.abc import Iterable
@@ -63,9 +64,9 @@ def pretrain(
         PretrainError: settings, data or checkpoint do not fit, or the run cannot go on: one sentence that says what to do.
         KeyboardInterrupt: Ctrl-C during the training; a checkpoint is written, and ``resume=True`` goes on from it.
     """
-    from rich.console import Console
+    from vmf_pretrain.report.console import run_console
 
-    console = Console(quiet=quiet)
+    console = run_console(quiet=quiet)
     short = {"data.folder": data, "method": method}
     layer = python_layer({**{name: value for name, value in short.items() if value is not None}, **fields})
     allowed = kinds_of(allow_changed)
@@ -78,7 +79,7 @@ def pretrain(
         if folder is not None:
             require_free(folder)
         wish = Wish(recipe, None if config is None else Path(config), layer, allow_code)
-        chosen = settings(wish, console.print)
+        chosen = settings(wish, functools.partial(console.print, markup=False, highlight=False))
     started = start(
         chosen,
         folder,

@@ -77,9 +77,9 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
     if chosen.print_config:
         print(config_text(config, sys.stdout.encoding or "ascii"), end="")
         return DONE
-    from rich.console import Console
+    from vmf_pretrain.report.console import run_console
 
-    console = Console()
+    console = run_console()
     found = start(
         config,
         out,

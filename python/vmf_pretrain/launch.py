@@ -40,4 +40,8 @@ def first_to_say(sentence: str) -> bool:
 
 
 def _srun() -> bool:
-    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ and "RANK" not in os.environ
+    return (
+        int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        and "SLURM_PROCID" in os.environ
+        and "RANK" not in os.environ
+    )

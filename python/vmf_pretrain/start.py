@@ -26,6 +26,7 @@ from vmf_pretrain.config.paths import expanded, with_absolute_paths
 from vmf_pretrain.config.resume import refuse_changes
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.typed import merged
+from vmf_pretrain.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,9 +119,7 @@ def require_free(out: Path) -> None:
     try:
         if out.exists() and not out.is_dir():
             raise PretrainError(f"--out {out} is a file; expected a new folder.")
-        if out.exists() and any(out.iterdir()):
-            hint = "go on with --resume" if (out / "config.yaml").exists() else "its files are left as they are"
-            raise PretrainError(f"run folder {out} already exists; choose another with --out, or {hint}.")
+        RunFolder.refuse_existing(out)
         above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
         if not above.is_dir():
             raise PretrainError(f"--out {out} cannot be made: {above} is a file.")
@@ -163,13 +162,16 @@ def start(
     Raises:
         PretrainError: the settings, the data or the checkpoint do not fit, or the run cannot go on.
     """
-    from vmf_pretrain.engine.parallel import choose_device, process_group
+    from vmf_pretrain.engine.parallel import process_group
     from vmf_pretrain.engine.run import Run
     from vmf_pretrain.networks import ranks
 
-    with process_group(choose_device(config)):
+    with process_group(config):
         agreed = text_config(ranks.from_first(config_text(config)))
         folder = Path(ranks.from_first(str(out if out is not None else free_folder(name))))
+        resume = ranks.from_first(str(resume)) == str(
+            True
+        )  # a shared disk may show ranks a new folder at different times
         began(folder)
         run = Run(agreed, folder, resume=resume, console=console, allow_code=allow_code, allow_changed=allow_changed)
         return Started(run.train(), folder)

@@ -318,7 +318,7 @@ def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_srun_s_ranks_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (launch.many_ranks(), launch.rank(), launch.restarted()) == (False, 0, False)
-    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "2")
     assert (launch.many_ranks(), launch.rank()) == (True, 2)
     monkeypatch.setenv("RANK", "1")

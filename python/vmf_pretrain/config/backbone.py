@@ -1,5 +1,6 @@
 """The vision transformer."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,11 @@ class BackboneConfig:
     drop_path: float = 0.1
 
     def __post_init__(self) -> None:
+        plain = re.fullmatch(r"[A-Za-z0-9_.]+", self.name) is not None
+        require(
+            plain,
+            f"backbone.name is {self.name} but must be the plain name of a timm model.",
+        )
         shape = {"width": self.width, "depth": self.depth, "heads": self.heads}
         given = {name: value for name, value in shape.items() if value is not None}
         require_positive("backbone", patch_size=self.patch_size, **given)

@@ -106,7 +106,9 @@ def text_config(text: str) -> Config:
 
 def write_config(config: Config, path: Path) -> None:
     """Write every field, defaults included, so that the file alone repeats the run."""
-    path.write_text(config_text(config), encoding="utf-8")
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(config_text(config), encoding="utf-8")
+    unfinished.replace(path)
 
 
 class _Dumper(yaml.SafeDumper):

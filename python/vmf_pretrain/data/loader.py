@@ -138,12 +138,13 @@ def require_shared_memory(batches: ViewBatches) -> None:
     """Raise PretrainError if the batches of the workers do not fit into what is free: they would wait or die in silence."""
     if not SHARED_MEMORY.is_dir():
         return
-    needed = (batches.config.data.workers * PREFETCHED + 1) * batches.bytes
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine
+    needed = ranks * (batches.config.data.workers * PREFETCHED + 1) * batches.bytes
     free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise PretrainError(
-            f"{batches.config.data.workers} workers need {needed / MIB:.0f} MiB of shared memory but {free / MIB:.0f} MiB are "
-            f"free in {SHARED_MEMORY}; make it larger (Docker: --shm-size) or {LOWER}."
+            f"{ranks * batches.config.data.workers} workers need {needed / MIB:.0f} MiB of shared memory but {free / MIB:.0f} "
+            f"MiB are free in {SHARED_MEMORY}; make it larger (Docker: --shm-size) or {LOWER}."
         )
 
 

@@ -15,7 +15,10 @@ from typing import Any
 
 TOO_MANY_FILES = 73  # exit status of a worker that could not hand over a batch
 ORPHAN_CHECK = 1.0  # seconds
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
+ASK = getattr(
+    signal, "SIGUSR1", signal.SIGINT
+)  # asks the training process for a checkpoint; Windows has no such signal
+SIGNALS = {signal.SIGINT, signal.SIGTERM, ASK}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class WorkerStart:
                 os._exit(0)
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(ASK, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, end)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

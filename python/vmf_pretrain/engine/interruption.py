@@ -3,11 +3,14 @@
 Ctrl-C and SIGTERM stop the run after a checkpoint; a second one ends the program at once. SIGUSR1 asks for a checkpoint only.
 """
 
+import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from vmf_pretrain.engine.votes import Counts
 
@@ -18,19 +21,24 @@ REPEATED = 2.0  # seconds in which torchrun repeats a signal
 
 
 class Interruption:
-    """Context in which the first signal only sets ``requested``: nothing is saved inside a handler."""
+    """Context in which the first signal only sets ``requested``: nothing is saved inside a handler.
+
+    Outside of Python's main thread, which alone gets signals, it changes nothing.
+    """
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
-        self.save = False
+        self._asked = self._said = 0  # requests for a checkpoint, and those that the ranks have been told of
         self._noted = 0.0
         # torchrun passes on a Ctrl-C that the ranks got from the terminal as well: that is no second one
         self._repeated = REPEATED if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        if SAVE is not None:
-            self._before[SAVE] = signal.signal(SAVE, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            if SAVE is not None:
+                self._before[SAVE] = signal.signal(SAVE, self._ask)
         return self
 
     def __exit__(
@@ -41,17 +49,13 @@ class Interruption:
 
     def votes(self, bad_images: int) -> Counts:
         """What this rank says to the others; a request for a checkpoint is said once."""
-        save, self.save = self.save, False
+        asked, before = self._asked, self._said
+        self._said = asked
         terminate, interrupt = (self.requested is number for number in (signal.SIGTERM, signal.SIGINT))
-        return Counts(bad_images, int(terminate), int(interrupt), int(save))
-
-    @property
-    def exit_code(self) -> int:
-        """128 plus the signal's number, as shells report it; 0 without one."""
-        return 0 if self.requested is None else 128 + self.requested
+        return Counts(bad_images, int(terminate), int(interrupt), int(asked > before))
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.save = True
+        self._asked += 1
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -61,3 +65,16 @@ class Interruption:
             for each in SIGNALS:
                 signal.signal(each, self._before[each])
             signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def no_requests() -> Iterator[None]:
+    """SIGUSR1 does nothing here, where it would end the process by default: there is nothing to save yet, or no longer."""
+    if SAVE is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(SAVE, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(SAVE, before)

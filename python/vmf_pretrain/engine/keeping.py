@@ -1,6 +1,7 @@
 """What a run keeps on disk to go on from, and to load elsewhere."""
 
 import functools
+import json
 from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batches import ViewBatches
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.engine.optim import whole_tensor
 from vmf_pretrain.networks import ranks
-from vmf_pretrain.storage.checkpoint import Checkpoint, outline_checkpoint, save_checkpoint
+from vmf_pretrain.storage.checkpoint import Checkpoint, outline_checkpoint, outline_of, save_checkpoint
 from vmf_pretrain.storage.fingerprint import Fingerprint, config_changes, require_resumable
 from vmf_pretrain.storage.run_folder import RunFolder
 from vmf_pretrain.storage.sharded import find_checkpoint, save_sharded
@@ -32,6 +34,7 @@ class Keeping:
         folder: of the run.
         config: the whole run.
         loop: whose state is kept.
+        batches: of the run; its plan and length give step numbers their meaning.
         images: fingerprints of the images and of those held out.
         say: takes a sentence for a person.
     """
@@ -88,7 +91,7 @@ class Keeping:
             PretrainError: there is none, or it is of another run.
         """
         where = self.folder.checkpoints
-        found = outline_checkpoint(where) if self._group is None else find_checkpoint(where, self._group)
+        found = _first_finds(where) if self._group is None else find_checkpoint(where, self._group)
         before, steps = found.state.get("fingerprint"), len(self.batches)
         said = require_resumable(before, self.fingerprint, step=found.step, steps=steps, allowed=allowed)
         for sentence in [*said, *config_changes(found.state.get("config"), asdict(self.config))]:
@@ -124,3 +127,18 @@ class Keeping:
         facts = {"network": self.config.method, "step": step, "knn": knn, "config": asdict(self.config)}
         path: Path = self.folder.weights / f"{name}.safetensors"
         return [Weights(path, whole, network_input(self.config), facts)]
+
+
+def _first_finds(where: Path) -> Checkpoint:
+    """The newest whole checkpoint as the first rank sees it, on every rank: a shared disk may show ranks different ones."""
+    found, said = None, {}
+    if ranks.rank() == 0:
+        try:
+            found = outline_checkpoint(where)
+            said = {"name": found.path.name}
+        except PretrainError as error:
+            said = {"error": str(error)}
+    said = json.loads(ranks.from_first(json.dumps(said)))
+    if "error" in said:
+        raise PretrainError(said["error"])
+    return found or outline_of(where / said["name"])

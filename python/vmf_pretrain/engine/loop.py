@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.randomness import INITIALISATION, TRAINING_STEP, stream_seed
@@ -25,6 +26,8 @@ from vmf_pretrain.storage.checkpoint import Checkpoint
 from vmf_pretrain.storage.optimizer_state import flatten_optimizer, optimizer_targets, restore_optimizer
 from vmf_pretrain.storage.sharded import load_into
 
+OWN = "method"  # the group of tensors that stand directly in a method
+RESERVED = {OWN, "optimizer", "loss_scale"}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": None}
 
 
@@ -55,6 +58,11 @@ class Loop:
         self.config, self.device = config, device
         self.start = Place(0, steps_per_epoch, config.train.epochs)
         self.method = method(config, self.start).to(device)
+        taken = RESERVED & {name for name, _ in self.method.named_children()}
+        if taken:
+            raise PretrainError(
+                f"a part of {method.__name__} is called {taken.pop()}, as a checkpoint's file is; rename it."
+            )
         if config.train.precision == "fp64":
             self.method.double()
         self.wrapped: Wrapped = wrap(self.method, config, device)
@@ -63,6 +71,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.learning_rate, fused=True if self.late else None)
         self.loss_scale = LossScale(active=config.train.precision == "fp16", device=device)
         self.votes = Votes(device, late=self.late)
+        self._moved = False  # whether a step of this process has been taken, after which no buffer starts any more
         optim, warm_up = config.optim, config.optim.warmup_epochs * steps_per_epoch
         self.learning_rate = CosineSchedule(optim.learning_rate, optim.final_learning_rate, self.start.steps, warm_up)
         self.weight_decay = CosineSchedule(optim.weight_decay, optim.final_weight_decay, self.start.steps)
@@ -116,10 +125,8 @@ class Loop:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint has to hold: a group for each part of the method, and the optimizer's."""
-        groups = {name: part.state_dict() for name, part in self.method.named_children()}
-        groups = {name: tensors for name, tensors in groups.items() if tensors}
         scale = {"loss_scale": self.loss_scale.state_dict()} if self.loss_scale.active else {}
-        return {**groups, **scale, "optimizer": flatten_optimizer(self.optimizer)}
+        return {**self._groups(), **scale, "optimizer": flatten_optimizer(self.optimizer)}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint of any number of ranks, sharded or not.
@@ -135,17 +142,28 @@ class Loop:
         }
         state = optimizer_targets(self.optimizer, checkpoint.tensors["optimizer"])
         load_into(checkpoint, {**targets, "optimizer": state})
-        for name, part in [*self.method.named_children(), ("loss_scale", self.loss_scale)]:
-            if name in targets:
-                part.load_state_dict(targets[name])
+        if "loss_scale" in targets:
+            self.loss_scale.load_state_dict(targets.pop("loss_scale"))
+        whole = targets.pop(OWN, {})
+        whole |= {f"{group}.{name}": value for group, named in targets.items() for name, value in named.items()}
+        self.method.load_state_dict(whole)
         restore_optimizer(self.optimizer, state)
+
+    def _groups(self) -> dict[str, dict[str, Tensor]]:
+        """The method's state: a group for each of its parts, and one for what stands directly in it."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, value in self.method.state_dict().items():
+            part, _, inner = name.partition(".")
+            group, key = (part, inner) if inner else (OWN, name)
+            groups.setdefault(group, {})[key] = value
+        return groups
 
     def _update(self, place: Place, skipped: Tensor, before: dict[str, Tensor]) -> None:
         """Optimizer, followers and buffers; nothing changes if the [] tensor ``skipped`` is not 0."""
         set_rates(self.optimizer, self.learning_rate.at(place.step), self.weight_decay.at(place.step))
         self.method.adjust_gradients(place)
         self.loss_scale.update(skipped)
-        if self.late:
+        if self.late and self._moved:
             self._keep_buffers(skipped, before)
             setattr(self.optimizer, "found_inf", skipped)  # noqa: B010 -- read by fused optimizers, unknown to their type
             self.optimizer.step()
@@ -154,6 +172,9 @@ class Loop:
             # through the modules, which may note on the host whether a buffer has started
             self.method.load_state_dict(before, strict=False)
         else:
+            self._moved = True
+            if self.late:
+                setattr(self.optimizer, "found_inf", skipped)  # noqa: B010
             self.optimizer.step()
             self.method.after_step(place, 1.0)
 

@@ -4,6 +4,7 @@ torch's own GradScaler decides on each rank whether a step is skipped; here all 
 the host.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from vmf_pretrain.engine.optim import local_tensors
 
 START, GROWTH, BACKOFF, PATIENCE = 2.0**16, 2.0, 0.5, 2000  # GradScaler's
 LEAST = 1.0  # at this scale, a gradient that is not finite is no matter of fp16's range
+HALVINGS = int(math.log2(START / LEAST))
 
 
 class LossScale(nn.Module):

@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,21 +24,26 @@ from vmf_pretrain.methods.method import Method, Place
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.networks.batch_norm import synchronise
 
-TIMEOUT = datetime.timedelta(minutes=30)  # the first rank may evaluate meanwhile; a rank that dies is seen at once
+TIMEOUT = datetime.timedelta(
+    hours=4
+)  # the first rank may evaluate meanwhile; torchrun ends the others of a rank that dies
 SLURM_PORT = 29400  # plus the job's number modulo 1000
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would set, from SLURM's variables; empty without them, or if ``srun`` started a single task."""
-    if "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environment:
+    # a script of sbatch has SLURM_NTASKS without srun; only srun's tasks have the number of their step
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in environment or int(tasks) < 2 or "SLURM_PROCID" not in environment:
         return {}
     job = int(environment.get("SLURM_JOB_ID", "0"))
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
     return {
         "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_NTASKS"],
+        "WORLD_SIZE": tasks,
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment["SLURM_JOB_NODELIST"]),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(nodes),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(SLURM_PORT + job % 1000),
     }
 
@@ -61,6 +66,8 @@ def choose_device(config: Config) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not there):
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if there and torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
+        local = 0  # --gpus-per-task shows each task its own GPU only
     if not there or local >= torch.cuda.device_count():
         found = torch.cuda.device_count() if there else 0
         raise PretrainError(
@@ -71,13 +78,17 @@ def choose_device(config: Config) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(config: Config) -> Iterator[None]:
     """Joins the ranks of the environment, if there are any and nobody has yet; leaves them at the end.
+
+    Args:
+        config: says on what device, and so by what library, the ranks speak.
 
     Raises:
         PretrainError: the ranks do not find each other.
     """
-    os.environ.update(slurm_environment(os.environ))
+    os.environ.update(slurm_environment(os.environ))  # first: the device follows from the rank
+    device = choose_device(config)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():
         yield
         return
@@ -113,15 +124,10 @@ def _meeting(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 class Wrapped:
-    """A method whose gradients are averaged over the ranks.
+    """A method whose gradients are averaged over the ranks: itself, or what wraps it."""
 
-    Args:
-        module: the method, or what wraps it.
-        whole: parameters whose gradients nothing else averages.
-    """
-
-    def __init__(self, module: nn.Module, whole: Sequence[nn.Parameter] = ()) -> None:
-        self.module, self.whole = module, whole
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
     @property
     def sharded(self) -> bool:
@@ -136,9 +142,6 @@ class Wrapped:
     def backward(self, loss: Tensor) -> None:
         """The gradient of the loss of all ranks' images."""
         torch.autograd.backward(loss)
-        for parameter in self.whole:
-            if parameter.grad is not None:
-                parameter.grad = ranks.averaged(parameter.grad)
 
 
 def wrap(method: Method, config: Config, device: torch.device) -> Wrapped:
@@ -152,8 +155,7 @@ def wrap(method: Method, config: Config, device: torch.device) -> Wrapped:
         from vmf_pretrain.engine.sharded import shard
 
         shard(method, device)
-        trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
-        return Wrapped(method, [parameter for parameter in trained if not isinstance(parameter, DTensor)])
+        return Wrapped(method)
     options: dict[str, Any] = {"device_ids": [device.index]} if device.type == "cuda" else {}
     # buffers are the same on all ranks without help: centres and batch statistics are those of all ranks' rows
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

@@ -36,4 +36,4 @@ class RunProgress:
         if self._console.is_terminal:
             self._bar.update(self._task, description=text)
         else:
-            self._console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
+            self._console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True, markup=False)

@@ -6,7 +6,7 @@ the network take part in that.
 
 import contextlib
 import functools
-import io
+import json
 import shlex
 import signal
 import time
@@ -26,7 +26,7 @@ from vmf_pretrain.data.loader import load_from
 from vmf_pretrain.data.network_input import NetworkInput, network_input
 from vmf_pretrain.data.waiting import Waiting
 from vmf_pretrain.engine.bad_images import BadImages
-from vmf_pretrain.engine.interruption import Interruption
+from vmf_pretrain.engine.interruption import Interruption, no_requests
 from vmf_pretrain.engine.keeping import Keeping
 from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.engine.parallel import choose_device
@@ -38,7 +38,7 @@ from vmf_pretrain.evaluation.agreement import compared
 from vmf_pretrain.evaluation.judge import BASELINES, Judge
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
-from vmf_pretrain.report.figures import draw_plots
+from vmf_pretrain.report.figures import draw_plots, sample_attention
 from vmf_pretrain.report.summary import print_summary, summary_text
 from vmf_pretrain.storage.checkpoint import Checkpoint
 from vmf_pretrain.storage.durable import replace_durably
@@ -89,16 +89,19 @@ class Run:
         self.started = time.perf_counter()
         self.config, self.fed, self.folder = config, network_input(config), RunFolder(out)
         self.first = ranks.rank() == 0
-        self.console = console if self.first else Console(file=io.StringIO())
+        self.console = console if self.first else Console(quiet=True)
         self.tolerant = TolerantWrites(self._say)
         self.step, self.figures = 0, dict[str, Any]()
         self.facts: dict[str, Any] = {"seconds_before": 0.0, "best_knn": None, "bad_images": 0}
+        self._speeds: dict[int, dict[str, float]] = {}
+        self._advised, self._on_disk = False, None if resume else 0
         with contextlib.ExitStack() as closing:
+            closing.enter_context(no_requests())
             self._lock(out, resume, closing)
             self._build(allow_code, closing)
             if resume:
                 self._restore(self.keeping.newest(allow_changed))
-                self.console.print(f"Going on from step {self.step} of {len(self.batches)}.")
+                self._say(f"Going on from step {self.step} of {len(self.batches)}.")
             else:
                 self._begin()
             self._closing = closing.pop_all()  # only now: what fails before this gives the lock back
@@ -106,13 +109,14 @@ class Run:
     def train(self) -> int:
         """Train to the end, or until a signal; returns the program's exit code."""
         with self._closing:
-            stopped = self._steps()
-            if stopped is None or self.step == len(self.batches):
+            with Interruption() as interruption:
+                stopped = self._steps(interruption)
+                if stopped is not None and self._saved_at != self.step:
+                    self._keep()
                 self.keeping.writer.wait()
+            if stopped is None or self.step == len(self.batches):
                 self.finish()
                 return 0
-            self._keep()
-            self.keeping.writer.wait()
             self._say(
                 f"Stopped by {stopped.name} at step {self.step}; {self._kept()} "
                 f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(self.folder.path))}"
@@ -134,9 +138,10 @@ class Run:
             self.keeping.weights("best", self.step, report.figures["knn"])
         baselines = {"untrained": self.facts["knn_untrained"], "raw pixels": self.facts["knn_pixels"]}
         known = {name: value for name, value in baselines.items() if value is not None}
-        images, backbone = self.judge.held_out or train, method.evaluated
-        draw = functools.partial(draw_plots, self.folder, self.config, report.head, backbone, images, known)
-        self.tolerant.attempt("plots", draw)
+        attention = sample_attention(self.config, method.evaluated, self.judge.held_out or train)
+        if self.first:
+            draw = functools.partial(draw_plots, self.folder, self.config, report.head, attention, known)
+            self.tolerant.attempt("plots", draw)
         self.figures = {
             **report.figures,
             **compared(read_metrics(self.folder), report.information),
@@ -168,14 +173,17 @@ class Run:
         if not resume:
             RunFolder.refuse_existing(out)
             closing.callback(_remove_if_empty, out, existed=out.exists())
-        elif not self.folder.config.is_file():
-            RunFolder.reopen(out)  # raises
+            closing.enter_context(RunLock.take(out, say=self._say))
+            return
+        RunFolder.reopen(out)
         closing.enter_context(RunLock.take(out, say=self._say))
 
     def _build(self, allow_code: bool, closing: contextlib.ExitStack) -> None:
         """Data, networks and what belongs to them; nothing is written."""
         config, method = self.config, method_class(self.config, allow_code=allow_code)
         train, held_out, found = load_images(config, allow_code=allow_code)
+        if len(set(ranks.gathered([json.dumps(found.facts, sort_keys=True)]))) > 1:
+            raise PretrainError("the ranks do not find the same images; expected one disk, and all files on it.")
         self._say(found.text)
         self.batches = ViewBatches(train, config, method.plan(config), ranks.rank(), ranks.count())
         self.judge = Judge(train, held_out, config)
@@ -190,11 +198,12 @@ class Run:
             self.facts |= self._judged_before_training()
         if self.first:
             RunFolder.create(self.folder.path)
-            write_config(self.config, self.folder.config)
         self.save()  # step 0: so that --resume works even if something stops the first epoch
         self.keeping.writer.wait()
+        if self.first:  # the sign that a run has begun, after what it can go on from
+            write_config(self.config, self.folder.config)
 
-    def _steps(self) -> signal.Signals | None:
+    def _steps(self, interruption: Interruption) -> signal.Signals | None:
         """All steps that are left; returns the signal that stopped them."""
         writes, tensorboard = self.first, self.config.log.tensorboard
         records = Records(self.folder, self.step, self.tolerant, writes=writes, tensorboard=tensorboard)
@@ -206,13 +215,13 @@ class Run:
             scaled=self.loop.loss_scale.active,
         )
         self.bad = BadImages(records.bad.write, self.config.data.max_bad_share, self.facts.get("bad_images", 0))
-        if self.step == 0:
+        if self._on_disk == 0:  # a new run
             records.metrics.write({"step": 0, "knn": self.facts.get("knn_untrained")})
         stopped = None
         loading = load_from(self.batches, self.step)
         self._waiting, self._logged_at = Waiting(loading), (self.step, time.perf_counter())
         bar = RunProgress(self.console, len(self.batches), self.step)
-        with contextlib.closing(loading), contextlib.closing(records), Interruption() as interruption, bar as progress:
+        with contextlib.closing(loading), contextlib.closing(records), bar as progress:
             for batch in self._waiting:
                 stopped = self._advance(batch, records, progress, interruption)
                 self.keeping.writer.check()
@@ -229,16 +238,21 @@ class Run:
         logged = last or number % every.log_every == 0
         taken = self.loop.step(self.step, batch, log=logged, mine=functools.partial(interruption.votes, len(batch.bad)))
         self.step = number
+        if logged:
+            self._speeds[number] = self._speed(number)
         progress.advance(number)
         evaluating = last or (epoch_ends and self._epoch % self.config.evaluate.every == 0)
         saving = last or (epoch_ends and self._epoch % every.checkpoint_every == 0)
         saving |= any(one.counts.save for one in taken)
         if evaluating or saving or any(one.counts.stop for one in taken):
             taken += self.loop.drain()
+            saving |= any(one.counts.save for one in taken)
         for one in taken:
             self._learn(one, records, progress)
         if evaluating and self._judging:
             self._evaluate(records, progress)
+            self._waiting.restart()
+            self._logged_at = (number, time.perf_counter())
         if saving:
             self._keep()
         return next((one.counts.stop for one in taken if one.counts.stop is not None), None)
@@ -250,7 +264,7 @@ class Run:
         self.bad.learn(taken, number * self.config.data.batch_size)
         self.facts["bad_images"] = self.bad.count
         if taken.numbers:
-            rates = {**self.loop.rates(taken.step), **self._speed(number)}
+            rates = {**self.loop.rates(taken.step), **self._speeds.pop(number, {})}
             epoch = -(-number // self.batches.steps_per_epoch)
             record = {"step": number, "epoch": epoch, **taken.numbers, **rates, "seconds": round(self.seconds, 2)}
             records.metrics.write(record)
@@ -261,7 +275,7 @@ class Run:
         now, (before, then) = time.perf_counter(), self._logged_at
         rate = (number - before) * self.config.data.batch_size / max(now - then, 1e-9)
         wait, advice = self._waiting.share, self._waiting.advice
-        if advice is not None and before > 0 and not getattr(self, "_advised", False):
+        if advice is not None and before > 0 and not self._advised:
             self._advised = True
             self._say(advice)
         self._logged_at = (number, now)
@@ -274,16 +288,20 @@ class Run:
 
     def _save(self, weights: str | None) -> None:
         self.keeping.checkpoint(self.step, {**self.facts, "seconds_before": self.seconds}, weights)
+        self._saved_at = self.step
 
     def _kept(self) -> str:
         """What is on disk now, as a sentence."""
         saved = self.keeping.writer.saved
-        if saved == self.step:
+        if saved == self.step or ranks.rank():
             return "a checkpoint is written."
+        saved = self._on_disk if saved is None else saved
         return f"its checkpoint COULD NOT BE WRITTEN; the newest one is of step {saved}."
 
     def _evaluate(self, records: Records, progress: RunProgress) -> None:
         accuracy = self.judge.knn(self.loop.method.evaluated)
+        if self.loop.wrapped.sharded:  # what follows is done by all ranks or by none
+            accuracy = json.loads(ranks.from_first(json.dumps(accuracy)))
         if accuracy is None:
             return
         records.metrics.write({"step": self.step, "epoch": self._epoch, "knn": accuracy})
@@ -298,7 +316,7 @@ class Run:
         return -(-self.step // self.batches.steps_per_epoch)
 
     def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, highlight=False)
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _judged_before_training(self) -> dict[str, Any]:
         """The network input and the accuracies of the untrained network, for checkpoints; call before the first step."""
@@ -307,6 +325,7 @@ class Run:
     def _restore(self, checkpoint: Checkpoint) -> None:
         state: Mapping[str, Any] = checkpoint.state
         self.step, self.facts = checkpoint.step, {**self.facts, **state}
+        self._on_disk = self._saved_at = checkpoint.step
         for name in ("fingerprint", "config"):
             self.facts.pop(name, None)
         if "input" not in self.facts:

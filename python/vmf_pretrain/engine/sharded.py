@@ -7,14 +7,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from vmf_kernels import DINOHead
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.methods.method import Method
 from vmf_pretrain.networks import ranks
 
 
 def shard(method: Method, device: torch.device) -> None:
-    """Shard every vision transformer by blocks, and every head, in place; other parameters stay whole and are averaged.
+    """Shard every vision transformer by blocks, every head, and every other layer with parameters of its own, in place.
+
+    Raises:
+        PretrainError: a parameter stands directly in the method.
 
     The networks that follow are sharded as the trained ones are, so that a moving average needs no communication.
     """
@@ -29,6 +34,16 @@ def shard(method: Method, device: torch.device) -> None:
     # head's unit returns a copy of the prototypes, which the loss reads later
     for part in [*transformers, *(part for part in method.modules() if isinstance(part, DINOHead))]:
         _shard(part, mesh)
+    for part in method.modules():
+        left = [value for value in part.parameters(recurse=False) if not isinstance(value, DTensor)]
+        if left and part is not method:
+            _shard(part, mesh)
+    direct = [name for name, value in method.named_parameters() if not isinstance(value, DTensor)]
+    if direct:
+        raise PretrainError(
+            f"{direct[0]} stands directly in {type(method).__name__}, where train.parallel fsdp cannot share it out; put "
+            "it into a layer, or use ddp."
+        )
 
 
 def _shard(part: nn.Module, mesh: DeviceMesh) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.engine.loss_scale import HALVINGS
 from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.networks import ranks
 
@@ -40,16 +41,19 @@ class Skipping:
         if not counts.not_finite:
             self.row = 0
             return
-        if self._scaled and not counts.bad_losses:
-            return
         self.row += 1
         what = "loss" if counts.bad_losses else "gradient"
+        most = self._most
+        if self._scaled and not counts.bad_losses:
+            most += HALVINGS  # the scale may be too large as often as that
+            if self.row <= HALVINGS:
+                return
         images = ranks.gathered([self._name(index) for index in taken.indices])
         self._write({"step": taken.step, "what": what, "images": images})
         self._say(
             f"Step {taken.step} is skipped on all ranks: its {what} is not finite; skipped_steps.jsonl lists its images."
         )
-        if self.row >= self._most:
+        if self.row >= most:
             raise PretrainError(
                 f"the {what} is not finite at step {taken.step}, the last of {self.row} such steps in a row; no weight has "
                 "been changed by them, and the images are listed in skipped_steps.jsonl. Lower optim.learning_rate or set "

@@ -35,15 +35,20 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
             "Attention maps need a timm VisionTransformer with a class token and plain attention, "
             f"which this {type(backbone).__name__} is not."
         )
-    inputs: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    found: list[Tensor] = []
+
+    def look(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        # here, as a block that is shared out over ranks has its weights together only while it runs
+        found.append(_class_attention(attention, arguments[0]))
+
+    hook = attention.register_forward_pre_hook(look)
     try:
         with evaluating(backbone):
             backbone(images.to(device_of(backbone)))
-            weights_NHT = _class_attention(attention, inputs[0])
     finally:
         hook.remove()
     height, width = vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+    (weights_NHT,) = found
     patches_NHT = weights_NHT[:, :, vit.num_prefix_tokens :]
     return patches_NHT.reshape(*patches_NHT.shape[:2], height, width).float().cpu()
 

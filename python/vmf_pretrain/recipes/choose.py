@@ -94,6 +94,7 @@ def _batch(recipe: str, machine: Machine, photos: Photos, asked: Asked) -> tuple
         there = max(2, int(photos.count * (1 - HELD_OUT)))
         wanted = 64 if machine.device == "cpu" else max(64, min(LARGEST_BATCH, share * machine.ranks))
         batch = min(wanted, _power_of_two(there))
+        batch = max(machine.ranks, batch - batch % machine.ranks)
     parts = 1
     while batch / (parts * machine.ranks) > share and batch % (2 * parts * machine.ranks) == 0:
         parts *= 2

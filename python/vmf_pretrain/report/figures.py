@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
@@ -21,11 +21,18 @@ def draw_plots(
     folder: RunFolder,
     config: Config,
     head: HeadReport | None,
-    backbone: nn.Module,
-    images: Images,
+    attention: tuple[Tensor, Tensor] | None,
     baselines: Mapping[str, float],
 ) -> None:
-    """Every PNG of the run folder; those of the prototypes and of the class token only where there are such."""
+    """Every PNG of the run folder; those of the prototypes and of the class token only where there are such.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        head: how the head assigns images.
+        attention: from ``sample_attention``.
+        baselines: accuracies of k-NN without training, percent, by name.
+    """
     records = read_metrics(folder)
     losses = [record for record in records if record.get("teacher_entropy") is not None]
     if losses:
@@ -35,13 +42,21 @@ def draw_plots(
     if head is not None:
         plot_usage(head.usage.cpu(), folder.plots / "usage.png")
         plot_kappa(head.norms.cpu() / config.loss.teacher_temp, folder.plots / "kappa.png")
+    if attention is not None:
+        plot_attention(*attention, folder.plots / "attention.png")
+
+
+def sample_attention(config: Config, backbone: nn.Module, images: Images) -> tuple[Tensor, Tensor] | None:
+    """A few images [n, C, H, W] in [0, 1] and their attention maps [n, heads, h, w]; None without a class token.
+
+    Every rank that has a part of the backbone must call it.
+    """
     fed = network_input(config)
     sample = fed.of(images.evaluation_pixels(_spread(len(images))))
     try:
-        maps = attention_maps(backbone, sample).cpu()
+        return fed.pixels(sample), attention_maps(backbone, sample).cpu()
     except PretrainError:  # no class token, or no plain attention
-        return
-    plot_attention(fed.pixels(sample), maps, folder.plots / "attention.png")
+        return None
 
 
 def _spread(count: int) -> list[int]:

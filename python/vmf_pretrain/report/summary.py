@@ -77,11 +77,15 @@ def print_summary(
     else:
         _add_head(head, figures, prototypes)
     console.print(head)
-    console.print(verdict(figures, prototypes))
+    console.print(verdict(figures, prototypes), markup=False)
     if figures["mutual_information"] is not None:
         console.print(comparison(figures), soft_wrap=True, highlight=False)
-    console.print(f"Run folder: {folder} (summary.json, metrics.jsonl, plots/, weights/, tensorboard/)", soft_wrap=True)
-    console.print(f"Next: {next_command}", soft_wrap=True, highlight=False)
+    console.print(
+        f"Run folder: {folder} (summary.json, metrics.jsonl, plots/, weights/, tensorboard/)",
+        soft_wrap=True,
+        markup=False,
+    )
+    console.print(f"Next: {next_command}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _add_head(head: Table, figures: Mapping[str, Any], prototypes: int) -> None:

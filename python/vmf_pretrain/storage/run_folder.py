@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.storage.lock import LOCK
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,14 @@ class RunFolder:
 
     @classmethod
     def refuse_existing(cls, path: Path) -> None:
-        """Raise PretrainError if ``path`` is taken by more than a lock (``RunLock``); creates nothing."""
-        if path.exists() and (not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())):
-            raise PretrainError(f"run folder {path} already exists; choose another with --out, or go on with --resume.")
+        """Raise PretrainError if ``path`` holds anything but a lock (``RunLock``) and what a run that never began left.
+
+        That is empty folders and unfinished files, whose names begin with a dot. Creates nothing.
+        """
+        if path.exists() and (not path.is_dir() or _holds_something(path)):
+            begun = (path / "config.yaml").is_file()
+            hint = "go on with --resume" if begun else "its files are left as they are"
+            raise PretrainError(f"run folder {path} already exists; choose another with --out, or {hint}.")
 
     @classmethod
     def reopen(cls, path: Path) -> "RunFolder":
@@ -94,3 +98,9 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where ``--resume`` continues from."""
         return self.path / "checkpoints"
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is a file below a folder without a dot at the beginning of any part of its path."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return any(not any(part.startswith(".") for part in path.parts) for path in files)

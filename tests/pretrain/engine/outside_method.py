@@ -20,6 +20,7 @@ class Turns(Method):
         super().__init__(config, start)
         self.student = build_backbone(config)
         self.classifier = nn.Linear(int(self.student.num_features), 4)
+        self.scale = nn.Parameter(torch.ones(()))
 
     @classmethod
     def plan(cls, config: Config) -> Plan:
@@ -33,5 +34,5 @@ class Turns(Method):
         (view,) = batch.views
         turns = torch.arange(len(view), device=view.device) % 4
         turned = torch.stack([torch.rot90(image, int(turn), (1, 2)) for image, turn in zip(view, turns, strict=True)])
-        loss = functional.cross_entropy(self.classifier(self.student(turned)), turns)
+        loss = functional.cross_entropy(self.scale * self.classifier(self.student(turned)), turns)
         return {MINIMISED: loss}

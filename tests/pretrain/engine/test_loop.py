@@ -245,16 +245,20 @@ def test_step_that_is_read_late_is_the_same_step() -> None:
     assert losses[True][3] != pytest.approx(losses[True][0], rel=1e-2), "nothing was learned: this shows nothing"
 
 
+@pytest.mark.parametrize("done", [0, 1])
 @pytest.mark.parametrize("spoil", [break_views, break_gradient])
-def test_late_step_that_is_not_finite_changes_no_bit(spoil: Callable[[Loop, Batch], None]) -> None:
+def test_late_step_that_is_not_finite_changes_no_bit(spoil: Callable[[Loop, Batch], None], done: int) -> None:
     training, batches = loop_on(digits_config(data={"batch_size": 32}, optim=FRESH), 64, late=True)
-    training.step(0, batch_of(batches, 0))
+    for step in range(done):
+        training.step(step, batch_of(batches, step))
     before = copied({**training.method.state_dict(), **training.tensors()["optimizer"]})
     bad = batch_of(batches, 1)
     spoil(training, bad)
     training.step(1, bad)
     after = copied({**training.method.state_dict(), **training.tensors()["optimizer"]})
     assert differing(after, before) == []
+    training.step(2, batch_of(batches, 2))
+    assert training.drain()[-1].counts.not_finite == 0, "a step that was skipped spoilt the next one"
 
 
 def test_same_seed_gives_the_same_start_and_another_seed_another() -> None:

@@ -12,7 +12,7 @@ from tests.pretrain.tiny import batch_of, digits_config, loop_on
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.engine.parallel import choose_device, process_group, slurm_environment
 
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "71234"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "71234"}
 
 
 @pytest.mark.quick
@@ -37,22 +37,29 @@ def test_variables_of_slurm_are_read(nodes: str, first: str) -> None:
     }
 
 
+ALONE: list[dict[str, str]] = [
+    {},
+    {**SLURM, "RANK": "0"},
+    {**SLURM, "SLURM_STEP_NUM_TASKS": "1"},
+    {"SLURM_STEP_NUM_TASKS": "8"},
+    {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a script of sbatch
+]
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    "environment", [{}, {**SLURM, "RANK": "0"}, {**SLURM, "SLURM_NTASKS": "1"}, {"SLURM_NTASKS": "8"}]
-)
+@pytest.mark.parametrize("environment", ALONE)
 def test_torchrun_goes_before_slurm_and_a_single_task_is_alone(environment: dict[str, str]) -> None:
     assert slurm_environment(environment) == {}
 
 
 @pytest.mark.quick
 def test_half_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         pytest.raises(PretrainError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
-        process_group(torch.device("cpu")),
+        process_group(digits_config()),
     ):
         pass
 

@@ -27,7 +27,7 @@ from tests.pretrain.tiny import (
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.network_input import NetworkInput, network_input
 from vmf_pretrain.evaluation.prototypes import HeadReport
-from vmf_pretrain.report.figures import draw_plots
+from vmf_pretrain.report.figures import draw_plots, sample_attention
 from vmf_pretrain.storage.metrics import MetricsLog
 from vmf_pretrain.storage.run_folder import RunFolder
 from vmf_pretrain.storage.weights import Weights, load_weights, save_weights
@@ -104,7 +104,8 @@ def test_attention_is_drawn_beside_the_photograph_and_not_what_was_made_of_it(
     save_photos(tmp_path / "photos", 6)
     images, _ = folder_images(tmp_path / "photos", 32, 0.25)
     config = photos_config(tmp_path / "photos")
-    draw_plots(RunFolder.create(tmp_path / "run"), config, REPORT, build_networks(config)[1].backbone, images, {})
+    drawn_from = sample_attention(config, build_networks(config)[1].backbone, images)
+    draw_plots(RunFolder.create(tmp_path / "run"), config, REPORT, drawn_from, {})
     error = (drawn[0] - images.evaluation_pixels(list(range(6)))).abs().max().item()
     assert error < 1e-6, f"off by {error:.1e}"
 
@@ -118,7 +119,8 @@ def test_every_plot_is_a_picture(images: int, tmp_path: Path) -> None:
     log.write({"step": 2, "loss": None, "teacher_entropy": None, "kl": None})
     log.write({"step": 2, "epoch": 1, "knn": 60.0})
     _, teacher = build_networks(digits_config())
-    draw_plots(folder, digits_config(), REPORT, teacher.backbone, some_digits(images), {"untrained": 20.0})
+    sample = sample_attention(digits_config(), teacher.backbone, some_digits(images))
+    draw_plots(folder, digits_config(), REPORT, sample, {"untrained": 20.0})
     for name in ("loss", "knn", "usage", "kappa", "attention"):
         with Image.open(folder.plots / f"{name}.png") as picture:
             shades = len(set(picture.convert("L").tobytes()))
