@@ -31,11 +31,8 @@ class BackboneConfig:
     drop_path: float = 0.1
 
     def __post_init__(self) -> None:
-        plain = re.fullmatch(r"[A-Za-z0-9_.]+", self.name) is not None
-        require(
-            plain,
-            f"backbone.name is {self.name} but must be the plain name of a timm model.",
-        )
+        fetched = re.match(r"[A-Za-z][\w-]*:\S", self.name)  # hf-hub:..., local-dir:...: the settings of a stranger
+        require(not fetched, f"backbone.name is {self.name} but must be the plain name of a timm model.")
         shape = {"width": self.width, "depth": self.depth, "heads": self.heads}
         given = {name: value for name, value in shape.items() if value is not None}
         require_positive("backbone", patch_size=self.patch_size, **given)
