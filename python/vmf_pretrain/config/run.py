@@ -10,7 +10,8 @@ from vmf_pretrain.config.evaluate import EvaluateConfig
 from vmf_pretrain.config.head import HeadConfig
 from vmf_pretrain.config.log import LogConfig
 from vmf_pretrain.config.loss import LossConfig
-from vmf_pretrain.config.method import is_import_path, require_method
+from vmf_pretrain.config.masks import MasksConfig
+from vmf_pretrain.config.method import PATCH_METHODS, VMF, is_import_path, require_method
 from vmf_pretrain.config.optim import OptimConfig
 from vmf_pretrain.config.train import TrainConfig
 from vmf_pretrain.config.views import DIGIT_CANVAS, GLOBAL_VIEWS, ViewsConfig
@@ -21,11 +22,12 @@ class Config:
     """One run.
 
     Attributes:
-        method: "dino-vmf" (prototypes with their own concentration), "dino", or "module:Class" for a method of your own, which
-            --allow-code has to permit.
+        method: "dino", "ibot" or "dinov2"; "-vmf" after it gives the prototypes a concentration each. Or "module:Class" for a
+            method of your own, which --allow-code has to permit.
         seed: seed of the initialisation, the data order and every augmentation.
         data: which images.
         views: multi-crop and augmentation.
+        masks: which patches the student does not see.
         backbone: the vision transformer.
         head: the projection head.
         loss: temperatures, centring, KoLeo.
@@ -40,6 +42,7 @@ class Config:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    masks: MasksConfig = field(default_factory=MasksConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -72,6 +75,7 @@ class Config:
             rising <= self.train.epochs,
             f"optim.warmup_epochs is {rising} but the run has {self.train.epochs} epochs (train.epochs).",
         )
+        self._check_patches()
         epochs, warm_up = self.train.epochs, self.loss.warmup_teacher_temp_epochs
         require(
             warm_up <= epochs,
@@ -83,9 +87,45 @@ class Config:
         require_method(self.method)
         stray = self.options and not is_import_path(self.method)
         require(not stray, f"options are given but {self.method} reads none; expected a method module:Class.")
-        frozen = self.method == "dino-vmf" and self.head.norm_prototypes is True
+        frozen = self.method.endswith(VMF) and self.head.norm_prototypes is True
+        plain = self.method.removesuffix(VMF)
         require(
-            not frozen, "head.norm_prototypes is true but dino-vmf learns the norms; leave it out or use method dino."
+            not frozen,
+            f"head.norm_prototypes is true but {self.method} learns the norms; leave it out or use method {plain}.",
+        )
+
+    def _check_patches(self) -> None:
+        patches, masks, head = self.method in PATCH_METHODS, self.masks, self.head
+        balanced, stored = self.loss.centering == "sinkhorn_knopp", self.loss.implementation == "published"
+        others = " or ".join(PATCH_METHODS)
+        require(
+            patches or is_import_path(self.method) or not balanced,
+            f"loss.centering is sinkhorn_knopp but {self.method} keeps a centre; expected method {others}.",
+        )
+        require(
+            not (patches and stored), f"loss.implementation is published but {self.method} has only ours; leave it out."
+        )
+        linear = head.last_layer == "linear"
+        require(
+            patches or is_import_path(self.method) or not linear,
+            f"head.last_layer is linear but {self.method} has weight norm; expected method {others}.",
+        )
+        if not patches:
+            return
+        begun, epochs = masks.start_epoch + self.loss.warmup_teacher_temp_epochs, self.train.epochs
+        require(
+            begun <= epochs,
+            f"masks.start_epoch and loss.warmup_teacher_temp_epochs come to {begun} but the run has {epochs} epochs.",
+        )
+        scattered = masks.shape == "random" and self.method.startswith("dinov2")
+        require(
+            not scattered, f"masks.shape is random but {self.method} hides blocks; leave it out or use method ibot."
+        )
+        unseen = head.patches == "own_head" and head.batch_norm and masks.start_epoch > 0
+        require(
+            not unseen,
+            f"masks.start_epoch is {masks.start_epoch} but the patches' own head normalises over masked patches "
+            "(head.batch_norm); expected 0.",
         )
 
     def _check_digits(self) -> None:
@@ -104,7 +144,13 @@ class Config:
     def norm_prototypes(self) -> bool:
         """Whether the prototypes stay at norm 1."""
         chosen = self.head.norm_prototypes
-        return self.method == "dino" if chosen is None else chosen
+        return self.method in ("dino", "ibot") and self.head.last_layer != "linear" if chosen is None else chosen
+
+    @property
+    def patch_prototypes(self) -> int:
+        """Number of prototypes of the patches."""
+        chosen = self.head.patch_prototypes
+        return self.head.prototypes if chosen is None else chosen
 
     @property
     def view_count(self) -> int:

@@ -29,11 +29,13 @@ class DINO(Method):
     """Student and teacher with a DINO head each, and the loss between their views."""
 
     vmf = False
+    student: Headed
+    teacher: Headed
 
     def __init__(self, config: Config, start: Place) -> None:
         super().__init__(config, start)
         self.student, self.teacher = self._networks()
-        self.loss = self._loss()
+        self.loss: Any = self._loss()
         self.koleo = DistributedKoLeoLoss() if config.loss.koleo_group == "batch" else KoLeoLoss()
         optim = config.optim
         self.momentum = CosineSchedule(optim.teacher_momentum, optim.final_teacher_momentum, start.steps)
@@ -100,8 +102,12 @@ class DINO(Method):
     def assignment(self, place: Place) -> Assignment:
         """The teacher's head at its temperature, with the centre."""
         temperature = self._teacher_temperature(place)
-        center: Any = self.loss.centering
-        return Assignment(self.teacher.head, temperature, center.bias(temperature))
+        return Assignment(self.teacher.head, temperature, self._centering.bias(temperature))
+
+    @property
+    def _centering(self) -> Any:
+        """The centring rule of the class tokens."""
+        return self.loss.centering
 
     def _teacher_temperature(self, place: Place) -> float:
         return float(self.loss.teacher_temp_schedule[place.epoch])
@@ -138,7 +144,7 @@ class DINO(Method):
             return DINOvMFHead(features, size.prototypes, **options)
         return DINOHead(features, size.prototypes, **options, norm_last_layer=self.config.norm_prototypes)
 
-    def _loss(self) -> DINOLoss | PublishedLoss:
+    def _loss(self) -> nn.Module:
         loss = self.config.loss
         published: tuple[Any, ...] = (
             self.config.head.prototypes,

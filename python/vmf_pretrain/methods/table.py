@@ -5,9 +5,18 @@ import importlib
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.methods.dino import DINO, DINOvMF
+from vmf_pretrain.methods.dinov2 import DINOv2, DINOv2vMF
+from vmf_pretrain.methods.ibot import IBOT, IBOTvMF
 from vmf_pretrain.methods.method import Method
 
-METHODS: dict[str, type[Method]] = {"dino": DINO, "dino-vmf": DINOvMF}
+METHODS: dict[str, type[Method]] = {
+    "dino": DINO,
+    "dino-vmf": DINOvMF,
+    "ibot": IBOT,
+    "ibot-vmf": IBOTvMF,
+    "dinov2": DINOv2,
+    "dinov2-vmf": DINOv2vMF,
+}
 
 
 def method_class(config: Config, *, allow_code: bool = False) -> type[Method]:

@@ -3,6 +3,8 @@
 from typing import Any
 
 import timm
+from timm.layers.drop import DropPath
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from vmf_pretrain.config.backbone import BackboneConfig
@@ -10,7 +12,8 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.networks.checkpointing import checkpoint_block
-from vmf_pretrain.networks.stochastic_depth import own_stochastic_depth
+from vmf_pretrain.networks.stochastic_depth import StochasticDepth, SubsetBlock, SubsetDepth, own_stochastic_depth
+from vmf_pretrain.networks.tokens import return_tokens
 
 
 def build_backbone(config: Config, *, drop_path: float = 0.0) -> timm.models.VisionTransformer:
@@ -18,13 +21,20 @@ def build_backbone(config: Config, *, drop_path: float = 0.0) -> timm.models.Vis
 
     Args:
         config: its ``backbone`` section, and the input's size and channels.
-        drop_path: rate of stochastic depth of the last block; that of the first is 0.
+        drop_path: rate of stochastic depth, of the last block or of all (``backbone.drop_path_rates``).
 
     Raises:
         PretrainError: timm does not know the name, or it is not a vision transformer of the configured shape.
     """
     chosen, fed = config.backbone, network_input(config)
-    options: dict[str, Any] = {"embed_dim": chosen.width, "depth": chosen.depth, "num_heads": chosen.heads}
+    options: dict[str, Any] = {
+        "embed_dim": chosen.width,
+        "depth": chosen.depth,
+        "num_heads": chosen.heads,
+        "init_values": chosen.layer_scale,
+        # as timm's own networks with registers: positions are those of patches, and the class token has its own in itself
+        **({"reg_tokens": chosen.registers, "no_embed_class": True} if chosen.registers else {}),
+    }
     try:
         backbone = timm.create_model(
             chosen.name,
@@ -40,17 +50,36 @@ def build_backbone(config: Config, *, drop_path: float = 0.0) -> timm.models.Vis
         raise PretrainError(_unfit(chosen, " ".join(str(error).split()))) from None
     if not isinstance(backbone, timm.models.VisionTransformer):
         raise PretrainError(_unfit(chosen, f"it is a {type(backbone).__name__}"))
-    own_stochastic_depth(backbone)
+    return_tokens(backbone)
+    _drop_paths(backbone, chosen, drop_path)
     if config.train.activation_checkpointing:
         for block in backbone.blocks:
             checkpoint_block(block)
     return backbone
 
 
+def _drop_paths(backbone: timm.models.VisionTransformer, chosen: BackboneConfig, rate: float) -> None:
+    """Our stochastic depth in place of timm's, of the kind and with the rates of the configuration."""
+    if rate > 0 and chosen.drop_path_rates == "uniform":
+        for block in backbone.blocks:
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    if chosen.drop_path_of == "row" or rate == 0:
+        own_stochastic_depth(backbone, StochasticDepth)
+        return
+    own_stochastic_depth(backbone, SubsetDepth)
+    for block in backbone.blocks:
+        if type(block) is not Block:
+            raise PretrainError(
+                f"backbone.drop_path_of is subset but {chosen.name} has blocks of the kind {type(block).__name__}; "
+                "expected row."
+            )
+        block.__class__ = SubsetBlock
+
+
 def xavier(network: nn.Module) -> None:
     """Xavier's uniform initialisation of every linear layer except the prototypes."""
     for module in network.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not hasattr(module, "prototypes"):
             nn.init.xavier_uniform_(module.weight)
 
 

@@ -7,6 +7,8 @@ backward pass, as in activation checkpointing.
 Legend: V views, B images of this rank, R = V * B rows.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,14 +16,22 @@ from torch.utils.checkpoint import checkpoint
 from vmf_pretrain.networks.stochastic_depth import depths_of, draw_depths
 
 
-def in_parts(network: nn.Module, rows: Tensor, *, images: int, parts: int) -> Tensor:
-    """[R, F] outputs of ``network`` for the rows [R, ...], computed for R / parts rows at a time.
+def in_parts(
+    network: nn.Module,
+    rows: Tensor,
+    *,
+    images: int,
+    parts: int,
+    call: Callable[[Tensor, slice], Tensor] | None = None,
+) -> Tensor:
+    """[R, ...] outputs of ``network`` for the rows [R, ...], computed for R / parts rows at a time.
 
     Args:
         network: each output row depends on its input row only (no batch normalisation); its stochastic depth is drawn here.
         rows: view-major.
         images: B.
         parts: 1 or more; 1 stores the activations of all rows.
+        call: computes some of the rows, given them and their place among all; None calls the network with them.
     """
     depths = depths_of(network)
     drawn = draw_depths(depths, rows, images) if depths else []
@@ -31,10 +41,11 @@ def in_parts(network: nn.Module, rows: Tensor, *, images: int, parts: int) -> Te
         starts.append(starts[-1] + len(piece))
 
     def run(part: int) -> Tensor:
+        place = slice(starts[part], starts[part + 1])
         for depth, kept in zip(depths, drawn, strict=True):
-            depth.kept = kept[starts[part] : starts[part + 1]]
+            depth.kept = kept[place]
         try:
-            output: Tensor = network(pieces[part])
+            output: Tensor = network(pieces[part]) if call is None else call(pieces[part], place)
         finally:
             for depth in depths:
                 depth.kept = None

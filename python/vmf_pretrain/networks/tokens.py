@@ -1,0 +1,47 @@
+"""A vision transformer that hides patches and returns those that it has computed.
+
+Legend: B images, H x W = N patches of an image, F features.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+
+
+class Hidden(NamedTuple):
+    """Which patches an image's network does not see.
+
+    Attributes:
+        mask: [B, H, W] bool, True where a patch is replaced; None for none.
+        token: [1, F] what takes the place of a patch's embedding, before its position is added.
+    """
+
+    mask: Tensor | None = None
+    token: Tensor | None = None
+
+
+class TokenTransformer(VisionTransformer):
+    """timm's ``VisionTransformer``, with the same parameters, whose patches can be hidden and are returned on request."""
+
+    def forward(self, x: Tensor, *rest: Any, hidden: Hidden | None = None) -> Tensor:
+        """Images [B, C, side, side] to features [B, F]; with ``hidden`` to [B, 1 + N, F], the features and the patches.
+
+        Registers are not returned.
+        """
+        if hidden is None:
+            features: Tensor = super().forward(x, *rest)
+            return features
+        patches = self.patch_embed(x)  # [B, H, W, F] of a network with dynamic_img_size
+        if hidden.mask is not None:
+            assert hidden.token is not None
+            patches = torch.where(hidden.mask[..., None], hidden.token.to(patches.dtype), patches)
+        tokens = self.norm(self.blocks(self.norm_pre(self.patch_drop(self._pos_embed(patches)))))
+        return torch.cat([self.forward_head(tokens)[:, None], tokens[:, self.num_prefix_tokens :]], dim=1)
+
+
+def return_tokens(backbone: VisionTransformer) -> None:
+    """Make a plain ``VisionTransformer`` a ``TokenTransformer``, in place; timm's other kinds stay as they are."""
+    if type(backbone) is VisionTransformer:
+        backbone.__class__ = TokenTransformer
