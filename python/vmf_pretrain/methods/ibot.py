@@ -23,7 +23,7 @@ from vmf_pretrain.methods.dino import DINO, GLOBAL_VIEWS
 from vmf_pretrain.methods.masked_patches import MaskedPatches
 from vmf_pretrain.methods.method import MINIMISED, Place
 from vmf_pretrain.methods.sinkhorn import RememberedSinkhorn
-from vmf_pretrain.networks.average import follow
+from vmf_pretrain.networks.average import update_average
 from vmf_pretrain.networks.backbone import build_backbone, xavier
 from vmf_pretrain.networks.tokens import TokenTransformer
 from vmf_pretrain.networks.two_streams import StreamHead, TwoStreams, placed
@@ -89,11 +89,10 @@ class IBOT(DINO):
 
     def after_step(self, place: Place, share: Tensor | float) -> None:
         """Move the teacher, which has no mask token."""
-        share = (1.0 - self.momentum.at(place.step)) * share
-        for part in ("backbone", "head", "patch_head"):
-            follower, leader = getattr(self.teacher, part), getattr(self.student, part)
-            if follower is not None:
-                follow(follower, leader, share)
+        trained = dict(self.student.named_parameters())
+        followers = dict(self.teacher.named_parameters())
+        leaders = [trained[name] for name in followers]
+        update_average(followers.values(), leaders, (1.0 - self.momentum.at(place.step)) * share)
 
     def rates(self, place: Place) -> dict[str, float]:
         """Momentum and temperatures of the teacher."""
@@ -134,12 +133,13 @@ class IBOT(DINO):
                 "expected a plain vision transformer."
             )
         head, patch_head = self._head(int(backbone.num_features)), self._patch_head(int(backbone.num_features))
-        student = TwoStreams(backbone, head, patch_head, hides=True, parts=parts)
+        backbone.learn_to_hide()
+        student = TwoStreams(backbone, head, patch_head, parts=parts)
         if config.backbone.initialisation == "xavier":
             xavier(student)
-        copies = copy.deepcopy(head), copy.deepcopy(patch_head)
-        teacher = TwoStreams(build_backbone(config), *copies, hides=False, parts=parts)
-        teacher.load_state_dict({name: value for name, value in student.state_dict().items() if name != "mask_token"})
+        teacher = TwoStreams(build_backbone(config), copy.deepcopy(head), copy.deepcopy(patch_head), parts=parts)
+        tensors = student.state_dict()
+        teacher.load_state_dict({name: tensors[name] for name in teacher.state_dict()})
         return student, teacher.requires_grad_(False)
 
     def _head(self, features: int) -> StreamHead:

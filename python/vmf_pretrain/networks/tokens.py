@@ -7,23 +7,31 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Hidden(NamedTuple):
-    """Which patches an image's network does not see.
+    """Which patches a network does not see, when its patches are wanted.
 
     Attributes:
         mask: [B, H, W] bool, True where a patch is replaced; None for none.
-        token: [1, F] what takes the place of a patch's embedding, before its position is added.
     """
 
     mask: Tensor | None = None
-    token: Tensor | None = None
 
 
 class TokenTransformer(VisionTransformer):
-    """timm's ``VisionTransformer``, with the same parameters, whose patches can be hidden and are returned on request."""
+    """timm's ``VisionTransformer``, with the same parameters, whose patches can be hidden and are returned on request.
+
+    Attributes:
+        mask_token: [1, F] what takes the place of a hidden patch's embedding, before its position is added; or None.
+    """
+
+    mask_token: nn.Parameter | None
+
+    def learn_to_hide(self) -> None:
+        """Add the mask token, which starts at 0, as published."""
+        self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
 
     def forward(self, x: Tensor, *rest: Any, hidden: Hidden | None = None) -> Tensor:
         """Images [B, C, side, side] to features [B, F]; with ``hidden`` to [B, 1 + N, F], the features and the patches.
@@ -35,8 +43,8 @@ class TokenTransformer(VisionTransformer):
             return features
         patches = self.patch_embed(x)  # [B, H, W, F] of a network with dynamic_img_size
         if hidden.mask is not None:
-            assert hidden.token is not None
-            patches = torch.where(hidden.mask[..., None], hidden.token.to(patches.dtype), patches)
+            assert self.mask_token is not None
+            patches = torch.where(hidden.mask[..., None], self.mask_token.to(patches.dtype), patches)
         tokens = self.norm(self.blocks(self.norm_pre(self.patch_drop(self._pos_embed(patches)))))
         return torch.cat([self.forward_head(tokens)[:, None], tokens[:, self.num_prefix_tokens :]], dim=1)
 
@@ -45,3 +53,4 @@ def return_tokens(backbone: VisionTransformer) -> None:
     """Make a plain ``VisionTransformer`` a ``TokenTransformer``, in place; timm's other kinds stay as they are."""
     if type(backbone) is VisionTransformer:
         backbone.__class__ = TokenTransformer
+        backbone.register_parameter("mask_token", None)

@@ -86,19 +86,14 @@ class TwoStreams(Headed):
         backbone: a ``TokenTransformer``.
         head: of class tokens, and of patches if they have none of their own.
         patch_head: the patches' own head, or None.
-        hides: whether it is shown masked views and learns the token that replaces a patch; it starts at 0, as published.
         parts: as for ``Headed``.
     """
 
     head: StreamHead
 
-    def __init__(
-        self, backbone: nn.Module, head: StreamHead, patch_head: DINOHead | None, *, hides: bool, parts: int
-    ) -> None:
+    def __init__(self, backbone: nn.Module, head: StreamHead, patch_head: DINOHead | None, *, parts: int) -> None:
         super().__init__(backbone, head, parts=parts)
         self.patch_head = patch_head
-        width = int(backbone.num_features)  # type: ignore[arg-type]
-        self.mask_token = nn.Parameter(torch.zeros(1, width)) if hides else None
 
     def streams(
         self, whole: Sequence[Tensor], local: Sequence[Tensor], *, mask: Tensor | None, chosen: Tensor | None
@@ -124,8 +119,7 @@ class TwoStreams(Headed):
         """[C, 1 + N, F] features and patches of the global views."""
 
         def call(rows: Tensor, place: slice) -> Tensor:
-            hidden = Hidden() if mask is None else Hidden(mask[place], self.mask_token)
-            tokens: Tensor = self.backbone(rows, hidden=hidden)
+            tokens: Tensor = self.backbone(rows, hidden=Hidden(None if mask is None else mask[place]))
             return tokens
 
         return in_parts(self.backbone, views, images=images, parts=self.parts, call=call)
