@@ -44,10 +44,10 @@ class RatioMasks:
 
     def draw(self, generators: Sequence[Generator]) -> dict[str, Tensor]:
         """Masks [B, G, H, W] of a batch; row b depends on its own generator only."""
-        drawn = [[self._of_view(numbers) for _ in range(self.views)] for numbers in map(_Uniforms, generators)]
+        drawn = [[self._of_view(numbers) for _ in range(self.views)] for numbers in map(Uniforms, generators)]
         return {MASK: torch.from_numpy(np.array(drawn))}
 
-    def _of_view(self, numbers: "_Uniforms") -> Mask:
+    def _of_view(self, numbers: "Uniforms") -> Mask:
         height, width = self.grid
         shares = [
             numbers.between(mean - spread, mean + spread)
@@ -89,7 +89,7 @@ class SpreadMasks:
         place = torch.randperm(count, generator=generators[0]).tolist()
         drawn = [
             [self._of_view(numbers, bounds, place[image * self.views + view]) for view in range(self.views)]
-            for image, numbers in enumerate(map(_Uniforms, generators))
+            for image, numbers in enumerate(map(Uniforms, generators))
         ]
         return {MASK: torch.from_numpy(np.array(drawn))}
 
@@ -102,7 +102,7 @@ class SpreadMasks:
         steps = int(images * self.views * self.masked)
         return [float(bound) for bound in np.linspace(*self.shares, steps + 1)]
 
-    def _of_view(self, numbers: "_Uniforms", bounds: list[float], place: int) -> Mask:
+    def _of_view(self, numbers: "Uniforms", bounds: list[float], place: int) -> Mask:
         height, width = self.grid
         if place >= len(bounds) - 1:
             return np.zeros(self.grid, dtype=bool)
@@ -110,7 +110,7 @@ class SpreadMasks:
         return hide_blocks(numbers, self.grid, wanted, least=LEAST_BLOCK, most=height // 2 * width)
 
 
-def hide_blocks(numbers: "_Uniforms", grid: tuple[int, int], wanted: float, *, least: float, most: float) -> Mask:
+def hide_blocks(numbers: "Uniforms", grid: tuple[int, int], wanted: float, *, least: float, most: float) -> Mask:
     """[H, W] a mask grown block by block up to ``wanted`` patches; it may stop short, and never exceeds that.
 
     A block has an area between ``least`` and what is still wanted (at most ``most``; the two may be in either order), an
@@ -127,7 +127,7 @@ def hide_blocks(numbers: "_Uniforms", grid: tuple[int, int], wanted: float, *, l
     return mask
 
 
-def _hide_one(numbers: "_Uniforms", mask: Mask, least: float, room: float) -> int:
+def _hide_one(numbers: "Uniforms", mask: Mask, least: float, room: float) -> int:
     """Draw a block and hide it if it fits; the number of patches that it adds."""
     area = numbers.between(least, room)
     aspect = math.exp(numbers.between(math.log(LEAST_ASPECT), -math.log(LEAST_ASPECT)))
@@ -144,7 +144,7 @@ def _hide_one(numbers: "_Uniforms", mask: Mask, least: float, room: float) -> in
     return added
 
 
-def _scattered(numbers: "_Uniforms", grid: tuple[int, int], count: int) -> Mask:
+def _scattered(numbers: "Uniforms", grid: tuple[int, int], count: int) -> Mask:
     """[H, W] a mask of ``count`` patches at random places."""
     keys = np.array([numbers.next() for _ in range(math.prod(grid))])
     mask = np.zeros(math.prod(grid), dtype=bool)
@@ -152,7 +152,7 @@ def _scattered(numbers: "_Uniforms", grid: tuple[int, int], count: int) -> Mask:
     return mask.reshape(grid)
 
 
-class _Uniforms:
+class Uniforms:
     """Random numbers of one generator, drawn many at a time: a call for each would take most of the loader's time."""
 
     def __init__(self, generator: Generator) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Generator
 
-from vmf_pretrain.data.masks import MASK, RatioMasks, SpreadMasks
+from vmf_pretrain.data.masks import MASK, RatioMasks, SpreadMasks, Uniforms, hide_blocks
 from vmf_pretrain.data.plan import MaskSampler
 
 pytestmark = pytest.mark.quick
@@ -104,3 +104,9 @@ def test_places_at_random_are_exactly_as_many_as_wanted() -> None:
     masks = RatioMasks(GRID, VIEWS, (0.3,), (0.0,), blocks=False).draw(generators(0))[MASK]
     assert (masks.sum(dim=(2, 3)) == 58).all()  # 0.3 of 196, rounded down
     assert 0.2 < masks.double().mean(dim=(0, 1))[0, 0] < 0.4, "the corner is hidden as often as any place"
+
+
+def test_block_is_narrower_and_lower_than_the_view() -> None:
+    for seed in range(50):
+        numbers = Uniforms(Generator().manual_seed(seed))
+        assert not hide_blocks(numbers, (4, 4), 16, least=16, most=16).any(), "a block spans the view"
