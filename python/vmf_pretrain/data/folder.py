@@ -20,6 +20,8 @@ from vmf_pretrain.data.source import Names, Stamp
 
 HIDDEN = "hidden files and folders"
 OTHERS = "files of other kinds"
+RUNS = "folders of runs"
+RUN_HOLDS = {"config.yaml", "checkpoints"}
 CIRCLES = "links that lead in a circle"
 BROKEN = "links that lead nowhere"
 
@@ -83,7 +85,9 @@ def files_below(root: Path, suffixes: Sequence[str]) -> tuple[list[File], Counte
     """
     if not root.is_dir():
         raise PretrainError(f"data.folder {root} is not a folder; expected one with images.")
-    search = _Search(tuple(suffixes))
+    # a link to a folder above the root is a circle too: it leads back to the root
+    whole = root.resolve()
+    search = _Search(tuple(suffixes), frozenset((at.st_dev, at.st_ino) for at in map(os.stat, whole.parents)))
     while search.waiting:
         parts, above = search.waiting.pop()
         folder = root.joinpath(*parts)
@@ -97,17 +101,21 @@ def files_below(root: Path, suffixes: Sequence[str]) -> tuple[list[File], Counte
 class _Search:
     """Files found so far, and folders that wait to be entered, each with the folders above it."""
 
-    def __init__(self, suffixes: tuple[str, ...]) -> None:
+    def __init__(self, suffixes: tuple[str, ...], above: frozenset[tuple[int, int]]) -> None:
         self.suffixes = suffixes
         self.found: list[File] = []
-        self.waiting: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), frozenset())]
+        self.waiting: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), above)]
         self.skipped: Counter[str] = Counter()
 
     def enter(self, folder: Path, parts: tuple[str, ...], above: frozenset[tuple[int, int]]) -> None:
         """Look at every entry of a folder."""
         status = folder.stat()
         here = above | {(status.st_dev, status.st_ino)}
-        with os.scandir(folder) as entries:
+        with os.scandir(folder) as found:
+            entries = list(found)
+            if {entry.name for entry in entries} >= RUN_HOLDS:
+                self.skipped[RUNS] += 1  # its plots are no data: the next run would see other images
+                return
             for entry in entries:
                 kind = self._kind_skipped(entry, (*parts, entry.name), here)
                 if kind is not None:

@@ -7,6 +7,7 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -104,6 +105,7 @@ def load_from(batches: ViewBatches, step: int) -> Loading:
             a worker has died, a batch's images cannot be read, or too many files are open.
     """
     if batches.config.data.workers:
+        require_importable_main(batches)
         require_shared_memory(batches)
         require_open_files(batches)
     return Loading(batches, step)
@@ -132,6 +134,17 @@ def _death(worker: BaseProcess) -> str:
 
 def _too_many_files() -> str:
     return f"too many files are open, {_file_limit()} at most; raise the limit (ulimit -n) or {LOWER}."
+
+
+def require_importable_main(batches: ViewBatches) -> None:
+    """Raise PretrainError if workers that are not forked would have to import a program that was typed in."""
+    path = getattr(sys.modules.get("__main__"), "__file__", None)
+    typed = path is not None and not os.path.exists(path)  # such as <stdin>
+    if batches.config.data.start_method != "fork" and typed:
+        raise PretrainError(
+            f"data.start_method {batches.config.data.start_method} starts workers that import the program, but it was read "
+            f"from {path}; save it as a file, or use fork or data.workers 0."
+        )
 
 
 def require_shared_memory(batches: ViewBatches) -> None:

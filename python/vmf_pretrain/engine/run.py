@@ -101,6 +101,8 @@ class Run:
             self._build(allow_code, closing)
             if resume:
                 self._restore(self.keeping.newest(allow_changed))
+                if allow_changed and self.first:
+                    write_config(config, self.folder.config)  # what --resume alone goes on with from here
                 self._say(f"Going on from step {self.step} of {len(self.batches)}.")
             else:
                 self._begin()
@@ -116,7 +118,7 @@ class Run:
                 self.keeping.writer.wait()
             if stopped is None or self.step == len(self.batches):
                 self.finish()
-                return 0
+                return self._ending()
             self._say(
                 f"Stopped by {stopped.name} at step {self.step}; {self._kept()} "
                 f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(self.folder.path))}"
@@ -157,6 +159,24 @@ class Run:
             self.tolerant.attempt("summary.json", lambda: replace_durably(self.folder.summary, text))
             prototypes = self.config.head.prototypes
             print_summary(self.console, self.figures, prototypes, self.folder.path, self._next_command())
+
+    def _ending(self) -> int:
+        """The exit code of a finished run: 1 if its last state is not on disk, also after another try."""
+        writer = self.keeping.writer
+        writer.wait()
+        known = int(ranks.from_first(str(len(writer.failures))))
+        if not known:
+            return 0
+        self._keep()
+        writer.wait()
+        if int(ranks.from_first(str(len(writer.failures)))) == known:
+            return 0
+        newest = self._on_disk if writer.saved is None else writer.saved
+        self._say(
+            f"THE RUN'S LAST STATE IS NOT ON DISK, or only in part: the newest checkpoint is of step {newest} of {self.step}. "
+            f"Make room on the disk of {self.folder.path}, and go on from there with --resume."
+        )
+        return 1
 
     @property
     def seconds(self) -> float:
@@ -200,6 +220,9 @@ class Run:
             RunFolder.create(self.folder.path)
         self.save()  # step 0: so that --resume works even if something stops the first epoch
         self.keeping.writer.wait()
+        failures = json.loads(ranks.from_first(json.dumps(self.keeping.writer.failures)))
+        if failures:
+            raise PretrainError(f"the run cannot begin, as nothing could go on from it: {failures[0]}")
         if self.first:  # the sign that a run has begun, after what it can go on from
             write_config(self.config, self.folder.config)
 
@@ -346,7 +369,8 @@ class Run:
         if self.config.data.kind == "digits":
             other = "dino" if self.config.method == "dino-vmf" else "dino-vmf"
             return f"vmf-pretrain demo --method {other}"
-        return f"tensorboard --logdir {shlex.quote(str(self.folder.path))}"
+        folder = shlex.quote(str(self.folder.path))
+        return f"tensorboard --logdir {folder}" if self.config.log.tensorboard else f"ls {folder}/plots"
 
 
 def _remove_if_empty(folder: Path, *, existed: bool) -> None:

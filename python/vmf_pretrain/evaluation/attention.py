@@ -44,7 +44,7 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
     hook = attention.register_forward_pre_hook(look)
     try:
         with evaluating(backbone):
-            backbone(images.to(device_of(backbone)))
+            backbone(images.to(device_of(backbone), next(backbone.parameters()).dtype))
     finally:
         hook.remove()
     height, width = vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))

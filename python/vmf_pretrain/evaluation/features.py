@@ -25,7 +25,8 @@ def extract_features(backbone: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     """
     device = device_of(backbone)
     with evaluating(backbone), torch.no_grad():
-        parts = [backbone(images.to(device)).float().cpu() for images in batches]
+        dtype = next(backbone.parameters()).dtype
+        parts = [backbone(images.to(device, dtype)).float().cpu() for images in batches]
     if not parts:
         raise ValueError("batches is empty; expected at least one batch of images")
     features = torch.cat(parts)

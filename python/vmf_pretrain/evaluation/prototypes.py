@@ -97,7 +97,7 @@ def _assigned(assignment: Assignment, features: Tensor) -> tuple[PrototypeLogits
     head, bias = assignment.head, assignment.bias
     device = device_of(head)
     with evaluating(head):
-        logits: PrototypeLogits = head(features.to(device)).float()
+        logits: PrototypeLogits = head(features.to(device, next(head.parameters()).dtype)).float()
     return logits, None if bias is None else bias.to(device)
 
 

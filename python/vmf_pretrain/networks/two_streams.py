@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from vmf_kernels import DINOHead, PrototypeLayer, PrototypeLogits
-from vmf_kernels.heads.prototype_layer import outlive
 from vmf_pretrain.networks.headed import Headed
 from vmf_pretrain.networks.parts import in_parts
 from vmf_pretrain.networks.tokens import Hidden
@@ -64,7 +63,7 @@ class StreamHead(DINOHead):
             return self._as_components(super().forward(x))
         both, rows = super().forward(torch.cat([x, patches])), len(x)
         own = self.last_layer2
-        of_patches = both[rows:] if own is None else outlive(self, own(both.features[rows:]))
+        of_patches = both[rows:] if own is None else own(both.features[rows:])
         return self._as_components(both[:rows]), self._as_components(of_patches)
 
     def _as_components(self, logits: PrototypeLogits) -> PrototypeLogits:

@@ -81,7 +81,7 @@ def print_summary(
     if figures["mutual_information"] is not None:
         console.print(comparison(figures), soft_wrap=True, highlight=False)
     console.print(
-        f"Run folder: {folder} (summary.json, metrics.jsonl, plots/, weights/, tensorboard/)",
+        f"Run folder: {folder} (summary.json, metrics.jsonl, plots/, weights/)",
         soft_wrap=True,
         markup=False,
     )

@@ -198,6 +198,8 @@ def _advice(kinds: list[str]) -> str:
 
 
 def _changed(name: str, was: Any, value: Any) -> str:
+    if name == "names_and_sizes":
+        return "some names or sizes of files have changed."
     return f"{name} was {was!r} and is {value!r}."
 
 

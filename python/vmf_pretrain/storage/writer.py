@@ -107,14 +107,12 @@ class CheckpointWriter:
                 self._save(step, tensors, state)
                 self.saved = step
             except PretrainError as error:
-                failures.append(
-                    f"{str(error).rstrip('.')}; training goes on, and the checkpoints of before are intact."
-                )
+                failures.append(f"{str(error).rstrip('.')}; checkpoints of before, if there are any, are intact.")
         for each in weights:
             try:
                 save_weights(each)
             except OSError as error:
                 reason = error.strerror or error
-                failures.append(f"Weights {each.path} could not be written: {reason}; training goes on.")
+                failures.append(f"Weights {each.path} could not be written: {reason}.")
         self.wrote = time.perf_counter() - began
         return failures

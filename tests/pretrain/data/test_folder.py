@@ -12,7 +12,7 @@ import torch
 
 from tests.pretrain.tiny import folder_images, one_sentence, photos_config, save_photos, two_classes
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.data.folder import BROKEN, CIRCLES, HIDDEN, OTHERS, FolderSource
+from vmf_pretrain.data.folder import BROKEN, CIRCLES, HIDDEN, OTHERS, RUNS, SUFFIXES, FolderSource, files_below
 from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.photos import Photos
 from vmf_pretrain.data.source import Names
@@ -133,6 +133,21 @@ def test_every_entry_is_an_image_or_counted(
     assert (found.images, found.skipped) == (images, skipped)
     assert found.text.startswith(f"{images} images in {tmp_path / 'data'}, {len(found.classes)} classes"), found.text
     assert all(f"{count} {kind}" in found.text for kind, count in skipped.items()), found.text
+
+
+def test_run_below_the_data_and_links_above_it_add_no_images(tmp_path: Path) -> None:
+    save_photos(tmp_path / "all" / "photos", 3)
+    save_photos(tmp_path / "all" / "others", 2)
+    root = tmp_path / "all" / "photos"
+    before, _ = files_below(root, SUFFIXES)
+    save_photos(root / "runs" / "fit" / "plots", 2)
+    (root / "runs" / "fit" / "config.yaml").write_text("")
+    (root / "runs" / "fit" / "checkpoints").mkdir()
+    (root / "up").symlink_to(tmp_path / "all")
+    found, skipped = files_below(root, SUFFIXES)
+    assert found == before
+    assert skipped[RUNS] == 1
+    assert skipped[CIRCLES] == 1
 
 
 def test_folder_that_cannot_be_entered_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
