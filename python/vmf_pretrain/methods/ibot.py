@@ -58,9 +58,10 @@ class IBOT(DINO):
 
     def forward(self, batch: Batch, place: Place) -> dict[str, Tensor]:
         """The cross-entropy between views' class tokens, that of masked patches, and KoLeo."""
-        mask = self._mask(batch, place)
+        # what is masked is read on the host, which so waits for no device
+        mask, on_host = (self._mask(masks, place) for masks in (batch.masks[MASK], batch.host_mask(MASK)))
         images, patches = len(mask), mask[0].numel()
-        chosen = mask.flatten().nonzero().flatten()
+        chosen = on_host.flatten().nonzero().flatten().to(mask.device, non_blocking=True)
         whole, local = batch.views[:GLOBAL_VIEWS], batch.views[GLOBAL_VIEWS:]
         every = self.center_tokens == "all"
         with torch.no_grad():
@@ -73,7 +74,7 @@ class IBOT(DINO):
             (learnt.of_class[:images], placed(learnt.patches, chosen, images, patches)),
             (taught.of_class, targets),
             learnt.of_class[images:] if local else None,
-            mask.chunk(GLOBAL_VIEWS),
+            on_host.chunk(GLOBAL_VIEWS),
             self._moment(place),
         )
         self._remember(taught.patches[chosen] if every else taught.patches, learnt.patches, mask, place)
@@ -98,9 +99,9 @@ class IBOT(DINO):
         """Momentum and temperatures of the teacher."""
         return {**super().rates(place), "patch_teacher_temperature": self._patch_temperature(place)}
 
-    def _mask(self, batch: Batch, place: Place) -> Tensor:
+    def _mask(self, masks: Tensor, place: Place) -> Tensor:
         """[C, H, W] of the global views, view-major; nothing is masked before the first epoch of masks."""
-        mask = batch.masks[MASK].transpose(0, 1).flatten(0, 1)
+        mask = masks.transpose(0, 1).flatten(0, 1)
         return mask if place.epoch >= self.config.masks.start_epoch else torch.zeros_like(mask)
 
     def _moment(self, place: Place) -> int:

@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dinov2-vmf": {"method": "dinov2-vmf"},
 }
 NUMBERS = ("loss", "patch_loss", "koleo", "gradient_norm", "patch_mutual_information", "masked_patch_accuracy")
-STEPS = 3
+STEPS = 2
 WITHIN = 1e-8  # of a number in fp64, with batch normalisation and Sinkhorn-Knopp over both ranks
 
 
