@@ -14,8 +14,10 @@ class DataConfig:
 
     Attributes:
         kind: "digits" (scikit-learn's bundled handwritten digits on a 16 x 16 canvas), "folder" (a folder of images),
-            "shards" (a folder of tar archives, as WebDataset writes them) or "dataset" (a torch Dataset of your own).
-        folder: the folder of kinds "folder" and "shards", searched recursively; its sub-folders are the classes of k-NN.
+            "shards" (a folder of tar archives, as WebDataset writes them), "videos" (a folder of video files) or "dataset" (a
+            torch Dataset of your own).
+        folder: the folder of kinds "folder", "shards" and "videos", searched recursively; its sub-folders are the classes of
+            k-NN.
         dataset: "module:attribute" of a map-style torch Dataset for kind "dataset", called with ``dataset_arguments``. It
             runs code, so it needs --allow-code.
         dataset_arguments: keyword arguments of ``dataset``.
@@ -28,7 +30,7 @@ class DataConfig:
         cache_side: the shorter side of cached images, pixels.
     """
 
-    kind: Literal["digits", "folder", "shards", "dataset"] = "folder"
+    kind: Literal["digits", "folder", "shards", "videos", "dataset"] = "folder"
     folder: str | None = None
     dataset: str | None = None
     dataset_arguments: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -45,7 +47,7 @@ class DataConfig:
         require_not_negative("data", workers=self.workers)
         require(0 < self.held_out < 1, f"data.held_out is {self.held_out} but must lie strictly between 0 and 1.")
         require_share("data", max_bad_share=self.max_bad_share)
-        cached = self.cache is not None and self.kind in ("digits", "dataset")
+        cached = self.cache is not None and self.kind in ("digits", "videos", "dataset")
         require(not cached, f'data.cache does not go with data.kind "{self.kind}"; only files on a disk are cached.')
         missing = self.kind == "dataset" and self.dataset is None
         require(not missing, 'data.dataset is missing; data.kind "dataset" needs the "module:attribute" of a Dataset.')

@@ -4,7 +4,7 @@ import re
 
 from vmf_pretrain.config.checks import require
 
-METHODS = ("dino-vmf", "dino", "ibot", "ibot-vmf", "dinov2", "dinov2-vmf")
+METHODS = ("dino-vmf", "dino", "ibot", "ibot-vmf", "dinov2", "dinov2-vmf", "mae", "ijepa", "vjepa")
 PATCH_METHODS = ("ibot", "ibot-vmf", "dinov2", "dinov2-vmf")  # those with a loss of masked patches
 VMF = "-vmf"  # the end of the names of those whose prototypes have concentrations
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")

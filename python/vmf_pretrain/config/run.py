@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vmf_pretrain.config.backbone import BackboneConfig
+from vmf_pretrain.config.blocks import BlocksConfig
 from vmf_pretrain.config.checks import require
+from vmf_pretrain.config.clips import ClipsConfig
 from vmf_pretrain.config.data import DataConfig
+from vmf_pretrain.config.decoder import DecoderConfig
 from vmf_pretrain.config.evaluate import EvaluateConfig
 from vmf_pretrain.config.head import HeadConfig
 from vmf_pretrain.config.log import LogConfig
@@ -13,6 +16,7 @@ from vmf_pretrain.config.loss import LossConfig
 from vmf_pretrain.config.masks import MasksConfig
 from vmf_pretrain.config.method import PATCH_METHODS, VMF, is_import_path, require_method
 from vmf_pretrain.config.optim import OptimConfig
+from vmf_pretrain.config.predictor import PredictorConfig
 from vmf_pretrain.config.train import TrainConfig
 from vmf_pretrain.config.views import DIGIT_CANVAS, GLOBAL_VIEWS, ViewsConfig
 
@@ -22,8 +26,8 @@ class Config:
     """One run.
 
     Attributes:
-        method: "dino", "ibot" or "dinov2"; "-vmf" after it gives the prototypes a concentration each. Or "module:Class" for a
-            method of your own, which --allow-code has to permit.
+        method: "dino", "ibot" or "dinov2"; "-vmf" after it gives the prototypes a concentration each. "mae", "ijepa" or
+            "vjepa" have none. Or "module:Class" for a method of your own, which --allow-code has to permit.
         seed: seed of the initialisation, the data order and every augmentation.
         data: which images.
         views: multi-crop and augmentation.
@@ -31,6 +35,10 @@ class Config:
         backbone: the vision transformer.
         head: the projection head.
         loss: temperatures, centring, KoLeo.
+        decoder: MAE's mask and decoder.
+        predictor: the predictor of I-JEPA and V-JEPA.
+        blocks: their block masks.
+        clips: how a clip is cut out of a video.
         optim: optimizer and schedules.
         train: length and device.
         evaluate: k-NN and the other checks.
@@ -46,6 +54,10 @@ class Config:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -60,7 +72,7 @@ class Config:
         for name, size in sizes.items():
             patch = self.backbone.patch_size
             require(size % patch == 0, f"{name} is {size} but must be a multiple of backbone.patch_size, {patch}.")
-        missing = self.data.kind in ("folder", "shards") and self.data.folder is None
+        missing = self.data.kind in ("folder", "shards", "videos") and self.data.folder is None
         require(
             not missing,
             "data.folder is missing; expected the path of a folder of images, for example with --data FOLDER.",
@@ -87,6 +99,9 @@ class Config:
         require_method(self.method)
         stray = self.options and not is_import_path(self.method)
         require(not stray, f"options are given but {self.method} reads none; expected a method module:Class.")
+        videos, predicts = self.data.kind == "videos", self.method == "vjepa"
+        fits = videos == predicts or (videos and is_import_path(self.method))
+        require(fits, f'method is {self.method} and data.kind "{self.data.kind}"; vjepa and "videos" go together.')
         frozen = self.method.endswith(VMF) and self.head.norm_prototypes is True
         plain = self.method.removesuffix(VMF)
         require(
@@ -151,6 +166,13 @@ class Config:
         """Number of prototypes of the patches."""
         chosen = self.head.patch_prototypes
         return self.head.prototypes if chosen is None else chosen
+
+    @property
+    def token_grid(self) -> tuple[int, ...]:
+        """Tokens of a global view: (height, width), for clips (time, height, width)."""
+        side = self.views.global_size // self.backbone.patch_size
+        time = (self.clips.frames // self.clips.tubelet,) if self.data.kind == "videos" else ()
+        return (*time, side, side)
 
     @property
     def view_count(self) -> int:

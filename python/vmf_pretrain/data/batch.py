@@ -27,7 +27,7 @@ class Batch:
     """Views, masks and numbers of images.
 
     Attributes:
-        views: network inputs [B, C, side, side], the global views first.
+        views: network inputs [B, C, side, side], the global views first; clips are [B, T, C, side, side].
         masks: by name, rows as the images.
         indices: the images' numbers in the data set, B of them.
         bad: images of this batch that could not be read.

@@ -4,6 +4,7 @@ So no state of a worker is saved: a run that starts at step n asks for batch n a
 and several ranks read the parts of the batch that one would read.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,12 +17,13 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.bad_images import UnreadableImageError, first_names
 from vmf_pretrain.data.batch import BadImage, Batch
 from vmf_pretrain.data.bundled import DigitImages
+from vmf_pretrain.data.clips import Clips, clip_view
 from vmf_pretrain.data.digit_views import digit_view
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.data.photo_views import least_pixels, photo_view
 from vmf_pretrain.data.plan import Plan
-from vmf_pretrain.data.randomness import DATA_ORDER, MASK, REPLACEMENT, VIEW, generator_for, stream_seed
+from vmf_pretrain.data.randomness import CLIP, DATA_ORDER, MASK, REPLACEMENT, VIEW, generator_for, stream_seed
 
 TRIES = 10  # images read for one place of a batch; at 1 % of bad images, ten in a row happen once in 10^20
 
@@ -75,7 +77,7 @@ class ViewBatches(Dataset[Batch | PretrainError]):
     @property
     def bytes(self) -> int:
         """Bytes of the views of a batch of this rank."""
-        pixels = sum(side**2 for side in self.sides) * network_input(self.config).channels
+        pixels = sum(side**2 for side in self.sides) * network_input(self.config).channels * math.prod(self._frames)
         return self.rows * pixels * torch.float32.itemsize
 
     def __len__(self) -> int:
@@ -107,7 +109,7 @@ class ViewBatches(Dataset[Batch | PretrainError]):
         return _order(len(self.images), self.config.seed, epoch)
 
     def views(self, epoch: int, indices: list[int]) -> list[Tensor]:
-        """One network input [B, C, side, side] per view; its row b depends only on (seed, epoch, indices[b], view)."""
+        """One network input [B, ..., C, side, side] per view; its row b depends only on (seed, epoch, indices[b], view)."""
         return [network_input(self.config).of(pixels) for pixels in self._pixels(epoch, indices)[0]]
 
     def _masks(self, epoch: int, together: list[int], mine: slice) -> dict[str, Tensor]:
@@ -125,7 +127,7 @@ class ViewBatches(Dataset[Batch | PretrainError]):
         """
         if isinstance(self.images, DigitImages):
             return self._digit_pixels(self.images, epoch, indices), indices, []
-        views = [torch.empty(len(indices), 3, side, side) for side in self.sides]
+        views = [torch.empty(len(indices), *self._frames, 3, side, side) for side in self.sides]
         shown: list[int] = []
         bad: list[BadImage] = []
         for row, index in enumerate(indices):
@@ -139,6 +141,8 @@ class ViewBatches(Dataset[Batch | PretrainError]):
 
     def _photo_view(self, image: Tensor, view: int, stream: torch.Generator) -> Tensor:
         chosen, count = self.config.views.photos, self.plan.global_views
+        if isinstance(self.images, Clips):
+            return clip_view(image, self.sides[view], chosen, stream)
         return photo_view(image, view, self.sides[view], chosen, stream, global_views=count)
 
     def _readable(self, epoch: int, index: int, bad: list[BadImage]) -> tuple[Tensor, int]:
@@ -147,7 +151,7 @@ class ViewBatches(Dataset[Batch | PretrainError]):
         for attempt in range(TRIES):
             number = index if attempt == 0 else self._replacement(epoch, index, attempt)
             try:
-                return self.images.decode(number, self._least_pixels), number
+                return self._decode(epoch, index, number), number
             except UnreadableImageError as error:
                 tried.append(BadImage(self.images.name(number), str(error)))
                 bad.append(tried[-1])
@@ -155,6 +159,18 @@ class ViewBatches(Dataset[Batch | PretrainError]):
             f"{TRIES} images in a row cannot be read: {first_names([image.name for image in tried])}; "
             f"the first because {tried[0].reason}."
         )
+
+    def _decode(self, epoch: int, index: int, number: int) -> Tensor:
+        """Image ``number``; the clip of a video begins where the place of image ``index`` says."""
+        if not isinstance(self.images, Clips):
+            return self.images.decode(number, self._least_pixels)
+        place = torch.rand((), generator=generator_for(self.config.seed, CLIP, epoch, index))
+        return self.images.clip(number, float(place))
+
+    @property
+    def _frames(self) -> tuple[int, ...]:
+        """(T,) of clips, () of images."""
+        return (self.config.clips.frames,) if isinstance(self.images, Clips) else ()
 
     def _replacement(self, epoch: int, index: int, attempt: int) -> int:
         return stream_seed(self.config.seed, REPLACEMENT, epoch, index, attempt) % len(self.images)

@@ -7,6 +7,7 @@ from vmf_pretrain.config.data import DataConfig
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.bundled import digits
 from vmf_pretrain.data.cache import ImageCache
+from vmf_pretrain.data.clips import SUFFIXES, everything_in_clips
 from vmf_pretrain.data.folder import FolderSource
 from vmf_pretrain.data.images import Found, Images, split
 from vmf_pretrain.data.photos import everything
@@ -27,9 +28,15 @@ def load_images(config: Config, *, allow_code: bool = False) -> tuple[Images, Im
     Raises:
         PretrainError: there are no images, or not where the configuration says.
     """
-    train, held_out, found = _digits() if config.data.kind == "digits" else _photos(config, allow_code)
+    train, held_out, found = _found(config, allow_code)
     facts = {**train.facts(), "held_out": None if held_out is None else held_out.facts()}
     return train, held_out, replace(found, facts=facts)
+
+
+def _found(config: Config, allow_code: bool) -> tuple[Images, Images | None, Found]:
+    if config.data.kind == "digits":
+        return _digits()
+    return _videos(config) if config.data.kind == "videos" else _photos(config, allow_code)
 
 
 def _digits() -> tuple[Images, Images | None, Found]:
@@ -46,9 +53,25 @@ def _photos(config: Config, allow_code: bool) -> tuple[Images, Images | None, Fo
     train: Images = photos
     held_out: Images | None = None
     if labels is not None:
-        train, held_out = split(photos, max(1, round(config.data.held_out * len(photos))))
+        train, held_out = split(photos, _held_out(config, len(photos)))
     kept = 0 if held_out is None else len(held_out)
     return train, held_out, Found(where, len(photos), classes, kept, source.skipped, source.notes)
+
+
+def _videos(config: Config) -> tuple[Images, Images | None, Found]:
+    source = FolderSource(Path(str(config.data.folder)), SUFFIXES)
+    labels, classes = source.labels()
+    clips = everything_in_clips(source, labels, config.views.global_size, config.clips)
+    train: Images = clips
+    held_out: Images | None = None
+    if labels is not None:
+        train, held_out = split(clips, _held_out(config, len(clips)))
+    kept = 0 if held_out is None else len(held_out)
+    return train, held_out, Found(str(source.root), len(clips), classes, kept, source.skipped)
+
+
+def _held_out(config: Config, count: int) -> int:
+    return max(1, round(config.data.held_out * count))
 
 
 def _source(data: DataConfig, allow_code: bool) -> tuple[Source, str]:

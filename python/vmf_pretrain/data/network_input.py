@@ -15,7 +15,13 @@ from vmf_pretrain.config.run import Config
 FULL_BYTE = 255.0
 # Mean and deviation of each channel by kind of data: digits stay as they are; photographs use ImageNet's, as published.
 PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-SCALES = {"digits": ((0.0,), (1.0,)), "folder": PHOTOGRAPHS, "shards": PHOTOGRAPHS, "dataset": PHOTOGRAPHS}
+SCALES = {
+    "digits": ((0.0,), (1.0,)),
+    "folder": PHOTOGRAPHS,
+    "shards": PHOTOGRAPHS,
+    "videos": PHOTOGRAPHS,
+    "dataset": PHOTOGRAPHS,
+}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ INITIALISATION = 5
 JUDGED_ORDER = 6
 MASK = 7
 REPLACEMENT = 8
+CLIP = 9
 
 
 def stream_seed(seed: int, use: int, *place: int) -> int:

@@ -68,13 +68,22 @@ class Loop:
         self.wrapped: Wrapped = wrap(self.method, config, device)
         self.late = device.type == "cuda" if late is None else late
         groups = parameter_groups(self.method)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.learning_rate, fused=True if self.late else None)
+        optim = config.optim
+        fused = True if self.late else None
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, fused=fused)
         self.loss_scale = LossScale(active=config.train.precision == "fp16", device=device)
         self.votes = Votes(device, late=self.late)
         self._moved = False  # whether a step of this process has been taken, after which no buffer starts any more
-        optim, warm_up = config.optim, config.optim.warmup_epochs * steps_per_epoch
-        self.learning_rate = CosineSchedule(optim.learning_rate, optim.final_learning_rate, self.start.steps, warm_up)
-        self.weight_decay = CosineSchedule(optim.weight_decay, optim.final_weight_decay, self.start.steps)
+        steps, warm_up = round(optim.stretch * self.start.steps), optim.warmup_epochs * steps_per_epoch
+        self.learning_rate = CosineSchedule(
+            optim.learning_rate,
+            optim.final_learning_rate,
+            steps,
+            warm_up,
+            first=optim.start_learning_rate,
+            counting=optim.counting,
+        )
+        self.weight_decay = CosineSchedule(optim.weight_decay, optim.final_weight_decay, steps, counting=optim.counting)
 
     def place(self, step: int) -> Place:
         """The place of a step."""

@@ -38,7 +38,7 @@ from vmf_pretrain.evaluation.agreement import compared
 from vmf_pretrain.evaluation.judge import BASELINES, Judge
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
-from vmf_pretrain.report.figures import draw_plots, sample_attention
+from vmf_pretrain.report.figures import draw_plots, sample_attention, sample_pictures
 from vmf_pretrain.report.summary import print_summary, summary_text
 from vmf_pretrain.storage.checkpoint import Checkpoint
 from vmf_pretrain.storage.durable import replace_durably
@@ -140,9 +140,11 @@ class Run:
             self.keeping.weights("best", self.step, report.figures["knn"])
         baselines = {"untrained": self.facts["knn_untrained"], "raw pixels": self.facts["knn_pixels"]}
         known = {name: value for name, value in baselines.items() if value is not None}
-        attention = sample_attention(self.config, method.evaluated, self.judge.held_out or train)
+        shown, backbone = self.judge.held_out or train, method.evaluated
+        attention = sample_attention(self.config, backbone, shown)
+        pictures = sample_pictures(self.config, backbone, shown, method.pictures)
         if self.first:
-            draw = functools.partial(draw_plots, self.folder, self.config, report.head, attention, known)
+            draw = functools.partial(draw_plots, self.folder, self.config, report.head, attention, known, pictures)
             self.tolerant.attempt("plots", draw)
         self.figures = {
             **report.figures,

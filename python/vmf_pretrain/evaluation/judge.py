@@ -147,5 +147,6 @@ class Judge:
 
 
 def _averaged(pixels: Tensor, side: int) -> Tensor:
-    """[N, C, s, s] averaged to at most ``side`` a side."""
-    return adaptive_avg_pool2d(pixels, min(pixels.shape[-1], side))
+    """[N, ..., C, s, s] averaged to at most ``side`` a side."""
+    small = adaptive_avg_pool2d(pixels.flatten(0, -4), min(pixels.shape[-1], side))
+    return small.reshape(*pixels.shape[:-2], *small.shape[-2:])

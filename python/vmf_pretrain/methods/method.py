@@ -111,6 +111,10 @@ class Method(nn.Module, ABC):
         """Values of the method's own schedules, to log."""
         return {}
 
+    def pictures(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Pictures to draw beside evaluated inputs [N, C, H, W], by title, of their shape and scale, in evaluation mode."""
+        return {}
+
     def assignment(self, place: Place) -> Assignment | None:
         """How images are assigned to prototypes; None if there are none."""
         return None

@@ -7,6 +7,8 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.methods.dino import DINO, DINOvMF
 from vmf_pretrain.methods.dinov2 import DINOv2, DINOv2vMF
 from vmf_pretrain.methods.ibot import IBOT, IBOTvMF
+from vmf_pretrain.methods.ijepa import IJEPA, VJEPA
+from vmf_pretrain.methods.mae import MAE
 from vmf_pretrain.methods.method import Method
 
 METHODS: dict[str, type[Method]] = {
@@ -16,6 +18,9 @@ METHODS: dict[str, type[Method]] = {
     "ibot-vmf": IBOTvMF,
     "dinov2": DINOv2,
     "dinov2-vmf": DINOv2vMF,
+    "mae": MAE,
+    "ijepa": IJEPA,
+    "vjepa": VJEPA,
 }
 
 

@@ -16,12 +16,13 @@ from vmf_pretrain.networks.stochastic_depth import StochasticDepth, SubsetBlock,
 from vmf_pretrain.networks.tokens import return_tokens
 
 
-def build_backbone(config: Config, *, drop_path: float = 0.0) -> timm.models.VisionTransformer:
+def build_backbone(config: Config, *, drop_path: float = 0.0, **by_method: Any) -> timm.models.VisionTransformer:
     """A vision transformer for the network input of a configuration; it returns [B, F] features without a classifier.
 
     Args:
         config: its ``backbone`` section, and the input's size and channels.
         drop_path: rate of stochastic depth, of the last block or of all (``backbone.drop_path_rates``).
+        by_method: arguments of timm's ``VisionTransformer`` that are no settings, such as ``class_token``.
 
     Raises:
         PretrainError: timm does not know the name, or it is not a vision transformer of the configured shape.
@@ -43,7 +44,7 @@ def build_backbone(config: Config, *, drop_path: float = 0.0) -> timm.models.Vis
             in_chans=fed.channels,
             num_classes=0,
             drop_path_rate=drop_path,
-            dynamic_img_size=True,
+            **{"dynamic_img_size": True, **by_method},
             **{name: value for name, value in options.items() if value is not None},
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:

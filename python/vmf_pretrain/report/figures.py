@@ -1,7 +1,8 @@
 """Every PNG of a run folder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from vmf_pretrain.config.errors import PretrainError
@@ -9,7 +10,9 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.evaluation.attention import attention_maps
+from vmf_pretrain.evaluation.features import device_of, evaluating
 from vmf_pretrain.evaluation.prototypes import HeadReport
+from vmf_pretrain.report.pictures import plot_pictures
 from vmf_pretrain.report.plots import plot_attention, plot_kappa, plot_knn, plot_loss, plot_usage
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
@@ -23,8 +26,9 @@ def draw_plots(
     head: HeadReport | None,
     attention: tuple[Tensor, Tensor] | None,
     baselines: Mapping[str, float],
+    pictures: Mapping[str, Tensor],
 ) -> None:
-    """Every PNG of the run folder; those of the prototypes and of the class token only where there are such.
+    """Every PNG of the run folder; those of prototypes, class token and pictures only where there are such.
 
     Args:
         folder: of the run.
@@ -32,6 +36,7 @@ def draw_plots(
         head: how the head assigns images.
         attention: from ``sample_attention``.
         baselines: accuracies of k-NN without training, percent, by name.
+        pictures: from ``sample_pictures``.
     """
     records = read_metrics(folder)
     losses = [record for record in records if record.get("teacher_entropy") is not None]
@@ -44,6 +49,8 @@ def draw_plots(
         plot_kappa(head.norms.cpu() / config.loss.teacher_temp, folder.plots / "kappa.png")
     if attention is not None:
         plot_attention(*attention, folder.plots / "attention.png")
+    if pictures:
+        plot_pictures(pictures, folder.plots / "reconstructions.png")
 
 
 def sample_attention(config: Config, backbone: nn.Module, images: Images) -> tuple[Tensor, Tensor] | None:
@@ -57,6 +64,21 @@ def sample_attention(config: Config, backbone: nn.Module, images: Images) -> tup
         return fed.pixels(sample), attention_maps(backbone, sample).cpu()
     except PretrainError:  # no class token, or no plain attention
         return None
+
+
+def sample_pictures(
+    config: Config, backbone: nn.Module, images: Images, pictures: Callable[[Tensor], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """A few images [n, C, H, W] in [0, 1], and a method's pictures of them, by title; empty if it has none.
+
+    Every rank that has a part of the backbone must call it.
+    """
+    fed = network_input(config)
+    sample = fed.of(images.evaluation_pixels(_spread(len(images))))
+    with evaluating(backbone), torch.no_grad():
+        beside = pictures(sample.to(device_of(backbone)))
+    columns = {"image": sample, **beside} if beside else {}
+    return {name: fed.pixels(rows.cpu()) for name, rows in columns.items()}
 
 
 def _spread(count: int) -> list[int]:

@@ -56,6 +56,7 @@ def test_every_kind_of_data_has_a_scale_of_its_own_channels() -> None:
         "digits": 1,
         "folder": 3,
         "shards": 3,
+        "videos": 3,
         "dataset": 3,
     }
     assert set(SCALES) == set(get_args(get_type_hints(DataConfig)["kind"]))
