@@ -175,10 +175,10 @@ MUTATIONS = (
     ),
     Mutation(
         "direction of the teacher's running mean",
-        "python/vmf_pretrain/engine/optim.py",
-        "[value.detach() for value in current], 1.0 - momentum)",
-        "[value.detach() for value in current], momentum)",
-        ("tests/pretrain/engine/test_optim.py",),
+        "python/vmf_pretrain/methods/dino.py",
+        "(1.0 - self.momentum.at(place.step)) * share",
+        "self.momentum.at(place.step) * share",
+        ("tests/pretrain/engine/test_loop.py",),
     ),
     Mutation(
         "temperature of the k-NN votes",
@@ -196,9 +196,9 @@ MUTATIONS = (
     ),
     Mutation(
         "state of the optimizer that a resumed run goes on with",
-        "python/vmf_pretrain/storage/checkpoint.py",
-        'step = tensors[f"{index}.step"].to(',
-        'step = (0 * tensors[f"{index}.step"]).to(',
+        "python/vmf_pretrain/storage/optimizer_state.py",
+        'return tensor.to(parameter.device if on_device else "cpu", copy=True)',
+        'return (0 * tensor).to(parameter.device if on_device else "cpu", copy=True)',
         ("tests/pretrain/storage/test_checkpoint_optimizer.py",),
     ),
     Mutation(

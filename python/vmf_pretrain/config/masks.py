@@ -30,7 +30,7 @@ class MasksConfig:
     def __post_init__(self) -> None:
         means, spreads = self.ratios, self.spreads
         fits = len(means) == len(spreads) > 0 and all(
-            0 <= spread <= mean and mean + spread <= 1 for mean, spread in zip(means, spreads, strict=False)
+            0 <= spread <= middle and middle + spread <= 1 for middle, spread in zip(means, spreads, strict=False)
         )
         require(
             fits,

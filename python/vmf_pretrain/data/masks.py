@@ -50,8 +50,8 @@ class RatioMasks:
     def _of_view(self, numbers: "Uniforms") -> Mask:
         height, width = self.grid
         shares = [
-            numbers.between(mean - spread, mean + spread)
-            for mean, spread in zip(self.ratios, self.spreads, strict=True)
+            numbers.between(middle - spread, middle + spread)
+            for middle, spread in zip(self.ratios, self.spreads, strict=True)
         ]
         wanted = shares[numbers.below(len(shares))] * height * width
         if not self.blocks:

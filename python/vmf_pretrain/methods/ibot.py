@@ -182,7 +182,7 @@ class IBOT(DINO):
         if self.config.head.last_layer == "linear":
             for layer in filter(None, layers):
                 remove_weight_norm(layer)
-                nn.init.trunc_normal_(layer.get_parameter("weight"), std=PROTOTYPE_STD)
+                nn.init.trunc_normal_(layer.get_parameter("weight"), 0.0, PROTOTYPE_STD)
 
     def _loss(self) -> IBOTLoss:
         loss, sizes = self.config.loss, (self.config.head.prototypes, self.config.patch_prototypes)

@@ -135,6 +135,7 @@ def test_a_claim_of_a_dead_process_is_said(tmp_path: Path) -> None:
 def test_a_locked_folder_is_new_to_a_run_and_a_used_one_is_not(tmp_path: Path) -> None:
     with RunLock.take(tmp_path / "run"):
         RunFolder.create(tmp_path / "run")
+        (tmp_path / "run" / "metrics.jsonl").touch()
         with pytest.raises(PretrainError, match="already exists"):
             RunFolder.create(tmp_path / "run")
 

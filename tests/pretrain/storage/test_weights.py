@@ -105,7 +105,7 @@ def test_attention_is_drawn_beside_the_photograph_and_not_what_was_made_of_it(
     images, _ = folder_images(tmp_path / "photos", 32, 0.25)
     config = photos_config(tmp_path / "photos")
     drawn_from = sample_attention(config, build_networks(config)[1].backbone, images)
-    draw_plots(RunFolder.create(tmp_path / "run"), config, REPORT, drawn_from, {})
+    draw_plots(RunFolder.create(tmp_path / "run"), config, REPORT, drawn_from, {}, {})
     error = (drawn[0] - images.evaluation_pixels(list(range(6)))).abs().max().item()
     assert error < 1e-6, f"off by {error:.1e}"
 
@@ -120,7 +120,7 @@ def test_every_plot_is_a_picture(images: int, tmp_path: Path) -> None:
     log.write({"step": 2, "epoch": 1, "knn": 60.0})
     _, teacher = build_networks(digits_config())
     sample = sample_attention(digits_config(), teacher.backbone, some_digits(images))
-    draw_plots(folder, digits_config(), REPORT, sample, {"untrained": 20.0})
+    draw_plots(folder, digits_config(), REPORT, sample, {"untrained": 20.0}, {})
     for name in ("loss", "knn", "usage", "kappa", "attention"):
         with Image.open(folder.plots / f"{name}.png") as picture:
             shades = len(set(picture.convert("L").tobytes()))
