@@ -46,6 +46,7 @@ VIT_COLUMNS = (
     "| head and loss | images/s | backbone s | head and loss s | update s | share of head and loss | peak MiB |\n"
     "|---|---|---|---|---|---|---|"
 )
+LOOP_COLUMNS = "| images | forward s | backward s | update s | the rest s | share of the rest | peak extra MiB |\n|---|---|---|---|---|---|---|"
 MANY_COLUMNS = (
     "| ranks | prototypes | dim | rows | seconds | peak MiB of a rank | one copy of the logits GiB | machine's memory GiB |\n"
     "|---|---|---|---|---|---|---|---|"
@@ -168,6 +169,26 @@ def vit_table(results: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def loop_table(results: Mapping[str, Any]) -> str:
+    """Markdown table of ``bench.trainer_loop``, and what a second rank gained."""
+    step, ranks = results["step"], results["ranks"]
+    seconds = step["seconds"]
+    times = " | ".join(f"{seconds[part]:.2f}" for part in ("forward", "backward", "update"))
+    rest = f"{seconds['the rest']:.3f} | {100 * step['share']:.2f} %"
+    rates = " and ".join(f"{one:.1f} / {two:.1f}" for one, two in zip(ranks["1"], ranks["2"], strict=True))
+    rows = [_part(results["machine"]), "", LOOP_COLUMNS]
+    rows.append(f"| {step['images']} | {times} | {rest} | {step['peak_extra_mib']:.0f} |")
+    gain = f"Images a second on one rank / on two, a thread each: {rates}; medians {results['gain']:.2f}x."
+    return "\n".join([*rows, "", gain])
+
+
+def _part(machine: Mapping[str, Any]) -> str:
+    """The machine of a table."""
+    sets = ", ".join(machine["instruction_sets"])
+    name = f"{machine['cpu']} (family/model {machine['cpu_family_and_model']}; {sets})"
+    return f"{name}, {machine['cores']} cores, torch {machine['torch']}"
+
+
 def session_table(results: Mapping[str, Any]) -> str:
     """The machine and the first case of a run of ``vmf-bench``."""
     return f"```text\n{heading(results)}\n\n{case_table(results['cases'][0])}\n```"
@@ -180,6 +201,7 @@ OF_FILE: dict[str, Callable[[Any], str]] = {
     "koleo": koleo_table,
     "many_prototypes": many_table,
     "shapes": shapes_table,
+    "trainer_loop": loop_table,
     "vit_step": vit_table,
     "vmf-bench": session_table,
 }

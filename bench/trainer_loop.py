@@ -110,7 +110,7 @@ def overhead(config: Config, steps: int) -> dict[str, Any]:
         whole = time.perf_counter() - began
         rows.append({**clock.seconds, "the rest": whole - sum(clock.seconds.values()), "whole": whole})
     medians = {part: statistics.median(row[part] for row in rows[WARM_UP:]) for part in (*PARTS, "the rest", "whole")}
-    peak = cpu_peak_extra_mib(lambda: loop.step(WARM_UP + steps, batch, log=True))
+    peak = cpu_peak_extra_mib(lambda: loop.step(WARM_UP + steps, batch, log=True), 0)
     images = config.data.batch_size
     return {
         "images": images,
