@@ -46,7 +46,8 @@ VIT_COLUMNS = (
     "| head and loss | images/s | backbone s | head and loss s | update s | share of head and loss | peak MiB |\n"
     "|---|---|---|---|---|---|---|"
 )
-LOOP_COLUMNS = "| images | forward s | backward s | update s | the rest s | share of the rest | peak extra MiB |\n|---|---|---|---|---|---|---|"
+LOOP_PARTS = ("images", "forward s", "backward s", "update s", "the rest s", "share of the rest", "peak extra MiB")
+LOOP_COLUMNS = f"| {' | '.join(LOOP_PARTS)} |\n{'|---' * len(LOOP_PARTS)}|"
 MANY_COLUMNS = (
     "| ranks | prototypes | dim | rows | seconds | peak MiB of a rank | one copy of the logits GiB | machine's memory GiB |\n"
     "|---|---|---|---|---|---|---|---|"
