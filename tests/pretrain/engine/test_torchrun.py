@@ -30,6 +30,7 @@ from vmf_pretrain.config.file import read_config
 from vmf_pretrain.storage.checkpoint import load_checkpoint
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
+from vmf_pretrain.storage.weights import load_weights
 
 ROOT = Path(__file__).parents[3]
 DYING = "tests.pretrain.engine.dying_method:Dying"
@@ -45,11 +46,15 @@ def one_rank(arguments: list[str]) -> None:
         sys.exit(code)
 
 
-def launch(folder: Path, out: str, *, ranks: int = 2, restarts: int = 0, dies: bool = True) -> None:
+def launch(
+    folder: Path, out: str, *, ranks: int = 2, restarts: int = 0, dies: bool = True, parallel: str = "ddp"
+) -> None:
     """A run of which a rank is killed in step 7; raises ChildFailedError if it does not end well."""
     if not dies:
         (folder / f"{out}.died").touch()
-    config = replace(digits_config(), method=DYING, options={"died": str(folder / f"{out}.died")})
+    config = replace(
+        digits_config(train={"parallel": parallel}), method=DYING, options={"died": str(folder / f"{out}.died")}
+    )
     arguments = [
         "fit",
         "--config",
@@ -132,6 +137,18 @@ def test_run_of_two_ranks_goes_on_with_one(runs: Path) -> None:
     assert run.train() == 0
     assert "Going on from step 5 of 10." in printed.getvalue()
     assert losses_of(runs / "cut") == pytest.approx(losses_of(runs / "whole"), rel=1e-6)
+
+
+def test_sharded_run_goes_on_from_its_shards_to_its_plots(runs: Path) -> None:
+    launch(runs, "sharded", restarts=1, parallel="fsdp")
+    assert (runs / "sharded.died").exists(), "no rank was killed: this shows nothing"
+    assert losses_of(runs / "sharded") == pytest.approx(losses_of(runs / "whole"), rel=1e-5)
+    assert (runs / "sharded" / "summary.json").exists()
+    assert (runs / "sharded" / "plots" / "attention.png").stat().st_size
+    weights, expected = (load_weights(runs / out / "weights" / "last.safetensors")[0] for out in ("sharded", "whole"))
+    assert {name: value.shape for name, value in weights.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
 
 
 def test_ctrl_c_at_torchrun_leaves_a_checkpoint_of_all_ranks(tmp_path: Path) -> None:
