@@ -25,6 +25,7 @@ from vmf_pretrain.data.decode import MAX_PIXELS
 from vmf_pretrain.data.folder import FolderSource
 from vmf_pretrain.data.images import fingerprint
 from vmf_pretrain.data.photo_views import Draws, crop_box
+from vmf_pretrain.data.photos import centred
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 # What a file may be, whatever its name says: a playlist, for example, would name further files or addresses to read.
@@ -92,12 +93,9 @@ class Clips:
 
     def _evaluated(self, index: int) -> Tensor:
         try:
-            frames = functional.to_dtype(self.decode(index), torch.float32, scale=True)
+            return centred(self.decode(index), self.size)
         except UnreadableImageError as error:
             raise PretrainError(f"video {self.name(index)} cannot be read ({error}); mend or remove it.") from None
-        resized = functional.resize(frames, [self.size * 8 // 7], antialias=True)
-        cropped: Tensor = functional.center_crop(resized, [self.size, self.size])
-        return cropped
 
 
 def everything_in_clips(source: FolderSource, labels: Tensor | None, size: int, cut: ClipsConfig) -> Clips:

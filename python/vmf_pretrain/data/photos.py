@@ -108,7 +108,7 @@ class Photos:
         tried = []
         for place in self._nearest(index):
             try:
-                return _centre(self.decode(place), self.size)
+                return centred(self.decode(place), self.size)
             except UnreadableImageError as error:
                 tried.append(self.name(place))
                 self.bad[tried[-1]] = BadImage(tried[-1], str(error))
@@ -126,7 +126,8 @@ class Photos:
                     yield place
 
 
-def _centre(image: Tensor, size: int) -> Tensor:
+def centred(image: Tensor, size: int) -> Tensor:
+    """[..., size, size] in [0, 1] of uint8 [..., H, W]: resized by the shorter side to 8/7 of ``size``, centre-cropped."""
     pixels = functional.to_dtype(image, torch.float32, scale=True)
     resized = functional.resize(pixels, [size * 8 // 7], antialias=True)
     cropped: Tensor = functional.center_crop(resized, [size, size])

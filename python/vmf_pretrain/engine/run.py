@@ -192,12 +192,11 @@ class Run:
     def _lock(self, out: Path, resume: bool, closing: contextlib.ExitStack) -> None:
         if not self.first:
             return
-        if not resume:
+        if resume:
+            RunFolder.reopen(out)
+        else:
             RunFolder.refuse_existing(out)
             closing.callback(_remove_if_empty, out, existed=out.exists())
-            closing.enter_context(RunLock.take(out, say=self._say))
-            return
-        RunFolder.reopen(out)
         closing.enter_context(RunLock.take(out, say=self._say))
 
     def _build(self, allow_code: bool, closing: contextlib.ExitStack) -> None:
