@@ -5,10 +5,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vmf_pretrain.call import Finished, pretrain
     from vmf_pretrain.config.errors import PretrainError
+    from vmf_pretrain.start_evaluation import Answer, evaluate
 
-__all__ = ["Finished", "PretrainError", "pretrain"]
+__all__ = ["Answer", "Finished", "PretrainError", "evaluate", "pretrain"]
 
-_PLACES = {"Finished": "call", "PretrainError": "config.errors", "pretrain": "call"}
+_PLACES = {
+    "Answer": "start_evaluation",
+    "Finished": "call",
+    "PretrainError": "config.errors",
+    "evaluate": "start_evaluation",
+    "pretrain": "call",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command ``vmf-pretrain``: a demo on bundled digits, a run on images of yours, and the recipes that there are."""
+"""The command ``vmf-pretrain``: a demo on bundled digits, a run on images of yours, evaluations, and the recipes there are."""
 
 import argparse
 import os
@@ -15,6 +15,8 @@ from vmf_pretrain.config.paths import expanded
 from vmf_pretrain.config.resume import KINDS, MAY_CHANGE, flat, kinds_of
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.typed import merged, names_of
+from vmf_pretrain.evaluation_command import NAME as EVALUATION
+from vmf_pretrain.evaluation_command import add_evaluation, question_of, run_evaluation
 from vmf_pretrain.launch import first_to_say, many_ranks, rank, restarted
 from vmf_pretrain.start import Wish, require_free, settings, settings_to_go_on, start
 
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
     if chosen.command == "recipes":
         return _recipes(chosen.name)
+    if chosen.command == EVALUATION:
+        return DONE if run_evaluation(question_of(chosen)) else BAD_INPUT
     fields = _fields(chosen)
     allowed = kinds_of(kind for text in chosen.allow_changed for kind in text.split(","))
     out = None if chosen.out is None else expanded(chosen.out, "--out")
@@ -236,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--allow-code", action="store_true", help="let the settings name modules of yours to run")
         command.add_argument("--print-config", action="store_true", help="print all settings as YAML, and end")
+    add_evaluation(commands)
     table = commands.add_parser("recipes", help="list the recipes, or print one", allow_abbrev=False)
     table.add_argument("name", nargs="?", metavar="NAME", help="recipe to print as YAML")
     return parser

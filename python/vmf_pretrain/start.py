@@ -166,7 +166,7 @@ def start(
     from vmf_pretrain.engine.run import Run
     from vmf_pretrain.networks import ranks
 
-    with process_group(config):
+    with process_group(config.train.device):
         agreed = text_config(ranks.from_first(config_text(config)))
         folder = Path(ranks.from_first(str(out if out is not None else free_folder(name))))
         resume = ranks.from_first(str(resume)) == str(

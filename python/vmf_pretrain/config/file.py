@@ -59,23 +59,27 @@ def read_header(path: Path) -> RecipeHeader:
     return header
 
 
-def text_layer(texts: Mapping[str, str]) -> dict[str, Any]:
+def text_layer(texts: Mapping[str, str], kind: type = Config) -> dict[str, Any]:
     """Settings of the command line: dotted names to text. A word stays one where a field takes words; else it is YAML.
+
+    Args:
+        texts: by the dotted names of the fields of ``kind``.
+        kind: the dataclass of all settings.
 
     Raises:
         PretrainError: a name is unknown, or a text is not YAML or of the wrong type.
     """
-    return merged(*(_one_text(name, text) for name, text in texts.items()))
+    return merged(*(_one_text(name, text, kind) for name, text in texts.items()))
 
 
-def python_layer(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a call: sections as mappings, or dotted names.
+def python_layer(values: Mapping[str, Any], kind: type = Config) -> dict[str, Any]:
+    """Settings of a call: sections as mappings, or dotted names of the fields of ``kind``.
 
     Raises:
         PretrainError: a name is unknown, or a value has the wrong type.
     """
     nested = merged(*(_nested(name.split("."), value) for name, value in values.items()))
-    return with_expanded_paths(fitted(Config, renewed(nested)))
+    return with_expanded_paths(_fitted(nested, kind))
 
 
 def check_sections(layer: Mapping[str, Any]) -> None:
@@ -155,19 +159,25 @@ def _header_keys() -> str:
     return ", ".join(field.name for field in fields(RecipeHeader))
 
 
-def _one_text(name: str, text: str) -> dict[str, Any]:
+def _one_text(name: str, text: str, kind: type) -> dict[str, Any]:
     path = name.split(".")
     try:
-        hint = hint_of(Config, path)
+        hint = hint_of(kind, path)
         if takes_text(hint):
             value: Any = None if text == "null" and _fits_null(hint) else text
         else:
             value = yaml_values(text)[0]
-        return with_expanded_paths(fitted(Config, renewed(_nested(path, value))))
+        return with_expanded_paths(_fitted(_nested(path, value), kind))
     except UnfitYamlError as error:
         raise PretrainError(f"--{name} is {shown(text)}, which is not YAML: {error}.") from None
     except UnfitValueError as error:
         raise PretrainError(f"--{error}") from None
+
+
+def _fitted(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Values as the fields of ``kind``; only runs have settings of earlier versions."""
+    fitting: dict[str, Any] = fitted(kind, renewed(values) if kind is Config else values)
+    return fitting
 
 
 def _fits_null(hint: Any) -> bool:

@@ -3,7 +3,7 @@
 Legend: N images, B of them, S side of the canvas.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,10 @@ class DigitImages:
     def evaluation_pixels(self, indices: Sequence[int]) -> Tensor:
         """[B, 1, S, S] in [0, 1]: the canvases."""
         return self.canvases[list(indices)].unsqueeze(1)
+
+    def viewed(self, index: int, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """[1, S, S] the canvas, whatever the view."""
+        return self.decode(index)
 
     def subset(self, indices: Tensor) -> "DigitImages":
         """Some of the images."""

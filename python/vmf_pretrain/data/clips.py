@@ -6,7 +6,7 @@ so that videos should be short.
 Legend: N videos, B of them, T frames, H x W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +80,10 @@ class Clips:
             PretrainError: a video cannot be read; names it.
         """
         return torch.stack([self._evaluated(index) for index in indices])
+
+    def viewed(self, index: int, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """[T, 3, size, size] in [0, 1]: the middle clip, whatever the view."""
+        return centred(self.decode(index), self.size)
 
     def subset(self, indices: Tensor) -> "Clips":
         """Some of the videos."""

@@ -1,7 +1,7 @@
 """What a run needs of its images, wherever they come from, and which of them are held out."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, TypeVar
 
@@ -40,6 +40,18 @@ class Images(Protocol):
 
     def evaluation_pixels(self, indices: Sequence[int]) -> Tensor:
         """[B, C, size, size] in [0, 1]."""
+        ...
+
+    def viewed(self, index: int, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """[C, h, w] uint8, or floating in [0, 1], of one image.
+
+        Args:
+            index: of the image.
+            view: from uint8 [3, H, W] of a photograph to what is evaluated of it; digits and clips have one view and ignore it.
+
+        Raises:
+            UnreadableImageError: the image is damaged.
+        """
         ...
 
     def subset(self, indices: Tensor) -> Self:

@@ -4,7 +4,7 @@ Legend: N images, B of them, H x W pixels.
 """
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,10 @@ class Photos:
             PretrainError: there are NAMED unreadable ones in a row.
         """
         return torch.stack([self._evaluated(index) for index in indices])
+
+    def viewed(self, index: int, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """[3, h, w] what a view shows of the image; no other image takes the place of a damaged one."""
+        return view(self.decode(index))
 
     def subset(self, indices: Tensor) -> "Photos":
         """Some of the images."""

@@ -56,13 +56,16 @@ def _first_host(nodes: str) -> str:
     return head + rest.split("]")[0].split(",")[0].split("-")[0]
 
 
-def choose_device(config: Config) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
     """This rank's device.
+
+    Args:
+        wanted: "auto", "cpu" or "cuda".
 
     Raises:
         PretrainError: a GPU is asked for and there is none, or fewer than ranks on this machine.
     """
-    wanted, there = config.train.device, torch.cuda.is_available()
+    there = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not there):
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -70,25 +73,23 @@ def choose_device(config: Config) -> torch.device:
         local = 0  # --gpus-per-task shows each task its own GPU only
     if not there or local >= torch.cuda.device_count():
         found = torch.cuda.device_count() if there else 0
-        raise PretrainError(
-            f"train.device {wanted} cannot be used here: rank {local} of this machine finds {found} GPUs."
-        )
+        raise PretrainError(f"device {wanted} cannot be used here: rank {local} of this machine finds {found} GPUs.")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
 @contextlib.contextmanager
-def process_group(config: Config) -> Iterator[None]:
+def process_group(wanted: str) -> Iterator[None]:
     """Joins the ranks of the environment, if there are any and nobody has yet; leaves them at the end.
 
     Args:
-        config: says on what device, and so by what library, the ranks speak.
+        wanted: the device, as for ``choose_device``: by it follows the library by which the ranks speak.
 
     Raises:
         PretrainError: the ranks do not find each other.
     """
     os.environ.update(slurm_environment(os.environ))  # first: the device follows from the rank
-    device = choose_device(config)
+    device = choose_device(wanted)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():
         yield
         return

@@ -208,7 +208,7 @@ class Run:
         self._say(found.text)
         self.batches = ViewBatches(train, config, method.plan(config), ranks.rank(), ranks.count())
         self.judge = Judge(train, held_out, config)
-        self.loop = Loop(config, method, self.batches.steps_per_epoch, choose_device(config))
+        self.loop = Loop(config, method, self.batches.steps_per_epoch, choose_device(config.train.device))
         self.keeping = closing.enter_context(
             Keeping(self.folder, config, self.loop, self.batches, found.facts, self._say)
         )

@@ -1,15 +1,78 @@
 """k-NN accuracy of features.
 
-Legend: N training rows, M test rows, F feature dim, C classes.
+Legend: N training rows, M test rows, k neighbours, F feature dim, C classes.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from vmf_pretrain.evaluation.nearest import nearest
 from vmf_pretrain.evaluation.splits import check_split
 
-TEST_ROWS_AT_ONCE = 256  # of cosines: 50 MiB of fp32 against 50,000 training rows
+VOTES_AT_ONCE = 1 << 22  # of votes by row and class in memory: 16 MiB
+TOP = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Voted:
+    """What k neighbours say of each test row.
+
+    Attributes:
+        predicted: [M] int64 the class with the most votes; of equal ones the smallest.
+        rank: [M] int64 how many classes have more votes than the row's own, or as many and a smaller number; C if it has none.
+    """
+
+    predicted: Tensor
+    rank: Tensor
+
+    def correct(self, top: int = 1) -> Tensor:
+        """[M] float64: 1 where the row's class is among the ``top`` ones with the most votes, else 0."""
+        return (self.rank < top).double()
+
+
+def voted(
+    cosines: Tensor, neighbours: Tensor, labels: Tensor, *, counts: Sequence[int], temperature: float
+) -> dict[int, Voted]:
+    """The votes exp(cosine / temperature) of the k nearest rows, for each k of ``counts``.
+
+    Args:
+        cosines: [M, K] of the nearest rows, the largest first; K is at least every k, or all N.
+        neighbours: [M, K] int64 classes of those rows, >= 0.
+        labels: [M] int64 classes of the test rows, >= 0; one that no neighbour has counts as wrong.
+        counts: k's; one above K is K.
+        temperature: positive.
+
+    Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018, section 3.4;
+    constants of DINO's and DINOv2's evaluation. Where fewer than five classes have votes, those scripts fill the first five
+    up with any others; here a class without votes is never among them.
+    """
+    classes = 1 + int(max(neighbours.max(), labels.max()))
+    parts: dict[int, list[Voted]] = {count: [] for count in sorted(counts)}
+    at_once = max(1, VOTES_AT_ONCE // classes)
+    for start in range(0, len(cosines), at_once):
+        rows = slice(start, start + at_once)
+        near, own = cosines[rows], labels[rows]
+        votes = ((near - near[:, :1]) / temperature).exp()  # relative to the nearest: no overflow
+        tally, before = votes.new_zeros(len(near), classes), 0
+        for count, found in parts.items():
+            tally.scatter_add_(1, neighbours[rows, before:count], votes[:, before:count])
+            found.append(_ranked(tally, own))
+            before = count
+    return {
+        count: Voted(torch.cat([one.predicted for one in found]), torch.cat([one.rank for one in found]))
+        for count, found in parts.items()
+    }
+
+
+def _ranked(tally: Tensor, own: Tensor) -> Voted:
+    """Prediction and rank of the own class, from votes [m, C]."""
+    mine = tally.gather(1, own[:, None])
+    smaller = torch.arange(tally.shape[1], device=tally.device) < own[:, None]
+    rank = ((tally > mine) | ((tally == mine) & smaller)).sum(dim=1)
+    return Voted(tally.argmax(dim=1), torch.where(mine[:, 0] > 0, rank, tally.shape[1]))
 
 
 def knn_accuracy(
@@ -21,28 +84,18 @@ def knn_accuracy(
 
     Args:
         train: [N, F] features, floating point, of any norm.
-        train_labels: [N] integers.
+        train_labels: [N] integers, >= 0.
         test: [M, F] features.
-        test_labels: [M] integers; a row whose class is not among the training labels counts as wrong.
+        test_labels: [M] integers, >= 0; a row whose class is not among the training labels counts as wrong.
         neighbours: k; if N is smaller, all N.
         temperature: positive.
 
     Raises:
         ValueError: shapes do not fit, or ``neighbours`` or ``temperature`` is not positive.
-    Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018, section 3.4.
     """
     check_split(train, train_labels, test, test_labels)
     if neighbours < 1 or not temperature > 0:
         raise ValueError(f"neighbours is {neighbours} and temperature {temperature}; both must be greater than 0")
-    classes_C, class_N = torch.unique(train_labels, return_inverse=True)
-    train_NF = functional.normalize(train.float(), dim=1)
-    correct = 0
-    for rows, labels in zip(
-        torch.split(test, TEST_ROWS_AT_ONCE), torch.split(test_labels, TEST_ROWS_AT_ONCE), strict=True
-    ):
-        cosines = functional.normalize(rows.float(), dim=1) @ train_NF.T
-        nearest, index = cosines.topk(min(neighbours, train.shape[0]), dim=1)
-        votes = ((nearest - nearest[:, :1]) / temperature).exp()  # relative to the nearest: no overflow
-        counts = votes.new_zeros(rows.shape[0], classes_C.shape[0]).scatter_add_(1, class_N[index], votes)
-        correct += int((classes_C[counts.argmax(dim=1)] == labels).sum())
-    return 100.0 * correct / test.shape[0]
+    cosines, places = nearest(test, [train], neighbours)
+    found = voted(cosines, train_labels[places], test_labels, counts=[neighbours], temperature=temperature)
+    return 100.0 * float(found[neighbours].correct().mean())

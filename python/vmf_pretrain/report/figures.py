@@ -11,8 +11,8 @@ from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.evaluation.attention import attention_maps
 from vmf_pretrain.evaluation.features import device_of, evaluating
+from vmf_pretrain.evaluation.pictures import plot_pictures
 from vmf_pretrain.evaluation.prototypes import HeadReport
-from vmf_pretrain.report.pictures import plot_pictures
 from vmf_pretrain.report.plots import plot_attention, plot_kappa, plot_knn, plot_loss, plot_usage
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder

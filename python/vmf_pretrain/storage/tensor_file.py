@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -95,8 +95,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return digest.hexdigest()
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of a file, on the CPU, and the texts of its header. Nothing in the file can run code.
+def read_tensors(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, on the CPU, and the texts of its header. Nothing in the file can run code.
+
+    Args:
+        path: the file.
+        names: of the tensors to read, whether they are there or not; None reads all.
 
     Raises:
         PretrainError: it cannot be read or is no well-formed tensor file; no memory beyond its own size was taken.
@@ -104,7 +108,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with path.open("rb") as file:
             header = _header_in(file, path)
-            return {name: _tensor_in(file, header, name) for name in header.tensors}, header.metadata
+            wanted = [name for name in header.tensors if names is None or name in names]
+            return {name: _tensor_in(file, header, name) for name in wanted}, header.metadata
     except OSError as error:
         raise PretrainError(f"tensor file {path} cannot be read: {error.strerror or error}.") from None
 

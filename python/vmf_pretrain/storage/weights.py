@@ -56,6 +56,12 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], NetworkInput]:
     Raises:
         PretrainError: the file cannot be read, is not well formed, or neither it nor the JSON beside it has ``input``.
     """
+    tensors, facts = described_weights(path)
+    return tensors, NetworkInput.from_facts(facts["input"])
+
+
+def described_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of such a file, and its facts with ``input``. Raises as ``load_weights`` does."""
     tensors, metadata = read_tensors(path)
     beside = path.with_suffix(".json")
     try:
@@ -71,4 +77,4 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], NetworkInput]:
             f"weights {path} do not say what they were trained on; expected input with size, channels, mean and deviation in "
             f"their header or in {beside.name}, which every version except the first writes."
         )
-    return tensors, NetworkInput.from_facts(facts["input"])
+    return tensors, facts

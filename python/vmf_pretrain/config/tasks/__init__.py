@@ -1,0 +1,1 @@
+"""Settings of evaluations; nothing here imports torch."""

@@ -1,0 +1,28 @@
+"""Everything an evaluation depends on: a section for each task, under the task's name."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vmf_pretrain.config.tasks.data import DataTask
+from vmf_pretrain.config.tasks.features import FeaturesTask
+from vmf_pretrain.config.tasks.knn import KnnTask
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """One evaluation. A new task is one more section here.
+
+    Attributes:
+        weights: of a run: "last", or "best" on the images that the run held out, which flatters it on those images.
+        data: which images.
+        features: how they are computed.
+        knn: k-NN.
+    """
+
+    weights: Literal["last", "best"] = "last"
+    data: DataTask = field(default_factory=DataTask)
+    features: FeaturesTask = field(default_factory=FeaturesTask)
+    knn: KnnTask = field(default_factory=KnnTask)
+
+
+NO_TASKS = ("weights", "data", "features")  # the fields of EvaluationConfig that are no task

@@ -1,0 +1,151 @@
+"""The images that an evaluation is given: two splits, or all of a folder."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.run import Config
+from vmf_pretrain.config.tasks.data import DataTask
+from vmf_pretrain.data.folder import FolderSource
+from vmf_pretrain.data.images import Images, split
+from vmf_pretrain.data.load import load_images
+from vmf_pretrain.data.photos import Photos, everything
+
+TRAIN = "train"
+TESTS = ("val", "validation", "test")  # the first of these folders that there is
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Images of a training and of a test split.
+
+    Attributes:
+        train: with labels, unless ``classes`` is empty.
+        test: the same.
+        classes: names by label; empty without labels.
+        where: for people.
+    """
+
+    train: Images
+    test: Images
+    classes: Sequence[str]
+    where: str
+
+
+class Given:
+    """What an evaluation is given to look at.
+
+    Args:
+        settings: which images.
+        config: of the run that is evaluated, if it is one; its images are taken where ``settings`` name none.
+        size: side of the square that the network sees, pixels.
+        allow_code: whether the configuration may name a module to import.
+    """
+
+    def __init__(self, settings: DataTask, config: Config | None, size: int, *, allow_code: bool = False) -> None:
+        self.settings, self.config, self.size, self.allow_code = settings, config, size, allow_code
+
+    @property
+    def folder(self) -> Path:
+        """The folder of ``--data``, for tasks whose files lie in it in their own order.
+
+        Raises:
+            PretrainError: none was given.
+        """
+        if self.settings.folder is None:
+            raise PretrainError("no images are given; expected --data FOLDER.")
+        return Path(self.settings.folder)
+
+    @functools.cached_property
+    def splits(self) -> Splits:
+        """Both splits, at most ``max_images`` of each.
+
+        Raises:
+            PretrainError: there are no images, or nothing can be held out.
+        """
+        if self.settings.folder is None:
+            found = self._of_run()
+        elif (self.folder / TRAIN).is_dir() and (test := self._test_folder()) is not None:
+            found = self._of_folders(test)
+        else:
+            found = self._held_out()
+        return Splits(self._some(found.train), self._some(found.test), found.classes, found.where)
+
+    @property
+    def labelled(self) -> Splits:
+        """The same, with labels.
+
+        Raises:
+            PretrainError: there are none.
+        """
+        if not self.splits.classes:
+            raise PretrainError(
+                f"{self.splits.where} has no classes; expected a sub-folder for each class, at least two of them."
+            )
+        return self.splits
+
+    @functools.cached_property
+    def all(self) -> Images:
+        """All images of the folder, without splits, at most ``max_images``; without a folder, a run's training images."""
+        if self.settings.folder is None:
+            return self.splits.train
+        return self._some(self.below(self.folder))
+
+    def below(self, folder: Path) -> Photos:
+        """All images below any folder, sorted by path, with the first sub-folder as class."""
+        source = FolderSource(folder)
+        return everything(source, source.labels()[0], self.size, None)
+
+    def _test_folder(self) -> Path | None:
+        return next((self.folder / name for name in TESTS if (self.folder / name).is_dir()), None)
+
+    def _of_run(self) -> Splits:
+        if self.config is None:
+            raise PretrainError("no images are given; expected --data FOLDER.")
+        train, test, found = load_images(self.config, allow_code=self.allow_code)
+        if test is None:
+            raise PretrainError(
+                f"the images of the run ({found.where}) have no classes; give others with --data FOLDER."
+            )
+        return Splits(train, test, found.classes, found.where)
+
+    def _of_folders(self, test: Path) -> Splits:
+        sources = [FolderSource(self.folder / TRAIN), FolderSource(test)]
+        photos = [everything(source, None, self.size, None) for source in sources]
+        # a class that is in one of them only keeps its place: its test images count as wrong
+        found = [source.labels() for source in sources]
+        classes = sorted({name for _, names in found for name in names})
+        if any(labels is None for labels, _ in found):
+            return Splits(photos[0], photos[1], (), str(self.folder))
+        labelled = [
+            Photos(one.source, one.indices, _renumbered(labels, names, classes), self.size)
+            for one, (labels, names) in zip(photos, found, strict=True)
+        ]
+        return Splits(labelled[0], labelled[1], classes, str(self.folder))
+
+    def _held_out(self) -> Splits:
+        source = FolderSource(self.folder)
+        labels, classes = source.labels()
+        photos = everything(source, labels, self.size, None)
+        if len(photos) < 2:
+            raise PretrainError(f"{self.folder} holds 1 image; expected at least 2, to hold one out.")
+        train, test = split(photos, min(len(photos) - 1, max(1, round(self.settings.held_out * len(photos)))))
+        return Splits(train, test, classes, str(self.folder))
+
+    def _some(self, images: Images) -> Images:
+        """Evenly spread over all, because files are sorted by class."""
+        most = self.settings.max_images
+        if most is None or len(images) <= most:
+            return images
+        return images.subset(torch.arange(most) * len(images) // most)
+
+
+def _renumbered(labels: Tensor | None, names: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """[N] labels among ``names`` as places among ``classes``."""
+    assert labels is not None
+    return torch.tensor([classes.index(name) for name in names])[labels]

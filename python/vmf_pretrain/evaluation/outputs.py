@@ -1,0 +1,96 @@
+"""What is kept of a network's outputs for one batch of images.
+
+Legend: B images, n blocks, P prefix tokens (class token and registers), h x w patches, F features.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from vmf_pretrain.config.errors import PretrainError
+
+CLASS = "class"  # [n, F] an image: the network's feature after each of the last n blocks, the last one at the end
+MEAN_PATCH = "mean_patch"  # [F]: mean of the patches after the last norm
+PATCHES = "patches"  # [h, w, F] after the last norm
+UNNORMED = "unnormed"  # [F]: the class token before the last norm
+Part = Literal["mean_patch", "patches", "unnormed"]
+NEEDED = ("forward_intermediates", "forward_head", "norm", "num_prefix_tokens")  # of timm's transformers
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Which features are kept beside the class feature of the last block.
+
+    Attributes:
+        blocks: n, the last blocks whose class feature is kept.
+        parts: MEAN_PATCH, PATCHES, UNNORMED.
+    """
+
+    blocks: int = 1
+    parts: frozenset[Part] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1 or not self.parts <= set(get_args(Part)):
+            raise ValueError(f"{self} is none; expected blocks >= 1 and parts of {', '.join(get_args(Part))}")
+
+    def __or__(self, other: "Kinds") -> "Kinds":
+        return Kinds(max(self.blocks, other.blocks), self.parts | other.parts)
+
+    def covers(self, other: "Kinds") -> bool:
+        """Whether all that ``other`` keeps is kept."""
+        return self | other == self
+
+    @property
+    def plain(self) -> bool:
+        """Whether the class feature of the last block is all."""
+        return self == Kinds()
+
+
+def outputs(network: nn.Module, inputs: Tensor, kinds: Kinds) -> dict[str, Tensor]:
+    """The features of a batch by name, each [B, ...] as its constant says, from one forward pass.
+
+    Args:
+        network: to [B, F]; anything beside the class feature of the last block needs a vision transformer of timm.
+        inputs: [B, C, H, W], on the network's device.
+        kinds: what is kept.
+
+    Raises:
+        PretrainError: the network has no such features.
+    """
+    if kinds.plain:
+        return {CLASS: network(inputs).unsqueeze(1)}
+    if inputs.ndim != 4 or not all(hasattr(network, name) for name in NEEDED):
+        raise PretrainError(
+            f"features beside the last one need a vision transformer of images, which this {type(network).__name__} is not."
+        )
+    vit: Any = network
+    if kinds.blocks > len(vit.blocks):
+        raise PretrainError(f"the last {kinds.blocks} blocks are asked for, of a network of {len(vit.blocks)}.")
+    raw = vit.forward_intermediates(
+        inputs, indices=kinds.blocks, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+    )
+    blocks = [_joined(tokens) for tokens in raw]
+    normed = [vit.norm(tokens) for tokens in blocks]
+    found = {CLASS: torch.stack([vit.forward_head(tokens) for tokens in normed], dim=1)}
+    patches = normed[-1][:, vit.num_prefix_tokens :]
+    if MEAN_PATCH in kinds.parts:
+        found[MEAN_PATCH] = patches.mean(dim=1)
+    if PATCHES in kinds.parts:
+        height, width = vit.patch_embed.dynamic_feat_size(tuple(inputs.shape[-2:]))
+        found[PATCHES] = patches.unflatten(1, (height, width))
+    if UNNORMED in kinds.parts:
+        if not vit.num_prefix_tokens:
+            raise PretrainError("the class token before the last norm is asked for, of a network without one.")
+        found[UNNORMED] = blocks[-1][:, 0]
+    return found
+
+
+def _joined(tokens: Tensor | Iterable[Tensor]) -> Tensor:
+    """[B, P + h w, F] of timm's (patches, prefix), or of patches alone where there is no prefix."""
+    if isinstance(tokens, Tensor):
+        return tokens
+    patches, prefix = tokens
+    return torch.cat([prefix, patches], dim=1)

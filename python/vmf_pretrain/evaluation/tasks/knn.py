@@ -1,0 +1,129 @@
+"""k-NN on frozen features, as DINO and DINOv2 have it.
+
+Legend: N training images, M test images.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vmf_pretrain.config.tasks.knn import KnnTask
+from vmf_pretrain.data.network_input import NetworkInput
+from vmf_pretrain.evaluation.bootstrap import mean_interval
+from vmf_pretrain.evaluation.extract import Wanted
+from vmf_pretrain.evaluation.knn import TOP, Voted, voted
+from vmf_pretrain.evaluation.nearest import nearest
+from vmf_pretrain.evaluation.result import Figure, Result
+from vmf_pretrain.evaluation.stored import Features
+from vmf_pretrain.evaluation.task import Subject, Task
+from vmf_pretrain.evaluation.views import CentreSquare
+
+
+class Knn(Task[KnnTask]):
+    """Top-1 and top-5 accuracy of the k nearest training images' votes.
+
+    Source: facebookresearch/dino and facebookresearch/dinov2, their k-NN evaluations; few images a class as in the latter.
+    """
+
+    name = "knn"
+
+    def wants(self, settings: KnnTask, fed: NetworkInput) -> dict[str, Wanted]:
+        """The class feature of both splits."""
+        wanted = Wanted(CentreSquare(fed.size, round(fed.size * settings.resize)))
+        return {"train": wanted, "test": wanted}
+
+    def run(self, subject: Subject, settings: KnnTask) -> Result:
+        """Accuracies on the test split, in the order of k; then those with few images of each class."""
+        train, test = subject.features["train"], subject.features["test"]
+        device = subject.evaluated.device
+        rows, labels = test.last().to(device), test.labels.to(device)
+        found = _votes(rows, labels, train.last_chunks(), train.labels.to(device), settings.neighbours, settings)
+        figures = [figure for count, votes in found.items() for figure in _figures(f"k {count}", [votes])]
+        for each in settings.per_class:
+            figures += _few(rows, labels, train, each, settings)
+        classes = subject.given.labelled.classes
+        return Result(
+            figures,
+            _rows(test, found, classes),
+            notes=_notes(len(train), settings),
+            facts={"train_images": len(train), "test_images": len(test), "classes": len(classes)},
+        )
+
+
+def _votes(
+    rows: Tensor,
+    labels: Tensor,
+    train: Iterable[Tensor],
+    train_labels: Tensor,
+    counts: Sequence[int],
+    settings: KnnTask,
+) -> dict[int, Voted]:
+    cosines, places = nearest(rows, train, max(counts))
+    return voted(cosines, train_labels[places], labels, counts=counts, temperature=settings.temperature)
+
+
+def _few(rows: Tensor, labels: Tensor, train: Features, each: int, settings: KnnTask) -> list[Figure]:
+    """Accuracies with ``each`` training images of every class, over all tries."""
+    counts = sorted({count for count in settings.neighbours if count <= each} | {each})
+    tries: list[dict[int, Voted]] = []
+    for number in range(settings.tries):
+        chosen = draw_per_class(train.labels, each, number)
+        kept = train.labels[chosen].to(rows.device)
+        tries.append(_votes(rows, labels, _only(train, chosen), kept, counts, settings))
+    named = f"{each} a class, "
+    return [figure for count in counts for figure in _figures(f"{named}k {count}", [found[count] for found in tries])]
+
+
+def draw_per_class(labels: Tensor, each: int, seed: int) -> Tensor:
+    """Sorted places of at most ``each`` rows of every class, drawn without replacement; a function of its arguments."""
+    numbers = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in torch.unique(labels).tolist():
+        places = (labels == label).nonzero()[:, 0]
+        chosen.append(places[torch.randperm(len(places), generator=numbers)[:each]])
+    return torch.cat(chosen).sort().values
+
+
+def _only(train: Features, chosen: Tensor) -> Iterator[Tensor]:
+    """The features of the chosen rows, some at a time."""
+    start = 0
+    for chunk in train.last_chunks():
+        inside = chosen[(chosen >= start) & (chosen < start + len(chunk))] - start
+        if len(inside):
+            yield chunk[inside]
+        start += len(chunk)
+
+
+def _figures(name: str, tries: Sequence[Voted]) -> list[Figure]:
+    """Top-1 and top-5 accuracy over tries; the interval is over test images, the spread over tries."""
+    figures = []
+    for top in (1, TOP):
+        correct = 100 * torch.stack([votes.correct(top) for votes in tries]).cpu().numpy()
+        low, high = mean_interval(correct.mean(axis=0))
+        spread = float(np.std(correct.mean(axis=1), ddof=1)) if len(tries) > 1 else None
+        figures.append(Figure(f"top-{top}, {name}", float(correct.mean()), low, high, spread=spread))
+    return figures
+
+
+def _rows(test: Features, found: dict[int, Voted], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """One row of each test image: its class, and for each k what was predicted and the rank of its own class from 1."""
+    names, labels = test.names(), test.labels.tolist()
+    columns = {count: (votes.predicted.tolist(), votes.rank.tolist()) for count, votes in found.items()}
+    rows = []
+    for place, (name, label) in enumerate(zip(names, labels, strict=True)):
+        row = {"image": name, "class": classes[label]}
+        for count, (predicted, ranks) in columns.items():
+            row |= {f"predicted, k {count}": classes[predicted[place]], f"rank, k {count}": ranks[place] + 1}
+        rows.append(row)
+    return rows
+
+
+def _notes(train_images: int, settings: KnnTask) -> list[str]:
+    notes = ["Nothing is chosen: every k is reported."]
+    above = [count for count in settings.neighbours if count > train_images]
+    if above:
+        notes.append(f"k {', '.join(map(str, above))}: all {train_images} training images vote, as there are no more.")
+    return notes

@@ -1,0 +1,53 @@
+"""The sub-command ``vmf-pretrain eval``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.file import text_layer
+from vmf_pretrain.config.paths import expanded
+from vmf_pretrain.config.tasks.evaluation import EvaluationConfig
+from vmf_pretrain.config.typed import made
+from vmf_pretrain.start_evaluation import Question, answered, chosen_tasks, task_names
+
+NAME = "eval"
+
+
+def add_evaluation(commands: Any) -> None:
+    """Add the sub-command's options to argparse's sub-commands."""
+    epilog = "any setting is an option: --knn.neighbours '[10, 20]', --features.dtype bfloat16, --data.max_images 5000"
+    command = commands.add_parser(NAME, help="evaluate frozen features", epilog=epilog, allow_abbrev=False)
+    command.add_argument(
+        "network", metavar="RUN|FILE|timm:NAME", help="folder of a run, file of weights, or network of timm"
+    )
+    command.add_argument("--task", required=True, help=f"some of {', '.join(task_names())}, with commas")
+    command.add_argument(
+        "--data", metavar="FOLDER", help="images; sub-folders are classes (default: those of the run, with its split)"
+    )
+    command.add_argument("--out", type=Path, help="folder of the results (default: RUN/evaluation, or one below runs)")
+    command.add_argument("--weights", help="last or best of a run (default: last)")
+    command.add_argument("--allow-code", action="store_true", help="let the settings of a run name modules to import")
+
+
+def question_of(chosen: argparse.Namespace) -> Question:
+    """What the command line asks for.
+
+    Raises:
+        PretrainError: a task or a setting is unknown, or a value does not fit.
+    """
+    short = {"data.folder": chosen.data, "weights": chosen.weights}
+    texts = {name: text for name, text in short.items() if text is not None}
+    twice = [name for name in texts if name in chosen.fields]
+    if twice:
+        raise PretrainError(f"{twice[0]} is given twice, as --{twice[0]} and by its short name; expected one of them.")
+    config: EvaluationConfig = made(EvaluationConfig, text_layer({**texts, **chosen.fields}, EvaluationConfig))
+    out = None if chosen.out is None else expanded(chosen.out, "--out")
+    return Question(chosen.network, chosen_tasks(chosen.task), config, out, chosen.allow_code)
+
+
+def run_evaluation(question: Question) -> bool:
+    """Do it, on standard output; whether every task was done."""
+    from vmf_pretrain.report.console import run_console
+
+    return not answered(question, run_console()).failures
