@@ -19,6 +19,7 @@ from vmf_pretrain.evaluation_command import NAME as EVALUATION
 from vmf_pretrain.evaluation_command import add_evaluation, question_of, run_evaluation
 from vmf_pretrain.launch import first_to_say, many_ranks, rank, restarted
 from vmf_pretrain.start import Wish, require_free, settings, settings_to_go_on, start
+from vmf_pretrain.start_evaluation import Question
 
 DONE = 0  # exit code
 CRASHED = 1  # exit code
@@ -59,7 +60,7 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
     if chosen.command == "recipes":
         return _recipes(chosen.name)
     if chosen.command == EVALUATION:
-        return DONE if run_evaluation(question_of(chosen)) else BAD_INPUT
+        return _evaluation(question_of(chosen), printed=chosen.print_config)
     fields = _fields(chosen)
     allowed = kinds_of(kind for text in chosen.allow_changed for kind in text.split(","))
     out = None if chosen.out is None else expanded(chosen.out, "--out")
@@ -133,6 +134,13 @@ def _fields(chosen: argparse.Namespace) -> dict[str, Any]:
     if twice:
         raise PretrainError(f"{twice[0]} is given twice, as --{twice[0]} and by its short name; expected one of them.")
     return text_layer({**texts, **chosen.fields})
+
+
+def _evaluation(question: Question, *, printed: bool) -> int:
+    if printed:
+        print(config_text(question.config, sys.stdout.encoding or "ascii"), end="")
+        return DONE
+    return DONE if run_evaluation(question) else BAD_INPUT
 
 
 def _recipes(name: str | None) -> int:

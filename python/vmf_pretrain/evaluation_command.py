@@ -28,6 +28,7 @@ def add_evaluation(commands: Any) -> None:
     command.add_argument("--out", type=Path, help="folder of the results (default: RUN/evaluation, or one below runs)")
     command.add_argument("--weights", help="last or best of a run (default: last)")
     command.add_argument("--allow-code", action="store_true", help="let the settings of a run name modules to import")
+    command.add_argument("--print-config", action="store_true", help="print all settings as YAML, and end")
 
 
 def question_of(chosen: argparse.Namespace) -> Question:

@@ -92,8 +92,8 @@ def check_sections(layer: Mapping[str, Any]) -> None:
         made(hint_of(Config, [name]), values)
 
 
-def config_text(config: Config, encoding: str = "utf-8") -> str:
-    """Every field as YAML, defaults included; letters are escaped where ``encoding`` lacks one of them."""
+def config_text(config: Any, encoding: str = "utf-8") -> str:
+    """Every field of a dataclass of settings as YAML, defaults included; letters are escaped where ``encoding`` lacks one."""
     values = _plain(asdict(config))
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     try:

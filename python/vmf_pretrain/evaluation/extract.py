@@ -114,12 +114,14 @@ class Extraction:
 
     def _compute_chunks(self, images: Images, wanted: Wanted, folder: Path, numbers: Sequence[int]) -> None:
         chunks = [chunk_of(number, len(images)) for number in numbers]
+        if not chunks:
+            return
         with ThreadPoolExecutor(self.settings.threads) as pool:
 
             def read(places: range) -> list["Future[Read]"]:
                 return [pool.submit(_read, images, place, wanted.view) for place in places]
 
-            ahead = read(chunks[0]) if chunks else []
+            ahead = read(chunks[0])
             for number, places, following in zip(numbers, chunks, [*chunks[1:], range(0)], strict=True):
                 reading, ahead = ahead, read(following)  # while the network is busy
                 rows, kept, bad = self._chunk(images, wanted.kinds, places, reading)

@@ -4,7 +4,7 @@ Legend: N training rows, M test rows, k neighbours, F feature dim, C classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,15 +22,17 @@ class Voted:
 
     Attributes:
         predicted: [M] int64 the class with the most votes; of equal ones the smallest.
-        rank: [M] int64 how many classes have more votes than the row's own, or as many and a smaller number; C if it has none.
+        rank: [M] int64 how many classes have more votes than the row's own, or as many and a smaller number.
+        has_votes: [M] bool whether the row's own class has any.
     """
 
     predicted: Tensor
     rank: Tensor
+    has_votes: Tensor
 
     def correct(self, top: int = 1) -> Tensor:
         """[M] float64: 1 where the row's class is among the ``top`` ones with the most votes, else 0."""
-        return (self.rank < top).double()
+        return ((self.rank < top) & self.has_votes).double()
 
 
 def voted(
@@ -61,10 +63,7 @@ def voted(
             tally.scatter_add_(1, neighbours[rows, before:count], votes[:, before:count])
             found.append(_ranked(tally, own))
             before = count
-    return {
-        count: Voted(torch.cat([one.predicted for one in found]), torch.cat([one.rank for one in found]))
-        for count, found in parts.items()
-    }
+    return {count: _joined(found) for count, found in parts.items()}
 
 
 def _ranked(tally: Tensor, own: Tensor) -> Voted:
@@ -72,7 +71,11 @@ def _ranked(tally: Tensor, own: Tensor) -> Voted:
     mine = tally.gather(1, own[:, None])
     smaller = torch.arange(tally.shape[1], device=tally.device) < own[:, None]
     rank = ((tally > mine) | ((tally == mine) & smaller)).sum(dim=1)
-    return Voted(tally.argmax(dim=1), torch.where(mine[:, 0] > 0, rank, tally.shape[1]))
+    return Voted(tally.argmax(dim=1), rank, mine[:, 0] > 0)
+
+
+def _joined(parts: Sequence[Voted]) -> Voted:
+    return Voted(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Voted)))
 
 
 def knn_accuracy(
@@ -84,9 +87,9 @@ def knn_accuracy(
 
     Args:
         train: [N, F] features, floating point, of any norm.
-        train_labels: [N] integers, >= 0.
+        train_labels: [N] integers.
         test: [M, F] features.
-        test_labels: [M] integers, >= 0; a row whose class is not among the training labels counts as wrong.
+        test_labels: [M] integers; a row whose class is not among the training labels counts as wrong.
         neighbours: k; if N is smaller, all N.
         temperature: positive.
 
@@ -97,5 +100,7 @@ def knn_accuracy(
     if neighbours < 1 or not temperature > 0:
         raise ValueError(f"neighbours is {neighbours} and temperature {temperature}; both must be greater than 0")
     cosines, places = nearest(test, [train], neighbours)
-    found = voted(cosines, train_labels[places], test_labels, counts=[neighbours], temperature=temperature)
+    numbered = torch.unique(torch.cat([train_labels, test_labels]), return_inverse=True)[1]
+    own, voters = numbered[len(train_labels) :], numbered[: len(train_labels)][places]
+    found = voted(cosines, voters, own, counts=[neighbours], temperature=temperature)
     return 100.0 * float(found[neighbours].correct().mean())

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vmf_pretrain.evaluation.pictures import plot_intervals
 from vmf_pretrain.storage.durable import replace_durably
 
 RESULT = "result.json"  # written last: the sign that a task has finished
@@ -43,7 +44,7 @@ class Result:
     """What a task found.
 
     Attributes:
-        figures: the numbers, the most important one first.
+        figures: the numbers, at least one, the most important one first; ``figures.png`` shows those of its unit.
         rows: one of each image or query, by column; for the CSV.
         pictures: by name without ending, what writes a PNG to a path.
         notes: sentences on how the figures came about, that a reader needs to compare them.
@@ -58,7 +59,7 @@ class Result:
 
 
 def write_result(folder: Path, result: Result, depends: Mapping[str, Any]) -> None:
-    """Write PNGs, ``rows.csv`` and, last, ``result.json``.
+    """Write PNGs (``figures.png`` of the figures, those of the task), ``rows.csv`` and, last, ``result.json``.
 
     Args:
         folder: of the task; made if it is missing.
@@ -69,6 +70,9 @@ def write_result(folder: Path, result: Result, depends: Mapping[str, Any]) -> No
         OSError: the disk is full or read-only; there is no ``result.json`` then.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    alike = [figure for figure in result.figures if figure.unit == result.figures[0].unit]
+    lines = [(figure.name, figure.value, figure.low, figure.high) for figure in alike]
+    plot_intervals(lines, result.figures[0].unit, folder / "figures.png")
     for name, draw in result.pictures.items():
         draw(folder / f"{name}.png")
     if result.rows:

@@ -91,7 +91,7 @@ class Suite:
             if ranks.rank() == 0:
                 closing.enter_context(RunLock.take(self.out, say=self.hooks.say))
             planned = [plan for task in tasks if (plan := self._attempt(task, self._plan, task)) is not None]
-            done = {plan.task.name: read_result(plan.folder) for plan in planned} if ranks.rank() == 0 else {}
+            done = {plan.task.name: read_result(plan.folder) for plan in planned}
             unfinished = [name for name, result in done.items() if result is None]
             waiting = set(ranks.from_first(",".join(unfinished)).split(","))
             features = self._features([plan for plan in planned if plan.task.name in waiting])

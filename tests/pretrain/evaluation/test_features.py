@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vmf_kernels import DINOHead, DINOvMFHead, log_vmf_constant
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.evaluation import knn, linear, prototypes
+from vmf_pretrain.evaluation import linear, nearest, prototypes
 from vmf_pretrain.evaluation.features import extract_features
 from vmf_pretrain.evaluation.knn import knn_accuracy
 from vmf_pretrain.evaluation.linear import linear_accuracy
@@ -57,7 +57,7 @@ def votes_one_by_one(
 def test_knn_equals_votes_counted_one_by_one(
     neighbours: int, temperature: float, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(knn, "TEST_ROWS_AT_ONCE", block)
+    monkeypatch.setattr(nearest, "ROWS_AT_ONCE", block)
     train, test = blobs(60, 4, 1.0, seed=1), blobs(41, 4, 1.0, seed=2)
     got = knn_accuracy(*train, *test, neighbours=neighbours, temperature=temperature)
     expected = votes_one_by_one(*train, *test, neighbours, temperature)

@@ -109,15 +109,19 @@ def _figures(name: str, tries: Sequence[Voted]) -> list[Figure]:
 
 
 def _rows(test: Features, found: dict[int, Voted], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """One row of each test image: its class, and for each k what was predicted and the rank of its own class from 1."""
+    """One row of each test image: its class, and for each k what was predicted and the rank, from 1, of its own class.
+
+    The rank is empty where no neighbour is of that class.
+    """
     names, labels = test.names(), test.labels.tolist()
-    columns = {count: (votes.predicted.tolist(), votes.rank.tolist()) for count, votes in found.items()}
-    rows = []
-    for place, (name, label) in enumerate(zip(names, labels, strict=True)):
-        row = {"image": name, "class": classes[label]}
-        for count, (predicted, ranks) in columns.items():
-            row |= {f"predicted, k {count}": classes[predicted[place]], f"rank, k {count}": ranks[place] + 1}
-        rows.append(row)
+    rows: list[dict[str, Any]] = [
+        {"image": name, "class": classes[label]} for name, label in zip(names, labels, strict=True)
+    ]
+    for count, votes in found.items():
+        for row, predicted, rank, has_votes in zip(
+            rows, votes.predicted.tolist(), votes.rank.tolist(), votes.has_votes.tolist(), strict=True
+        ):
+            row |= {f"predicted, k {count}": classes[predicted], f"rank, k {count}": rank + 1 if has_votes else ""}
     return rows
 
 

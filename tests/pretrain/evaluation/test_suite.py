@@ -1,0 +1,167 @@
+"""An evaluation: features once for all tasks, damaged images counted, nothing done twice, and goes on after a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.pretrain.evaluation.tasks_at_work import Count, Patches, Whole, digits_run, photos_run, suite_on, with_splits
+from tests.pretrain.tiny import save_photos
+from vmf_pretrain.evaluation import extract, stored
+from vmf_pretrain.evaluation.extract import Wanted
+from vmf_pretrain.evaluation.stored import Features
+from vmf_pretrain.evaluation.tasks.knn import Knn
+from vmf_pretrain.networks import ranks
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each forward pass has, in files of four images."""
+    passes: list[int] = []
+    real = extract.outputs
+
+    def watched(network: torch.nn.Module, inputs: Tensor, kinds: object) -> dict[str, Tensor]:
+        passes.append(len(inputs))
+        return real(network, inputs, kinds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(extract, "outputs", watched)
+    monkeypatch.setattr(stored, "CHUNK", 4)
+    return passes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_splits(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photos_run(data, tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_features_are_computed_once_and_a_damaged_image_is_counted(
+    run: Path, data: Path, tmp_path: Path, seen: list[int]
+) -> None:
+    suite, said, _ = suite_on(run, data, tmp_path)
+    results = suite.run([Count(), Patches(), Knn()])
+    # 18 + 8 readable images at the network's size, and again in k-NN's view
+    assert sum(seen) == 2 * 26, f"{sum(seen)} images went through the network"
+    assert results["count"].figures[0].value == 18
+    named = json.loads(next(tmp_path.glob("count-*/result.json")).read_text())
+    assert list(named["bad_images"]["train"]) == ["dogs/damaged.png"]
+    assert any("1 of train" in line for line in said)
+    rows = list(csv.DictReader(next(tmp_path.glob("knn-*/rows.csv")).open()))
+    assert [row["class"] for row in rows if row["class"] == "emus"] == ["emus"] * 2
+    assert {row["rank, k 10"] for row in rows if row["class"] == "emus"} == {""}, "a class without training images"
+
+
+def test_what_has_finished_is_not_run_again(run: Path, data: Path, tmp_path: Path, seen: list[int]) -> None:
+    suite_on(run, data, tmp_path)[0].run([Patches()])
+    seen.clear()
+    before = Patches.runs
+    suite, _, found = suite_on(run, data, tmp_path)
+    again = suite.run([Patches(), Count()])
+    assert found == ["patches before", "count"]
+    assert Patches.runs == before
+    assert seen == [], "Count's features were there, among those of Patches"
+    assert again["patches"].figures == again["count"].figures
+    other, _, found = suite_on(run, data, tmp_path, dtype="bfloat16")
+    other.run([Patches()])
+    assert found == ["patches"], "another precision is another result"
+    assert seen
+
+
+def test_evaluation_goes_on_with_the_files_that_are_missing_or_cut_short(
+    run: Path, data: Path, tmp_path: Path, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Tensor] = []
+    monkeypatch.setattr(Count, "run", _keeping(kept))
+    suite_on(run, data, tmp_path)[0].run([Count()])
+    files = sorted(tmp_path.glob("features/*/*.safetensors"))
+    assert len(files) == 5 + 2
+    files[0].unlink()
+    files[3].write_bytes(files[3].read_bytes()[:-8])
+    next(tmp_path.glob("count-*/result.json")).unlink()
+    seen.clear()
+    suite_on(run, data, tmp_path)[0].run([Count()])
+    assert 0 < sum(seen) <= 8, f"{sum(seen)} images went through the network again"
+    assert torch.equal(kept[0], kept[1])
+
+
+def _keeping(kept: list[Tensor]):  # type: ignore[no-untyped-def]
+    real = Count.run
+
+    def run(self, subject, settings):  # type: ignore[no-untyped-def]
+        kept.append(subject.features["train"].whole())
+        return real(self, subject, settings)
+
+    return run
+
+
+def test_ranks_share_the_files(run: Path, data: Path, tmp_path: Path, seen: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "count", lambda: 2)
+        patch.setattr(ranks, "rank", lambda: 1)
+        suite, said, _ = suite_on(run, data, tmp_path)
+        assert suite.run([Count()]) == {}, "only the first rank has results"
+        assert "expected one disk" in said[0], "the first rank's files are not there, as it does not run"
+    assert len(list(tmp_path.glob("features/*/*.safetensors"))) == 2
+    seen.clear()
+    suite, _, found = suite_on(run, data, tmp_path)
+    suite.run([Count()])
+    assert found == ["count"]
+    assert sum(seen) == 26 - 8
+
+
+def test_task_that_cannot_be_done_stops_no_other_one(run: Path, tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", 5)
+    suite, said, found = suite_on(run, tmp_path / "photos", tmp_path / "out")
+
+    class Unlabelled(Count):
+        name = "patches"
+
+        def images(self, given, settings):  # type: ignore[no-untyped-def]
+            return {"train": given.all, "test": given.splits.test}
+
+    suite.run([Knn(), Unlabelled()])
+    assert found == ["patches"]
+    assert "has no classes" in suite.failures["knn"]
+    assert said[0] == f"knn: {suite.failures['knn']}"
+
+
+def test_run_s_own_data_and_split_are_the_default(tmp_path: Path) -> None:
+    suite, _, _ = suite_on(digits_run(tmp_path / "run"), None, tmp_path / "out")
+    result = suite.run([Knn()])["knn"]
+    assert (result.facts["train_images"], result.facts["test_images"]) == (1297, 500)
+    (top,) = [figure for figure in result.figures if figure.name == "top-1, k 20"]
+    assert top.low is not None
+    assert top.high is not None
+    assert top.low < top.value < top.high
+
+
+def test_patches_of_images_of_several_sizes_come_back(
+    run: Path, data: Path, tmp_path: Path, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def run_(self, subject, settings):  # type: ignore[no-untyped-def]
+        features: Features = subject.features["test"]
+        means = features.whole("mean_patch")
+        patches = list(features.patches())
+        shapes.extend(tuple(one.shape) for one in patches)
+        assert torch.allclose(torch.stack([one.mean(dim=(0, 1)) for one in patches]), means, atol=1e-6)
+        return Count.run(self, subject, settings)
+
+    wanted = Wanted(Whole(), Patches.kinds)
+    monkeypatch.setattr(Patches, "run", run_)
+    monkeypatch.setattr(Patches, "wants", lambda self, settings, fed: dict.fromkeys(("train", "test"), wanted))
+    suite_on(run, data, tmp_path)[0].run([Patches()])
+    assert sorted(set(shapes)) == [(6, 6, 16), (7, 12, 16)]
+    assert len(shapes) == 8
