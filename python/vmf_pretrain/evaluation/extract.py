@@ -4,6 +4,7 @@ Legend: B images of a forward pass.
 """
 
 import hashlib
+import json
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ class Extraction:
         Raises:
             PretrainError: no image can be read, a feature is not finite, or the ranks do not share a disk.
         """
-        folder, kinds = folder_for(self.store, self._base(images, wanted.view), wanted.kinds)
+        folder, kinds = self._folder(images, wanted)
         numbers = missing(folder, len(images))
         ranks.gathered(["looked"])  # before any rank writes, so that all divide the same files
         self.advance(len(images) - sum(len(chunk_of(number, len(images))) for number in numbers))
@@ -91,6 +92,20 @@ class Extraction:
             **view_facts(view),
             "dtype": self.settings.dtype,
         }
+
+    def _folder(self, images: Images, wanted: Wanted) -> tuple[Path, Kinds]:
+        """Where the features are kept, and which kinds; the first rank looks and makes it, for all."""
+        said = {"error": ""}
+        if ranks.rank() == 0:
+            try:
+                folder, kinds = folder_for(self.store, self._base(images, wanted.view), wanted.kinds)
+                said |= {"folder": folder.name, **kinds.facts()}
+            except OSError as error:
+                said["error"] = f"features cannot be written to {self.store}: {error.strerror or error}."
+        said = json.loads(ranks.from_first(json.dumps(said)))
+        if said["error"]:
+            raise PretrainError(said["error"])
+        return self.store / said["folder"], Kinds.from_facts(said)
 
     def _failure(self, images: Images, wanted: Wanted, folder: Path, numbers: Sequence[int]) -> str:
         """Compute files; why that failed, or nothing."""

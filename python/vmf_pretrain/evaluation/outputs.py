@@ -3,7 +3,7 @@
 Legend: B images, n blocks, P prefix tokens (class token and registers), h x w patches, F features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -38,6 +38,19 @@ class Kinds:
 
     def __or__(self, other: "Kinds") -> "Kinds":
         return Kinds(max(self.blocks, other.blocks), self.parts | other.parts)
+
+    def facts(self) -> dict[str, Any]:
+        """These kinds as JSON holds them."""
+        return {"blocks": self.blocks, "parts": sorted(self.parts)}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "Kinds":
+        """The inverse of ``facts``.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are none.
+        """
+        return cls(int(facts["blocks"]), frozenset(facts["parts"]))
 
     def covers(self, other: "Kinds") -> bool:
         """Whether all that ``other`` keeps is kept."""

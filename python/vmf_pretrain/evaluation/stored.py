@@ -115,15 +115,13 @@ def folder_for(store: Path, base: Mapping[str, Any], kinds: Kinds) -> tuple[Path
     name = fingerprint(base)[:DIGITS]
     for path in sorted(store.glob(f"{name}-*/spec.json")):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["kinds"]
-            there = Kinds(int(found["blocks"]), frozenset(found["parts"]))
+            there = Kinds.from_facts(json.loads(path.read_text(encoding="utf-8"))["kinds"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not ours, or damaged
         if there.covers(kinds):
             return path.parent, there
-    parts = sorted(kinds.parts)
-    folder = store / "-".join([name, str(kinds.blocks), *parts])
-    spec = {"of": base, "kinds": {"blocks": kinds.blocks, "parts": parts}}
+    folder = store / "-".join([name, str(kinds.blocks), *sorted(kinds.parts)])
+    spec = {"of": base, "kinds": kinds.facts()}
     folder.mkdir(parents=True, exist_ok=True)
     replace_durably(folder / "spec.json", (json.dumps(spec, indent=2) + "\n").encode())
     return folder, kinds

@@ -10,30 +10,36 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.on_ranks import start_ranks
 from tests.pretrain.evaluation.tasks_at_work import Count, Patches, Whole, digits_run, photos_run, suite_on, with_splits
 from tests.pretrain.tiny import save_photos
 from vmf_pretrain.evaluation import extract, stored
 from vmf_pretrain.evaluation.extract import Wanted
+from vmf_pretrain.evaluation.outputs import Kinds
 from vmf_pretrain.evaluation.stored import Features
 from vmf_pretrain.evaluation.tasks.knn import Knn
-from vmf_pretrain.networks import ranks
 
 pytestmark = pytest.mark.quick
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each forward pass has, in files of four images."""
+def watched_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each forward pass has."""
     passes: list[int] = []
     real = extract.outputs
 
-    def watched(network: torch.nn.Module, inputs: Tensor, kinds: object) -> dict[str, Tensor]:
+    def watched(network: torch.nn.Module, inputs: Tensor, kinds: Kinds) -> dict[str, Tensor]:
         passes.append(len(inputs))
-        return real(network, inputs, kinds)  # type: ignore[arg-type]
+        return real(network, inputs, kinds)
 
     monkeypatch.setattr(extract, "outputs", watched)
-    monkeypatch.setattr(stored, "CHUNK", 4)
     return passes
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The same, in files of four images."""
+    monkeypatch.setattr(stored, "CHUNK", 4)
+    return watched_passes(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +111,27 @@ def _keeping(kept: list[Tensor]):  # type: ignore[no-untyped-def]
     return run
 
 
-def test_ranks_share_the_files(run: Path, data: Path, tmp_path: Path, seen: list[int]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "count", lambda: 2)
-        patch.setattr(ranks, "rank", lambda: 1)
-        suite, said, _ = suite_on(run, data, tmp_path)
-        assert suite.run([Count()]) == {}, "only the first rank has results"
-        assert "expected one disk" in said[0], "the first rank's files are not there, as it does not run"
-    assert len(list(tmp_path.glob("features/*/*.safetensors"))) == 2
-    seen.clear()
-    suite, _, found = suite_on(run, data, tmp_path)
-    suite.run([Count()])
-    assert found == ["count"]
-    assert sum(seen) == 26 - 8
+def on_a_rank(rank: int, folder: str, run: str, data: str) -> None:
+    torch.set_num_threads(1)
+    stored.CHUNK = 4
+    passes = watched_passes(pytest.MonkeyPatch())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    suite, said, found = suite_on(Path(run), Path(data), Path(folder, "out"))
+    results = suite.run([Count(), Patches()])
+    torch.distributed.barrier()
+    shown = {"passes": sum(passes), "found": found, "results": sorted(results), "said": said}
+    Path(folder, f"{rank}.json").write_text(json.dumps(shown))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.thorough
+def test_two_ranks_share_the_images_and_the_first_one_does_the_tasks(run: Path, data: Path, tmp_path: Path) -> None:
+    start_ranks(on_a_rank, (str(tmp_path), str(run), str(data)), 2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["passes"] + second["passes"] == 26
+    assert min(first["passes"], second["passes"]) >= 8, f"{first['passes']} and {second['passes']} images"
+    assert (first["found"], second["found"], second["results"]) == (["count", "patches"], [], [])
+    assert any("1 of train" in line for line in first["said"])
 
 
 def test_task_that_cannot_be_done_stops_no_other_one(run: Path, tmp_path: Path) -> None:
@@ -137,7 +151,7 @@ def test_task_that_cannot_be_done_stops_no_other_one(run: Path, tmp_path: Path) 
 
 
 def test_run_s_own_data_and_split_are_the_default(tmp_path: Path) -> None:
-    suite, _, _ = suite_on(digits_run(tmp_path / "run"), None, tmp_path / "out")
+    suite, _, _ = suite_on(digits_run(tmp_path / "run"), None, tmp_path / "out", batch_size=256)
     result = suite.run([Knn()])["knn"]
     assert (result.facts["train_images"], result.facts["test_images"]) == (1297, 500)
     (top,) = [figure for figure in result.figures if figure.name == "top-1, k 20"]
