@@ -7,8 +7,9 @@ from typing import Any
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
+from vmf_pretrain.config.start_from import HUB
 
-PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset({("data", "folder"), ("data", "cache")})
+PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset({("data", "folder"), ("data", "cache"), ("start_from", "weights")})
 
 
 def expanded(path: str | Path, name: str) -> Path:
@@ -29,10 +30,14 @@ def expanded(path: str | Path, name: str) -> Path:
 
 def with_absolute_paths(config: Config) -> Config:
     """A configuration that means the same from any working folder."""
-    paths: dict[str, Any] = {
-        key: str(Path(value).absolute()) for _, key in PATH_FIELDS if (value := getattr(config.data, key)) is not None
-    }
-    return replace(config, data=replace(config.data, **paths))
+    sections: dict[str, Any] = {}
+    for name, key in PATH_FIELDS:
+        section = sections.get(name, getattr(config, name))
+        value = getattr(section, key)
+        if value is not None and not (key == "weights" and value.startswith(HUB)):
+            section = replace(section, **{key: str(Path(value).absolute())})
+        sections[name] = section
+    return replace(config, **sections)
 
 
 def with_expanded_paths(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vmf_pretrain.config.masks import MasksConfig
 from vmf_pretrain.config.method import PATCH_METHODS, VMF, is_import_path, require_method
 from vmf_pretrain.config.optim import OptimConfig
 from vmf_pretrain.config.predictor import PredictorConfig
+from vmf_pretrain.config.start_from import StartFromConfig
 from vmf_pretrain.config.train import TrainConfig
 from vmf_pretrain.config.views import DIGIT_CANVAS, GLOBAL_VIEWS, ViewsConfig
 
@@ -33,6 +34,7 @@ class Config:
         views: multi-crop and augmentation.
         masks: which patches the student does not see.
         backbone: the vision transformer.
+        start_from: published or earlier weights to start from.
         head: the projection head.
         loss: temperatures, centring, KoLeo.
         decoder: MAE's mask and decoder.
@@ -52,6 +54,7 @@ class Config:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     masks: MasksConfig = field(default_factory=MasksConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    start_from: StartFromConfig = field(default_factory=StartFromConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)

@@ -39,6 +39,7 @@ class Loop:
         method: its class.
         steps_per_epoch: optimizer steps in an epoch.
         device: of this rank.
+        begin: gives the method the weights that it starts from; None leaves it at its own.
         late: whether the host reads a step late; None means on a GPU only.
 
     Raises:
@@ -52,12 +53,16 @@ class Loop:
         steps_per_epoch: int,
         device: torch.device,
         *,
+        begin: Callable[[Method], None] | None = None,
         late: bool | None = None,
     ) -> None:
         torch.manual_seed(stream_seed(config.seed, INITIALISATION))
         self.config, self.device = config, device
         self.start = Place(0, steps_per_epoch, config.train.epochs)
-        self.method = method(config, self.start).to(device)
+        self.method = method(config, self.start)
+        if begin is not None:
+            begin(self.method)
+        self.method.to(device)
         taken = RESERVED & {name for name, _ in self.method.named_children()}
         if taken:
             raise PretrainError(

@@ -10,7 +10,7 @@ import json
 import shlex
 import signal
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from vmf_pretrain.data.loader import load_from
 from vmf_pretrain.data.network_input import NetworkInput, network_input
 from vmf_pretrain.data.waiting import Waiting
 from vmf_pretrain.engine.bad_images import BadImages
+from vmf_pretrain.engine.beginning import beginning
 from vmf_pretrain.engine.interruption import Interruption, no_requests
 from vmf_pretrain.engine.keeping import Keeping
 from vmf_pretrain.engine.loop import Loop
@@ -36,6 +37,7 @@ from vmf_pretrain.engine.skipping import Skipping
 from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.evaluation.agreement import compared
 from vmf_pretrain.evaluation.judge import BASELINES, Judge
+from vmf_pretrain.methods.method import Method
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.report.figures import draw_plots, sample_attention, sample_pictures
@@ -98,7 +100,7 @@ class Run:
         with contextlib.ExitStack() as closing:
             closing.enter_context(no_requests())
             self._lock(out, resume, closing)
-            self._build(allow_code, closing)
+            self._build(allow_code, closing, begin=None if resume else beginning(config, self._say))
             if resume:
                 self._restore(self.keeping.newest(allow_changed))
                 if allow_changed and self.first:
@@ -199,7 +201,9 @@ class Run:
             closing.callback(_remove_if_empty, out, existed=out.exists())
         closing.enter_context(RunLock.take(out, say=self._say))
 
-    def _build(self, allow_code: bool, closing: contextlib.ExitStack) -> None:
+    def _build(
+        self, allow_code: bool, closing: contextlib.ExitStack, *, begin: Callable[[Method], None] | None
+    ) -> None:
         """Data, networks and what belongs to them; nothing is written."""
         config, method = self.config, method_class(self.config, allow_code=allow_code)
         train, held_out, found = load_images(config, allow_code=allow_code)
@@ -208,7 +212,8 @@ class Run:
         self._say(found.text)
         self.batches = ViewBatches(train, config, method.plan(config), ranks.rank(), ranks.count())
         self.judge = Judge(train, held_out, config)
-        self.loop = Loop(config, method, self.batches.steps_per_epoch, choose_device(config.train.device))
+        device = choose_device(config.train.device)
+        self.loop = Loop(config, method, self.batches.steps_per_epoch, device, begin=begin)
         self.keeping = closing.enter_context(
             Keeping(self.folder, config, self.loop, self.batches, found.facts, self._say)
         )

@@ -55,6 +55,15 @@ class DINO(Method):
         """The teacher."""
         return self.teacher
 
+    @property
+    def trained(self) -> nn.Module:
+        """The student."""
+        return self.student
+
+    def begin(self) -> None:
+        """The teacher becomes the student, as at any start."""
+        teach(self.teacher, self.student)
+
     def forward(self, batch: Batch, place: Place) -> dict[str, Tensor]:
         """The cross-entropy between views, and KoLeo."""
         with torch.no_grad():
@@ -129,7 +138,7 @@ class DINO(Method):
         if config.backbone.initialisation == "xavier":
             xavier(student)
         teacher = Headed(build_backbone(config), copy.deepcopy(head), parts=parts)
-        teacher.load_state_dict(student.state_dict())
+        teach(teacher, student)
         return student, teacher.requires_grad_(False)
 
     def _head(self, features: int) -> DINOHead:
@@ -161,6 +170,12 @@ class DINO(Method):
             options["centering"] = loss.centering
         ours = DINOvMFLoss(*published, **options) if self.vmf else DINOLoss(*published, **options)
         return PublishedLoss(ours) if loss.implementation == "published" else ours
+
+
+def teach(teacher: nn.Module, student: nn.Module) -> None:
+    """Give a teacher the student's tensors, buffers too; it may lack some, such as a mask token."""
+    tensors = student.state_dict()
+    teacher.load_state_dict({name: tensors[name] for name in teacher.state_dict()})
 
 
 class DINOvMF(DINO):

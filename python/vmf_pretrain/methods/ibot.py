@@ -19,7 +19,7 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.masks import MASK, RatioMasks
 from vmf_pretrain.data.plan import MaskSampler, Plan
-from vmf_pretrain.methods.dino import DINO, GLOBAL_VIEWS
+from vmf_pretrain.methods.dino import DINO, GLOBAL_VIEWS, teach
 from vmf_pretrain.methods.masked_patches import MaskedPatches
 from vmf_pretrain.methods.method import MINIMISED, Place
 from vmf_pretrain.methods.sinkhorn import RememberedSinkhorn
@@ -139,8 +139,7 @@ class IBOT(DINO):
         if config.backbone.initialisation == "xavier":
             xavier(student)
         teacher = TwoStreams(build_backbone(config), copy.deepcopy(head), copy.deepcopy(patch_head), parts=parts)
-        tensors = student.state_dict()
-        teacher.load_state_dict({name: tensors[name] for name in teacher.state_dict()})
+        teach(teacher, student)
         return student, teacher.requires_grad_(False)
 
     def _head(self, features: int) -> StreamHead:

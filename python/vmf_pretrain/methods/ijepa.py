@@ -51,7 +51,7 @@ class IJEPA(Method):
         )
         self.student = ContextPredictor(backbone, predictor)
         self._initialise()
-        self.teacher.load_state_dict(backbone.state_dict())
+        self.begin()
         self.teacher.requires_grad_(False)
         optim = config.optim
         self.momentum = LinearSchedule(
@@ -79,6 +79,15 @@ class IJEPA(Method):
     def exported(self) -> nn.Module:
         """The target encoder, and the predictor."""
         return nn.ModuleDict({"backbone": self.teacher, "predictor": self.student.predictor})
+
+    @property
+    def trained(self) -> nn.Module:
+        """Context encoder and predictor."""
+        return self.student
+
+    def begin(self) -> None:
+        """The target encoder becomes the context encoder."""
+        self.teacher.load_state_dict(self.student.backbone.state_dict())
 
     def forward(self, batch: Batch, place: Place) -> dict[str, Tensor]:
         """The distance of predicted features from those of the target encoder, a mean over contexts, tokens and features."""

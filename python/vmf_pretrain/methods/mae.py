@@ -54,6 +54,11 @@ class MAE(Method):
         """Encoder and decoder."""
         return self.autoencoder
 
+    @property
+    def trained(self) -> nn.Module:
+        """Encoder and decoder."""
+        return self.autoencoder
+
     def forward(self, batch: Batch, place: Place) -> dict[str, Tensor]:
         """The mean squared error of the hidden patches."""
         (inputs,), kept = batch.views, batch.masks["kept"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vmf_kernels import DINOHead
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.plan import Plan
@@ -87,6 +88,20 @@ class Method(nn.Module, ABC):
     def exported(self) -> nn.Module:
         """The module whose state dict is written as the run's weights; ``evaluated`` is part of it."""
         return nn.ModuleDict({"backbone": self.evaluated})
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network whose children ``backbone``, ``head``, ``decoder`` and others take the weights that a run starts from.
+
+        Raises:
+            PretrainError: a run is to start from weights, and the method does not say which network takes them.
+        """
+        raise PretrainError(
+            f"start_from.weights is given but {type(self).__name__} does not say what takes them: it has no property trained."
+        )
+
+    def begin(self) -> None:
+        """Weights were loaded into ``trained``; what follows that network takes them over."""
 
     @abstractmethod
     def forward(self, batch: Batch, place: Place) -> dict[str, Tensor]:

@@ -160,6 +160,20 @@ def outline_of(path: Path) -> Checkpoint:
     return _checkpoint(path, read_manifest(path), _outline)
 
 
+def checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``, verified, with whole tensors on the CPU.
+
+    Raises:
+        PretrainError: it is damaged, or a newer version of the library wrote it.
+    """
+    try:
+        manifest = read_manifest(path)
+        verify_files(path, manifest)
+        return _checkpoint(path, manifest, _whole)
+    except DamagedError as damage:
+        raise PretrainError(f"checkpoint {path} is damaged: {damage}.") from None
+
+
 def _newest(folder: Path, tensors: _Reader) -> Checkpoint:
     candidates = newest_first(folder)
     if not candidates:

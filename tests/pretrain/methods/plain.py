@@ -27,18 +27,26 @@ def norm(x: Tensor, w: Weights, name: str) -> Tensor:
     return layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
 
-def block(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
-    """[tokens, width] through attention and a GELU network, each added to what enters it."""
-    query, key, value = linear(norm(x, w, f"{name}.norm1"), w, f"{name}.attn.qkv").chunk(3, dim=-1)
+def attention(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
+    """[tokens, width] of normalised tokens: a softmax over keys for each head, then a linear layer."""
+    query, key, value = linear(x, w, f"{name}.qkv").chunk(3, dim=-1)
     size = x.shape[-1] // heads
     seen = []
     for head in range(heads):
         part = slice(head * size, (head + 1) * size)
         scores = query[:, part] @ key[:, part].T / math.sqrt(size)
         seen.append(scores.exp() / scores.exp().sum(-1, keepdim=True) @ value[:, part])
-    x = x + linear(torch.cat(seen, dim=-1), w, f"{name}.attn.proj")
-    hidden = linear(norm(x, w, f"{name}.norm2"), w, f"{name}.mlp.fc1")
-    return x + linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), w, f"{name}.mlp.fc2")
+    return linear(torch.cat(seen, dim=-1), w, f"{name}.proj")
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def block(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
+    """[tokens, width] through attention and a GELU network, each added to what enters it."""
+    x = x + attention(norm(x, w, f"{name}.norm1"), w, f"{name}.attn", heads)
+    return x + linear(gelu(linear(norm(x, w, f"{name}.norm2"), w, f"{name}.mlp.fc1")), w, f"{name}.mlp.fc2")
 
 
 def through(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:

@@ -23,7 +23,7 @@ from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.methods.method import Place
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks.positions import COLUMN_FIRST, grid_positions
-from vmf_pretrain.networks.published_names import context_predictor, masked_autoencoder
+from vmf_pretrain.networks.published_names import network_in
 from vmf_pretrain.report.figures import draw_plots, sample_pictures
 from vmf_pretrain.storage.metrics import read_metrics
 
@@ -311,27 +311,24 @@ def test_published_names_and_shapes_are_ours(tmp_path: Path) -> None:
     published = {"decoder": {"width": 512, "depth": 8, "heads": 16}, "predictor": {"width": 384, "depth": 12}}
     clips = {"data": {"kind": "videos", "folder": str(tmp_path)}, "clips": {"frames": 16, "step": 4}}
     ijepa, vjepa = (
-        predictor_shapes("", 1280, 256, ["mask_token"]),
-        predictor_shapes("", 1024, 1568, ["mask_tokens.0", "mask_tokens.1"]),
+        predictor_shapes("predictor.", 1280, 256, ["mask_token"]),
+        predictor_shapes("predictor.module.backbone.", 1024, 1568, ["mask_tokens.0", "mask_tokens.1"]),
     )
+    vith14 = encoder_shapes(32, 1280, 256, (3, 14, 14))
+    vitl16 = encoder_shapes(24, 1024, 1568, (3, 2, 16, 16))
     cases: list[tuple[str, dict[str, Any], str, dict[str, Tensor]]] = [
-        ("mae", {**folder, "backbone": vit_b}, "autoencoder", masked_autoencoder(tensors(MAE_B16))),
+        ("mae", {**folder, "backbone": vit_b}, "autoencoder", tensors(MAE_B16, "model.")),
         (
             "ijepa",
             {**folder, "backbone": vit_h},
             "student",
-            context_predictor(
-                tensors(encoder_shapes(32, 1280, 256, (3, 14, 14)), "module."), tensors(ijepa, "module.")
-            ),
+            tensors(vith14, "encoder.module.") | tensors(vith14, "target_encoder.module.") | tensors(ijepa),
         ),
         (
             "vjepa",
             {**folder, **clips, "backbone": vit_l},
             "student",
-            context_predictor(
-                tensors(encoder_shapes(24, 1024, 1568, (3, 2, 16, 16)), "module.backbone."),
-                tensors(vjepa, "module.backbone."),
-            ),
+            tensors(vitl16, "target_encoder.module.backbone.") | tensors(vjepa),
         ),
     ]
     for method, sections, part, given in cases:
@@ -339,5 +336,6 @@ def test_published_names_and_shapes_are_ours(tmp_path: Path) -> None:
         with torch.device("meta"):
             network = method_class(config)(config, Place(0, 1, 2)).get_submodule(part)
         ours = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-        theirs = {name: tuple(value.shape) for name, value in given.items()}
+        found = network_in(given).parts.items()
+        theirs = {f"{part}.{name}": tuple(value.shape) for part, named in found for name, value in named.items()}
         assert ours == theirs, f"{method}: {sorted(set(ours.items()) ^ set(theirs.items()))[:6]}"
