@@ -94,7 +94,12 @@ def photos_config(folder: Path, **sections: Any) -> Config:
 
 def some_digits(count: int) -> DigitImages:
     """The first training digits."""
-    return digits()[0].subset(torch.arange(count))
+    return _training_digits().subset(torch.arange(count))
+
+
+@functools.cache  # drawing them takes longer than a step
+def _training_digits() -> DigitImages:
+    return digits()[0]
 
 
 def save_photos(folder: Path, count: int, side: int = PHOTO_SIDE) -> list[Path]:

@@ -20,7 +20,7 @@ from vmf_pretrain.data.token_masks import MultiBlockMasks, TubeMasks
 from vmf_pretrain.methods.method import MINIMISED, Method, Place
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.networks.average import follow
-from vmf_pretrain.networks.backbone import build_backbone, xavier
+from vmf_pretrain.networks.backbone import build_backbone, heads_of, xavier
 from vmf_pretrain.networks.parts import in_parts
 from vmf_pretrain.networks.positions import COLUMN_FIRST, fix_positions
 from vmf_pretrain.networks.predictor import ContextPredictor, Predictor
@@ -40,12 +40,11 @@ class IJEPA(Method):
     def __init__(self, config: Config, start: Place) -> None:
         super().__init__(config, start)
         backbone, self.teacher = self._backbone(config.backbone.drop_path), self._backbone(0.0)
-        heads = int(backbone.blocks[0].attn.num_heads)
         predictor = Predictor(
             int(backbone.num_features),
             config.token_grid,
             config.predictor,
-            heads=heads,
+            heads=heads_of(backbone),
             axes=self.axes,
             masks=self.contexts,
         )

@@ -51,6 +51,12 @@ def build_backbone(config: Config, *, drop_path: float = 0.0, **by_method: Any) 
         raise PretrainError(_unfit(chosen, " ".join(str(error).split()))) from None
     if not isinstance(backbone, timm.models.VisionTransformer):
         raise PretrainError(_unfit(chosen, f"it is a {type(backbone).__name__}"))
+    grid = tuple(backbone.patch_embed.grid_size)
+    if grid != config.token_grid:  # a network of convolutions comes before its patches
+        wanted = " x ".join(map(str, config.token_grid))
+        raise PretrainError(
+            _unfit(chosen, f"it makes {' x '.join(map(str, grid))} tokens of an input of {wanted} patches")
+        )
     return_tokens(backbone)
     _drop_paths(backbone, chosen, drop_path)
     if config.train.activation_checkpointing:
@@ -63,6 +69,11 @@ def _drop_paths(backbone: timm.models.VisionTransformer, chosen: BackboneConfig,
     """Our stochastic depth in place of timm's, of the kind and with the rates of the configuration."""
     if rate > 0 and chosen.drop_path_rates == "uniform":
         for block in backbone.blocks:
+            if not hasattr(block, "drop_path1"):
+                raise PretrainError(
+                    f"backbone.drop_path_rates is uniform but {chosen.name} has blocks of the kind {type(block).__name__}; "
+                    "expected rising."
+                )
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
     if chosen.drop_path_of == "row" or rate == 0:
         own_stochastic_depth(backbone, StochasticDepth)
@@ -85,4 +96,12 @@ def xavier(network: nn.Module) -> None:
 
 
 def _unfit(chosen: BackboneConfig, reason: str) -> str:
-    return f"backbone.name {chosen.name} cannot be built as a vision transformer of that shape: {reason}."
+    said = reason.rstrip(".") or "timm says no more"  # of an assertion without a text
+    return f"backbone.name {chosen.name} cannot be built as a vision transformer of that shape: {said}."
+
+
+def heads_of(backbone: timm.models.VisionTransformer) -> int | None:
+    """Attention heads of a block; None if its kind does not say."""
+    block = backbone.blocks[0]
+    heads = getattr(getattr(block, "attn", block), "num_heads", None)
+    return None if heads is None else int(heads)

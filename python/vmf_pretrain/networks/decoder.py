@@ -76,7 +76,8 @@ def initialise(network: MaskedAutoencoder) -> None:
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     with torch.no_grad():
         nn.init.xavier_uniform_(network.backbone.get_parameter("patch_embed.proj.weight").flatten(1))
         for token in (network.backbone.get_parameter("cls_token"), network.decoder.mask_token):

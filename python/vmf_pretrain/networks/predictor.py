@@ -23,12 +23,12 @@ class Predictor(Unit):
         features: F.
         grid: tokens along each axis, any number of axes.
         size: width, depth and heads.
-        heads: what null heads stand for.
+        heads: what null heads stand for; None if nothing is known.
         axes: order of the positions' axes, as in ``grid_positions``.
         masks: how many contexts an image has; each has a mask token of its own.
 
     Raises:
-        PretrainError: the width is no multiple of the heads.
+        PretrainError: the width is no multiple of the heads, or how many there are is not known.
     Source: Assran et al., CVPR 2023, and Bardes et al., TMLR 2024; names of parameters as in the published networks without
     "predictor_".
     """
@@ -41,12 +41,16 @@ class Predictor(Unit):
         grid: tuple[int, ...],
         size: PredictorConfig,
         *,
-        heads: int,
+        heads: int | None,
         axes: Sequence[int],
         masks: int = 1,
     ) -> None:
         super().__init__()
         heads = heads if size.heads is None else size.heads
+        if heads is None:
+            raise PretrainError(
+                "predictor.heads is null but the backbone's blocks do not say how many they have; give it."
+            )
         if size.width % heads:
             raise PretrainError(f"predictor.width is {size.width} but must be a multiple of its {heads} heads.")
         self.embed = nn.Linear(features, size.width)
