@@ -1,5 +1,6 @@
 """Weights that timm publishes: their file, from the cache of earlier downloads or from the network."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -11,8 +12,23 @@ from vmf_pretrain.config.errors import PretrainError
 FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are wanted
 
 
-def hub_file(name: str) -> Path:
-    """The file with the weights of a timm model, such as "vit_small_patch14_reg4_dinov2.lvd142m".
+@dataclass(frozen=True)
+class HubWeights:
+    """Published weights.
+
+    Attributes:
+        path: of their file.
+        mean: of each channel, which their network expects to be subtracted from pixels in [0, 1].
+        deviation: of each channel, by which it expects the difference to be divided.
+    """
+
+    path: Path
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def hub_weights(name: str) -> HubWeights:
+    """The weights of a timm model, such as "vit_small_patch14_reg4_dinov2.lvd142m".
 
     Raises:
         PretrainError: timm publishes none by that name, or it is not in the cache and there is no network.
@@ -29,7 +45,8 @@ def hub_file(name: str) -> Path:
     lacking: Exception | None = None
     for file in files:
         try:
-            return Path(hf_hub_download(repository, file))
+            path = Path(hf_hub_download(repository, file))
+            return HubWeights(path, tuple(published.mean), tuple(published.std))
         except OSError as error:  # also of a cache without the file, when there is no network
             lacking = error
             break

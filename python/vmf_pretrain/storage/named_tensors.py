@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vmf_kernels.compat.checkpoints import WHOLE_TENSORS
 from vmf_kernels.compat.tensor_file import Placeholder, UnreadTensor, open_entries
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.storage.checkpoint import checkpoint_at, load_checkpoint
@@ -87,6 +88,10 @@ def _flat(entries: Mapping[Any, Any], above: str = "") -> dict[str, Unread]:
     for key, value in entries.items():
         if isinstance(value, Mapping):
             found |= _flat(value, f"{above}{key}.")
+        elif f"{key}".endswith("flat_param") or (
+            isinstance(value, Placeholder) and ".distributed." in value.stands_for
+        ):
+            raise ValueError(f"it has one rank's part of {above}{key}; {WHOLE_TENSORS}")
         elif isinstance(value, Tensor | UnreadTensor):
             found[f"{above}{key}"] = value
     return found

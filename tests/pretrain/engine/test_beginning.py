@@ -19,6 +19,7 @@ from tests.pretrain.networks import published
 from tests.pretrain.networks.published import DEPTH, HEADS, PATCH, PATCHES, WIDTH, backbone, drawn, head, layer, under
 from tests.pretrain.tiny import a_run, changed, differing, digits_config, one_sentence
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.paths import with_absolute_paths
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.engine.beginning import beginning
 from vmf_pretrain.methods.method import Method, Place
@@ -40,7 +41,7 @@ def config_of(
     method: str, weights: Path | str | None, *, backbone: dict[str, Any] | None = None, **sections: Any
 ) -> Config:
     start = None if weights is None else {"weights": str(weights), **sections.pop("start_from", {})}
-    base = masked_config(method) if method in ("mae", "ijepa") else digits_config(head=HEAD)
+    base = masked_config(method, Path()) if method in ("mae", "ijepa", "vjepa") else digits_config(head=HEAD)
     optional = {} if start is None else {"start_from": start}
     return changed(base, method=method, backbone={**TOY, **(backbone or {})}, **optional, **sections)
 
@@ -225,30 +226,44 @@ def test_mae_starts_with_its_decoder_and_its_encoder_alone_starts_dino(tmp_path:
     )
 
 
-def ijepa() -> dict[str, Any]:
-    predictor = {"mask_token": (1, 1, 8), "predictor_pos_embed": (1, PATCHES, 8), **layer("predictor_embed", 8, WIDTH)}
-    predictor |= {**layer("predictor_norm", 8), **layer("predictor_proj", WIDTH, 8), **narrow("predictor_blocks.0.", 8)}
-    encoders = {
-        name: under("module.", drawn(backbone(classes=0), seed))
-        for seed, name in ((40, "encoder"), (41, "target_encoder"))
+def jepa(wrapper: str, *, clips: bool) -> dict[str, Any]:
+    """I-JEPA's file, or V-JEPA's: two mask tokens, tubelets of two frames, 2 x 4 x 4 tokens."""
+    masks = ("mask_tokens.0", "mask_tokens.1") if clips else ("mask_token",)
+    tokens = 2 * PATCHES if clips else PATCHES
+    predictor = {**dict.fromkeys(masks, (1, 1, 8)), "predictor_pos_embed": (1, tokens, 8), **layer("predictor_norm", 8)}
+    predictor |= {
+        **layer("predictor_embed", 8, WIDTH),
+        **layer("predictor_proj", WIDTH, 8),
+        **narrow("predictor_blocks.0.", 8),
     }
-    return {**encoders, "predictor": under("module.", drawn(predictor, 42))}
+    of_encoder = backbone(classes=0, patches=tokens, kernel=(3, 2, PATCH, PATCH) if clips else (1, PATCH, PATCH))
+    encoders = {
+        name: under(wrapper, drawn(of_encoder, seed)) for seed, name in ((40, "encoder"), (41, "target_encoder"))
+    }
+    return {**encoders, "predictor": under(wrapper, drawn(predictor, 42))}
 
 
-def test_ijepa_starts_from_its_target_encoder_with_its_predictor(tmp_path: Path) -> None:
-    entries = ijepa()
-    config = config_of("ijepa", saved(tmp_path / "ijepa.pth.tar", entries), start_from={"parts": "all"})
+@pytest.mark.parametrize(("name", "wrapper"), [("ijepa", "module."), ("vjepa", "module.backbone.")])
+def test_jepa_starts_from_its_target_encoder_with_its_predictor(name: str, wrapper: str, tmp_path: Path) -> None:
+    clips = name == "vjepa"
+    entries = jepa(wrapper, clips=clips)
+    config = config_of(name, saved(tmp_path / "latest.pth.tar", entries), start_from={"parts": "all"})
     method, said = started(config)
-    target = of(entries, "target_encoder", "module.")
-    predictor = {name.removeprefix("predictor_"): value for name, value in of(entries, "predictor", "module.").items()}
-    predictor["mask_tokens.0"] = predictor.pop("mask_token")
-    masks = {"context.0": torch.tensor([[0, 1, 2, 7], [4, 5, 8, 9]])}
-    masks["target.0"] = torch.tensor([[[10, 11], [3, 6]], [[0, 1], [14, 15]]])
+    target = of(entries, "target_encoder", wrapper)
+    predictor = {name.removeprefix("predictor_"): value for name, value in of(entries, "predictor", wrapper).items()}
+    if not clips:
+        predictor["mask_tokens.0"] = predictor.pop("mask_token")
+    masks = {}
+    for number in range(1 + clips):
+        masks[f"context.{number}"] = torch.tensor([[0, 1, 2, 7], [4, 5, 8, 9]]) + number
+        masks[f"target.{number}"] = torch.tensor([[[10, 11], [3, 6]], [[0, 1], [13, 14]]]) + number
+    inputs = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(6)).double() if clips else IMAGES
     w = under("backbone.", target) | under("predictor.", predictor)
-    expected = jepa_loss(w, target, IMAGES, masks, patch=PATCH, heads=(HEADS, HEADS))
-    found = method(argparse.Namespace(views=[IMAGES], masks=masks), Place(0, 5, 2))["loss"]
+    expected = jepa_loss(w, target, inputs, masks, patch=PATCH, heads=(HEADS, HEADS))
+    found = method(argparse.Namespace(views=[inputs], masks=masks), Place(0, 5, 2))["loss"]
     assert off(found, expected) < 1e-12
-    assert "network target_encoder: 29 tensors of the backbone, 20 tensors of the predictor" in said, said
+    tensors = 21 if clips else 20
+    assert f"network target_encoder: 29 tensors of the backbone, {tensors} tensors of the predictor" in said, said
 
 
 def test_positions_are_resized_when_asked_as_the_sources_resize_theirs(tmp_path: Path) -> None:
@@ -329,6 +344,7 @@ def test_what_is_no_file_of_weights_is_refused_with_what_to_do(tmp_path: Path, m
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     two = {name: drawn(backbone()) for name in ("one", "other")}
+    shard = saved(tmp_path / "rank_0.pth", {"model": {"flat_param": torch.ones(2)}})
     text = tmp_path / "text.pth"
     text.write_text("weights")
     cases: dict[str, Path | str] = {
@@ -337,6 +353,7 @@ def test_what_is_no_file_of_weights_is_refused_with_what_to_do(tmp_path: Path, m
         "cannot be read: No such file": tmp_path / "absent.pth",
         "a folder without a run of ours": tmp_path,
         "no patch_embed.proj.weight, but mlp": saved(tmp_path / "head.pth", drawn(head())),
+        "one rank's part of model.flat_param.*FULL_STATE_DICT": shard,
         "holds one, other; say which with start_from.network": saved(tmp_path / "two.pth", two),
         "fetch model.safetensors of timm/vit_tiny.* and give its path": "timm:vit_tiny_patch16_224.augreg_in21k",
         "no model whose weights timm publishes": "timm:vit_tiny_patch17",
@@ -361,6 +378,7 @@ def test_timm_weights_come_from_the_cache_without_a_network(tmp_path: Path, monk
     method, said = started(config_of("dino", "timm:vit_tiny_patch16_224.augreg_in21k"))
     check_tokens(method.evaluated, w)
     assert "30 tensors of the backbone; left over there: classifier; at its start here: head." in said, said
+    assert "Its own input had the mean (0.5, 0.5, 0.5)" in said, said
 
 
 def test_common_keys_take_what_fits_and_say_the_rest(tmp_path: Path) -> None:
@@ -371,6 +389,11 @@ def test_common_keys_take_what_fits_and_say_the_rest(tmp_path: Path) -> None:
     taken = method.trained.get_submodule("backbone").state_dict()
     assert differing(taken, {name: w[name] for name in taken} | {"pos_embed": w["pos_embed"][:, 1:]}) == []
     assert "29 tensors of the backbone; left over there: cls_token" in said, said
+
+
+def test_paths_mean_the_same_from_any_folder_and_names_stay() -> None:
+    for given, expected in {"timm:a.b": "timm:a.b", "runs/one": str(Path("runs/one").absolute())}.items():
+        assert with_absolute_paths(digits_config(start_from={"weights": given})).start_from.weights == expected
 
 
 def test_options_without_weights_are_refused() -> None:
