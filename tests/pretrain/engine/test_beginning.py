@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.pretrain.engine.outside_method import Turns
 from tests.pretrain.methods.masked_runs import masked_config
 from tests.pretrain.methods.plain import Weights, jepa_loss, mae_loss
 from tests.pretrain.networks import published
@@ -394,6 +395,14 @@ def test_common_keys_take_what_fits_and_say_the_rest(tmp_path: Path) -> None:
 def test_paths_mean_the_same_from_any_folder_and_names_stay() -> None:
     for given, expected in {"timm:a.b": "timm:a.b", "runs/one": str(Path("runs/one").absolute())}.items():
         assert with_absolute_paths(digits_config(start_from={"weights": given})).start_from.weights == expected
+
+
+def test_a_method_that_does_not_say_what_takes_weights_is_named(tmp_path: Path) -> None:
+    config = config_of("dino", saved(tmp_path / "dino.pth", dino()))
+    begin = beginning(config, print)
+    assert begin is not None
+    with pytest.raises(PretrainError, match="Turns does not say what takes them"):
+        begin(Turns(config, Place(0, 5, 2)))
 
 
 def test_options_without_weights_are_refused() -> None:
