@@ -49,6 +49,18 @@ def build_backbone(config: Config, *, drop_path: float = 0.0, **by_method: Any) 
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise PretrainError(_unfit(chosen, " ".join(str(error).split()))) from None
+    _require_fit(backbone, config)
+    return_tokens(backbone)
+    _drop_paths(backbone, chosen, drop_path)
+    if config.train.activation_checkpointing:
+        for block in backbone.blocks:
+            checkpoint_block(block)
+    return backbone
+
+
+def _require_fit(backbone: Any, config: Config) -> None:
+    """It is a vision transformer with a token for each patch."""
+    chosen = config.backbone
     if not isinstance(backbone, timm.models.VisionTransformer):
         raise PretrainError(_unfit(chosen, f"it is a {type(backbone).__name__}"))
     grid = tuple(backbone.patch_embed.grid_size)
@@ -57,12 +69,6 @@ def build_backbone(config: Config, *, drop_path: float = 0.0, **by_method: Any) 
         raise PretrainError(
             _unfit(chosen, f"it makes {' x '.join(map(str, grid))} tokens of an input of {wanted} patches")
         )
-    return_tokens(backbone)
-    _drop_paths(backbone, chosen, drop_path)
-    if config.train.activation_checkpointing:
-        for block in backbone.blocks:
-            checkpoint_block(block)
-    return backbone
 
 
 def _drop_paths(backbone: timm.models.VisionTransformer, chosen: BackboneConfig, rate: float) -> None:

@@ -17,7 +17,7 @@ from vmf_pretrain.networks.published_names import UnfitWeightsError
 Tensors = dict[str, Tensor]
 
 OPTIONAL = frozenset({"mask_token"})  # of a student; teachers and files for evaluation have none
-MOST_NAMES = 8  # that an error lists
+MOST_NAMES = 4  # that an error lists
 
 
 @dataclass(frozen=True)

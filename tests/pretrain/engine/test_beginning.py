@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.pretrain.engine.outside_method import Turns
-from tests.pretrain.methods.masked_runs import masked_config
+from tests.pretrain.engine.starts import HEAD, config_of, dino, saved, started
 from tests.pretrain.methods.plain import Weights, jepa_loss, mae_loss
 from tests.pretrain.networks import published
-from tests.pretrain.networks.published import DEPTH, HEADS, PATCH, PATCHES, WIDTH, backbone, drawn, head, layer, under
-from tests.pretrain.tiny import a_run, changed, differing, digits_config, one_sentence
-from vmf_pretrain.config.errors import PretrainError
+from tests.pretrain.networks.published import HEADS, PATCH, PATCHES, WIDTH, backbone, drawn, head, layer, under
+from tests.pretrain.tiny import a_run, changed, differing, digits_config
 from vmf_pretrain.config.paths import with_absolute_paths
-from vmf_pretrain.config.run import Config
-from vmf_pretrain.engine.beginning import beginning
-from vmf_pretrain.methods.method import Method, Place
+from vmf_pretrain.methods.method import Place
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks.tokens import Hidden
 from vmf_pretrain.storage.checkpoint import load_checkpoint
@@ -32,50 +26,7 @@ from vmf_pretrain.storage.tensor_file import write_tensors
 pytestmark = pytest.mark.quick
 
 IMAGES = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-TOY = {"patch_size": PATCH, "width": WIDTH, "depth": DEPTH, "heads": HEADS}
-HEAD = {"prototypes": published.PROTOTYPES, "hidden_dim": published.HIDDEN, "bottleneck_dim": published.BOTTLENECK}
-HEAD |= {"batch_norm": False}
 GIANT = {"name": "vit_giant_patch14_reg4_dinov2"}
-
-
-def config_of(
-    method: str, weights: Path | str | None, *, backbone: dict[str, Any] | None = None, **sections: Any
-) -> Config:
-    start = None if weights is None else {"weights": str(weights), **sections.pop("start_from", {})}
-    base = masked_config(method, Path()) if method in ("mae", "ijepa", "vjepa") else digits_config(head=HEAD)
-    optional = {} if start is None else {"start_from": start}
-    return changed(base, method=method, backbone={**TOY, **(backbone or {})}, **optional, **sections)
-
-
-def started(config: Config) -> tuple[Method, str]:
-    """The method after its start, in fp64, and what was said of it."""
-    torch.manual_seed(0)
-    said: list[str] = []
-    method = method_class(config)(config, Place(0, 5, config.train.epochs)).double().eval()
-    begin = beginning(config, said.append)
-    assert begin is not None
-    begin(method)
-    return method, " ".join(said)
-
-
-def saved(path: Path, entries: Any) -> Path:
-    """A file of ``torch.save`` with what trainers keep beside tensors, of which reading would run code."""
-    beside = {
-        "args": argparse.Namespace(lr=np.float64(5e-4)),
-        "epoch": 3,
-        "optimizer": {"state": {0: {"step": torch.ones(())}}},
-    }
-    torch.save({**entries, **beside}, path)
-    return path
-
-
-def dino() -> dict[str, Any]:
-    networks = {
-        name: under("backbone.", drawn(backbone(), seed)) | under("head.", drawn(head(), seed + 1))
-        for seed, name in ((1, "student"), (3, "teacher"))
-    }
-    center = OrderedDict(center=torch.ones(1, published.PROTOTYPES))
-    return {"student": under("module.", networks["student"]), "teacher": networks["teacher"], "dino_loss": center}
 
 
 def ibot(last: str = "last_layer2", *, twins: bool = False) -> dict[str, Any]:
@@ -307,64 +258,6 @@ def test_run_starts_from_a_run_its_checkpoint_or_its_weights_and_goes_on_without
     assert "Starts from" not in printed.getvalue()
 
 
-def a_whole_module(path: Path) -> Path:
-    torch.save(torch.nn.Linear(2, 2), path)
-    return path
-
-
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "another patch size": (
-        {"backbone": {"patch_size": 8}},
-        {"positions": "resized"},
-        "24 x 1 x 4 x 4 there but 24 x 1 x 8 x 8 here",
-    ),
-    "more blocks": ({"backbone": {"depth": 3}}, {}, "blocks.2.norm1.weight.* missing there"),
-    "fewer blocks": ({"backbone": {"depth": 1}}, {}, "blocks.1.norm1.weight.* left over there"),
-    "another grid": (
-        {"backbone": {"patch_size": 8}},
-        {},
-        "positions are of 4 x 4 patches but the backbone's of 2 x 2; set start_from",
-    ),
-    "no class token": ({"method": "ijepa"}, {}, "cls_token left over there"),
-    "another head": ({"head": {**HEAD, "prototypes": 5}}, {"parts": "all"}, "its head does not fit: .*last_layer"),
-    "no such network": ({}, {"network": "target"}, "network is target but it holds student, teacher"),
-}
-
-
-@pytest.mark.parametrize("case", list(REFUSED))
-def test_weights_that_do_not_fit_are_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
-    sections, start, part = REFUSED[case]
-    config = config_of(sections.get("method", "dino"), saved(tmp_path / "dino.pth", dino()), start_from=start)
-    config = changed(config, **{**sections, "backbone": {**TOY, **sections.get("backbone", {})}})
-    with pytest.raises(PretrainError, match=part) as caught:
-        started(config)
-    assert one_sentence(str(caught.value)), caught.value
-
-
-def test_what_is_no_file_of_weights_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    two = {name: drawn(backbone()) for name in ("one", "other")}
-    shard = saved(tmp_path / "rank_0.pth", {"model": {"flat_param": torch.ones(2)}})
-    text = tmp_path / "text.pth"
-    text.write_text("weights")
-    cases: dict[str, Path | str] = {
-        "pickled torch.nn.modules.linear.Linear.*save its state_dict": a_whole_module(tmp_path / "module.pth"),
-        "cannot be read.*whole file that torch.save wrote": text,
-        "cannot be read: No such file": tmp_path / "absent.pth",
-        "a folder without a run of ours": tmp_path,
-        "no patch_embed.proj.weight, but mlp": saved(tmp_path / "head.pth", drawn(head())),
-        "one rank's part of model.flat_param.*FULL_STATE_DICT": shard,
-        "holds one, other; say which with start_from.network": saved(tmp_path / "two.pth", two),
-        "fetch model.safetensors of timm/vit_tiny.* and give its path": "timm:vit_tiny_patch16_224.augreg_in21k",
-        "no model whose weights timm publishes": "timm:vit_tiny_patch17",
-    }
-    for part, weights in cases.items():
-        with pytest.raises(PretrainError, match=part) as caught:
-            started(config_of("dino", weights))
-        assert one_sentence(str(caught.value)), caught.value
-
-
 def test_timm_weights_come_from_the_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A published file of a classifier: its backbone is taken, its classifier said."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -395,16 +288,3 @@ def test_common_keys_take_what_fits_and_say_the_rest(tmp_path: Path) -> None:
 def test_paths_mean_the_same_from_any_folder_and_names_stay() -> None:
     for given, expected in {"timm:a.b": "timm:a.b", "runs/one": str(Path("runs/one").absolute())}.items():
         assert with_absolute_paths(digits_config(start_from={"weights": given})).start_from.weights == expected
-
-
-def test_a_method_that_does_not_say_what_takes_weights_is_named(tmp_path: Path) -> None:
-    config = config_of("dino", saved(tmp_path / "dino.pth", dino()))
-    begin = beginning(config, print)
-    assert begin is not None
-    with pytest.raises(PretrainError, match="Turns does not say what takes them"):
-        begin(Turns(config, Place(0, 5, 2)))
-
-
-def test_options_without_weights_are_refused() -> None:
-    with pytest.raises(PretrainError, match=r"start_from\.parts is given without start_from\.weights"):
-        digits_config(start_from={"parts": "all"})
