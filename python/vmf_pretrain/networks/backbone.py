@@ -37,7 +37,7 @@ def build_backbone(config: Config, *, drop_path: float = 0.0, **by_method: Any) 
         **({"reg_tokens": chosen.registers, "no_embed_class": True} if chosen.registers else {}),
     }
     try:
-        backbone = timm.create_model(
+        built = timm.create_model(
             chosen.name,
             img_size=fed.size,
             patch_size=chosen.patch_size,
@@ -49,7 +49,7 @@ def build_backbone(config: Config, *, drop_path: float = 0.0, **by_method: Any) 
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise PretrainError(_unfit(chosen, " ".join(str(error).split()))) from None
-    _require_fit(backbone, config)
+    backbone = _fitting(built, config)
     return_tokens(backbone)
     _drop_paths(backbone, chosen, drop_path)
     if config.train.activation_checkpointing:
@@ -58,8 +58,8 @@ def build_backbone(config: Config, *, drop_path: float = 0.0, **by_method: Any) 
     return backbone
 
 
-def _require_fit(backbone: Any, config: Config) -> None:
-    """It is a vision transformer with a token for each patch."""
+def _fitting(backbone: Any, config: Config) -> timm.models.VisionTransformer:
+    """The same, if it is a vision transformer with a token for each patch."""
     chosen = config.backbone
     if not isinstance(backbone, timm.models.VisionTransformer):
         raise PretrainError(_unfit(chosen, f"it is a {type(backbone).__name__}"))
@@ -69,6 +69,7 @@ def _require_fit(backbone: Any, config: Config) -> None:
         raise PretrainError(
             _unfit(chosen, f"it makes {' x '.join(map(str, grid))} tokens of an input of {wanted} patches")
         )
+    return backbone
 
 
 def _drop_paths(backbone: timm.models.VisionTransformer, chosen: BackboneConfig, rate: float) -> None:
