@@ -9,6 +9,7 @@ import yaml
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.former import renewed
+from vmf_pretrain.config.layers import layered
 from vmf_pretrain.config.paths import with_expanded_paths
 from vmf_pretrain.config.recipe import RecipeHeader
 from vmf_pretrain.config.run import Config
@@ -34,7 +35,7 @@ def config_of(*layers: Mapping[str, Any]) -> Config:
     Raises:
         PretrainError: a value is out of range, or two do not go together.
     """
-    config: Config = made(Config, merged(*layers))
+    config: Config = made(Config, layered(*layers))
     return config
 
 

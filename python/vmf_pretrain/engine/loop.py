@@ -16,7 +16,7 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.randomness import INITIALISATION, TRAINING_STEP, stream_seed
 from vmf_pretrain.engine.loss_scale import LossScale
-from vmf_pretrain.engine.optim import clip_each, gradients_of, parameter_groups, set_rates
+from vmf_pretrain.engine.optim import clip_groups, gradients_of, parameter_groups, set_rates
 from vmf_pretrain.engine.parallel import Wrapped, wrap
 from vmf_pretrain.engine.votes import Counts, Taken, Votes
 from vmf_pretrain.methods.method import MINIMISED, Method, Place
@@ -72,16 +72,22 @@ class Loop:
             self.method.double()
         self.wrapped: Wrapped = wrap(self.method, config, device)
         self.late = device.type == "cuda" if late is None else late
-        groups = parameter_groups(self.method)
-        optim = config.optim
+        optim, peak = config.optim, config.optim.peak(config.data.batch_size)
+        self._rests_by_rate = optim.freeze_last_layer_by == "rate"
+        groups = parameter_groups(
+            self.method,
+            layer_decay=optim.layer_decay,
+            patch_embed_rate=optim.patch_embed_rate,
+            last_layer_apart=self._rests_by_rate,
+        )
         fused = True if self.late else None
-        self.optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, fused=fused)
+        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=optim.betas, fused=fused)
         self.loss_scale = LossScale(active=config.train.precision == "fp16", device=device)
         self.votes = Votes(device, late=self.late)
         self._moved = False  # whether a step of this process has been taken, after which no buffer starts any more
         steps, warm_up = round(optim.stretch * self.start.steps), optim.warmup_epochs * steps_per_epoch
         self.learning_rate = CosineSchedule(
-            optim.learning_rate,
+            peak,
             optim.final_learning_rate,
             steps,
             warm_up,
@@ -116,9 +122,9 @@ class Loop:
         total = losses[MINIMISED]
         self.optimizer.zero_grad(set_to_none=True)
         self.wrapped.backward(self.loss_scale.scaled(total))
-        gradients = gradients_of(self.method)
-        self.loss_scale.unscale(gradients)
-        norm = clip_each(gradients, self.config.optim.clip)
+        gradients = gradients_of(self.method, self.config.optim.clip_of)
+        self.loss_scale.unscale([gradient for group in gradients for gradient in group])
+        norm = clip_groups(gradients, self.config.optim.clip)
         finite = total.detach().isfinite() & norm.isfinite()
         skipped = self.votes.cast(mine(), finite, total.detach().isfinite())
         self._update(place, skipped, before)
@@ -174,7 +180,9 @@ class Loop:
 
     def _update(self, place: Place, skipped: Tensor, before: dict[str, Tensor]) -> None:
         """Optimizer, followers and buffers; nothing changes if the [] tensor ``skipped`` is not 0."""
-        set_rates(self.optimizer, self.learning_rate.at(place.step), self.weight_decay.at(place.step))
+        rests = self._rests_by_rate and place.epoch < self.config.optim.freeze_last_layer_epochs
+        rate, decay = self.learning_rate.at(place.step), self.weight_decay.at(place.step)
+        set_rates(self.optimizer, rate, decay, last_layer_rests=rests)
         self.method.adjust_gradients(place)
         self.loss_scale.update(skipped)
         if self.late and self._moved:

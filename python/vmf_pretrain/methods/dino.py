@@ -92,7 +92,8 @@ class DINO(Method):
 
     def adjust_gradients(self, place: Place) -> None:
         """Leave the prototypes out at first, as published: without a gradient there is no weight decay either."""
-        if place.epoch < self.config.optim.freeze_last_layer_epochs:
+        optim = self.config.optim
+        if optim.freeze_last_layer_by == "gradient" and place.epoch < optim.freeze_last_layer_epochs:
             for name, parameter in self.student.named_parameters():
                 if "last_layer" in name:
                     parameter.grad = None

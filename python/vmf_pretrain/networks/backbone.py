@@ -15,6 +15,8 @@ from vmf_pretrain.networks.checkpointing import checkpoint_block
 from vmf_pretrain.networks.stochastic_depth import StochasticDepth, SubsetBlock, SubsetDepth, own_stochastic_depth
 from vmf_pretrain.networks.tokens import return_tokens
 
+EMBEDDING = ("patch_embed", "pos_embed", "cls_token", "reg_token", "mask_token")  # what is before the first block
+
 
 def build_backbone(config: Config, *, drop_path: float = 0.0, **by_method: Any) -> timm.models.VisionTransformer:
     """A vision transformer for the network input of a configuration; it returns [B, F] features without a classifier.
@@ -93,6 +95,22 @@ def _drop_paths(backbone: timm.models.VisionTransformer, chosen: BackboneConfig,
                 "expected row."
             )
         block.__class__ = SubsetBlock
+
+
+def layers_above(module: nn.Module) -> dict[str, int]:
+    """For each parameter of a vision transformer within a module, how many layers lie between it and the last norm.
+
+    That is 1 for the last of D blocks, and D + 1 for the embedding of patches, positions and tokens.
+    """
+    found: dict[str, int] = {}
+    for above, part in module.named_modules():
+        if isinstance(part, timm.models.VisionTransformer):
+            for name, _ in part.named_parameters():
+                first, *rest = name.split(".")
+                depth = len(part.blocks)
+                count = depth - int(rest[0]) if first == "blocks" else (depth + 1 if first in EMBEDDING else 0)
+                found[f"{above}.{name}" if above else name] = count
+    return found
 
 
 def xavier(network: nn.Module) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.pretrain.tiny import changed, digits_config, one_sentence
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.file import config_of
+from vmf_pretrain.config.optim import OptimConfig
 from vmf_pretrain.config.run import Config
 
 OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
@@ -36,6 +38,11 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
     ("loss", {"center_momentum": 1.0}, "loss.center_momentum is 1.0"),
     ("loss", {"koleo_weight": -1.0}, "loss.koleo_weight is -1.0"),
     ("optim", {"learning_rate": 0.0}, "optim.learning_rate is 0.0"),
+    ("optim", {"base_learning_rate": 0.1}, "optim.learning_rate and optim.base_learning_rate are both given"),
+    ("optim", {"batch_rule": "linear_256"}, "optim.learning_rate and optim.batch_rule are both given"),
+    ("optim", {"learning_rate": None, "base_learning_rate": -1.0}, "optim.base_learning_rate is -1.0"),
+    ("optim", {"layer_decay": 1.5}, "optim.layer_decay is 1.5 but must lie between 0 and 1"),
+    ("optim", {"patch_embed_rate": 0.0}, "optim.patch_embed_rate is 0.0"),
     ("optim", {"clip": -1.0}, "optim.clip is -1.0"),
     ("optim", {"teacher_momentum": 1.5}, "optim.teacher_momentum is 1.5 but must lie between 0 and 1"),
     ("train", {"epochs": 0}, "train.epochs is 0"),
@@ -113,3 +120,41 @@ def test_every_field_is_described(kind: type) -> None:
 @pytest.mark.parametrize("kind", list(classes_of_configuration()), ids=lambda kind: kind.__name__)
 def test_no_field_can_be_set_afterwards(kind: type) -> None:
     assert kind.__dataclass_params__.frozen, f"{kind.__name__} is not frozen"  # type: ignore[attr-defined]
+
+
+RATES: list[tuple[dict[str, Any], int, float]] = [
+    ({}, 64, 0.000125),  # the default follows the batch: DINO's rule
+    ({}, 1024, 0.002),
+    ({"base_learning_rate": 1.5e-4, "batch_rule": "linear_256"}, 4096, 0.0024),  # MAE
+    ({"base_learning_rate": 0.004, "batch_rule": "sqrt_1024"}, 2048, 0.004 * 2**0.5),  # DINOv2
+    ({"learning_rate": 0.001}, 2048, 0.001),  # I-JEPA
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("given", "batch", "peak"), RATES)
+def test_peak_learning_rate_follows_the_batch_by_the_rule_of_its_source(
+    given: dict[str, Any], batch: int, peak: float
+) -> None:
+    assert OptimConfig(**given).peak(batch) == pytest.approx(peak, rel=1e-15)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("layers", "peak"),
+    [
+        (({"base_learning_rate": 0.1, "batch_rule": "sqrt_1024"}, {"learning_rate": 0.5}), 0.5),
+        (({"learning_rate": 0.5}, {"base_learning_rate": 0.1}), 0.1),
+        (({"base_learning_rate": 0.1}, {"batch_rule": "sqrt_1024"}), 0.05),
+        (({"learning_rate": 0.5}, {"clip": 0.0}), 0.5),
+        (
+            ({"learning_rate": 0.5, "base_learning_rate": None}, {"base_learning_rate": 0.2}, {"learning_rate": 0.3}),
+            0.3,
+        ),
+    ],
+)
+def test_later_layer_wins_also_with_the_other_way_to_say_the_rate(
+    layers: tuple[dict[str, Any], ...], peak: float
+) -> None:
+    config = config_of({"data": {"folder": "/", "batch_size": 256}}, *({"optim": layer} for layer in layers))
+    assert config.optim.peak(256) == peak
