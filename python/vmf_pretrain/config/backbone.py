@@ -17,8 +17,10 @@ class BackboneConfig:
         width: embedding dimension; null keeps the named model's.
         depth: number of blocks; null keeps the named model's.
         heads: attention heads per block; null keeps the named model's.
-        initialisation: "timm" (the model's own) or "xavier" (of backbone and head, for widths far below 384, where a
-            deviation of 0.02 is too small).
+        initialisation: "timm" (the model's own, and DINOv2's), "dino" (the same with a class token of deviation 0.02; also
+            iBOT's) or "xavier" (of backbone and head, for widths far below 384, where a deviation of 0.02 is too small).
+        resize_positions: how positions get to the grid of smaller views: "timm" with antialiasing, or "dino" without and by a
+            factor that is off by 0.1 patches (DINO, iBOT, DINOv2).
         drop_path: rate of stochastic depth in the student; the teacher has none.
         drop_path_rates: "rising" from 0 in the first block to ``drop_path`` in the last, or "uniform" (DINOv2).
         drop_path_of: each "row" is dropped with that probability, or a "subset" of the rows of fixed size is computed (DINOv2).
@@ -31,7 +33,8 @@ class BackboneConfig:
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
-    initialisation: Literal["timm", "xavier"] = "timm"
+    initialisation: Literal["timm", "dino", "xavier"] = "timm"
+    resize_positions: Literal["timm", "dino"] = "timm"
     drop_path: float = 0.1
     drop_path_rates: Literal["rising", "uniform"] = "rising"
     drop_path_of: Literal["row", "subset"] = "row"

@@ -1,6 +1,7 @@
 """How views of an image are drawn."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from vmf_pretrain.config.checks import require, require_not_negative, require_positive, require_range, require_share
 
@@ -38,11 +39,13 @@ class DigitViewConfig:
 
 @dataclass(frozen=True)
 class PhotoViewConfig:
-    """How a view of a photograph is drawn: DINO's augmentation.
+    """How a view of a photograph is drawn; the defaults are DINO's augmentation.
 
     Attributes:
         global_area: range of the share of the image's area that a global view shows.
         local_area: the same for a local view.
+        aspect: range of the width over the height of what a view shows; its logarithm is uniform.
+        interpolation: how a crop is resized: "bicubic", or "bilinear" (I-JEPA, V-JEPA).
         flip: probability of a horizontal flip.
         jitter: probability of a colour jitter.
         brightness: largest relative change of brightness within a jitter.
@@ -50,12 +53,15 @@ class PhotoViewConfig:
         saturation: largest relative change of saturation within a jitter.
         hue: largest shift of hue within a jitter, in turns of the colour circle (at most 0.5).
         grayscale: probability of losing colour.
-        blur: probabilities of a Gaussian blur for the first global view, the second, and the local views.
+        blur: probabilities of a Gaussian blur for the first global view, the second, and the local views (DINOv2's code blurs
+            with 1 minus the probability that it is given: 0, 0.9, 0.5).
         solarize: probability of inverting bright pixels, in the second global view only.
     """
 
     global_area: tuple[float, float] = (0.4, 1.0)
     local_area: tuple[float, float] = (0.05, 0.4)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     flip: float = 0.5
     jitter: float = 0.8
     brightness: float = 0.4
@@ -67,8 +73,9 @@ class PhotoViewConfig:
     solarize: float = 0.2
 
     def __post_init__(self) -> None:
-        require_range("views.photos", global_area=self.global_area, local_area=self.local_area)
-        for name, (_, high) in {"global_area": self.global_area, "local_area": self.local_area}.items():
+        ranges = {"global_area": self.global_area, "local_area": self.local_area}
+        require_range("views.photos", **ranges, aspect=self.aspect)
+        for name, (_, high) in ranges.items():
             require(high <= 1.0, f"views.photos.{name} reaches {high} but an area's share is at most 1.")
         require_share(
             "views.photos", flip=self.flip, jitter=self.jitter, grayscale=self.grayscale, solarize=self.solarize

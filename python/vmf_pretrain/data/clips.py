@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torchvision.transforms.v2 import functional
-from torchvision.transforms.v2.functional import InterpolationMode
 
 from vmf_pretrain.config.clips import ClipsConfig
 from vmf_pretrain.config.errors import PretrainError
@@ -24,7 +22,7 @@ from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.decode import MAX_PIXELS
 from vmf_pretrain.data.folder import FolderSource
 from vmf_pretrain.data.images import fingerprint
-from vmf_pretrain.data.photo_views import Draws, crop_box
+from vmf_pretrain.data.photo_views import Draws, cropped
 from vmf_pretrain.data.photos import centred
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
@@ -115,12 +113,10 @@ def everything_in_clips(source: FolderSource, labels: Tensor | None, size: int, 
 def clip_view(frames: Tensor, side: int, config: PhotoViewConfig, generator: Generator) -> Tensor:
     """[T, 3, side, side] float32 in [0, 1] of a clip [T, 3, H, W] uint8: one crop and one flip for all frames, no colours.
 
-    Source: V-JEPA's published augmentation, with the aspects of ``photo_views``.
+    Source: V-JEPA's published augmentation, which resizes without antialiasing; here with.
     """
     draws = Draws.of(generator)
-    top, left, height, width = crop_box(frames.shape[-2], frames.shape[-1], config.global_area, draws)
-    crop = frames[..., top : top + height, left : left + width]
-    small = functional.resize(crop, [side, side], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    small = cropped(frames, config.global_area, side, config, draws)
     turned: Tensor = small.flip(-1) if draws.flip < config.flip else small
     return turned.float() / FULL_BYTE
 

@@ -19,7 +19,6 @@ from vmf_pretrain.config.views import GLOBAL_VIEWS, PhotoViewConfig
 from vmf_pretrain.data import colour
 from vmf_pretrain.data.colour import Planes
 
-ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 BLUR_RADII = (0.1, 2.0)  # pixels of the view, whatever its side, as published
 FULL_BYTE = np.float32(255)
@@ -64,9 +63,7 @@ def photo_view(
     """
     draws, is_global = Draws.of(generator), view < global_views
     area = config.global_area if is_global else config.local_area
-    top, left, height, width = crop_box(image.shape[-2], image.shape[-1], area, draws)
-    crop = image[:, top : top + height, left : left + width]
-    small = functional.resize(crop, [side, side], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    small = cropped(image, area, side, config, draws)
     if draws.flip < config.flip:
         small = small.flip(2)
     planes = small.contiguous().numpy().astype(np.float32)
@@ -82,26 +79,38 @@ def photo_view(
     return torch.from_numpy(np.clip(planes, 0, 1, out=planes))
 
 
+def cropped(image: Tensor, area: tuple[float, float], side: int, config: PhotoViewConfig, draws: Draws) -> Tensor:
+    """[..., side, side] uint8 of an image, or of the frames of a clip, [..., H, W] uint8: a random crop, resized."""
+    top, left, height, width = crop_box(image.shape[-2], image.shape[-1], area, config.aspect, draws)
+    crop = image[..., top : top + height, left : left + width]
+    way = InterpolationMode(config.interpolation)
+    small: Tensor = functional.resize(crop, [side, side], interpolation=way, antialias=True)
+    return small
+
+
 def least_pixels(config: PhotoViewConfig, global_size: int, local_size: int | None) -> int:
     """The least size of an image, in pixels, at which no crop is enlarged; ``local_size`` is None without local views."""
     narrowest = {global_size: config.global_area[0]}
     if local_size is not None:
         narrowest[local_size] = min(config.local_area[0], narrowest.get(local_size, 1.0))
-    return math.ceil(max(side**2 / (share * ASPECT[0]) for side, share in narrowest.items()))
+    uneven = min(config.aspect[0], 1 / config.aspect[1])  # shorter side over the longer
+    return math.ceil(max(side**2 / (share * uneven) for side, share in narrowest.items()))
 
 
-def crop_box(height: int, width: int, area: tuple[float, float], draws: Draws) -> tuple[int, int, int, int]:
+def crop_box(
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], draws: Draws
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a crop with a random share of the area; if no try fits, the largest in the middle."""
+    logarithms = math.log(aspect[0]), math.log(aspect[1])
     for one in range(CROP_TRIES):
         share, shape = draws.crops[2 * one : 2 * one + 2]
-        pixels = height * width * _between(area, share)
-        aspect = math.exp(_between((math.log(ASPECT[0]), math.log(ASPECT[1])), shape))
-        crop_height, crop_width = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        pixels, ratio = height * width * _between(area, share), math.exp(_between(logarithms, shape))
+        crop_height, crop_width = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
         if 0 < crop_height <= height and 0 < crop_width <= width:
             # shares, not numbers of pixels, so that a smaller copy of the image gets the same crop
             top = int(draws.place[0] * (height - crop_height + 1))
             return top, int(draws.place[1] * (width - crop_width + 1)), crop_height, crop_width
-    crop_height, crop_width = min(height, round(width / ASPECT[0])), min(width, round(height * ASPECT[1]))
+    crop_height, crop_width = min(height, round(width / aspect[0])), min(width, round(height * aspect[1]))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 

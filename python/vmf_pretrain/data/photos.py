@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2.functional import InterpolationMode
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.bad_images import NAMED, UnreadableImageError
@@ -22,6 +23,7 @@ from vmf_pretrain.data.decode import decode
 from vmf_pretrain.data.images import fingerprint
 from vmf_pretrain.data.source import Source
 
+RESIZED, CROPPED = 8, 7  # 256 and 224 pixels
 OURS = (errno.EMFILE, errno.ENFILE)  # errors of the process, not of the file
 
 
@@ -131,11 +133,16 @@ class Photos:
 
 
 def centred(image: Tensor, size: int) -> Tensor:
-    """[..., size, size] in [0, 1] of uint8 [..., H, W]: resized by the shorter side to 8/7 of ``size``, centre-cropped."""
-    pixels = functional.to_dtype(image, torch.float32, scale=True)
-    resized = functional.resize(pixels, [size * 8 // 7], antialias=True)
-    cropped: Tensor = functional.center_crop(resized, [size, size])
-    return cropped
+    """[..., size, size] in [0, 1] of uint8 [..., H, W]: shorter side resized to 8/7 of ``size``, bicubic, and centre-cropped.
+
+    At 224 pixels this is the published evaluation of DINO, iBOT, DINOv2 and MAE: resize to 256, crop of 224.
+    """
+    resized = functional.resize(
+        image, [size * RESIZED // CROPPED], interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+    cropped = functional.center_crop(resized, [size, size])
+    pixels: Tensor = functional.to_dtype(cropped, torch.float32, scale=True)
+    return pixels
 
 
 def everything(source: Source, labels: Tensor | None, size: int, cache: ImageCache | None) -> Photos:

@@ -13,8 +13,9 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.networks.checkpointing import checkpoint_block
 from vmf_pretrain.networks.stochastic_depth import StochasticDepth, SubsetBlock, SubsetDepth, own_stochastic_depth
-from vmf_pretrain.networks.tokens import return_tokens
+from vmf_pretrain.networks.tokens import TokenTransformer, return_tokens
 
+TOKEN_SPREAD = 0.02  # of DINO's class token at the start
 EMBEDDING = ("patch_embed", "pos_embed", "cls_token", "reg_token", "mask_token")  # what is before the first block
 
 
@@ -53,6 +54,7 @@ def build_backbone(config: Config, *, drop_path: float = 0.0, **by_method: Any) 
         raise PretrainError(_unfit(chosen, " ".join(str(error).split()))) from None
     backbone = _fitting(built, config)
     return_tokens(backbone)
+    _as_dino(backbone, chosen)
     _drop_paths(backbone, chosen, drop_path)
     if config.train.activation_checkpointing:
         for block in backbone.blocks:
@@ -72,6 +74,18 @@ def _fitting(backbone: Any, config: Config) -> timm.models.VisionTransformer:
             _unfit(chosen, f"it makes {' x '.join(map(str, grid))} tokens of an input of {wanted} patches")
         )
     return backbone
+
+
+def _as_dino(backbone: timm.models.VisionTransformer, chosen: BackboneConfig) -> None:
+    """What DINO's networks have otherwise than timm's, where the configuration says so."""
+    if chosen.initialisation == "dino" and backbone.cls_token is not None:
+        nn.init.trunc_normal_(backbone.cls_token, std=TOKEN_SPREAD)
+    if chosen.resize_positions == "dino":
+        if not isinstance(backbone, TokenTransformer):
+            raise PretrainError(
+                f"backbone.resize_positions is dino but {chosen.name} is a {type(backbone).__name__}; expected timm."
+            )
+        backbone.resizes_as_dino = True
 
 
 def _drop_paths(backbone: timm.models.VisionTransformer, chosen: BackboneConfig, rate: float) -> None:

@@ -1,4 +1,4 @@
-"""Fixed positions: sines and cosines of a token's place along each axis of a grid.
+"""Positions of tokens: fixed ones, sines and cosines of a place along each axis of a grid; and learned ones on another grid.
 
 Legend: N tokens in raster order, D embedding dimension.
 """
@@ -8,9 +8,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 SLOWEST = 10000.0  # the longest wave is 2 pi times this many tokens, as in the first transformer
 COLUMN_FIRST = (1, 0)  # MAE's and I-JEPA's order: the first half of the dimensions tells the column, the second the row
+
+OFFSET = (
+    0.1  # patches; DINO adds it to the wanted side, against the rounding of a factor, and uses the factor as it then is
+)
 
 
 def grid_positions(grid: Sequence[int], width: int, axes: Sequence[int]) -> Tensor:
@@ -48,3 +53,21 @@ def fix_positions(backbone: nn.Module, grid: Sequence[int], axes: Sequence[int])
         positions.zero_()
         positions[0, positions.shape[1] - len(table) :] = table
     positions.requires_grad_(False)
+
+
+def resized_as_dino(positions: Tensor, grid: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """[1, N', D] learned positions [1, N, D] of a grid on another one, bicubic without antialiasing.
+
+    Place i of the wanted grid is place ``(i + 0.5) / f - 0.5`` of the old one, ``f = (n' + 0.1) / n`` along each axis.
+
+    Args:
+        positions: in raster order.
+        grid: rows and columns.
+        wanted: rows and columns.
+    Source: repositories facebookresearch/dino (vision_transformer.py), bytedance/ibot and facebookresearch/dinov2 (there the
+        defaults ``interpolate_offset: 0.1``, ``interpolate_antialias: false``).
+    """
+    factors = [(new + OFFSET) / old for new, old in zip(wanted, grid, strict=True)]
+    picture = positions.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
+    moved = functional.interpolate(picture, scale_factor=factors, mode="bicubic")
+    return moved.permute(0, 2, 3, 1).flatten(1, 2)

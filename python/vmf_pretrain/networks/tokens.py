@@ -9,6 +9,8 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from vmf_pretrain.networks.positions import resized_as_dino
+
 
 class Hidden(NamedTuple):
     """Which patches a network does not see, when its patches are wanted.
@@ -28,10 +30,29 @@ class TokenTransformer(VisionTransformer):
     """
 
     mask_token: nn.Parameter | None
+    resizes_as_dino = False  # positions for images of another size; else as timm
 
     def learn_to_hide(self) -> None:
         """Add the mask token, which starts at 0, as published."""
         self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """[B, P + H * W, F] embedded patches [B, H, W, F] with their positions, after the prefix tokens."""
+        grid = tuple(self.patch_embed.grid_size)
+        if not (self.resizes_as_dino and self.dynamic_img_size) or tuple(x.shape[1:3]) == grid:
+            tokens: Tensor = super()._pos_embed(x)
+            return tokens
+        placed = 0 if self.no_embed_class else self.num_prefix_tokens  # prefix tokens that have a position
+        table = self.pos_embed
+        positions = torch.cat([table[:, :placed], resized_as_dino(table[:, placed:], grid, x.shape[1:3])], dim=1)
+        first = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        patches = x.flatten(1, 2)
+        if self.no_embed_class:
+            tokens = torch.cat([*first, patches + positions], dim=1)
+        else:
+            tokens = torch.cat([*first, patches], dim=1) + positions
+        placed_tokens: Tensor = self.pos_drop(tokens)
+        return placed_tokens
 
     def forward(self, x: Tensor, *rest: Any, hidden: Hidden | None = None) -> Tensor:
         """Images [B, C, side, side] to features [B, F]; with ``hidden`` to [B, 1 + N, F], the features and the patches.

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from tests.pretrain.methods.plain import embedded, through
 from tests.pretrain.tiny import build_networks, differing, digits_config, one_sentence
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.networks.average import follow
@@ -112,3 +114,65 @@ def test_backbone_that_cannot_be_built_is_named_in_one_sentence(backbone: dict[s
     message = str(caught.value)
     assert one_sentence(message), message
     assert part in message
+
+
+def bicubic(table: Tensor, wanted: int, factor: float) -> Tensor:
+    """[wanted, ...] of a table [n, ...]: cubic convolution with a = -0.75, edges repeated, without antialiasing."""
+    rows = []
+    for place in range(wanted):
+        centre = (place + 0.5) / factor - 0.5
+        row = torch.zeros_like(table[0])
+        for tap in range(int(centre // 1) - 1, int(centre // 1) + 3):
+            far = abs(centre - tap)
+            near = 1.25 * far**3 - 2.25 * far**2 + 1
+            weight = near if far <= 1 else -0.75 * (far**3 - 5 * far**2 + 8 * far - 4)
+            row = row + weight * table[min(max(tap, 0), len(table) - 1)]
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_features_of_local_views_are_those_of_the_published_network(registers: int) -> None:
+    """The formula of a vision transformer, with DINO's way to resize positions, in fp64."""
+    shape = {"patch_size": 2, "width": 8, "heads": 2, "registers": registers, "initialisation": "timm"}
+    features = {}
+    local = torch.randn(IMAGES, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for way in ("dino", "timm"):
+        torch.manual_seed(0)
+        student, _ = build_networks(
+            digits_config(backbone={**shape, "resize_positions": way}, views={"local_size": 6, "local_count": 1})
+        )
+        features[way] = student.double().eval().backbone(local)
+    w = {name: value.detach() for name, value in student.backbone.state_dict().items()}
+    prefix = 0 if registers else 1  # with registers, the class token has its position in itself
+    table, factor = w["pos_embed"][0, prefix:].unflatten(0, (8, 8)), 3.1 / 8
+    rows = bicubic(table, 3, factor)
+    positions = bicubic(rows.transpose(0, 1), 3, factor).transpose(0, 1).flatten(0, 1)
+    expected = []
+    for image in local:
+        first = w["cls_token"][0] + (0 if registers else w["pos_embed"][0, :1])
+        tokens = [first, w["reg_token"][0]] if registers else [first]
+        placed = torch.cat([*tokens, embedded(image, w, "", 2) + positions])
+        expected.append(through(placed, w, "", 2)[0])
+    error = (features["dino"] - torch.stack(expected)).abs().max().item()
+    apart = ((features["timm"] - features["dino"]).norm() / features["dino"].norm()).item()
+    assert error < 1e-12, f"off by {error:.1e}"
+    assert apart > 1e-6, f"timm's positions give the same to {apart:.1e}: this test shows nothing"
+
+
+def test_class_token_starts_as_dinos() -> None:
+    spread = {}
+    for way in ("timm", "dino"):
+        student, teacher = build_networks(digits_config(backbone={"initialisation": way, "width": 256}))
+        spread[way] = student.backbone.cls_token.std().item()
+        assert torch.equal(student.backbone.cls_token, teacher.backbone.cls_token)
+    assert spread["timm"] < 1e-5
+    assert 0.017 < spread["dino"] < 0.023, f"deviation {spread['dino']:.4f}"
+
+
+def test_positions_of_another_kind_of_transformer_are_resized_as_timm_does() -> None:
+    with pytest.raises(
+        PretrainError, match=r"resize_positions is dino but deit_small_distilled.* expected timm"
+    ) as caught:
+        build_networks(digits_config(backbone={"name": "deit_small_distilled_patch16_224", "resize_positions": "dino"}))
+    assert one_sentence(str(caught.value))
