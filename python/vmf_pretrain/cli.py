@@ -144,10 +144,10 @@ def _evaluation(question: Question, *, printed: bool) -> int:
 
 
 def _recipes(name: str | None) -> int:
-    from vmf_pretrain.recipes.table import recipe_path, recipes
+    from vmf_pretrain.recipes.table import recipe_text, recipes
 
     if name is not None:
-        print(recipe_path(name).read_text(encoding="utf-8"), end="")
+        print(recipe_text(name, sys.stdout.encoding or "ascii"), end="")
         return DONE
     heads = ("recipe", "method", "backbone", "global batch")
     rows = [

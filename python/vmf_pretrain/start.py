@@ -21,11 +21,11 @@ from vmf_pretrain.config.file import (
     read_layer,
     text_config,
 )
+from vmf_pretrain.config.layers import layered
 from vmf_pretrain.config.method import is_import_path
 from vmf_pretrain.config.paths import expanded, with_absolute_paths
 from vmf_pretrain.config.resume import refuse_changes
 from vmf_pretrain.config.run import Config
-from vmf_pretrain.config.typed import merged
 from vmf_pretrain.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ def settings(wish: Wish, say: Callable[[str], None]) -> Config:
     Raises:
         PretrainError: the settings do not fit, or there is nothing to choose by.
     """
+    from vmf_pretrain.recipes.table import recipe_layer, recipe_path
+
     if wish.recipe is not None and wish.config is not None:
         raise PretrainError("--recipe and --config are both given; expected one of them, and single fields beside it.")
     if wish.recipe is not None:
-        from vmf_pretrain.recipes.table import recipe_path
-
-        base = read_layer(recipe_path(wish.recipe))
+        base = recipe_layer(wish.recipe)
     elif wish.config is not None:
-        base = read_layer(expanded(wish.config, "--config"))
+        base = read_layer(expanded(wish.config, "--config"), recipe_path)
     else:
         base = _chosen(wish, say)
     config = with_absolute_paths(config_of(base, wish.fields))
@@ -189,7 +189,7 @@ def _chosen(wish: Wish, say: Callable[[str], None]) -> dict[str, Any]:
     """The layer of the recipe that fits this machine and the images."""
     from vmf_pretrain.recipes.choose import Asked, choose
     from vmf_pretrain.recipes.machine import photos_in, this_machine
-    from vmf_pretrain.recipes.table import recipe_path
+    from vmf_pretrain.recipes.table import recipe_layer
 
     data, train = wish.fields.get("data", {}), wish.fields.get("train", {})
     kind = data.get("kind", "folder")
@@ -205,4 +205,4 @@ def _chosen(wish: Wish, say: Callable[[str], None]) -> dict[str, Any]:
     choice = choose(machine, photos, Asked(data.get("batch_size"), train.get("epochs")))
     for line in choice.reason:
         say(line)
-    return merged(read_layer(recipe_path(choice.recipe)), python_layer(choice.fields))
+    return layered(recipe_layer(choice.recipe), python_layer(choice.fields))

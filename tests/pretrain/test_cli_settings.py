@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from tests.pretrain.test_cli import refused
-from tests.pretrain.tiny import RECIPES, changed, digits_config, photos_config, save_photos, yaml_of
+from tests.pretrain.tiny import changed, digits_config, photos_config, save_photos, yaml_of
 from vmf_pretrain import launch, start
 from vmf_pretrain.cli import main
 from vmf_pretrain.config.file import read_config
 from vmf_pretrain.crash import explained
+from vmf_pretrain.recipes.table import recipe_names, recipe_of, recipe_text
 
 pytestmark = pytest.mark.quick
 
@@ -106,7 +107,7 @@ def test_printed_settings_are_a_configuration(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
     config = read_config(tmp_path / "config.yaml")
     assert config.data.folder == str(Path("~/photos").expanduser())
-    assert config == changed(read_config(RECIPES / "dino_vits16.yaml", **{"data.folder": config.data.folder}))
+    assert config == changed(recipe_of("dino_vits16").config, data={"folder": config.data.folder})
 
 
 def test_folder_alone_chooses_a_recipe_and_says_which_and_why(
@@ -141,19 +142,21 @@ def test_settings_are_printed_whatever_the_terminal_can_show(tmp_path: Path) -> 
     assert read_config(tmp_path / "config.yaml").data.folder == "/é"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
-def test_recipe_is_listed_with_what_it_stands_for_and_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_with_what_they_stand_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     table = capsys.readouterr().out
-    assert main(["recipes", name]) == 0
-    text = capsys.readouterr().out
-    assert text == (RECIPES / f"{name}.yaml").read_text()
-    values = yaml.safe_load(text)
-    row = next(line for line in table.splitlines() if line.startswith(f"{name} "))
-    assert row.split()[1] == values["method"]
-    assert row.split()[-1] == str(values["data"]["batch_size"])
-    for part in ("title", "stands_for", "memory", "time"):
-        assert values["recipe"][part] in table, f"the table lacks {part} of {name}"
+    for name in recipe_names():
+        found = recipe_of(name)
+        row = next(line for line in table.splitlines() if line.startswith(f"{name} "))
+        assert row.split()[1] == found.config.method
+        assert row.split()[-1] == str(found.config.data.batch_size)
+        for part in ("title", "stands_for", "memory", "time"):
+            assert getattr(found.about, part) in table, f"the table lacks {part} of {name}"
+
+
+def test_recipe_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "digits"]) == 0
+    assert capsys.readouterr().out == recipe_text("digits")
 
 
 def taken(tmp_path: Path, kind: str) -> Path:

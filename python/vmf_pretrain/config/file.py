@@ -1,7 +1,7 @@
 """Settings from a file, from the command line and from Python, in layers: each is checked by itself, then they are merged."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,16 @@ from vmf_pretrain.config.typed import UnfitValueError, fitted, hint_of, made, me
 from vmf_pretrain.config.yaml_text import UnfitYamlError, plain_scalar, read_text, yaml_values
 
 HEADER = "recipe"  # the section that describes a recipe
+EXTENDS = "extends"  # the key with the name of the recipe whose settings lie below those of a file
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a file of settings holds: its own settings, a recipe's description, and the recipe that it extends."""
+
+    settings: dict[str, Any]
+    header: RecipeHeader | None
+    extends: str | None
 
 
 def read_config(path: Path, **overrides: Any) -> Config:
@@ -39,13 +49,31 @@ def config_of(*layers: Mapping[str, Any]) -> Config:
     return config
 
 
-def read_layer(path: Path) -> dict[str, Any]:
-    """The settings of a file, without a recipe's description.
+def read_layer(path: Path, recipe: Callable[[str], Path] | None = None) -> dict[str, Any]:
+    """The settings of a file over those of the recipe that it extends, without a recipe's description.
+
+    Args:
+        path: of the file.
+        recipe: where a recipe of a name is; None where a file has to be complete.
 
     Raises:
         PretrainError: it cannot be read or is not YAML; a key is unknown or a value of the wrong type: names file and line.
     """
-    return _read(path)[0]
+    found = _read(path)
+    if found.extends is None:
+        return found.settings
+    if recipe is None:
+        raise PretrainError(f"config {path} extends {found.extends} but has to say every setting itself; leave it out.")
+    return layered(read_layer(recipe(found.extends), recipe), found.settings)
+
+
+def read_parent(path: Path) -> str | None:
+    """The name of the recipe that a file extends, or None.
+
+    Raises:
+        PretrainError: as ``read_layer``.
+    """
+    return _read(path).extends
 
 
 def read_header(path: Path) -> RecipeHeader:
@@ -54,7 +82,7 @@ def read_header(path: Path) -> RecipeHeader:
     Raises:
         PretrainError: as ``read_layer``, or it says nothing.
     """
-    header = _read(path)[1]
+    header = _read(path).header
     if header is None:
         raise PretrainError(f"config {path} has no section {HEADER}; expected {_header_keys()}.")
     return header
@@ -95,7 +123,12 @@ def check_sections(layer: Mapping[str, Any]) -> None:
 
 def config_text(config: Any, encoding: str = "utf-8") -> str:
     """Every field of a dataclass of settings as YAML, defaults included; letters are escaped where ``encoding`` lacks one."""
-    values = _plain(asdict(config))
+    return settings_text(asdict(config), encoding)
+
+
+def settings_text(settings: Mapping[str, Any], encoding: str = "utf-8") -> str:
+    """The same of nested settings."""
+    values = _plain(settings)
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     try:
         text.encode(encoding)
@@ -129,7 +162,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _read(path: Path) -> tuple[dict[str, Any], RecipeHeader | None]:
+def _read(path: Path) -> _File:
     text = read_text(path)
     try:
         values, lines = yaml_values(text)
@@ -139,9 +172,11 @@ def _read(path: Path) -> tuple[dict[str, Any], RecipeHeader | None]:
         kind = "nothing" if values is None else f"a {type(values).__name__}"
         raise PretrainError(f"config {path} holds {kind}; expected a mapping of sections.")
     try:
-        header = _header(values)
-        settings = {key: value for key, value in values.items() if key != HEADER}
-        return with_expanded_paths(fitted(Config, renewed(settings))), header
+        header, extends = _header(values), values.get(EXTENDS)
+        if not isinstance(extends, str | None):
+            raise UnfitValueError((EXTENDS,), f"{EXTENDS} is {shown(extends)}; expected the name of a recipe.")
+        settings = {key: value for key, value in values.items() if key not in (HEADER, EXTENDS)}
+        return _File(with_expanded_paths(fitted(Config, renewed(settings))), header, extends)
     except UnfitValueError as error:
         raise PretrainError(f"config {path}{_line(lines.get(error.path))}: {error}") from None
 

@@ -79,7 +79,7 @@ def _fitting(backbone: Any, config: Config) -> timm.models.VisionTransformer:
 def _as_dino(backbone: timm.models.VisionTransformer, chosen: BackboneConfig) -> None:
     """What DINO's networks have otherwise than timm's, where the configuration says so."""
     if chosen.initialisation == "dino" and backbone.cls_token is not None:
-        nn.init.trunc_normal_(backbone.cls_token, std=TOKEN_SPREAD)
+        nn.init.trunc_normal_(backbone.cls_token, 0.0, TOKEN_SPREAD)
     if chosen.resize_positions == "dino":
         if not isinstance(backbone, TokenTransformer):
             raise PretrainError(

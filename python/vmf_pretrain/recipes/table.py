@@ -1,12 +1,12 @@
 """The recipes by name: what each says of itself, and its settings."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.config.file import config_of, read_header, read_layer
+from vmf_pretrain.config.file import HEADER, config_of, read_header, read_layer, read_parent, settings_text
 from vmf_pretrain.config.recipe import RecipeHeader
 from vmf_pretrain.config.run import Config
 
@@ -50,12 +50,47 @@ def recipe_path(name: str) -> Path:
     raise PretrainError(f"{name} is no recipe; {hint}")
 
 
+def recipe_layer(name: str) -> dict[str, Any]:
+    """The settings of a recipe over those of the ones that it extends; what none of them says keeps its default.
+
+    Raises:
+        PretrainError: there is none of this name.
+    """
+    return read_layer(recipe_path(name), recipe_path)
+
+
 def recipes() -> list[Recipe]:
     """Every recipe."""
-    return [_recipe(name, recipe_path(name)) for name in recipe_names()]
+    return [recipe_of(name) for name in recipe_names()]
 
 
-def _recipe(name: str, path: Path) -> Recipe:
-    layer = read_layer(path)
+def recipe_of(name: str) -> Recipe:
+    """One recipe.
+
+    Raises:
+        PretrainError: there is none of this name.
+    """
+    layer = recipe_layer(name)
     images_of_user = layer.get("data", {}).get("kind") != "digits"
-    return Recipe(name, read_header(path), config_of(ANY_FOLDER if images_of_user else {}, layer))
+    return Recipe(name, read_header(recipe_path(name)), config_of(ANY_FOLDER if images_of_user else {}, layer))
+
+
+def recipe_text(name: str, encoding: str = "utf-8") -> str:
+    """A recipe as a file that needs no other: where its settings are from, its description, and every field.
+
+    Raises:
+        PretrainError: there is none of this name.
+    """
+    found, comments, place = recipe_of(name), "", recipe_path(name)
+    while True:
+        lines = place.read_text(encoding="utf-8").splitlines(keepends=True)
+        comments += "".join(line for line in lines if line.startswith("#"))
+        parent = read_parent(place)
+        if parent is None:
+            break
+        comments += f"#\n# What it takes from {parent}:\n"
+        place = recipe_path(parent)
+    values = asdict(found.config)
+    if values["data"]["folder"] == ANY_FOLDER["data"]["folder"]:
+        values["data"]["folder"] = None
+    return comments + settings_text({HEADER: asdict(found.about), **values}, encoding)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.pretrain.tiny import RECIPES, changed, digits_config, one_sentence, photos_config
+from tests.pretrain.tiny import changed, digits_config, one_sentence, photos_config
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import python_layer, read_config, text_layer, write_config
 from vmf_pretrain.config.paths import PATH_FIELDS
@@ -18,6 +18,7 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.typed import hint_of
 from vmf_pretrain.config.views import DigitViewConfig, PhotoViewConfig
 from vmf_pretrain.config.yaml_text import yaml_values
+from vmf_pretrain.recipes.table import recipe_names, recipe_of
 
 pytestmark = pytest.mark.quick
 
@@ -178,9 +179,9 @@ def test_small_numbers_may_be_written_in_any_way(text: str, tmp_path: Path) -> N
     assert read_config(tmp_path / "config.yaml").optim.learning_rate == 0.001
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipe_is_a_valid_configuration(path: Path) -> None:
-    config: Any = read_config(path, **{} if path.stem == "digits" else {"data.folder": "/photos"})
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_is_a_valid_configuration(name: str) -> None:
+    config: Any = recipe_of(name).config
     assert config.loss.teacher_temp < config.loss.student_temp, "such a teacher would collapse to uniform"
     assert replace(config, seed=3) != config
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from vmf_pretrain.config.file import config_of, python_layer, read_layer
+from vmf_pretrain.config.file import config_of, python_layer
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.recipes.choose import GIB, Asked, Choice, choose
 from vmf_pretrain.recipes.machine import Machine, Photos
-from vmf_pretrain.recipes.table import recipe_path
+from vmf_pretrain.recipes.table import recipe_layer
 
 pytestmark = pytest.mark.quick
 
@@ -39,8 +39,7 @@ CHOICES = [
 
 
 def settings_of(choice: Choice) -> Config:
-    recipe = read_layer(recipe_path(choice.recipe))
-    return config_of(recipe, python_layer({**choice.fields, "data.folder": "/photos"}))
+    return config_of(recipe_layer(choice.recipe), python_layer({**choice.fields, "data.folder": "/photos"}))
 
 
 @pytest.mark.parametrize(("machine", "photos", "recipe", "batch", "parts", "epochs", "side"), CHOICES)
@@ -71,7 +70,12 @@ def test_what_a_person_has_fixed_is_kept_and_the_rest_goes_with_it(machine: Mach
     assert config.optim.freeze_last_layer_epochs < epochs
 
 
-def test_learning_rate_is_that_of_the_recipe_scaled_to_the_batch() -> None:
+def test_learning_rate_follows_the_batch() -> None:
     small, large = (settings_of(choose(GPU, Photos(10**6, 375), Asked(batch_size=size))) for size in (64, 256))
-    assert small.optim.learning_rate == read_layer(recipe_path("imagefolder_vits16"))["optim"]["learning_rate"]
-    assert large.optim.learning_rate == 4 * small.optim.learning_rate
+    assert small.optim.peak(64) == pytest.approx(0.0005 * 64 / 256)
+    assert large.optim.peak(256) == pytest.approx(0.0005)
+
+
+@pytest.mark.parametrize(("count", "momentum"), [(1_281_167, 0.9995), (5_000, 0.9995), (500, 0.996)])
+def test_teacher_is_as_slow_as_the_run_has_steps_for(count: int, momentum: float) -> None:
+    assert settings_of(choose(GPU, Photos(count, 375))).optim.teacher_momentum == momentum
