@@ -94,7 +94,7 @@ def clocked(loop: Loop) -> Clock:
     wrapped.module = clock.timed("forward", forward)
     loop.optimizer.step = clock.timed("update", loop.optimizer.step)  # type: ignore[method-assign]
     loop.method.after_step = clock.timed("update", loop.method.after_step)  # type: ignore[method-assign]
-    loop_module.clip_each = clock.timed("update", loop_module.clip_each)
+    loop_module.clip_groups = clock.timed("update", loop_module.clip_groups)
     return clock
 
 

@@ -269,7 +269,7 @@ def test_field_of_the_command_line_is_read_as_its_type(name: str, text: str, lay
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("optim.learning_rate", "abc", '--optim.learning_rate is "abc"; expected a finite number.'),
+        ("optim.learning_rate", "abc", '--optim.learning_rate is "abc"; expected a finite number or null.'),
         (
             "optim.learnig_rate",
             "1",
