@@ -68,6 +68,6 @@ def resized_as_dino(positions: Tensor, grid: Sequence[int], wanted: Sequence[int
         defaults ``interpolate_offset: 0.1``, ``interpolate_antialias: false``).
     """
     factors = [(new + OFFSET) / old for new, old in zip(wanted, grid, strict=True)]
-    picture = positions.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
+    picture = positions.reshape(1, *grid, -1).permute(0, 3, 1, 2)
     moved = functional.interpolate(picture, scale_factor=factors, mode="bicubic")
     return moved.permute(0, 2, 3, 1).flatten(1, 2)

@@ -38,12 +38,12 @@ class TokenTransformer(VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """[B, P + H * W, F] embedded patches [B, H, W, F] with their positions, after the prefix tokens."""
-        grid = tuple(self.patch_embed.grid_size)
-        if not (self.resizes_as_dino and self.dynamic_img_size) or tuple(x.shape[1:3]) == grid:
+        grid, table = tuple(self.patch_embed.grid_size), self.pos_embed
+        resizes = self.resizes_as_dino and self.dynamic_img_size and tuple(x.shape[1:3]) != grid
+        if table is None or not resizes:
             tokens: Tensor = super()._pos_embed(x)
             return tokens
         placed = 0 if self.no_embed_class else self.num_prefix_tokens  # prefix tokens that have a position
-        table = self.pos_embed
         positions = torch.cat([table[:, :placed], resized_as_dino(table[:, placed:], grid, x.shape[1:3])], dim=1)
         first = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         patches = x.flatten(1, 2)

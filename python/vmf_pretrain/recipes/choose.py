@@ -67,7 +67,7 @@ def choose(machine: Machine, photos: Photos, asked: Asked | None = None) -> Choi
     batch, parts = _batch(recipe, machine, photos, asked)
     epochs = asked.epochs or _epochs(machine, photos)
     large, small, patch = _sizes(recipe, photos)
-    fields = {
+    fields: dict[str, Any] = {
         "data.kind": photos.kind,
         "data.batch_size": batch,
         "data.workers": _workers(machine),
