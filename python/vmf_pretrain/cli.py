@@ -1,4 +1,4 @@
-"""The command ``vmf-pretrain``: a demo on bundled digits, a run on images of yours, evaluations, and the recipes there are."""
+"""The command ``vmf-pretrain``: a demo on bundled images, a run on images of yours, evaluations, and the recipes there are."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vmf_pretrain.config.data import BUNDLED
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import config_text, text_layer
 from vmf_pretrain.config.method import METHODS
@@ -77,7 +78,7 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
     else:
         if out is not None and not chosen.print_config and rank() == 0:
             require_free(out)
-        recipe = "digits" if chosen.command == "demo" else chosen.recipe
+        recipe = (chosen.bundled or BUNDLED[0]) if chosen.command == "demo" else chosen.recipe
         config = settings(Wish(recipe, chosen.config, fields, chosen.allow_code), _say)
     if chosen.print_config:
         print(config_text(config, sys.stdout.encoding or "ascii"), end="")
@@ -109,10 +110,13 @@ def _restarted_in(out: Path | None) -> bool:
 
 def _refuse_beside_resume(chosen: argparse.Namespace) -> None:
     """A run keeps its method, its seed and where its settings came from."""
-    given = [name for name in ("config", "recipe", "seed", "method") if getattr(chosen, name, None) is not None]
+    given = [
+        name for name in ("config", "recipe", "bundled", "seed", "method") if getattr(chosen, name, None) is not None
+    ]
     if given and chosen.out is not None:
+        option = "data" if given[0] == "bundled" else given[0]
         raise PretrainError(
-            f"--{given[0]} does not go with --resume: a run keeps its configuration, {chosen.out / 'config.yaml'}."
+            f"--{option} does not go with --resume: a run keeps its configuration, {chosen.out / 'config.yaml'}."
         )
 
 
@@ -223,12 +227,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     fields = "any setting is an option too: --optim.learning_rate 1e-3, --views.photos.blur '[1.0, 0.1, 0.5]'"
     demo = commands.add_parser(
-        "demo", help="pretrain a small ViT on bundled digits: a few minutes on a CPU", epilog=fields, allow_abbrev=False
+        "demo", help="pretrain a small ViT on bundled images: a few minutes on a CPU", epilog=fields, allow_abbrev=False
     )
     fit = commands.add_parser("fit", help="pretrain on images of yours", epilog=fields, allow_abbrev=False)
     fit.add_argument("--data", metavar="FOLDER", help="images, searched recursively; sub-folders are classes of k-NN")
     fit.add_argument("--recipe", metavar="NAME", help="settings by name (default: chosen by machine and images)")
     fit.add_argument("--config", type=Path, metavar="FILE", help="settings as a YAML file")
+    demo.add_argument("--data", dest="bundled", choices=BUNDLED, help=f"bundled images (default: {BUNDLED[0]})")
     demo.set_defaults(config=None, recipe=None)
     for command in (demo, fit):
         command.add_argument(

@@ -43,6 +43,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         "data.folder is missing; expected the path of a folder",
     ),
     ("images for digits", ["fit", "--recipe", "digits", "--data", "/"], 'data.kind "digits" reads none'),
+    ("unknown bundled images", ["demo", "--data", "plants"], "invalid choice: 'plants'"),
     ("field twice", ["fit", "--data", "a", "--data.folder", "b"], "data.folder is given twice"),
     ("no folder", ["fit", "--data", "/nowhere/photos"], "data.folder /nowhere/photos is not a folder"),
     ("code", ["fit", "--recipe", "digits", "--method", "own.module:Own"], "add --allow-code if you trust it"),
@@ -51,6 +52,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("field of recipes", ["recipes", "--optim.clip", "1"], "--optim.clip does not go with recipes"),
     ("unknown recipe to print", ["recipes", "digit"], "did you mean digits?"),
 ]
+DEMOS = {"no option": [], "digits": ["--data", "digits"], "animals": ["--data=animals"]}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
@@ -333,3 +335,13 @@ def test_module_is_the_command() -> None:
         [sys.executable, "-m", "vmf_pretrain", "fit", "--help"], capture_output=True, text=True, check=False
     )
     assert done.stdout.startswith("usage: vmf-pretrain fit "), done.stdout + done.stderr
+
+
+def test_demo_takes_the_bundled_images_that_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {name: printed_config(["demo", *options], capsys) for name, options in DEMOS.items()}
+    found = {name: (values["data"]["kind"], values["views"]["global_size"]) for name, values in kinds.items()}
+    assert found == {"no option": ("digits", 16), "digits": ("digits", 16), "animals": ("animals", 40)}
+    out = str(begun(tmp_path / "run"))
+    assert "--data does not go with --resume" in refused(
+        ["demo", "--data", "animals", "--resume", "--out", out], capsys
+    )

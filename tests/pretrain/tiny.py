@@ -80,6 +80,18 @@ def _digits_recipe() -> Config:
     return read_config(RECIPES / "digits.yaml")
 
 
+def animals_config(**sections: Any) -> Config:
+    """The same on silhouettes: 30 steps in an epoch."""
+    small = changed(
+        digits_config(),
+        data={"kind": "animals"},
+        views={"global_size": 40, "local_size": 20},
+        backbone={"patch_size": 10},
+        train={"epochs": 1},
+    )
+    return changed(small, **sections)
+
+
 def photos_config(folder: Path, **sections: Any) -> Config:
     """The same on an image folder."""
     small = changed(

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from vmf_pretrain.config.checks import require, require_not_negative, require_positive, require_share
 
+BUNDLED = ("digits", "animals")  # kinds of data that come with the packages: small gray images on canvases
 CACHED_SIDE = 512  # pixels: a global view of 224 shows at least 0.4 of the area, so this is seldom enlarged
 
 
@@ -13,9 +14,9 @@ class DataConfig:
     """Which images a run trains on, and in what batches.
 
     Attributes:
-        kind: "digits" (scikit-learn's bundled handwritten digits on a 16 x 16 canvas), "folder" (a folder of images),
-            "shards" (a folder of tar archives, as WebDataset writes them), "videos" (a folder of video files) or "dataset" (a
-            torch Dataset of your own).
+        kind: "digits" (scikit-learn's bundled handwritten digits on a 16 x 16 canvas), "animals" (bundled silhouettes on a
+            40 x 40 canvas), "folder" (a folder of images), "shards" (a folder of tar archives, as WebDataset writes them),
+            "videos" (a folder of video files) or "dataset" (a torch Dataset of your own).
         folder: the folder of kinds "folder", "shards" and "videos", searched recursively; its sub-folders are the classes of
             k-NN.
         dataset: "module:attribute" of a map-style torch Dataset for kind "dataset", called with ``dataset_arguments``. It
@@ -30,7 +31,7 @@ class DataConfig:
         cache_side: the shorter side of cached images, pixels.
     """
 
-    kind: Literal["digits", "folder", "shards", "videos", "dataset"] = "folder"
+    kind: Literal["digits", "animals", "folder", "shards", "videos", "dataset"] = "folder"
     folder: str | None = None
     dataset: str | None = None
     dataset_arguments: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -47,7 +48,7 @@ class DataConfig:
         require_not_negative("data", workers=self.workers)
         require(0 < self.held_out < 1, f"data.held_out is {self.held_out} but must lie strictly between 0 and 1.")
         require_share("data", max_bad_share=self.max_bad_share)
-        cached = self.cache is not None and self.kind in ("digits", "videos", "dataset")
+        cached = self.cache is not None and self.kind in (*BUNDLED, "videos", "dataset")
         require(not cached, f'data.cache does not go with data.kind "{self.kind}"; only files on a disk are cached.')
         missing = self.kind == "dataset" and self.dataset is None
         require(not missing, 'data.dataset is missing; data.kind "dataset" needs the "module:attribute" of a Dataset.')

@@ -7,7 +7,7 @@ from vmf_pretrain.config.backbone import BackboneConfig
 from vmf_pretrain.config.blocks import BlocksConfig
 from vmf_pretrain.config.checks import require
 from vmf_pretrain.config.clips import ClipsConfig
-from vmf_pretrain.config.data import DataConfig
+from vmf_pretrain.config.data import BUNDLED, DataConfig
 from vmf_pretrain.config.decoder import DecoderConfig
 from vmf_pretrain.config.evaluate import EvaluateConfig
 from vmf_pretrain.config.head import HeadConfig
@@ -19,7 +19,7 @@ from vmf_pretrain.config.optim import OptimConfig
 from vmf_pretrain.config.predictor import PredictorConfig
 from vmf_pretrain.config.start_from import StartFromConfig
 from vmf_pretrain.config.train import TrainConfig
-from vmf_pretrain.config.views import DIGIT_CANVAS, GLOBAL_VIEWS, ViewsConfig
+from vmf_pretrain.config.views import CANVASES, GLOBAL_VIEWS, ViewsConfig
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Config:
         require(batch % parts == 0, f"train.accumulate is {parts} but must divide data.batch_size, {batch}.")
         alone = self.data.batch_size == 1 and self.loss.koleo_weight > 0
         require(not alone, "data.batch_size is 1 but KoLeo (loss.koleo_weight) compares images; expected at least 2.")
-        self._check_digits()
+        self._check_bundled()
         rising = self.optim.warmup_epochs
         require(
             rising <= self.train.epochs,
@@ -146,16 +146,15 @@ class Config:
             "(head.batch_norm); expected 0.",
         )
 
-    def _check_digits(self) -> None:
-        unused = self.data.kind == "digits" and self.data.folder is not None
+    def _check_bundled(self) -> None:
+        kind, folder = self.data.kind, self.data.folder
+        if kind not in BUNDLED:
+            return
+        require(folder is None, f'data.folder is {folder} but data.kind "{kind}" reads none; expected kind "folder".')
+        canvas, sizes = CANVASES[kind], (self.views.global_size, self.views.local_size)
         require(
-            not unused, f'data.folder is {self.data.folder} but data.kind "digits" reads none; expected kind "folder".'
-        )
-        sizes = self.views.global_size, self.views.local_size
-        require(
-            self.data.kind != "digits" or (sizes[0] == DIGIT_CANVAS and sizes[1] < DIGIT_CANVAS),
-            f"views.global_size {sizes[0]} and views.local_size {sizes[1]} do not fit digits; expected {DIGIT_CANVAS} and "
-            "less.",
+            sizes[0] == canvas and sizes[1] < canvas,
+            f"views.global_size {sizes[0]} and views.local_size {sizes[1]} do not fit {kind}; expected {canvas} and less.",
         )
 
     @property

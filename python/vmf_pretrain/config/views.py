@@ -1,14 +1,14 @@
 """How views of an image are drawn."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vmf_pretrain.config.checks import require, require_not_negative, require_positive, require_range, require_share
 
 GLOBAL_VIEWS = 2  # the ones the teacher sees
 
 
-DIGIT_CANVAS = 16  # pixels: side of the canvas that a digit is put on
+CANVASES = {"digits": 16, "animals": 40}  # pixels: side of the canvas that a bundled image is put on
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,10 @@ class DigitViewConfig:
         rotation: largest rotation either way, degrees.
         gain: largest relative change of brightness either way.
         noise: standard deviation of the added normal noise, in units of full ink.
+        flip: probability of a horizontal flip.
     """
+
+    section: ClassVar[str] = "views.digits"
 
     global_zoom: tuple[float, float] = (0.8, 1.25)
     local_zoom: tuple[float, float] = (1.0, 1.25)
@@ -30,11 +33,35 @@ class DigitViewConfig:
     rotation: float = 12.0
     gain: float = 0.1
     noise: float = 0.02
+    flip: float = 0.0
 
     def __post_init__(self) -> None:
-        require_range("views.digits", global_zoom=self.global_zoom, local_zoom=self.local_zoom)
+        require_range(self.section, global_zoom=self.global_zoom, local_zoom=self.local_zoom)
         amounts = {"local_shift": self.local_shift, "rotation": self.rotation, "gain": self.gain, "noise": self.noise}
-        require_not_negative("views.digits", **amounts)
+        require_not_negative(self.section, **amounts)
+        require_share(self.section, flip=self.flip)
+
+
+@dataclass(frozen=True)
+class AnimalViewConfig(DigitViewConfig):
+    """How a view of an animal's silhouette is drawn: as that of a digit, in other ranges.
+
+    Attributes:
+        global_zoom: range of the magnification of a global view.
+        local_zoom: range of the magnification of a local view.
+        local_shift: how far a local view's middle may lie from the silhouette's middle, in canvas pixels along each axis.
+        rotation: largest rotation either way, degrees.
+        gain: largest relative change of brightness either way.
+        noise: standard deviation of the added normal noise, in units of white.
+        flip: probability of a horizontal flip.
+    """
+
+    section: ClassVar[str] = "views.animals"
+
+    global_zoom: tuple[float, float] = (0.6, 1.0)
+    local_zoom: tuple[float, float] = (0.7, 1.2)
+    local_shift: float = 8.0
+    flip: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -95,6 +122,7 @@ class ViewsConfig:
         local_size: side of a local view, pixels; a multiple of the patch size.
         local_count: local views per image; 0 trains on the two global views alone.
         digits: the augmentation for data.kind "digits".
+        animals: the augmentation for data.kind "animals".
         photos: the augmentation for data.kind "folder".
     """
 
@@ -102,6 +130,7 @@ class ViewsConfig:
     local_size: int = 96
     local_count: int = 8
     digits: DigitViewConfig = field(default_factory=DigitViewConfig)
+    animals: AnimalViewConfig = field(default_factory=AnimalViewConfig)
     photos: PhotoViewConfig = field(default_factory=PhotoViewConfig)
 
     def __post_init__(self) -> None:

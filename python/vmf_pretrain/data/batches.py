@@ -16,12 +16,12 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.bad_images import UnreadableImageError, first_names
 from vmf_pretrain.data.batch import BadImage, Batch
-from vmf_pretrain.data.bundled import DigitImages
+from vmf_pretrain.data.bundled import Drawings
 from vmf_pretrain.data.clips import Clips, clip_view
-from vmf_pretrain.data.digit_views import digit_view
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.data.photo_views import least_pixels, photo_view
+from vmf_pretrain.data.placed_views import placed_view
 from vmf_pretrain.data.plan import Plan
 from vmf_pretrain.data.randomness import CLIP, DATA_ORDER, MASK, REPLACEMENT, VIEW, generator_for, stream_seed
 
@@ -123,10 +123,10 @@ class ViewBatches(Dataset[Batch | PretrainError]):
     def _pixels(self, epoch: int, indices: list[int]) -> tuple[list[Tensor], list[int], list[BadImage]]:
         """The views as pixels in [0, 1], the images that they show, and those that could not be read.
 
-        The noise of digits may leave that range.
+        The noise of bundled images may leave that range.
         """
-        if isinstance(self.images, DigitImages):
-            return self._digit_pixels(self.images, epoch, indices), indices, []
+        if isinstance(self.images, Drawings):
+            return self._drawn_pixels(self.images, epoch, indices), indices, []
         views = [torch.empty(len(indices), *self._frames, 3, side, side) for side in self.sides]
         shown: list[int] = []
         bad: list[BadImage] = []
@@ -180,11 +180,11 @@ class ViewBatches(Dataset[Batch | PretrainError]):
         sizes = self.config.views
         return least_pixels(sizes.photos, sizes.global_size, sizes.local_size if self.plan.local_views else None)
 
-    def _digit_pixels(self, images: DigitImages, epoch: int, indices: list[int]) -> list[Tensor]:
-        digits, chosen = (images.canvases[indices], images.middles[indices]), self.config.views.digits
+    def _drawn_pixels(self, images: Drawings, epoch: int, indices: list[int]) -> list[Tensor]:
+        placed, chosen = images.placed(indices), images.view_config(self.config.views)
         seed = self.config.seed
         return [
-            digit_view(*digits, seed=seed, epoch=epoch, indices=indices, view=view, side=side, config=chosen)
+            placed_view(placed, seed=seed, epoch=epoch, indices=indices, view=view, side=side, config=chosen)
             for view, side in enumerate(self.sides)
         ]
 

@@ -1,8 +1,9 @@
-"""The bundled digits: scikit-learn's handwritten digits, each at a random place of a canvas.
+"""Bundled images, which are put at places of a canvas; the first are scikit-learn's handwritten digits.
 
 Legend: N images, B of them, S side of the canvas.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +13,32 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from vmf_pretrain.config.views import DIGIT_CANVAS
-from vmf_pretrain.data.digit_views import DIGIT_SIDE, ink_middles
+from vmf_pretrain.config.views import CANVASES, DigitViewConfig, ViewsConfig
 from vmf_pretrain.data.images import SPLIT_SEED, fingerprint, split
+from vmf_pretrain.data.placed_views import Placed, ink_middles
 from vmf_pretrain.data.randomness import PLACEMENT, generator_for
 
+DIGIT_CLASSES = tuple("0123456789")
+DIGIT_CANVAS = CANVASES["digits"]
+DIGIT_SIDE = 8  # pixels; scikit-learn's digits before they are put on a canvas
 FULL_INK = 16.0  # largest value of scikit-learn's digits
 TRAIN_DIGITS = 1297  # the other 500 are held out
 
 
+class Drawings(ABC):
+    """Gray images whose views are computed a batch at a time, because each is small."""
+
+    @abstractmethod
+    def placed(self, indices: Sequence[int]) -> Placed:
+        """B images, as their views are drawn from them."""
+
+    @abstractmethod
+    def view_config(self, views: ViewsConfig) -> DigitViewConfig:
+        """The augmentation of these images."""
+
+
 @dataclass(frozen=True, eq=False)
-class DigitImages:
+class DigitImages(Drawings):
     """Handwritten digits on canvases."""
 
     canvases: Tensor  # [N, S, S] ink in [0, 1]
@@ -47,6 +63,14 @@ class DigitImages:
     def viewed(self, index: int, view: Callable[[Tensor], Tensor]) -> Tensor:
         """[1, S, S] the canvas, whatever the view."""
         return self.decode(index)
+
+    def placed(self, indices: Sequence[int]) -> Placed:
+        """The canvases."""
+        return Placed(self.canvases[list(indices)], self.middles[list(indices)], DIGIT_SIDE)
+
+    def view_config(self, views: ViewsConfig) -> DigitViewConfig:
+        """That of digits."""
+        return views.digits
 
     def subset(self, indices: Tensor) -> "DigitImages":
         """Some of the images."""

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from vmf_pretrain.config.data import DataConfig
 from vmf_pretrain.config.run import Config
-from vmf_pretrain.data.bundled import digits
+from vmf_pretrain.data.animals import ANIMAL_CLASSES, animals
+from vmf_pretrain.data.bundled import DIGIT_CLASSES, digits
 from vmf_pretrain.data.cache import ImageCache
 from vmf_pretrain.data.clips import SUFFIXES, everything_in_clips
 from vmf_pretrain.data.folder import FolderSource
@@ -15,7 +16,7 @@ from vmf_pretrain.data.shards import ShardSource
 from vmf_pretrain.data.source import Source
 from vmf_pretrain.data.user_dataset import UserSource
 
-DIGIT_CLASSES = tuple("0123456789")
+BUNDLED = {"digits": (digits, DIGIT_CLASSES), "animals": (animals, ANIMAL_CLASSES)}
 
 
 def load_images(config: Config, *, allow_code: bool = False) -> tuple[Images, Images | None, Found]:
@@ -34,15 +35,16 @@ def load_images(config: Config, *, allow_code: bool = False) -> tuple[Images, Im
 
 
 def _found(config: Config, allow_code: bool) -> tuple[Images, Images | None, Found]:
-    if config.data.kind == "digits":
-        return _digits()
+    if config.data.kind in BUNDLED:
+        return _bundled(config.data.kind)
     return _videos(config) if config.data.kind == "videos" else _photos(config, allow_code)
 
 
-def _digits() -> tuple[Images, Images | None, Found]:
-    train, held_out = digits()
+def _bundled(kind: str) -> tuple[Images, Images | None, Found]:
+    load, classes = BUNDLED[kind]
+    train, held_out = load()
     count = len(train) + len(held_out)
-    return train, held_out, Found("the bundled digits", count, DIGIT_CLASSES, len(held_out))
+    return train, held_out, Found(f"the bundled {kind}", count, classes, len(held_out))
 
 
 def _photos(config: Config, allow_code: bool) -> tuple[Images, Images | None, Found]:

@@ -13,10 +13,11 @@ from vmf_pretrain.config.checks import require, require_positive
 from vmf_pretrain.config.run import Config
 
 FULL_BYTE = 255.0
-# Mean and deviation of each channel by kind of data: digits stay as they are; photographs use ImageNet's, as published.
+# Mean and deviation of each channel by kind of data: bundled images stay as they are; photographs use ImageNet's, as published.
 PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SCALES = {
     "digits": ((0.0,), (1.0,)),
+    "animals": ((0.0,), (1.0,)),
     "folder": PHOTOGRAPHS,
     "shards": PHOTOGRAPHS,
     "videos": PHOTOGRAPHS,
@@ -50,7 +51,7 @@ class NetworkInput:
 
     @property
     def channels(self) -> int:
-        """1 for digits, 3 for photographs."""
+        """1 for bundled images, 3 for photographs."""
         return len(self.mean)
 
     def of(self, pixels: Tensor) -> Tensor:

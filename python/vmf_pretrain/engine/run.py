@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vmf_pretrain.config.data import BUNDLED
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import write_config
 from vmf_pretrain.config.run import Config
@@ -372,9 +373,10 @@ class Run:
         self.loop.restore(checkpoint)
 
     def _next_command(self) -> str:
-        if self.config.data.kind == "digits":
+        if self.config.data.kind in BUNDLED:
             other = "dino" if self.config.method == "dino-vmf" else "dino-vmf"
-            return f"vmf-pretrain demo --method {other}"
+            data = "" if self.config.data.kind == BUNDLED[0] else f" --data {self.config.data.kind}"
+            return f"vmf-pretrain demo{data} --method {other}"
         folder = shlex.quote(str(self.folder.path))
         return f"tensorboard --logdir {folder}" if self.config.log.tensorboard else f"ls {folder}/plots"
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vmf_pretrain.config.data import BUNDLED
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import HEADER, config_of, read_header, read_layer, read_parent, settings_text
 from vmf_pretrain.config.recipe import RecipeHeader
@@ -71,7 +72,7 @@ def recipe_of(name: str) -> Recipe:
         PretrainError: there is none of this name.
     """
     layer = recipe_layer(name)
-    images_of_user = layer.get("data", {}).get("kind") != "digits"
+    images_of_user = layer.get("data", {}).get("kind") not in BUNDLED
     return Recipe(name, read_header(recipe_path(name)), config_of(ANY_FOLDER if images_of_user else {}, layer))
 
 

@@ -81,7 +81,7 @@ class Difference:
 def differences(before: Mapping[str, Any], now: Fingerprint) -> list[Difference]:
     """What differs between the fingerprint in a checkpoint (``plain()``, as JSON has it) and this run's.
 
-    A field that the checkpoint lacks, as a later version may have added it, is not compared.
+    A field that the checkpoint lacks, as a later version may have added it, is not compared; nor is one inside of a field.
     """
     kinds = {"images": "data", "held_out": "data", "torch": "code"}
     found = []
@@ -92,7 +92,7 @@ def differences(before: Mapping[str, Any], now: Fingerprint) -> list[Difference]
         if name == "network":
             found.append(Difference(kind, f"The network has other shapes: {_shapes(was, value)}."))
         elif isinstance(value, dict) and isinstance(was, dict):
-            found += [Difference(kind, f"{name}: {change}") for change in changes(was, value)]
+            found += [Difference(kind, f"{name}: {change}") for change in changes(was, _known(was, value))]
         else:
             found.append(Difference(kind, _changed(name, was, value)))
     return found
@@ -162,6 +162,15 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = ""
         else:
             found.append(_changed(f"{section}{name}", was, value))
     return found
+
+
+def _known(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What of nested values was there before; the settings themselves are compared by ``config.resume``."""
+    return {
+        name: _known(before[name], value) if isinstance(value, Mapping) and isinstance(before[name], Mapping) else value
+        for name, value in now.items()
+        if name in before
+    }
 
 
 def code_version() -> str:

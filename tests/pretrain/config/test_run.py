@@ -52,6 +52,7 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
 VIEWS_OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
     ("digits", {"global_zoom": (1.5, 1.0)}, r"views.digits.global_zoom is [1.5, 1.0]"),
     ("digits", {"noise": -0.1}, "views.digits.noise is -0.1"),
+    ("animals", {"flip": 2.0}, "views.animals.flip is 2.0"),
     ("photos", {"global_area": (0.5, 1.5)}, "views.photos.global_area reaches 1.5"),
     ("photos", {"flip": 2.0}, "views.photos.flip is 2.0"),
     ("photos", {"hue": 0.6}, "views.photos.hue is 0.6"),

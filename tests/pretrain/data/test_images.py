@@ -1,4 +1,4 @@
-"""The bundled digits on their canvases; evaluation images; the split and the fingerprint."""
+"""The bundled digits and animals on their canvases; evaluation images; the split and the fingerprint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from tests.pretrain.data.photo_files import BAD, colours, photos
-from tests.pretrain.tiny import digits_config, one_sentence, photos_config, save_photos, two_classes
+from tests.pretrain.tiny import animals_config, digits_config, one_sentence, photos_config, save_photos, two_classes
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.run import Config
+from vmf_pretrain.data.animals import ANIMAL_SIDE, animals
 from vmf_pretrain.data.bundled import digits
 from vmf_pretrain.data.load import load_images
 
@@ -67,6 +69,40 @@ def test_digits_labels_follow_their_images() -> None:
 def test_digits_lie_all_over_the_canvas() -> None:
     corners = digits()[0].middles.round().unique(dim=0)
     assert len(corners) > 80, f"only {len(corners)} places of a digit's middle"
+
+
+def test_animals_are_ten_and_none_is_on_both_sides() -> None:
+    train, held_out = animals()
+    assert train.labels.bincount().tolist() == [737, 612, 792, 796, 797, 800, 800, 797, 785, 800]
+    assert held_out.labels.bincount().tolist() == [200] * 10
+    pixels = torch.cat([train.silhouettes, held_out.silhouettes]).flatten(1)
+    assert pixels.unique().tolist() == [0, 1, 2, 3], "four levels of gray"
+    assert len(pixels.unique(dim=0)) == 9716, "some are alike"
+
+
+def test_animals_are_evaluated_at_places_and_in_sizes_that_do_not_depend_on_their_company() -> None:
+    train, held_out = animals()
+    some = train.subset(torch.tensor([5, 7000, 900]))
+    shown = train.evaluation_pixels([900, 5])
+    assert torch.equal(some.evaluation_pixels([2, 0]), shown)
+    assert shown.shape == (2, 1, 40, 40)
+    drawn = held_out.evaluation_pixels(range(len(held_out)))[:, 0]
+    assert torch.equal(held_out.evaluation_pixels([3]), drawn[3][None, None])
+    shares = drawn.sum(dim=(1, 2)) / held_out.placed(range(len(held_out))).canvases.sum(dim=(1, 2))
+    assert 0.34 < shares.min() < 0.4, f"the smallest has {shares.min():.3f} of its area, expected nearly 0.6 squared"
+    assert 0.9 < shares.max() < 1.02, f"the largest has {shares.max():.3f} of its area"
+    middles = [image.nonzero().float().mean(dim=0) for image in drawn]
+    spread = torch.stack(middles).std(dim=0)
+    assert spread.min() > 3, f"middles spread by {spread.tolist()} pixels, where places reach 6 either way"
+
+
+def test_an_animal_is_named_by_its_place_in_the_file() -> None:
+    train, held_out = animals()
+    assert train.name(0) == "bear 0"
+    assert [train.name(7715), held_out.name(1999)][1].startswith("zebra ")
+    assert train.decode(0).shape == (1, 40, 40)
+    assert train.decode(0)[0, 6:34, 6:34].shape == (ANIMAL_SIDE, ANIMAL_SIDE)
+    assert torch.equal(train.decode(0)[0, 6:34, 6:34] * 3, train.silhouettes[0].float())
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (48, 64), (5, 3), (200, 4), (1, 1)])
@@ -124,7 +160,23 @@ def test_fingerprint_changes_with_names_sizes_and_split_and_with_nothing_else(tm
     assert changed[1] != changed[2]
 
 
-def test_digits_have_a_fingerprint_of_both_parts() -> None:
-    found = load_images(digits_config())[2]
-    assert (found.facts["images"], found.facts["held_out"]["images"]) == (1297, 500)
-    assert found.text == "1,797 images in the bundled digits, 10 classes, 500 held out; skipped: nothing."
+@pytest.mark.parametrize(
+    ("config", "counts", "text"),
+    [
+        (
+            digits_config(),
+            (1297, 500),
+            "1,797 images in the bundled digits, 10 classes, 500 held out; skipped: nothing.",
+        ),
+        (
+            animals_config(),
+            (7716, 2000),
+            "9,716 images in the bundled animals, 10 classes, 2,000 held out; skipped: nothing.",
+        ),
+    ],
+    ids=["digits", "animals"],
+)
+def test_bundled_images_have_a_fingerprint_of_both_parts(config: Config, counts: tuple[int, int], text: str) -> None:
+    found = load_images(config)[2]
+    assert (found.facts["images"], found.facts["held_out"]["images"]) == counts
+    assert found.text == text

@@ -79,6 +79,10 @@ def test_other_versions_are_said_and_not_refused() -> None:
     assert "torch was" in said[1], said
 
 
+def test_a_field_that_a_later_version_has_added_is_not_compared() -> None:
+    assert resumed(replace(NOW, views={**NOW.views, "new": {"flip": 0.5}})) == []
+
+
 def test_all_differences_are_in_one_error() -> None:
     with pytest.raises(PretrainError, match=r"batch was.*seed was.*--allow-changed batch --allow-changed seed"):
         resumed(replace(NOW, batch=1, seed=9))
