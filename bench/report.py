@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.tables import gpu_table
+from bench.pretrain_tables import methods_table, norms_table
 from bench.shapes import bound_ms, over_the_best
 from vmf_bench.table import case_table, heading
 
@@ -201,6 +202,8 @@ OF_FILE: dict[str, Callable[[Any], str]] = {
     "demo": demo_table,
     "koleo": koleo_table,
     "many_prototypes": many_table,
+    "pretrain_methods": methods_table,
+    "pretrain_norms": norms_table,
     "shapes": shapes_table,
     "trainer_loop": loop_table,
     "vit_step": vit_table,

@@ -39,6 +39,7 @@ class DINO(Method):
         self.koleo = DistributedKoLeoLoss() if config.loss.koleo_group == "batch" else KoLeoLoss()
         optim = config.optim
         self.momentum = CosineSchedule(optim.teacher_momentum, optim.final_teacher_momentum, start.steps)
+        self._norms: Tensor | None = None  # [K] of the teacher's prototypes in the last batch
 
     @classmethod
     def plan(cls, config: Config) -> Plan:
@@ -68,6 +69,7 @@ class DINO(Method):
         """The cross-entropy between views, and KoLeo."""
         with torch.no_grad():
             _, targets = self.teacher(batch.views[:GLOBAL_VIEWS])
+            self._norms = targets.prototypes.norms()
         features, logits = self.student(batch.views)
         loss = self.loss(logits, targets, place.epoch)
         koleo = self._koleo(features)
@@ -75,9 +77,10 @@ class DINO(Method):
         return {MINIMISED: total, "loss": loss, "koleo": koleo}
 
     def numbers(self) -> dict[str, Tensor]:
-        """Entropies, divergence and mutual information of the last batch, nats."""
-        found = self.loss.statistics
+        """Entropies, divergence and mutual information of the last batch, nats; and norms of the teacher's prototypes."""
+        found, norms = self.loss.statistics, self._norms
         assert found is not None
+        assert norms is not None
         teacher_entropy, student_entropy, kl = (
             ranks.averaged(value) for value in (found.teacher_entropy, found.student_entropy, found.kl)
         )
@@ -88,6 +91,9 @@ class DINO(Method):
             "student_entropy": student_entropy,
             "kl": kl,
             "mutual_information": information,
+            "least_norm": norms.min(),
+            "median_norm": norms.median(),
+            "largest_norm": norms.max(),
         }
 
     def adjust_gradients(self, place: Place) -> None:

@@ -299,6 +299,7 @@ def test_metrics_hold_each_step_and_each_evaluation(whole: Run) -> None:
     steps = [record["step"] for record in records if "loss" in record]
     evaluations = [(record["step"], record["epoch"]) for record in records[1:] if "knn" in record]
     wanted = {"epoch", "kl", "teacher_entropy", "student_entropy", "mutual_information", "learning_rate", "seconds"}
+    wanted |= {"least_norm", "median_norm", "largest_norm"}
     assert steps == list(range(1, STEPS + 1))
     assert records[0] == {"step": 0, "knn": summary_of(whole)["knn_untrained"]}
     assert evaluations == [(5, 1), (10, 2)]
