@@ -1,4 +1,4 @@
-"""The command ``vmf-pretrain``: a demo on bundled images, a run on images of yours, evaluations, and the recipes there are."""
+"""The command ``vmf-pretrain``: a demo on bundled images, a run on images of yours, evaluations, pictures, and recipes."""
 
 import argparse
 import os
@@ -62,6 +62,9 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
         return _recipes(chosen.name)
     if chosen.command == EVALUATION:
         return _evaluation(question_of(chosen), printed=chosen.print_config)
+
+    if chosen.command == "pictures":
+        return _pictures(chosen)
     fields = _fields(chosen)
     allowed = kinds_of(kind for text in chosen.allow_changed for kind in text.split(","))
     out = None if chosen.out is None else expanded(chosen.out, "--out")
@@ -147,6 +150,18 @@ def _evaluation(question: Question, *, printed: bool) -> int:
     return DONE if run_evaluation(question) else BAD_INPUT
 
 
+def _pictures(chosen: argparse.Namespace) -> int:
+    run = expanded(chosen.run, "RUN")
+    out = run / "pictures" if chosen.out is None else expanded(chosen.out, "--out")
+    if not (run / "config.yaml").is_file():
+        raise PretrainError(f"{run} holds no run; expected a config.yaml in it.")
+    from vmf_pretrain.report.gallery import draw_gallery
+
+    for path in draw_gallery(run, out, weights=chosen.weights, allow_code=chosen.allow_code):
+        print(path)
+    return DONE
+
+
 def _recipes(name: str | None) -> int:
     from vmf_pretrain.recipes.table import recipe_text, recipes
 
@@ -199,9 +214,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
             raise PretrainError(f"--{found[1]} got no value; expected --{found[1]} VALUE.")
         fields[found[1]] = value
     chosen = _parser().parse_args(rest)
-    if fields and chosen.command == "recipes":
+    if fields and chosen.command in ("recipes", "pictures"):
         raise PretrainError(
-            f"--{next(iter(fields))} does not go with recipes; vmf-pretrain fit --print-config shows settings."
+            f"--{next(iter(fields))} does not go with {chosen.command}; vmf-pretrain fit --print-config shows settings."
         )
     chosen.fields = fields
     return chosen
@@ -256,6 +271,11 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluation(commands)
     table = commands.add_parser("recipes", help="list the recipes, or print one", allow_abbrev=False)
     table.add_argument("name", nargs="?", metavar="NAME", help="recipe to print as YAML")
+    drawn = commands.add_parser("pictures", help="draw what a finished run makes of images", allow_abbrev=False)
+    drawn.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    drawn.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the PNGs (default: RUN/pictures)")
+    drawn.add_argument("--weights", choices=("last", "best"), default="last", help="which weights (default: last)")
+    drawn.add_argument("--allow-code", action="store_true", help="let the run's settings name modules of yours to run")
     return parser
 
 

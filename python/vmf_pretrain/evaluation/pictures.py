@@ -1,4 +1,4 @@
-"""Pictures that several rooms draw: rows of images beside what is made of them, and figures with their intervals.
+"""Pictures that several rooms draw: images beside what is made of them or beside their neighbours, and figures with intervals.
 
 Legend: N images, C channels.
 """
@@ -6,12 +6,16 @@ Legend: N images, C channels.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
 DOTS_PER_INCH = 120
 TILE = 1.5  # side of an image, inches
+SMALL_TILE = 0.8  # the same of a neighbour
+OTHER_CLASS = "#c00000"
+QUERY = "#1f4e79"  # frame of a query
 LINE = 0.28  # height of a figure's line, inches
 
 Line = tuple[str, float, float | None, float | None]  # name, value, and the ends of its interval
@@ -30,11 +34,29 @@ def plot_pictures(columns: Mapping[str, Tensor], path: Path) -> None:
     grid = figure.subplots(count, len(columns), squeeze=False)
     for column, (title, images) in enumerate(columns.items()):
         grid[0, column].set_title(title, fontsize=9)
-        for row, image in enumerate(images.detach().float().clamp(0, 1).cpu()):
-            shown = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-            grid[row, column].imshow(shown.numpy(), cmap="gray", vmin=0.0, vmax=1.0)
-            grid[row, column].set_xticks([])
-            grid[row, column].set_yticks([])
+        for row, image in enumerate(images):
+            _draw(grid[row, column], image)
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+
+
+def plot_neighbours(rows: Sequence[tuple[Tensor, Sequence[str]]], path: Path) -> None:
+    """One row for each query: the query, and its neighbours with their classes; another class than the query's is marked.
+
+    Args:
+        rows: [1 + k, 1 or 3, H, W] pixels, the query first, and the name of each one's class, "" without classes.
+        path: file to write.
+    """
+    columns = max(len(pixels) for pixels, _ in rows)
+    size = (SMALL_TILE * columns, 1.15 * SMALL_TILE * len(rows))
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, (pixels, names) in zip(grid, rows, strict=True):
+        for place, (image, name) in enumerate(zip(pixels, names, strict=True)):
+            _draw(axes[place], image)
+            axes[place].set_title(name, fontsize=6, pad=2, color=OTHER_CLASS if name != names[0] else "black")
+        for spine in axes[0].spines.values():
+            spine.set(linewidth=2, edgecolor=QUERY)
     FigureCanvasAgg(figure)
     figure.savefig(path)
 
@@ -59,3 +81,12 @@ def plot_intervals(lines: Sequence[Line], unit: str, path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     FigureCanvasAgg(figure)
     figure.savefig(path)
+
+
+def _draw(axes: Axes, image_CHW: Tensor) -> None:
+    """An image without ticks; values outside [0, 1] are shown as the nearest one inside."""
+    image = image_CHW.detach().float().clamp(0, 1).cpu()
+    shown = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    axes.imshow(shown.numpy(), cmap="gray", vmin=0.0, vmax=1.0)
+    axes.set_xticks([])
+    axes.set_yticks([])

@@ -53,13 +53,15 @@ def draw_plots(
         plot_pictures(pictures, folder.plots / "reconstructions.png")
 
 
-def sample_attention(config: Config, backbone: nn.Module, images: Images) -> tuple[Tensor, Tensor] | None:
+def sample_attention(
+    config: Config, backbone: nn.Module, images: Images, *, count: int = SAMPLE_IMAGES
+) -> tuple[Tensor, Tensor] | None:
     """A few images [n, C, H, W] in [0, 1] and their attention maps [n, heads, h, w]; None without a class token.
 
     Every rank that has a part of the backbone must call it.
     """
     fed = network_input(config)
-    sample = fed.of(images.evaluation_pixels(_spread(len(images))))
+    sample = fed.of(images.evaluation_pixels(_spread(len(images), count)))
     try:
         return fed.pixels(sample), attention_maps(backbone, sample).cpu()
     except PretrainError:  # no class token, or no plain attention
@@ -67,21 +69,26 @@ def sample_attention(config: Config, backbone: nn.Module, images: Images) -> tup
 
 
 def sample_pictures(
-    config: Config, backbone: nn.Module, images: Images, pictures: Callable[[Tensor], Mapping[str, Tensor]]
+    config: Config,
+    backbone: nn.Module,
+    images: Images,
+    pictures: Callable[[Tensor], Mapping[str, Tensor]],
+    *,
+    count: int = SAMPLE_IMAGES,
 ) -> dict[str, Tensor]:
     """A few images [n, C, H, W] in [0, 1], and a method's pictures of them, by title; empty if it has none.
 
     Every rank that has a part of the backbone must call it.
     """
     fed = network_input(config)
-    sample = fed.of(images.evaluation_pixels(_spread(len(images))))
+    sample = fed.of(images.evaluation_pixels(_spread(len(images), count)))
     with evaluating(backbone), torch.no_grad():
         beside = pictures(sample.to(device_of(backbone)))
     columns = {"image": sample, **beside} if beside else {}
     return {name: fed.pixels(rows.cpu()) for name, rows in columns.items()}
 
 
-def _spread(count: int) -> list[int]:
-    """Indices of a few images, evenly spread over all."""
-    shown = min(SAMPLE_IMAGES, count)
+def _spread(count: int, most: int) -> list[int]:
+    """Indices of at most so many images, evenly spread over all."""
+    shown = min(most, count)
     return [place * count // shown for place in range(shown)]

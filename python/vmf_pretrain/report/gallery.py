@@ -1,0 +1,94 @@
+"""Pictures of what the network of a finished run makes of images: attention, nearest neighbours, reconstructions."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vmf_pretrain.data.images import Images
+from vmf_pretrain.data.load import load_images
+from vmf_pretrain.evaluation.evaluated import Evaluated, load_evaluated
+from vmf_pretrain.evaluation.features import extract_features
+from vmf_pretrain.evaluation.nearest import nearest
+from vmf_pretrain.evaluation.pictures import plot_neighbours, plot_pictures
+from vmf_pretrain.report.figures import sample_attention, sample_pictures
+from vmf_pretrain.report.plots import plot_attention
+
+SHOWN = 10  # images that are shown, one of each class while there are as many
+NEIGHBOURS = 8
+COMPARED = 10_000  # training images that neighbours are looked for among, at most
+BATCH = 256  # images a forward pass
+
+
+def draw_gallery(run: Path, out: Path, *, weights: str = "last", allow_code: bool = False) -> list[Path]:
+    """Write attention.png, neighbours.png and reconstructions.png, each where the method has such; returns what was written.
+
+    Images are held-out ones if there are any, and neighbours are training images.
+
+    Args:
+        run: folder of the run.
+        out: folder for the pictures; made if it is not there.
+        weights: "last" or "best".
+        allow_code: whether the run's settings may name modules to import.
+
+    Raises:
+        PretrainError: there is no such run, no such weights, or the images are gone.
+    """
+    found = load_evaluated(str(run), device=torch.device("cpu"), weights=weights, allow_code=allow_code)
+    config, method = found.config, found.method
+    assert config is not None
+    assert method is not None
+    train, held_out, known = load_images(config, allow_code=allow_code)
+    images = train if held_out is None else held_out
+    shown = images.subset(torch.tensor(_of_each_class(images)))
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    attention = sample_attention(config, method.evaluated, shown, count=SHOWN)
+    if attention is not None:
+        drawn.append(out / "attention.png")
+        plot_attention(*attention, drawn[-1])
+    pictures = sample_pictures(config, method.evaluated, shown, method.pictures, count=SHOWN)
+    if pictures:
+        drawn.append(out / "reconstructions.png")
+        plot_pictures(pictures, drawn[-1])
+    drawn.append(out / "neighbours.png")
+    _draw_neighbours(found, (shown, train), known.classes, drawn[-1])
+    return drawn
+
+
+def _of_each_class(images: Images) -> list[int]:
+    """Indices of a few images: of each class in turn, or evenly spread without classes."""
+    if images.labels is None:
+        count = min(SHOWN, len(images))
+        return [place * len(images) // count for place in range(count)]
+    labels = sorted(set(images.labels.tolist()))
+    places = [(images.labels == label).nonzero().flatten().tolist() for label in labels]
+    in_turn = [of_class[turn] for turn in range(SHOWN) for of_class in places if turn < len(of_class)]
+    return sorted(in_turn[:SHOWN])
+
+
+def _draw_neighbours(evaluated: Evaluated, images: tuple[Images, Images], classes: Sequence[str], path: Path) -> None:
+    """Each shown image, and the training images with the most similar features."""
+    shown, train = images
+    count = min(COMPARED, len(train))
+    compared = [place * len(train) // count for place in range(count)]
+    queries, features = (
+        extract_features(evaluated.network, map(evaluated.fed.of, _pixels(some, indices)))
+        for some, indices in ((shown, range(len(shown))), (train, compared))
+    )
+    rows = []
+    for query, places in enumerate(nearest(queries, [features], NEIGHBOURS)[1].tolist()):
+        row = [compared[place] for place in places]
+        pixels = torch.cat([shown.evaluation_pixels([query]), train.evaluation_pixels(row)])
+        rows.append((pixels, [_class(shown, query, classes), *(_class(train, index, classes) for index in row)]))
+    plot_neighbours(rows, path)
+
+
+def _pixels(images: Images, indices: Sequence[int]) -> Iterator[Tensor]:
+    return (images.evaluation_pixels(indices[start : start + BATCH]) for start in range(0, len(indices), BATCH))
+
+
+def _class(images: Images, index: int, classes: Sequence[str]) -> str:
+    """Name of an image's class, nothing without classes."""
+    return "" if images.labels is None or not classes else classes[int(images.labels[index])]
