@@ -62,7 +62,6 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
         return _recipes(chosen.name)
     if chosen.command == EVALUATION:
         return _evaluation(question_of(chosen), printed=chosen.print_config)
-
     if chosen.command == "pictures":
         return _pictures(chosen)
     fields = _fields(chosen)

@@ -93,4 +93,5 @@ def animals() -> tuple[AnimalImages, AnimalImages]:
 
 def _unpacked(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[N, s, s] levels of gray."""
-    return ((packed[..., None] >> SHIFTS) & WHITE).reshape(-1, ANIMAL_SIDE, ANIMAL_SIDE)
+    levels: NDArray[np.uint8] = (packed[..., None] >> SHIFTS & WHITE).astype(np.uint8)
+    return levels.reshape(-1, ANIMAL_SIDE, ANIMAL_SIDE)

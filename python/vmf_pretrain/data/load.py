@@ -1,5 +1,6 @@
 """The images of a configuration, and what was found where they were looked for."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from vmf_pretrain.data.shards import ShardSource
 from vmf_pretrain.data.source import Source
 from vmf_pretrain.data.user_dataset import UserSource
 
-BUNDLED = {"digits": (digits, DIGIT_CLASSES), "animals": (animals, ANIMAL_CLASSES)}
+BUNDLED: dict[str, tuple[Callable[[], tuple[Images, Images]], Sequence[str]]] = {
+    "digits": (digits, DIGIT_CLASSES),
+    "animals": (animals, ANIMAL_CLASSES),
+}
 
 
 def load_images(config: Config, *, allow_code: bool = False) -> tuple[Images, Images | None, Found]:
