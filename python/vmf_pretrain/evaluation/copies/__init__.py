@@ -1,0 +1,1 @@
+"""Altered copies of images found among originals and distractors, as on Copydays."""

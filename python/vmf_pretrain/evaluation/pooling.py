@@ -1,0 +1,46 @@
+"""One vector of an image from its patches, and from the image at several sizes.
+
+Legend: B images, N patches, F features.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+GEM_FLOOR = 1e-6  # as published: what is negative vanishes, and the root has a slope everywhere
+PUBLISHED_SCALES = (1.0, 2**-0.5, 0.5)
+
+
+def generalised_mean(patches_BNF: Tensor, power: float) -> Tensor:
+    """[B, F] ``(mean of max(x, 1e-6)^power)^(1 / power)`` over the patches (GeM); float32.
+
+    Source: Radenovic et al., "Fine-tuning CNN image retrieval with no human annotation", TPAMI 2019 (arXiv:1711.02512).
+    """
+    return patches_BNF.float().clamp(min=GEM_FLOOR).pow(power).mean(dim=1).pow(1 / power)
+
+
+def class_and_patches(features_BF: Tensor, patches_BNF: Tensor, power: float = 4.0) -> Tensor:
+    """[B, 2 F] the class token beside the generalised mean of the patches, as DINO detects copies."""
+    return torch.cat([features_BF.float(), generalised_mean(patches_BNF, power)], dim=1)
+
+
+def at_scales(
+    features: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float] = PUBLISHED_SCALES
+) -> Tensor:
+    """[B, F] mean of the features of images at several sizes, of length 1.
+
+    The features are averaged as they are, so that a size with longer features counts for more, as published.
+
+    Args:
+        features: [B, C, H, W] to [B, F].
+        images: [B, C, H, W] input of the network.
+        scales: of the side; each other than 1 is resized bilinearly, without a filter.
+    """
+    total = torch.zeros(())
+    for scale in scales:
+        # the scale itself, not the ratio of the rounded sizes: as published
+        sized = images if scale == 1 else functional.interpolate(images, scale_factor=scale, mode="bilinear")
+        total = total + features(sized).float().cpu()
+    return functional.normalize(total / len(scales), dim=1)
