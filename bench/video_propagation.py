@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         "extra_mib": memory,
     }
     print(
-        f"{record['machine']['cpu']}, {record['threads']} threads: {height} x {width} patches, largest difference {difference:.1e}"
+        f"{record['machine']['cpu']}, {record['threads']} threads: {height} x {width} patches, at most {difference:.1e} apart"
     )
     for name in WAYS:
         print(f"{name:10} {taken[name]:9.1f} ms {memory[name]:7.0f} MiB")

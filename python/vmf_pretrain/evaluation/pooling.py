@@ -3,14 +3,13 @@
 Legend: B images, N patches, F features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 GEM_FLOOR = 1e-6  # as published: what is negative vanishes, and the root has a slope everywhere
-PUBLISHED_SCALES = (1.0, 2**-0.5, 0.5)
 
 
 def generalised_mean(patches_BNF: Tensor, power: float) -> Tensor:
@@ -26,21 +25,9 @@ def class_and_patches(features_BF: Tensor, patches_BNF: Tensor, power: float = 4
     return torch.cat([features_BF.float(), generalised_mean(patches_BNF, power)], dim=1)
 
 
-def at_scales(
-    features: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float] = PUBLISHED_SCALES
-) -> Tensor:
-    """[B, F] mean of the features of images at several sizes, of length 1.
+def mean_of_sizes(features: Sequence[Tensor]) -> Tensor:
+    """[B, F] mean of [B, F] features of images at several sizes, of length 1.
 
     The features are averaged as they are, so that a size with longer features counts for more, as published.
-
-    Args:
-        features: [B, C, H, W] to [B, F].
-        images: [B, C, H, W] input of the network.
-        scales: of the side; each other than 1 is resized bilinearly, without a filter.
     """
-    total = torch.zeros(())
-    for scale in scales:
-        # the scale itself, not the ratio of the rounded sizes: as published
-        sized = images if scale == 1 else functional.interpolate(images, scale_factor=scale, mode="bilinear")
-        total = total + features(sized).float().cpu()
-    return functional.normalize(total / len(scales), dim=1)
+    return functional.normalize(torch.stack([part.float() for part in features]).mean(dim=0), dim=1)

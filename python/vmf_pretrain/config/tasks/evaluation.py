@@ -3,9 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vmf_pretrain.config.tasks.copies import CopiesTask
 from vmf_pretrain.config.tasks.data import DataTask
+from vmf_pretrain.config.tasks.dense import DenseTask
 from vmf_pretrain.config.tasks.features import FeaturesTask
 from vmf_pretrain.config.tasks.knn import KnnTask
+from vmf_pretrain.config.tasks.retrieval import RetrievalTask
+from vmf_pretrain.config.tasks.video import VideoTask
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,20 @@ class EvaluationConfig:
         data: which images.
         features: how they are computed.
         knn: k-NN.
+        retrieval: images that answer a query.
+        copies: copies of images.
+        video: objects followed through videos.
+        dense: classes of pixels.
     """
 
     weights: Literal["last", "best"] = "last"
     data: DataTask = field(default_factory=DataTask)
     features: FeaturesTask = field(default_factory=FeaturesTask)
     knn: KnnTask = field(default_factory=KnnTask)
+    retrieval: RetrievalTask = field(default_factory=RetrievalTask)
+    copies: CopiesTask = field(default_factory=CopiesTask)
+    video: VideoTask = field(default_factory=VideoTask)
+    dense: DenseTask = field(default_factory=DenseTask)
 
 
 NO_TASKS = ("weights", "data", "features")  # the fields of EvaluationConfig that are no task

@@ -10,12 +10,13 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from torch.nn import functional
 
 from vmf_pretrain.evaluation.average_precision import trapezoid_average_precision
-from vmf_pretrain.evaluation.pooling import PUBLISHED_SCALES, at_scales, class_and_patches
+from vmf_pretrain.evaluation.pooling import class_and_patches, mean_of_sizes
 from vmf_pretrain.evaluation.retrieval import score
 from vmf_pretrain.evaluation.retrieval.ground_truth import GroundTruth, Query, ground_truth_of_classes
 from vmf_pretrain.evaluation.retrieval.levels import LEVELS
 from vmf_pretrain.evaluation.retrieval.score import CUT_OFFS, retrieval_scores
 from vmf_pretrain.evaluation.whitening import whitening_of
+from vmf_pretrain.evaluation.whole_views import Thumbnail
 
 pytestmark = pytest.mark.quick
 
@@ -98,21 +99,17 @@ def test_images_of_a_class_answer_each_other_and_no_image_itself() -> None:
     np.testing.assert_array_equal(found.average_precision, [1.0, 1.0, np.nan])
 
 
-def test_features_at_scales_are_averaged_as_they_are() -> None:
-    images = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
-    seen = []
+def test_features_of_sizes_are_averaged_as_they_are() -> None:
+    long, short = torch.tensor([[6.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    torch.testing.assert_close(mean_of_sizes([long, short]), functional.normalize(torch.tensor([[3.0, 1.0]])))
 
-    def features(sized: torch.Tensor) -> torch.Tensor:
-        seen.append(tuple(sized.shape[-2:]))
-        return sized.mean(dim=(2, 3)) * sized.shape[-1]  # longer at larger sizes
 
-    found = at_scales(features, images)
-    parts = [
-        features(functional.interpolate(images, scale_factor=scale, mode="bilinear") if scale < 1 else images)
-        for scale in PUBLISHED_SCALES
-    ]
-    assert seen[:3] == [(64, 48), (45, 33), (32, 24)]
-    torch.testing.assert_close(found, functional.normalize(sum(parts), dim=1))
+def test_thumbnails_keep_their_shape_and_whole_patches() -> None:
+    image = torch.randint(0, 256, (3, 120, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shapes = [tuple(Thumbnail(size, scale)(image).shape[1:]) for size, scale in ((512, 1), (60, 1), (512, 0.5), (8, 1))]
+    assert shapes == [(112, 80), (48, 32), (48, 32), (16, 16)]
+    half = functional.interpolate(image[None].float() / 255, scale_factor=0.5, mode="bilinear")[0]
+    torch.testing.assert_close(Thumbnail(512, 0.5)(image), half[:, :48, :32])
 
 
 def test_generalised_mean_drops_what_is_negative() -> None:

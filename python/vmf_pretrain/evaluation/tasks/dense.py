@@ -1,0 +1,144 @@
+"""Segmentation from frozen features of patches.
+
+Legend: N images, C classes, h x w patches, F features.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.tasks.dense import DenseTask
+from vmf_pretrain.data.bad_images import UnreadableImageError
+from vmf_pretrain.data.images import Images
+from vmf_pretrain.data.label_image import read_labels
+from vmf_pretrain.data.network_input import NetworkInput
+from vmf_pretrain.evaluation.bootstrap import interval
+from vmf_pretrain.evaluation.dense.classify import Classifier, linear_patches, nearest_patches
+from vmf_pretrain.evaluation.dense.confusion import Counts, confusion, scores_of
+from vmf_pretrain.evaluation.dense.patches import patch_labels, pixel_labels
+from vmf_pretrain.evaluation.extract import Wanted
+from vmf_pretrain.evaluation.files import digest_of
+from vmf_pretrain.evaluation.given import Given
+from vmf_pretrain.evaluation.outputs import PATCHES, Kinds
+from vmf_pretrain.evaluation.result import Figure, Result
+from vmf_pretrain.evaluation.task import Subject, Task
+from vmf_pretrain.evaluation.whole_views import Squashed
+
+SPLITS = ("train", "val")
+SEED = 0  # of the training patches that are drawn
+
+
+class Dense(Task[DenseTask]):
+    """Mean intersection over union of k-NN and of a logistic regression on patches.
+
+    The folder holds ``train/images``, ``train/masks``, ``val/images`` and ``val/masks``; a mask is a PNG of the image's name,
+    whose numbers are classes.
+    """
+
+    name = "dense"
+
+    def images(self, given: Given, settings: DenseTask) -> dict[str, Images]:
+        """The images of both splits."""
+        return {split: given.below(given.folder / split / "images") for split in SPLITS}
+
+    def depends(self, given: Given, settings: DenseTask) -> dict[str, Any]:
+        """The masks."""
+        return {split: digest_of(sorted((given.folder / split / "masks").rglob("*.png"))) for split in SPLITS}
+
+    def wants(self, settings: DenseTask, fed: NetworkInput) -> dict[str, Wanted]:
+        """The patches of whole images."""
+        wanted = Wanted(Squashed(settings.size or fed.size), Kinds(parts=frozenset({PATCHES})))
+        return dict.fromkeys(SPLITS, wanted)
+
+    def run(self, subject: Subject, settings: DenseTask) -> Result:
+        """Scores of both classifiers on the images of ``val``; nothing is chosen on them."""
+        classes = 1 + max(_largest(subject, split, settings.ignored) for split in SPLITS)
+        patches, labels = _training_patches(subject, classes, settings)
+        nearest = nearest_patches(
+            patches, labels, classes, neighbours=settings.neighbours, temperature=settings.temperature
+        )
+        linear = linear_patches(
+            patches, labels, classes, inverse_penalty=settings.inverse_penalty, iterations=settings.iterations
+        )
+        counts = {
+            name: np.stack(list(_confusions(subject, classify, classes, settings.ignored)))
+            for name, classify in ((f"k {settings.neighbours}", nearest), ("linear", linear))
+        }
+        return Result(
+            [figure for name, found in counts.items() for figure in _figures(name, found)],
+            _rows(subject.features["val"].names(), counts),
+            notes=["Classes that are in no mask of val and were not predicted do not count. Nothing is chosen."],
+            facts={
+                "classes": classes,
+                "training_patches": len(patches),
+                "confusion": {name: found.sum(axis=0).tolist() for name, found in counts.items()},
+            },
+        )
+
+
+def _mask(folder: Path, name: str) -> NDArray[np.uint8]:
+    path = folder / PurePath(name).with_suffix(".png")
+    try:
+        return read_labels(path.read_bytes())
+    except OSError as error:
+        raise PretrainError(f"the mask {path} cannot be read ({error.strerror}).") from None
+    except UnreadableImageError as error:
+        raise PretrainError(f"{path} is no mask ({error}).") from None
+
+
+def _masks(subject: Subject, split: str) -> Iterator[NDArray[np.uint8]]:
+    """The masks of the readable images, in their order."""
+    return (_mask(subject.given.folder / split / "masks", name) for name in subject.features[split].names())
+
+
+def _largest(subject: Subject, split: str, ignored: int | None) -> int:
+    """The largest class of the masks of a split."""
+    found = {number for mask in _masks(subject, split) for number in np.unique(mask).tolist()}
+    return max(found - {ignored}, default=0)
+
+
+def _training_patches(subject: Subject, classes: int, settings: DenseTask) -> tuple[Tensor, Tensor]:
+    """[P, F] features and [P] classes of training patches, at most ``max_patches``, those that are ignored left out."""
+    features, labels = [], []
+    for patches, mask in zip(subject.features["train"].patches(), _masks(subject, "train"), strict=True):
+        found = patch_labels(mask, (patches.shape[0], patches.shape[1]), classes, settings.ignored).flatten()
+        features.append(patches.flatten(0, 1)[found >= 0].float())
+        labels.append(found[found >= 0])
+    every, known = torch.cat(features), torch.cat(labels)
+    if not len(every):
+        raise PretrainError("all pixels of the training masks are ignored; expected some of a class.")
+    drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(SEED))[: settings.max_patches]
+    chosen = drawn.sort().values
+    return every[chosen], known[chosen]
+
+
+def _confusions(subject: Subject, classify: Classifier, classes: int, ignored: int | None) -> Iterator[Counts]:
+    """[C, C] counts of each image of ``val``."""
+    for patches, mask in zip(subject.features["val"].patches(), _masks(subject, "val"), strict=True):
+        scores = classify(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])  # type: ignore[no-untyped-call]
+        predicted = pixel_labels(scores, (mask.shape[0], mask.shape[1]))
+        yield confusion(mask, predicted, classes, ignored)
+
+
+def _figures(name: str, counts: NDArray[np.int64]) -> list[Figure]:
+    scores = scores_of(counts.sum(axis=0))
+    if np.isnan(scores.accuracy):
+        raise PretrainError("all pixels of the masks of val are ignored; expected some of a class.")
+    low, high = interval(lambda places: 100 * scores_of(counts[places].sum(axis=0)).mean, len(counts))
+    return [
+        Figure(f"mIoU, {name}", 100 * scores.mean, low, high),
+        Figure(f"pixel accuracy, {name}", 100 * scores.accuracy),
+    ]
+
+
+def _rows(names: list[str], counts: dict[str, NDArray[np.int64]]) -> list[dict[str, Any]]:
+    return [
+        {"image": image, **{f"mIoU, {name}": scores_of(found[place]).mean for name, found in counts.items()}}
+        for place, image in enumerate(names)
+    ]
