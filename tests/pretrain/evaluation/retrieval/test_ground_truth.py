@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.evaluation.retrieval.convert import main
 from vmf_pretrain.evaluation.retrieval.ground_truth import GroundTruth, Query, read_ground_truth
 from vmf_pretrain.evaluation.retrieval.pickled import plain_values
 from vmf_pretrain.evaluation.retrieval.pickled_arrays import PlainArray
@@ -116,6 +117,19 @@ def test_every_cut_of_a_pickle_is_damage() -> None:
 def test_instructions_that_fit_nothing(content: bytes) -> None:
     with pytest.raises(PretrainError):
         plain_values(content, "gnd.pkl")
+
+
+def test_a_published_file_is_converted_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, written = tmp_path / "gnd_x.pkl", tmp_path / "gnd.json"
+    given.write_bytes(pickle.dumps(published(np.array), 2))
+    assert main([str(given), str(written)]) == 0
+    assert read_ground_truth(written) == TRUTH
+    given.write_bytes(pickle.dumps(Runs(print, "run")))
+    assert main([str(given), str(written)]) == 2
+    said = capsys.readouterr()
+    assert "2 queries to 4 images" in said.out
+    assert "\nrun" not in said.out
+    assert "names builtins.print" in said.err
 
 
 def test_json_goes_there_and_back(tmp_path: Path) -> None:
