@@ -10,6 +10,9 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.start_from import HUB
 
 PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset({("data", "folder"), ("data", "cache"), ("start_from", "weights")})
+EVALUATION_PATHS: frozenset[tuple[str, ...]] = frozenset(
+    {("retrieval", "whitening"), ("copies", "whitening"), ("copies", "distractors"), ("video", "predictions")}
+)
 
 
 def expanded(path: str | Path, name: str) -> Path:
@@ -52,7 +55,7 @@ def with_expanded_paths(values: Mapping[str, Any], above: tuple[str, ...] = ()) 
 def _expanded(value: Any, path: tuple[str, ...]) -> Any:
     if isinstance(value, Mapping):
         return with_expanded_paths(value, path)
-    if path not in PATH_FIELDS:
+    if path not in PATH_FIELDS | EVALUATION_PATHS:
         return value
     if isinstance(value, list | tuple):
         return type(value)(_expanded(item, path) for item in value)

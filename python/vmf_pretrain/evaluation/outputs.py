@@ -5,7 +5,7 @@ Legend: B images, n blocks, P prefix tokens (class token and registers), h x w p
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vmf_pretrain.config.errors import PretrainError
 
 CLASS = "class"  # [n, F] an image: the network's feature after each of the last n blocks, the last one at the end
-MEAN_PATCH = "mean_patch"  # [F]: mean of the patches after the last norm
-PATCHES = "patches"  # [h, w, F] after the last norm
-UNNORMED = "unnormed"  # [F]: the class token before the last norm
+MEAN_PATCH: Final = "mean_patch"  # [F]: mean of the patches after the last norm
+PATCHES: Final = "patches"  # [h, w, F] after the last norm
+UNNORMED: Final = "unnormed"  # [F]: the class token before the last norm
 Part = Literal["mean_patch", "patches", "unnormed"]
 NEEDED = ("forward_intermediates", "forward_head", "norm", "num_prefix_tokens")  # of timm's transformers
 

@@ -12,9 +12,10 @@ import yaml
 from tests.pretrain.tiny import changed, digits_config, one_sentence, photos_config
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import python_layer, read_config, text_layer, write_config
-from vmf_pretrain.config.paths import PATH_FIELDS
+from vmf_pretrain.config.paths import EVALUATION_PATHS, PATH_FIELDS
 from vmf_pretrain.config.resume import MAY_CHANGE
 from vmf_pretrain.config.run import Config
+from vmf_pretrain.config.tasks.evaluation import EvaluationConfig
 from vmf_pretrain.config.typed import hint_of
 from vmf_pretrain.config.views import DigitViewConfig, PhotoViewConfig
 from vmf_pretrain.config.yaml_text import yaml_values
@@ -313,5 +314,7 @@ def test_what_may_change_at_resume_exists() -> None:
         hint_of(Config, name.split("."))
     for path in PATH_FIELDS:
         hint_of(Config, path)
+    for path in EVALUATION_PATHS:
+        hint_of(EvaluationConfig, path)
     with pytest.raises(PretrainError):
         hint_of(Config, ["data", "fodler"])
