@@ -14,7 +14,7 @@ from vmf_pretrain.evaluation.pooling import class_and_patches, mean_of_sizes
 from vmf_pretrain.evaluation.retrieval import score
 from vmf_pretrain.evaluation.retrieval.ground_truth import GroundTruth, Query, ground_truth_of_classes
 from vmf_pretrain.evaluation.retrieval.levels import LEVELS
-from vmf_pretrain.evaluation.retrieval.score import CUT_OFFS, retrieval_scores
+from vmf_pretrain.evaluation.retrieval.score import CUT_OFFS, precision_among, retrieval_scores
 from vmf_pretrain.evaluation.whitening import whitening_of
 from vmf_pretrain.evaluation.whole_views import Thumbnail
 
@@ -85,6 +85,11 @@ def test_rectangles_of_information_retrieval_are_another_number() -> None:
 )
 def test_average_precision_of_short_rankings(ranks: list[int], positives: int, expected: float) -> None:
     assert trapezoid_average_precision(ranks, positives) == pytest.approx(expected, nan_ok=True)
+
+
+def test_precision_ends_at_the_last_positive() -> None:
+    found = [precision_among(np.array([0, 2]), first) for first in CUT_OFFS]
+    assert found == [1, 2 / 3, 2 / 3], "of the first three, not of the first five or ten"
 
 
 def test_more_ranks_than_positives_are_refused() -> None:

@@ -107,6 +107,14 @@ def test_objects_are_followed_and_one_that_leaves_is_gone(protocol: Protocol) ->
     assert (found[-1] == 2).mean() < 0.03, "what has left covers next to nothing"
 
 
+@pytest.mark.parametrize("protocol", [DINO, DINOV3])
+def test_each_label_is_stretched_before_the_largest_is_taken(protocol: Protocol) -> None:
+    """The background is the larger everywhere, but the object's own largest value is on the right."""
+    scores = torch.tensor([[[0.9, 0.6]], [[0.1, 0.4]]])
+    assert protocol.enlarged(scores, 1, (1, 2)).tolist() == [[0, 1]]
+    assert protocol.enlarged(torch.full_like(scores, 0.5), 1, (1, 2)).tolist() == [[0, 0]]
+
+
 def test_a_frame_without_objects_stays_so() -> None:
     frames = [torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))] * 3
     for mask in follow(frames, np.zeros((64, 80), np.uint8), colours, PATCH, DINO):

@@ -87,10 +87,12 @@ def test_an_object_that_fills_the_frame_has_no_contour() -> None:
 
 
 def test_statistics_are_the_published_ones() -> None:
-    """Ten frames: the ends of quarters are frames 1, 3, 6 (5.5 rounds up), 8 and 10, and quarters share them."""
+    """Ten frames: the ends of quarters are frames 1, 3, 6, 8 and 10, and quarters share them."""
     values = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1])
     found = statistics_of(values)
     assert found == pytest.approx((0.5, 0.4, np.mean([0.9, 0.8, 0.7]) - np.mean([0.3, 0.2, 0.1])))
+    # seven frames: the first quarter ends at frame 2.5, which is the third
+    assert statistics_of(np.array([1.0, 1, 0, 0, 0, 0, 0])).decay == pytest.approx(2 / 3)
     assert statistics_of(np.array([0.7])) == (0.7, 1.0, 0.0)
     many = np.linspace(1, 0, 1001)  # beyond 256 frames, where the published numbers of frames overflow
     assert statistics_of(many).decay == pytest.approx(0.75, abs=1e-3)
