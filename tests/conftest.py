@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.on_ranks import preload_server
+
 gc.disable()  # until all is collected: what is imported stays, and looking through it is a quarter of the time
 if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for
@@ -87,6 +89,10 @@ def beyond_a_few(items: list[pytest.Item]) -> list[pytest.Item]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[COUNT] = session.config.stash.get(LEFT_OUT, 0)
+
+
+def pytest_configure() -> None:
+    preload_server()
 
 
 @pytest.hookimpl(optionalhook=True)

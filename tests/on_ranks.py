@@ -7,7 +7,9 @@ A case takes a share, which says what of the data is this process's; its class i
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +20,13 @@ from torch.multiprocessing.spawn import start_processes
 
 RANKS = 2
 IMPORTED = (
+    "pytest",
     "torch.distributed.fsdp",
     "vmf_kernels.compat.dinov2",
     "vmf_kernels.testing",
-    "vmf_pretrain.engine.loop",
-)  # once for the ranks of all files
+    "vmf_pretrain.data.bundled",
+    "vmf_pretrain.engine.run",
+)  # once for the ranks of all files: what they would import one by one takes a rank eight seconds
 Case = Callable[[Any], Any]
 
 
@@ -33,13 +37,29 @@ class Runs(NamedTuple):
     alone: dict[str, Any]
 
 
+def preload_server() -> None:
+    """Say what the server of ranks imports; before anything forks from it, for that starts it."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*IMPORTED])
+
+
+def imported_after(*names: str) -> list[str]:
+    """All modules of a process that has imported ``IMPORTED``, then ``names``, and nothing else."""
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        return pool.apply(_imported, (names,))
+
+
+def _imported(names: tuple[str, ...]) -> list[str]:
+    for name in names:
+        importlib.import_module(name)
+    return sorted(sys.modules)
+
+
 def start_ranks(run: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
     """``run(rank, *arguments)`` in a process for each rank; waits for all, and raises what one raises.
 
     They are forked from a server that has imported torch, which takes a rank of its own seconds. Forks of this process would
     not do: autograd refuses to run in those.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*IMPORTED])
     start_processes(run, arguments, nprocs=ranks, start_method="forkserver")
 
 

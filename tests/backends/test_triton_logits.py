@@ -111,22 +111,19 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(
-    ("images", "prototypes", "views"),
+    ("images", "prototypes", "views", "dtype"),
     [
-        (0, 127, (2, 3)),
-        (1, 1, (2, 3)),
-        (5, 1, (1, 1)),
-        (1, 127, (2, 10)),
-        (3, 127, (2, 3)),
-        (5, 127, (1, 1)),
-        (3, 1000, (2, 10)),
-        (5, 1000, (2, 3)),
-        (1, 4099, (2, 3)),
-        (3, 4099, (1, 1)),
-        (2, 127, (3, 2)),
-        (1, 64, (8, 2)),
+        (0, 127, (2, 3), torch.float32),
+        (1, 1, (2, 3), torch.float32),
+        (5, 1, (1, 1), torch.float32),
+        (1, 127, (2, 10), torch.float32),
+        (5, 127, (1, 1), torch.float32),
+        (3, 1000, (2, 10), torch.float32),
+        (1, 4099, (2, 3), torch.float32),
+        (2, 127, (3, 2), torch.float32),
+        (1, 64, (8, 2), torch.float32),
+        *((*shape, dtype) for shape in ((3, 127, (2, 3)), (3, 4099, (1, 1))) for dtype in (torch.float32, *HALF)),
     ],
 )
 def test_loss_statistics_and_gradients_equal_the_fp64_truth(

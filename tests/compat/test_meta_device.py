@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
-from tests.compat.test_attributes import LOSSES
+from tests.compat.test_assigned_attributes import LOSSES
 from vmf_kernels import DINOHead, DINOLoss, DINOvMFLoss, PrototypeLayer, fuse_head
 from vmf_kernels.compat import dino, dinov2, dinov3, ibot, lightly, solo
 

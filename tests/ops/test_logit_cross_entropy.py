@@ -21,6 +21,8 @@ from tests.plain_loss import plain_loss
 from vmf_kernels import CrossEntropy, PrototypeLogits, linear_prototypes, logit_cross_entropy, prototype_cross_entropy
 from vmf_kernels.backends.stored import streaming
 
+pytestmark = pytest.mark.quick
+
 BUDGET = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, in norm
 STUDENT_TAU, TEACHER_TAU = 0.1, 0.05
 GRADIENTS = ("student_logits", "student_bias")
@@ -95,7 +97,6 @@ def measured(given: Problem) -> dict[str, Tensor]:
     return outcome(given, lambda p: loss_of(p).loss)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("prototypes", [1, 301, 4099])
 @pytest.mark.parametrize("images", [1, 5])
@@ -108,7 +109,6 @@ def test_loss_and_gradients_equal_the_formula(images: int, prototypes: int, dtyp
     assert error <= BUDGET[dtype], f"{name}: relative error {error:.2e}, budget {BUDGET[dtype]:.0e}"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dropped", ["student_bias", "teacher_bias", "image_weights"])
 def test_optional_arguments_may_be_left_out_and_matter(dropped: str) -> None:
     given = problem()
@@ -120,7 +120,6 @@ def test_optional_arguments_may_be_left_out_and_matter(dropped: str) -> None:
     assert seen > 1e-3, f"dropping {dropped} changes the loss by {seen:.2e} only"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_logits_give_the_loss_to_fp32_and_the_gradient_to_one_rounding(dtype: torch.dtype) -> None:
     given = problem(dtype=dtype)
@@ -136,7 +135,6 @@ def test_half_logits_give_the_loss_to_fp32_and_the_gradient_to_one_rounding(dtyp
     assert gradient <= budget, f"gradient: relative error {gradient:.2e}, budget {budget:.1e}"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_has_the_dtype_and_shape_of_the_logits(dtype: torch.dtype) -> None:
     gradient = measured(problem(dtype=dtype))["student_logits"]
@@ -153,7 +151,6 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("chunk_bytes", [1, 2**23], ids=["image-by-image", "one-chunk"])
 @pytest.mark.parametrize("layout", STRIDES)
 def test_strides_do_not_matter(layout: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +167,6 @@ def test_strides_do_not_matter(layout: str, chunk_bytes: int, monkeypatch: pytes
     assert error <= 1e-13, f"{name}: relative error {error:.2e}, budget 1e-13"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("chunk_bytes", [1, 6 * 301 * 8 * 2, 6 * 301 * 8 * 4])
 def test_chunks_do_not_matter(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem()
@@ -180,7 +176,6 @@ def test_chunks_do_not_matter(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch)
     assert error <= 1e-13, f"{name}: relative error {error:.2e}, budget 1e-13"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_an_offset_common_to_a_row_does_not_matter(dtype: torch.dtype) -> None:
     given = problem(dtype=dtype)
@@ -192,7 +187,6 @@ def test_an_offset_common_to_a_row_does_not_matter(dtype: torch.dtype) -> None:
         assert error <= allowed, f"{name}: relative error {error:.2e}, budget {allowed:.2e}, twice the dense formula's"
 
 
-@pytest.mark.quick
 def test_dominating_logits_give_a_finite_loss_and_gradient() -> None:
     given = problem(dtype=torch.float32)
     student = torch.zeros(20, 301)
@@ -204,7 +198,6 @@ def test_dominating_logits_give_a_finite_loss_and_gradient() -> None:
     assert all(t.isfinite().all() for t in got.values())
 
 
-@pytest.mark.quick
 def test_gradient_is_that_of_finite_differences() -> None:
     given = problem(2, 9)
 
@@ -215,7 +208,6 @@ def test_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(loss, (given.student_logits, given.student_bias), eps=1e-5, atol=1e-6)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("frozen", GRADIENTS)
 def test_either_gradient_is_formed_without_the_other(frozen: str) -> None:
     given = problem()
@@ -226,7 +218,6 @@ def test_either_gradient_is_formed_without_the_other(frozen: str) -> None:
     torch.testing.assert_close(gradient, full[wanted], rtol=0, atol=0)
 
 
-@pytest.mark.quick
 def test_the_teacher_gets_no_gradient() -> None:
     given = problem()
     given.teacher_logits.requires_grad_()
@@ -234,7 +225,6 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert given.teacher_logits.grad is None
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_a_scaled_loss_has_the_scaled_gradient(scale: float) -> None:
     given = problem(dtype=torch.float16)
@@ -249,7 +239,6 @@ def test_a_scaled_loss_has_the_scaled_gradient(scale: float) -> None:
         assert error <= 2e-3, f"relative error {error:.2e}, budget 2e-03"
 
 
-@pytest.mark.quick
 def test_backward_twice_with_retain_graph_gives_the_same() -> None:
     given = problem()
     loss = loss_of(given).loss
@@ -257,7 +246,6 @@ def test_backward_twice_with_retain_graph_gives_the_same() -> None:
     assert torch.equal(torch.autograd.grad(loss, given.student_logits)[0], first)
 
 
-@pytest.mark.quick
 def test_differentiating_twice_is_refused() -> None:
     given = problem()
     (gradient,) = torch.autograd.grad(loss_of(given).loss, given.student_logits, create_graph=True)
@@ -265,7 +253,6 @@ def test_differentiating_twice_is_refused() -> None:
         torch.autograd.grad(gradient.sum(), given.student_logits)
 
 
-@pytest.mark.quick
 def test_statistics_equal_those_of_unstored_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = torch.randn(20, 8, dtype=torch.float64), torch.randn(10, 8, dtype=torch.float64)
     prototypes = linear_prototypes(torch.randn(301, 8, dtype=torch.float64))
@@ -280,7 +267,6 @@ def test_statistics_equal_those_of_unstored_logits(monkeypatch: pytest.MonkeyPat
     assert error <= 1e-10, f"{name}: relative error {error:.2e}, budget 1e-10"
 
 
-@pytest.mark.quick
 def test_no_images_give_no_loss_and_an_empty_gradient() -> None:
     given = problem(0)
     loss, statistics = loss_of(given)
@@ -291,7 +277,6 @@ def test_no_images_give_no_loss_and_an_empty_gradient() -> None:
     assert statistics.usage.eq(0).all()
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_round(dtype: torch.dtype) -> None:
     given = problem(dtype=torch.float32)
@@ -301,6 +286,7 @@ def test_autocast_does_not_round(dtype: torch.dtype) -> None:
     assert error == 0, f"{name}: relative difference {error:.2e}"
 
 
+@pytest.mark.thorough
 def test_nothing_of_the_logits_size_is_allocated_but_the_gradient() -> None:
     given = problem(images=96, prototypes=16384, dtype=torch.float32)  # 24 MiB for the student, 12 for the teacher
     size = given.student_logits.nbytes
@@ -315,6 +301,7 @@ def test_nothing_of_the_logits_size_is_allocated_but_the_gradient() -> None:
     assert used.peak <= size + allowed, f"peak {used.peak / 2**20:.1f} MiB, budget {(size + allowed) / 2**20:.1f}"
 
 
+@pytest.mark.thorough
 def test_the_formula_allocates_more() -> None:
     """Negative control of the measurement: the dense formula's softmaxes are seen."""
     given = problem(images=96, prototypes=16384, dtype=torch.float32)
@@ -333,12 +320,14 @@ def op_arguments() -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.thorough
 def test_forward_op_is_a_well_formed_custom_op(op_arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(torch.ops.vmf_kernels.logit_cross_entropy.default, op_arguments)
     without = [None if i in (1, 3, 5) else x for i, x in enumerate(op_arguments)]
     torch.library.opcheck(torch.ops.vmf_kernels.logit_cross_entropy.default, tuple(without))
 
 
+@pytest.mark.thorough
 def test_backward_op_is_a_well_formed_custom_op(op_arguments: tuple[Any, ...]) -> None:
     tensors = [x.detach() for x in op_arguments]
     *_, student_lse, teacher_lse = torch.ops.vmf_kernels.logit_cross_entropy(*tensors)
@@ -346,6 +335,7 @@ def test_backward_op_is_a_well_formed_custom_op(op_arguments: tuple[Any, ...]) -
     torch.library.opcheck(torch.ops.vmf_kernels.logit_cross_entropy_backward.default, arguments)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
 def test_it_compiles_into_one_graph(layout: str) -> None:
     given = problem(dtype=torch.float32)
@@ -392,7 +382,6 @@ WRONG: list[Any] = [
 ]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.engine.test_run import state_of, stopped_at
+from tests.pretrain.engine.stopping import state_of, stopped_at
 from tests.pretrain.tiny import a_run, differing, digits_config
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import read_config

@@ -18,8 +18,8 @@ from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
 
-STEPS = 20
-IMAGES = 256
+STEPS = 6  # of three epochs: with prototypes frozen, and not
+IMAGES = 64
 SETTINGS: dict[str, dict[str, Any]] = {
     "dino-vmf": {"method": "dino-vmf"},
     "dino, stochastic depth": {"method": "dino", "backbone": {"drop_path": 0.3, "depth": 2}},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shlex
 import shutil
@@ -13,13 +12,12 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.pretrain.engine.stopping import before_step, resumed, state_of, stopped_at, summary_of, unlocked, untimed
 from tests.pretrain.tiny import (
     SUMMARY_KEYS,
     a_run,
     changed,
-    config_in,
     copied,
     differing,
     digits_config,
@@ -32,13 +30,11 @@ from vmf_pretrain.config.file import read_config
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.engine.run import Run
-from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.evaluation.judge import BASELINES
 from vmf_pretrain.report.figures import draw_plots
 from vmf_pretrain.storage.lines import read_lines
 from vmf_pretrain.storage.metrics import read_metrics
 
-TIMED = ("seconds", "images_per_second", "data_wait")
 STEPS = 10  # of the digits' configuration
 PROMISED = [
     "config.yaml",
@@ -72,51 +68,6 @@ def whole_run(config: Config, out: Path) -> Run:
     run, _ = a_run(config, out)
     assert run.train() == 0
     return run
-
-
-def before_step(run: Run, step: int, act: Callable[[], object]) -> Run:
-    """Let ``act`` happen while the run does step number ``step``."""
-    training: Any = run.loop
-    original = training.step
-
-    def step_and_act(number: int, batch: Batch, **options: Any) -> list[Taken]:
-        if number == step:
-            act()
-        taken: list[Taken] = original(number, batch, **options)
-        return taken
-
-    training.step = step_and_act
-    return run
-
-
-def stopped_at(run: Run, step: int) -> int:
-    """Train until Ctrl-C comes during a step; the exit code."""
-    return before_step(run, step, lambda: signal.raise_signal(signal.SIGINT)).train()
-
-
-def resumed(out: Path) -> Run:
-    return a_run(config_in(out), out, resume=True)[0]
-
-
-def unlocked(run: Run) -> Run:
-    """A run that is not trained through ``train``."""
-    run.close()
-    return run
-
-
-def state_of(run: Run) -> dict[str, Tensor]:
-    groups = run.loop.tensors()
-    return copied({f"{group}.{name}": value for group, named in groups.items() for name, value in named.items()})
-
-
-def untimed(run: Run) -> list[dict[str, Any]]:
-    records = read_metrics(run.folder)
-    return [{key: value for key, value in record.items() if key not in TIMED} for record in records]
-
-
-def summary_of(run: Run) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run.folder.summary.read_text())
-    return found
 
 
 RESUMPTIONS: dict[str, tuple[dict[str, Any], list[int]]] = {

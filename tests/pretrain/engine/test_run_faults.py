@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.engine.test_run import before_step
+from tests.pretrain.engine.stopping import before_step
 from tests.pretrain.tiny import a_run, digits_config
 from vmf_pretrain.config.errors import PretrainError
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pretrain.engine.test_run import before_step, state_of
+from tests.pretrain.engine.stopping import before_step, state_of
 from tests.pretrain.tiny import a_run, differing, digits_config
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import read_config

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.pretrain.engine.test_run import state_of, stopped_at, untimed
+from tests.pretrain.engine.stopping import state_of, stopped_at, untimed
 from tests.pretrain.methods.masked_runs import METHODS, masked_config, save_videos
 from tests.pretrain.methods.plain import Weights, jepa_loss, mae_loss, positions_of
 from tests.pretrain.tiny import a_run, batch_of, changed, config_in, copied, differing
