@@ -21,11 +21,14 @@ from torch.multiprocessing.spawn import start_processes
 RANKS = 2
 IMPORTED = (
     "pytest",
+    "sklearn.datasets",
+    "sklearn.linear_model",
     "torch.distributed.fsdp",
     "vmf_kernels.compat.dinov2",
     "vmf_kernels.testing",
-    "vmf_pretrain.data.bundled",
     "vmf_pretrain.engine.run",
+    "vmf_pretrain.evaluation.pictures",
+    "vmf_pretrain.report.plots",
 )  # once for the ranks of all files: what they would import one by one takes a rank eight seconds
 Case = Callable[[Any], Any]
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.pretrain.tiny import (
@@ -170,11 +172,20 @@ def records_in(run: Path) -> int:
     return metrics.read_text().count('"loss"') if metrics.exists() else 0
 
 
-def wait_for(process: subprocess.Popen[str], run: Path, steps: int) -> None:
+def run_command(arguments: list[str], printed: Path, errors: Path) -> None:
+    """The command in a session of its own, as from a terminal."""
+    os.setsid()
+    for number, path in ((1, printed), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+def wait_for(process: BaseProcess, run: Path, steps: int) -> None:
     """Until the run has logged some steps."""
     end = time.monotonic() + PATIENCE
     while records_in(run) < steps:
-        assert process.poll() is None, f"ended with {process.returncode}: {process.communicate()}"
+        assert process.is_alive(), f"ended with {process.exitcode}"
         assert time.monotonic() < end, f"no step in {PATIENCE} s"
         time.sleep(0.02)
 
@@ -184,25 +195,22 @@ def test_ctrl_c_stops_cleanly_and_the_command_that_it_prints_goes_on(
 ) -> None:
     config = digits_config(data={"batch_size": 64, "workers": 2}, evaluate={"every": 2})
     path, out = yaml_of(config, tmp_path / "config.yaml"), tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vmf_pretrain.cli", "fit", "--config", str(path), "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    arguments = ["fit", "--config", str(path), "--out", str(out)]
+    files = tmp_path / "printed", tmp_path / "errors"
+    # forked from a server that has imported what a command takes seconds for
+    process = multiprocessing.get_context("forkserver").Process(target=run_command, args=(arguments, *files))
+    process.start()
     try:
         wait_for(process, out, steps=3)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
-        printed, errors = process.communicate(timeout=PATIENCE)
+        os.killpg(int(str(process.pid)), signal.SIGINT)  # as a terminal does: the workers get it too
+        process.join(PATIENCE)
     finally:
         process.kill()
-    assert process.returncode == 130, f"exit code {process.returncode}: {errors[-500:]}"
+    printed, errors = (file.read_text() for file in files)
+    assert process.exitcode == 130, f"exit code {process.exitcode}: {errors[-500:]}"
     assert "Traceback" not in errors, errors
     assert list((out / "checkpoints").glob("step_*"))
-    steps = records_in(out)
-    assert steps < 40, "the run was over before the signal"
+    assert records_in(out) < 40, "the run was over before the signal"
     command = shlex.split(printed.split("Go on with: vmf-pretrain ")[1].splitlines()[0])
     monkeypatch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
     assert main(command) == 0

@@ -80,6 +80,28 @@ def test_only_the_rooms_that_need_it_know_that_torchvision_is_mended() -> None:
     assert sorted(knowing) == ["data", "evaluation", "networks"]
 
 
+def imported_at_once(name: str) -> set[str]:
+    """Modules that importing a module of the trainer imports, functions' imports left out."""
+    found, todo = set[str](), [SOURCES[name]]
+    while todo:
+        source = todo.pop()
+        nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        new = imported_from("\n".join(map(ast.unparse, nodes))) - found
+        found |= new
+        todo += [SOURCES[module] for module in new if module in SOURCES]
+    return found
+
+
+def test_a_run_starts_without_what_only_its_end_needs() -> None:
+    """scikit-learn and matplotlib take seconds to import, in every rank."""
+    early = {name for name in imported_at_once("engine.run") if name.split(".")[0] in ("sklearn", "matplotlib")}
+    assert not early, f"{early} are imported at once"
+    for module, needed in (("report.plots", "matplotlib.axes"), ("evaluation.judge", "torch")):  # the control
+        assert needed in imported_at_once(module)
+
+
 def test_readme_explains_every_key_of_the_summary() -> None:
     explained = set(re.findall(r"`(\w+)`", README.split("## summary.json")[1]))
     assert not SUMMARY_KEYS - explained, f"unexplained: {SUMMARY_KEYS - explained}"

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from vmf_pretrain.config.views import CANVASES, DigitViewConfig, ViewsConfig
@@ -84,6 +83,8 @@ class DigitImages(Drawings):
 
 def digits() -> tuple[DigitImages, DigitImages]:
     """Training and held-out digits; the split and the place of each digit never change."""
+    from sklearn.datasets import load_digits  # here, for it takes seconds: photographs and their workers do without
+
     bundled = load_digits()
     ink = torch.from_numpy((bundled.images / FULL_INK).astype(np.float32))
     free = DIGIT_CANVAS - DIGIT_SIDE + 1

@@ -6,10 +6,6 @@ Legend: N training rows, M test rows, F feature dim.
 import warnings
 
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from vmf_pretrain.config.errors import PretrainError
@@ -26,6 +22,12 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
     Raises:
         PretrainError: the training labels have only one class.
     """
+    # here, for a run without labels does without, and scikit-learn takes seconds to import
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     check_split(train, train_labels, test, test_labels)
     if torch.unique(train_labels).shape[0] < 2:
         raise PretrainError(

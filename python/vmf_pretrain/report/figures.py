@@ -11,9 +11,7 @@ from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.evaluation.attention import attention_maps
 from vmf_pretrain.evaluation.features import device_of, evaluating
-from vmf_pretrain.evaluation.pictures import plot_pictures
 from vmf_pretrain.evaluation.prototypes import HeadReport
-from vmf_pretrain.report.plots import plot_attention, plot_kappa, plot_knn, plot_loss, plot_usage
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
 
@@ -38,6 +36,10 @@ def draw_plots(
         baselines: accuracies of k-NN without training, percent, by name.
         pictures: from ``sample_pictures``.
     """
+    # here, for matplotlib takes seconds to import, and only the first rank draws
+    from vmf_pretrain.evaluation.pictures import plot_pictures
+    from vmf_pretrain.report.plots import plot_attention, plot_kappa, plot_knn, plot_loss, plot_usage
+
     records = read_metrics(folder)
     losses = [record for record in records if record.get("teacher_entropy") is not None]
     if losses:

@@ -106,17 +106,18 @@ def test_a_killed_worker_is_one_sentence_soon() -> None:
 
 # without the engine, whose import takes longer than the test
 PROGRAM = """
-import multiprocessing, os, signal, time
+import multiprocessing, os, signal, time, torch
 from vmf_pretrain.config.backbone import BackboneConfig
 from vmf_pretrain.config.data import DataConfig
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.views import ViewsConfig
 from vmf_pretrain.data.batches import ViewBatches
-from vmf_pretrain.data.bundled import digits
+from vmf_pretrain.data.bundled import DigitImages
 from vmf_pretrain.data.loader import load_from
 from vmf_pretrain.data.plan import Plan
 config = Config(data=DataConfig("digits", batch_size=4), views=ViewsConfig(16, 8, 1), backbone=BackboneConfig(patch_size=8))
-loading = load_from(ViewBatches(digits()[0], config, Plan()), 0)
+images = DigitImages(torch.rand(1000, 16, 16), torch.zeros(1000, 2), torch.zeros(1000))
+loading = load_from(ViewBatches(images, config, Plan()), 0)
 next(loading), next(loading), next(loading)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 {then}
