@@ -28,6 +28,7 @@ from vmf_pretrain.call import pretrain
 from vmf_pretrain.config.data import BUNDLED
 from vmf_pretrain.config.file import python_layer, read_config, text_layer
 from vmf_pretrain.config.resume import flat
+from vmf_pretrain.recipes.table import bundled_recipe
 from vmf_pretrain.start import Wish, settings
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
@@ -48,21 +49,7 @@ OWN = (
     "image_variance",
 )
 NORMS = ("least_norm", "median_norm", "largest_norm")
-NO_HEAD: dict[str, Any] = {"loss.warmup_teacher_temp_epochs": 0, "optim.freeze_last_layer_epochs": 0}
-# settings by method, on top of the recipe that the images have: what differs from it, and no more
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dino": {},
-    "dino-vmf": {},
-    "ibot": {},
-    "ibot-vmf": {},
-    "dinov2": {},
-    "mae": {**NO_HEAD, "decoder.width": 64, "decoder.depth": 2, "decoder.heads": 4, "decoder.features": "mean"},
-    "ijepa": {**NO_HEAD, "predictor.width": 32, "predictor.depth": 2, "blocks.min_keep": 1, "blocks.edges": "fixed"},
-}
-# the same for one kind of images, on top of those
-SETTINGS_OF: dict[tuple[str, str], dict[str, Any]] = {
-    ("digits", "ijepa"): {"blocks.min_keep": 0},  # on 4 x 4 tokens a target may be one
-}
+METHODS = ("dino", "dino-vmf", "ibot", "ibot-vmf", "dinov2", "mae", "ijepa")
 PROTOTYPES = (256, 65536)
 VARIANTS: dict[str, dict[str, Any]] = {
     "dino": {"method": "dino"},
@@ -96,19 +83,14 @@ class Planned:
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``pretrain`` for a new run."""
-        return {"recipe": self.data, "method": self.name, "seed": self.seed, **self.fields}
+        return {"recipe": bundled_recipe(self.data, self.name), "method": self.name, "seed": self.seed, **self.fields}
 
 
 def methods_plan(
     data: Sequence[str], methods: Sequence[str], seeds: Sequence[int], more: Mapping[str, Any]
 ) -> list[Planned]:
     """Every method on all images with each seed; the first seed of all comes first."""
-    return [
-        Planned(images, method, seed, {**SETTINGS[method], **SETTINGS_OF.get((images, method), {}), **more})
-        for seed in seeds
-        for images in data
-        for method in methods
-    ]
+    return [Planned(images, method, seed, more) for seed in seeds for images in data for method in methods]
 
 
 def norms_plan(
@@ -154,7 +136,7 @@ def finished(planned: Planned, out: Path) -> bool:
     """
     if (out / "config.yaml").is_file():
         fields = {name: value for name, value in planned.arguments.items() if name != "recipe"}
-        asked = settings(Wish(planned.data, fields=python_layer(fields)), print)
+        asked = settings(Wish(planned.arguments["recipe"], fields=python_layer(fields)), print)
         if read_config(out / "config.yaml") != asked:
             raise SystemExit(
                 f"{out} is a run with other settings than are planned now; move it away, or give another --out."
@@ -232,7 +214,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--norms", action="store_true", help="compare variants of DINO with few and many prototypes")
     parser.add_argument("--plot", type=Path, help="with --norms: PNG of the norms over time")
     parser.add_argument("--data", nargs="+", choices=BUNDLED)
-    parser.add_argument("--methods", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--at-once", type=int, default=AT_ONCE, help="runs at the same time")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of all runs")

@@ -80,7 +80,10 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
     else:
         if out is not None and not chosen.print_config and rank() == 0:
             require_free(out)
-        recipe = (chosen.bundled or BUNDLED[0]) if chosen.command == "demo" else chosen.recipe
+        from vmf_pretrain.recipes.table import bundled_recipe
+
+        demo = chosen.command == "demo"
+        recipe = bundled_recipe(chosen.bundled or BUNDLED[0], chosen.method) if demo else chosen.recipe
         config = settings(Wish(recipe, chosen.config, fields, chosen.allow_code), _say)
     if chosen.print_config:
         print(config_text(config, sys.stdout.encoding or "ascii"), end="")

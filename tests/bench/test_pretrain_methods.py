@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from bench.pretrain_methods import (
-    SETTINGS,
+    METHODS as ALL,
+)
+from bench.pretrain_methods import (
     Planned,
     finished,
     methods_plan,
@@ -30,7 +32,7 @@ from vmf_bench.json_text import json_text
 from vmf_pretrain.data.images import Found, Images
 from vmf_pretrain.data.load import load_images
 
-METHODS = [name for name in SETTINGS if not name.endswith("-vmf")]  # those differ from the others by their head alone
+METHODS = [name for name in ALL if not name.endswith("-vmf")]  # those differ from the others by their head alone
 TOY: dict[str, Any] = {
     "data.batch_size": 32,
     "views.local_count": 1,

@@ -29,6 +29,9 @@ class DataConfig:
         max_bad_share: share of unreadable images among those read, above which the run ends.
         cache: folder for decoded images no larger than ``cache_side``, or null for none.
         cache_side: the shorter side of cached images, pixels.
+        mean: what is subtracted from each channel of pixels in [0, 1] before the network sees them; null takes 0 for bundled
+            images and ImageNet's for others.
+        deviation: what the difference is divided by; null takes 1 for bundled images and ImageNet's for others.
     """
 
     kind: Literal["digits", "animals", "folder", "shards", "videos", "dataset"] = "folder"
@@ -42,13 +45,27 @@ class DataConfig:
     max_bad_share: float = 0.01
     cache: str | None = None
     cache_side: int = CACHED_SIDE
+    mean: tuple[float, ...] | None = None
+    deviation: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         require_positive("data", batch_size=self.batch_size, cache_side=self.cache_side)
         require_not_negative("data", workers=self.workers)
         require(0 < self.held_out < 1, f"data.held_out is {self.held_out} but must lie strictly between 0 and 1.")
         require_share("data", max_bad_share=self.max_bad_share)
+        self._require_scale()
         cached = self.cache is not None and self.kind in (*BUNDLED, "videos", "dataset")
         require(not cached, f'data.cache does not go with data.kind "{self.kind}"; only files on a disk are cached.')
         missing = self.kind == "dataset" and self.dataset is None
         require(not missing, 'data.dataset is missing; data.kind "dataset" needs the "module:attribute" of a Dataset.')
+
+    def _require_scale(self) -> None:
+        channels = 1 if self.kind in BUNDLED else 3
+        for name, given in (("mean", self.mean), ("deviation", self.deviation)):
+            wrong = given is not None and len(given) != channels
+            require(
+                not wrong,
+                f'data.{name} is {list(given or ())}; expected {channels} numbers for data.kind "{self.kind}".',
+            )
+        for value in self.deviation or ():
+            require_positive("data", deviation=value)

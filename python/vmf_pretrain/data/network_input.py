@@ -13,7 +13,8 @@ from vmf_pretrain.config.checks import require, require_positive
 from vmf_pretrain.config.run import Config
 
 FULL_BYTE = 255.0
-# Mean and deviation of each channel by kind of data: bundled images stay as they are; photographs use ImageNet's, as published.
+# Mean and deviation of each channel by kind of data, unless data.mean and data.deviation say others: bundled images stay as
+# they are; photographs use ImageNet's, as published.
 PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SCALES = {
     "digits": ((0.0,), (1.0,)),
@@ -100,4 +101,5 @@ class NetworkInput:
 def network_input(config: Config) -> NetworkInput:
     """The network input of a configuration."""
     mean, deviation = SCALES[config.data.kind]
-    return NetworkInput(config.views.global_size, mean, deviation)
+    data = config.data
+    return NetworkInput(config.views.global_size, data.mean or mean, data.deviation or deviation)

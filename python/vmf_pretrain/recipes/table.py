@@ -8,6 +8,7 @@ from typing import Any
 from vmf_pretrain.config.data import BUNDLED
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import HEADER, config_of, read_header, read_layer, read_parent, settings_text
+from vmf_pretrain.config.method import VMF
 from vmf_pretrain.config.recipe import RecipeHeader
 from vmf_pretrain.config.run import Config
 
@@ -33,6 +34,12 @@ class Recipe:
 def recipe_names() -> list[str]:
     """Names of all recipes, in alphabetic order."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def bundled_recipe(images: str, method: str | None = None) -> str:
+    """The recipe for a method on bundled images: its own where there is one, and that of the images for all others."""
+    own = f"{images}_{(method or '').removesuffix(VMF)}"
+    return own if own in recipe_names() else images
 
 
 def recipe_path(name: str) -> Path:

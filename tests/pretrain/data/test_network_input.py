@@ -35,8 +35,14 @@ from vmf_pretrain.evaluation.judge import Judge
 KINDS = ("digits", "animals", "folder")  # shards and a Dataset of the user's own are fed as a folder is
 PHOTOS = NetworkInput(32, *SCALES["folder"])
 PACKAGE = Path(str(vmf_pretrain.__file__)).parent
-# batch normalisation has the mean of features
-OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("network_input", "batch_norm"))
+EXCEPT = {
+    "data/network_input.py",
+    "config/data.py",  # the settings that replace a scale
+    *("engine/beginning.py", "networks/hub.py"),  # compare it with that of published weights
+    *("networks/batch_norm.py", "evaluation/whitening.py"),  # the mean of features
+    *("evaluation/tasks/dense.py", "evaluation/video/statistics.py"),  # the mean of scores
+}
+OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).as_posix() not in EXCEPT)
 SCALE_NAMES = ("mean", "deviation", "std")
 MOVED = 1000.0  # further than any scale moves a pixel
 # Views that show all of an image: what is left of the augmentation changes neither mean nor deviation by much.
@@ -256,3 +262,18 @@ def test_every_way_of_scaling_is_found(source: str) -> None:
 @pytest.mark.quick
 def test_means_of_tensors_are_not_mistaken_for_scales() -> None:
     assert scalings("from torch.nn import functional\nfunctional.normalize(rows.mean(dim=0) / rows.std())") == []
+
+
+@pytest.mark.quick
+def test_settings_give_a_scale_of_their_own(tmp_path: Path) -> None:
+    given = digits_config(data={"mean": (0.25,), "deviation": (0.5,)})
+    pixels = torch.rand(2, 1, 16, 16)
+    torch.testing.assert_close(network_input(given).of(pixels), (pixels - 0.25) / 0.5)
+    assert network_input(digits_config(data={"mean": (0.25,)})).deviation == SCALES["digits"][1]
+    for name, wrong, words in [
+        ("mean", (0.1, 0.2, 0.3), "data.mean is .* expected 1 numbers"),
+        ("deviation", (), "data.deviation is .* expected 1 numbers"),
+        ("deviation", (0.0,), "data.deviation"),
+    ]:
+        with pytest.raises(PretrainError, match=words):
+            digits_config(data={name: wrong})

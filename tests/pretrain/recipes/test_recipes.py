@@ -14,8 +14,10 @@ import torch
 import yaml
 
 from tests.pretrain.tiny import changed, copied, differing, one_sentence, save_photos
+from vmf_pretrain.config.data import BUNDLED
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import read_config
+from vmf_pretrain.config.method import METHODS, VMF
 from vmf_pretrain.config.resume import flat
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
@@ -24,7 +26,7 @@ from vmf_pretrain.data.load import load_images
 from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks.backbone import build_backbone
-from vmf_pretrain.recipes.table import recipe_layer, recipe_names, recipe_of, recipe_text
+from vmf_pretrain.recipes.table import bundled_recipe, recipe_layer, recipe_names, recipe_of, recipe_text
 from vmf_pretrain.start import Wish, settings
 
 pytestmark = pytest.mark.quick
@@ -85,8 +87,9 @@ def toy(config: Config, folder: Path) -> Config:
         "blocks": {"min_keep": 0},
         "train": {"device": "cpu", "precision": "fp32", "accumulate": 1},
     }
-    if config.data.kind == "digits":
-        return changed(config, **{**sections, "views": {"local_count": 1}, "data": {"batch_size": 4}})
+    if config.data.kind in BUNDLED:
+        views = {"local_count": min(config.views.local_count, 1)}
+        return changed(config, **{**sections, "views": views, "data": {"batch_size": 4}})
     return changed(config, **sections, data={"folder": str(folder), "batch_size": 4, "held_out": 0.2, "workers": 0})
 
 
@@ -149,3 +152,15 @@ def test_run_keeps_every_setting_itself(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("extends: digits\n")
     with pytest.raises(PretrainError, match="has to say every setting itself"):
         read_config(tmp_path / "config.yaml")
+
+
+def test_a_method_on_bundled_images_takes_the_recipe_of_its_own_if_there_is_one() -> None:
+    chosen = {(images, method): bundled_recipe(images, method) for images in BUNDLED for method in (None, *METHODS)}
+    assert set(chosen.values()) <= set(NAMES)
+    for (images, method), name in chosen.items():
+        config = config_named(name)
+        assert config.data.kind == images
+        if method is not None:  # what a person gets who names the method alone
+            assert config.method.removesuffix(VMF) in (method.removesuffix(VMF), "dino"), (method, name)
+    assert chosen["digits", "ibot-vmf"] == "digits_ibot"
+    assert chosen["digits", None] == chosen["digits", "dino"] == "digits"
