@@ -18,6 +18,8 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.typed import merged, names_of
 from vmf_pretrain.evaluation_command import NAME as EVALUATION
 from vmf_pretrain.evaluation_command import add_evaluation, question_of, run_evaluation
+from vmf_pretrain.export_command import NAME as EXPORT
+from vmf_pretrain.export_command import add_export, order_of, run_export
 from vmf_pretrain.launch import first_to_say, many_ranks, rank, restarted
 from vmf_pretrain.start import Wish, require_free, settings, settings_to_go_on, start
 from vmf_pretrain.start_evaluation import Question
@@ -64,6 +66,9 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
         return _evaluation(question_of(chosen), printed=chosen.print_config)
     if chosen.command == "pictures":
         return _pictures(chosen)
+    if chosen.command == EXPORT:
+        run_export(order_of(chosen))
+        return DONE
     fields = _fields(chosen)
     allowed = kinds_of(kind for text in chosen.allow_changed for kind in text.split(","))
     out = None if chosen.out is None else expanded(chosen.out, "--out")
@@ -216,7 +221,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
             raise PretrainError(f"--{found[1]} got no value; expected --{found[1]} VALUE.")
         fields[found[1]] = value
     chosen = _parser().parse_args(rest)
-    if fields and chosen.command in ("recipes", "pictures"):
+    if fields and chosen.command in ("recipes", "pictures", EXPORT):
         raise PretrainError(
             f"--{next(iter(fields))} does not go with {chosen.command}; vmf-pretrain fit --print-config shows settings."
         )
@@ -271,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--allow-code", action="store_true", help="let the settings name modules of yours to run")
         command.add_argument("--print-config", action="store_true", help="print all settings as YAML, and end")
     add_evaluation(commands)
+    add_export(commands)
     table = commands.add_parser("recipes", help="list the recipes, or print one", allow_abbrev=False)
     table.add_argument("name", nargs="?", metavar="NAME", help="recipe to print as YAML")
     drawn = commands.add_parser("pictures", help="draw what a finished run makes of images", allow_abbrev=False)

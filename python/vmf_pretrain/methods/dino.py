@@ -28,6 +28,7 @@ GLOBAL_VIEWS = 2  # the ones the teacher sees
 class DINO(Method):
     """Student and teacher with a DINO head each, and the loss between their views."""
 
+    evaluated_name = "the teacher's backbone"
     vmf = False
     student: Headed
     teacher: Headed

@@ -34,6 +34,7 @@ SPREAD = 0.02  # of every linear layer at the start: the published scaling by de
 class IJEPA(Method):
     """A context encoder with its predictor, and the target encoder, which is evaluated."""
 
+    evaluated_name = "the target encoder"
     contexts = 1  # of an image; each has targets and a mask token of its own
     axes: tuple[int, ...] = COLUMN_FIRST
 

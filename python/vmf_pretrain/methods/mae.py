@@ -26,6 +26,8 @@ DRAWN_SEED = 0  # of the masks in pictures, so that those of all runs show the s
 class MAE(Method):
     """A masked autoencoder; its encoder is what is evaluated, without a mask."""
 
+    evaluated_name = "the encoder"
+
     def __init__(self, config: Config, start: Place) -> None:
         super().__init__(config, start)
         self.grid, self.side = config.token_grid, config.backbone.patch_size

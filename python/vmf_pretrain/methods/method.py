@@ -6,6 +6,7 @@ trained, and its state dict is what a checkpoint holds.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -67,7 +68,12 @@ class Method(nn.Module, ABC):
 
     A method's constructor draws its weights from the global generator, which the engine has seeded. On more than one rank it
     is constructed the same everywhere; ``forward`` gets this rank's images, and the engine averages gradients over the ranks.
+
+    Attributes:
+        evaluated_name: which network ``evaluated`` is, in words.
     """
+
+    evaluated_name: ClassVar[str] = "the evaluated backbone"
 
     def __init__(self, config: Config, start: Place) -> None:
         super().__init__()
