@@ -16,6 +16,8 @@ from vmf_pretrain.config.paths import expanded
 from vmf_pretrain.config.resume import KINDS, MAY_CHANGE, flat, kinds_of
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.typed import merged, names_of
+from vmf_pretrain.embed_command import NAME as EMBED
+from vmf_pretrain.embed_command import add_embed, run_embed, wish_of
 from vmf_pretrain.evaluation_command import NAME as EVALUATION
 from vmf_pretrain.evaluation_command import add_evaluation, question_of, run_evaluation
 from vmf_pretrain.export_command import NAME as EXPORT
@@ -66,6 +68,9 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
         return _evaluation(question_of(chosen), printed=chosen.print_config)
     if chosen.command == "pictures":
         return _pictures(chosen)
+    if chosen.command == EMBED:
+        run_embed(wish_of(chosen))
+        return DONE
     if chosen.command == EXPORT:
         run_export(order_of(chosen))
         return DONE
@@ -276,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--allow-code", action="store_true", help="let the settings name modules of yours to run")
         command.add_argument("--print-config", action="store_true", help="print all settings as YAML, and end")
     add_evaluation(commands)
+    add_embed(commands)
     add_export(commands)
     table = commands.add_parser("recipes", help="list the recipes, or print one", allow_abbrev=False)
     table.add_argument("name", nargs="?", metavar="NAME", help="recipe to print as YAML")
