@@ -67,7 +67,9 @@ def test_import_of_a_file_below_is_found() -> None:
 def test_no_method_is_known_outside_its_room() -> None:
     """A new method is one new file and one line in a table."""
     outside = {
-        name: source for name, source in SOURCES.items() if name.split(".")[0] in ("engine", "report", "evaluation", "export")
+        name: source
+        for name, source in SOURCES.items()
+        if name.split(".")[0] in ("engine", "report", "evaluation", "export")
     }
     knowing = [
         name for name, source in outside.items() if re.search(r"methods\.(?!method\b|table\b)\w+|is_(dino|mae)", source)

@@ -11,7 +11,13 @@ from vmf_pretrain.config.start_from import HUB
 
 PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset({("data", "folder"), ("data", "cache"), ("start_from", "weights")})
 EVALUATION_PATHS: frozenset[tuple[str, ...]] = frozenset(
-    {("retrieval", "whitening"), ("copies", "whitening"), ("copies", "distractors"), ("video", "predictions")}
+    {
+        ("attention", "masks"),
+        ("retrieval", "whitening"),
+        ("copies", "whitening"),
+        ("copies", "distractors"),
+        ("video", "predictions"),
+    }
 )
 
 

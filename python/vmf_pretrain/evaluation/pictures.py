@@ -21,12 +21,13 @@ LINE = 0.28  # height of a figure's line, inches
 Line = tuple[str, float, float | None, float | None]  # name, value, and the ends of its interval
 
 
-def plot_pictures(columns: Mapping[str, Tensor], path: Path) -> None:
+def plot_pictures(columns: Mapping[str, Tensor], path: Path, rows: Sequence[str] = ()) -> None:
     """One row for each image, one column for each kind of picture.
 
     Args:
         columns: [N, 1 or 3, H, W] pixels by title; values outside [0, 1] are shown as the nearest one inside.
         path: file to write.
+        rows: titles of the rows, or none.
     """
     count = len(next(iter(columns.values())))
     size = (TILE * len(columns) + 0.2, TILE * count + 0.5)
@@ -36,6 +37,8 @@ def plot_pictures(columns: Mapping[str, Tensor], path: Path) -> None:
         grid[0, column].set_title(title, fontsize=9)
         for row, image in enumerate(images):
             _draw(grid[row, column], image)
+    for row, title in enumerate(rows):
+        grid[row, 0].set_ylabel(title, fontsize=7)
     FigureCanvasAgg(figure)
     figure.savefig(path)
 

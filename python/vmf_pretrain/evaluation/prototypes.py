@@ -16,6 +16,7 @@ from vmf_kernels import (
     unique_prototypes,
 )
 from vmf_pretrain.evaluation.features import device_of, evaluating
+from vmf_pretrain.evaluation.nearest import nearest
 from vmf_pretrain.evaluation.rank import entropy
 from vmf_pretrain.methods.method import Assignment
 
@@ -90,6 +91,15 @@ def batch_information(assignment: Assignment, features: Tensor, *, rows: int) ->
     starts = range(0, len(features) - rows + 1, rows)
     batches = (logits.features[start : start + rows] for start in starts)
     return [float(_statistics(batch, prototypes, temperature, on_device).mutual_information) for batch in batches]
+
+
+@torch.no_grad()
+def nearest_rows(assignment: Assignment, features: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Cosines [n, k], descending, and places [n, k] of the rows [N, F] nearest to prototypes [n] in the bottleneck."""
+    logits, _ = _assigned(assignment, features)
+    directions = logits.prototypes.effective_weight()[chosen.to(logits.features.device)]
+    cosines, places = nearest(directions, [logits.features], count)
+    return cosines.cpu(), places.cpu()
 
 
 def _assigned(assignment: Assignment, features: Tensor) -> tuple[PrototypeLogits, Tensor | None]:

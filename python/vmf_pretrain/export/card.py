@@ -77,12 +77,12 @@ def card_of(told: Told, written: Written) -> str:
 
 def without_paths(config: Config) -> Config:
     """The configuration with the last part of each path only: a card is read by strangers."""
-    names = {
-        key: Path(value).name
-        for section, key in PATH_FIELDS
-        if section == "data" and (value := getattr(config.data, key)) is not None
-    }
-    return replace(config, data=replace(config.data, **names))  # type: ignore[arg-type]
+    sections: dict[str, Any] = {}
+    for name, key in PATH_FIELDS:
+        section = sections.get(name, getattr(config, name))
+        value = getattr(section, key)
+        sections[name] = section if value is None else replace(section, **{key: Path(value).name})
+    return replace(config, **sections)
 
 
 def _header(config: Config, written: Written) -> str:

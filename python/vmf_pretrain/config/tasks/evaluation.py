@@ -3,11 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vmf_pretrain.config.tasks.attention import AttentionTask
 from vmf_pretrain.config.tasks.copies import CopiesTask
 from vmf_pretrain.config.tasks.data import DataTask
 from vmf_pretrain.config.tasks.dense import DenseTask
 from vmf_pretrain.config.tasks.features import FeaturesTask
 from vmf_pretrain.config.tasks.knn import KnnTask
+from vmf_pretrain.config.tasks.neighbours import NeighboursTask
+from vmf_pretrain.config.tasks.pca import PcaTask
+from vmf_pretrain.config.tasks.prototypes import PrototypesTask
 from vmf_pretrain.config.tasks.retrieval import RetrievalTask
 from vmf_pretrain.config.tasks.video import VideoTask
 
@@ -25,6 +29,10 @@ class EvaluationConfig:
         copies: copies of images.
         video: objects followed through videos.
         dense: classes of pixels.
+        attention: attention of the class token.
+        pca: patches coloured by their principal components.
+        prototypes: how images are assigned to them.
+        neighbours: the nearest images of some, and near-duplicates.
     """
 
     weights: Literal["last", "best"] = "last"
@@ -35,6 +43,10 @@ class EvaluationConfig:
     copies: CopiesTask = field(default_factory=CopiesTask)
     video: VideoTask = field(default_factory=VideoTask)
     dense: DenseTask = field(default_factory=DenseTask)
+    attention: AttentionTask = field(default_factory=AttentionTask)
+    pca: PcaTask = field(default_factory=PcaTask)
+    prototypes: PrototypesTask = field(default_factory=PrototypesTask)
+    neighbours: NeighboursTask = field(default_factory=NeighboursTask)
 
 
 NO_TASKS = ("weights", "data", "features")  # the fields of EvaluationConfig that are no task
