@@ -1,4 +1,4 @@
-"""Pictures that several rooms draw: images beside what is made of them or beside their neighbours, and figures with intervals.
+"""Pictures that several rooms draw: images beside what is made of them or beside their neighbours, figures with intervals, curves.
 
 Legend: N images, C channels.
 """
@@ -82,6 +82,28 @@ def plot_intervals(lines: Sequence[Line], unit: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"{unit or 'value'} (bar: 95 % bootstrap interval)", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+
+
+def plot_curves(curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, path: Path) -> None:
+    """A line for each entry, over a logarithmic horizontal axis.
+
+    Args:
+        curves: pairs of a positive setting and a value, by what the legend calls them.
+        across: title of the horizontal axis.
+        up: of the vertical one.
+        path: file to write.
+    """
+    figure = Figure(figsize=(6.5, 4.0), dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots()
+    for name, pairs in curves.items():
+        axes.plot([x for x, _ in pairs], [y for _, y in pairs], "o-", markersize=3, linewidth=1, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel(across, fontsize=8)
+    axes.set_ylabel(up, fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     FigureCanvasAgg(figure)
     figure.savefig(path)
 

@@ -1,5 +1,6 @@
 """Features with labels, of training and of held-out images."""
 
+import torch
 from torch import Tensor
 
 
@@ -13,3 +14,23 @@ def check_split(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: 
             )
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"train features have {train.shape[1]} columns but test features {test.shape[1]}")
+
+
+def held_out_per_class(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Places of the rows that are kept, and of ``share`` of each class, at least one; a class with one row keeps it.
+
+    Args:
+        labels: [N] int64.
+        share: in (0, 1).
+        seed: of the draw.
+
+    Returns:
+        Ascending places: [N - n] of the kept ones, and [n], which may be none.
+    """
+    numbers = torch.Generator().manual_seed(seed)
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in torch.unique(labels).tolist():
+        places = (labels == label).nonzero()[:, 0]
+        shuffled = places[torch.randperm(len(places), generator=numbers)]
+        out[shuffled[: min(len(places) - 1, max(1, int(share * len(places))))]] = True
+    return (~out).nonzero()[:, 0], out.nonzero()[:, 0]

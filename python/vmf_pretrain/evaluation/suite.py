@@ -26,7 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 STORE = "features"  # folder of the features of all tasks
-LIBRARIES = ("torch", "timm", "torchvision", "scikit-learn", "numpy")
+LIBRARIES = ("torch", "timm", "torchvision", "scikit-learn", "scipy", "numpy")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -114,9 +115,15 @@ class Whole:
         return image[:, :height, :width]
 
 
-def suite_on(run: Path, data: Path | None, out: Path, **features: object) -> tuple[Suite, list[str], list[str]]:
+def suite_on(
+    run: Path, data: Path | None, out: Path, sections: Mapping[str, object] | None = None, **features: object
+) -> tuple[Suite, list[str], list[str]]:
     """A suite, what it says, and which tasks it found a result of, with "before" where they had finished before."""
-    values = {"features": {"batch_size": 4, "threads": 2, **features}, "data.folder": data and str(data)}
+    values = {
+        "features": {"batch_size": 4, "threads": 2, **features},
+        "data.folder": data and str(data),
+        **(sections or {}),
+    }
     config: TinyConfig = made(TinyConfig, python_layer(values, TinyConfig))
     evaluated = load_evaluated(str(run), device=CPU)
     said: list[str] = []

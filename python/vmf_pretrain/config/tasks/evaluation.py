@@ -9,6 +9,7 @@ from vmf_pretrain.config.tasks.data import DataTask
 from vmf_pretrain.config.tasks.dense import DenseTask
 from vmf_pretrain.config.tasks.features import FeaturesTask
 from vmf_pretrain.config.tasks.knn import KnnTask
+from vmf_pretrain.config.tasks.linear import LinearTask
 from vmf_pretrain.config.tasks.neighbours import NeighboursTask
 from vmf_pretrain.config.tasks.pca import PcaTask
 from vmf_pretrain.config.tasks.prototypes import PrototypesTask
@@ -33,6 +34,7 @@ class EvaluationConfig:
         pca: patches coloured by their principal components.
         prototypes: how images are assigned to them.
         neighbours: the nearest images of some, and near-duplicates.
+        linear: linear probes.
     """
 
     weights: Literal["last", "best"] = "last"
@@ -47,6 +49,7 @@ class EvaluationConfig:
     pca: PcaTask = field(default_factory=PcaTask)
     prototypes: PrototypesTask = field(default_factory=PrototypesTask)
     neighbours: NeighboursTask = field(default_factory=NeighboursTask)
+    linear: LinearTask = field(default_factory=LinearTask)
 
 
 NO_TASKS = ("weights", "data", "features")  # the fields of EvaluationConfig that are no task

@@ -6,13 +6,12 @@ Legend: N training images, M test images.
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vmf_pretrain.config.tasks.knn import KnnTask
 from vmf_pretrain.data.network_input import NetworkInput
-from vmf_pretrain.evaluation.bootstrap import mean_interval
+from vmf_pretrain.evaluation.accuracy import accuracies
 from vmf_pretrain.evaluation.extract import Wanted
 from vmf_pretrain.evaluation.knn import TOP, Voted, voted
 from vmf_pretrain.evaluation.nearest import nearest
@@ -41,7 +40,7 @@ class Knn(Task[KnnTask]):
         device = subject.evaluated.device
         rows, labels = test.last().to(device), test.labels.to(device)
         found = _votes(rows, labels, train.last_chunks(), train.labels.to(device), settings.neighbours, settings)
-        figures = [figure for count, votes in found.items() for figure in _figures(f"k {count}", [votes])]
+        figures = [figure for count, votes in found.items() for figure in accuracies(f"k {count}", [votes], (1, TOP))]
         for each in settings.per_class:
             figures += _few(rows, labels, train, each, settings)
         classes = subject.given.labelled.classes
@@ -74,7 +73,8 @@ def _few(rows: Tensor, labels: Tensor, train: Features, each: int, settings: Knn
         kept = train.labels[chosen].to(rows.device)
         tries.append(_votes(rows, labels, _only(train, chosen), kept, counts, settings))
     named = f"{each} a class, "
-    return [figure for count in counts for figure in _figures(f"{named}k {count}", [found[count] for found in tries])]
+    found = {count: [votes[count] for votes in tries] for count in counts}
+    return [figure for count in counts for figure in accuracies(f"{named}k {count}", found[count], (1, TOP))]
 
 
 def draw_per_class(labels: Tensor, each: int, seed: int) -> Tensor:
@@ -95,17 +95,6 @@ def _only(train: Features, chosen: Tensor) -> Iterator[Tensor]:
         if len(inside):
             yield chunk[inside]
         start += len(chunk)
-
-
-def _figures(name: str, tries: Sequence[Voted]) -> list[Figure]:
-    """Top-1 and top-5 accuracy over tries; the interval is over test images, the spread over tries."""
-    figures = []
-    for top in (1, TOP):
-        correct = 100 * torch.stack([votes.correct(top) for votes in tries]).cpu().numpy()
-        low, high = mean_interval(correct.mean(axis=0))
-        spread = float(np.std(correct.mean(axis=1), ddof=1)) if len(tries) > 1 else None
-        figures.append(Figure(f"top-{top}, {name}", float(correct.mean()), low, high, spread=spread))
-    return figures
 
 
 def _rows(test: Features, found: dict[int, Voted], classes: Sequence[str]) -> list[dict[str, Any]]:

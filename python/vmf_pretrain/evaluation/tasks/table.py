@@ -7,6 +7,7 @@ from vmf_pretrain.evaluation.tasks.attention import Attention
 from vmf_pretrain.evaluation.tasks.copies import Copies
 from vmf_pretrain.evaluation.tasks.dense import Dense
 from vmf_pretrain.evaluation.tasks.knn import Knn
+from vmf_pretrain.evaluation.tasks.linear import Linear
 from vmf_pretrain.evaluation.tasks.neighbours import Neighbours
 from vmf_pretrain.evaluation.tasks.pca import Pca
 from vmf_pretrain.evaluation.tasks.prototypes import PrototypesOfRun
@@ -17,6 +18,7 @@ TASKS: dict[str, Task[Any]] = {
     task.name: task
     for task in (
         Knn(),
+        Linear(),
         Retrieval(),
         Copies(),
         VideoObjects(),
