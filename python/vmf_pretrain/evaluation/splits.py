@@ -1,5 +1,7 @@
 """Features with labels, of training and of held-out images."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,19 @@ def held_out_per_class(labels: Tensor, share: float, seed: int) -> tuple[Tensor,
         shuffled = places[torch.randperm(len(places), generator=numbers)]
         out[shuffled[: min(len(places) - 1, max(1, int(share * len(places))))]] = True
     return (~out).nonzero()[:, 0], out.nonzero()[:, 0]
+
+
+def drawn_per_class(labels: Tensor, count: Callable[[int], int], seed: int) -> Tensor:
+    """Ascending places of some rows of every class, drawn without replacement; a function of its arguments.
+
+    Args:
+        labels: [N] int64.
+        count: from the rows of a class to how many are drawn; at most all are.
+        seed: of the draw.
+    """
+    numbers = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in torch.unique(labels).tolist():
+        places = (labels == label).nonzero()[:, 0]
+        chosen.append(places[torch.randperm(len(places), generator=numbers)[: count(len(places))]])
+    return torch.cat(chosen).sort().values

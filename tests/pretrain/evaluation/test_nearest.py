@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from vmf_pretrain.evaluation import knn, nearest
 from vmf_pretrain.evaluation.bootstrap import interval, mean_interval
 from vmf_pretrain.evaluation.knn import voted
-from vmf_pretrain.evaluation.tasks.knn import draw_per_class
+from vmf_pretrain.evaluation.splits import drawn_per_class
 
 pytestmark = pytest.mark.quick
 
@@ -93,10 +93,10 @@ def test_nothing_to_compare_with_is_an_error() -> None:
 
 def test_few_images_of_each_class_are_drawn_without_replacement() -> None:
     labels = torch.tensor([0] * 5 + [1] * 2 + [4] * 30)
-    chosen = draw_per_class(labels, 3, seed=0)
+    chosen = drawn_per_class(labels, lambda size: 3, seed=0)
     assert torch.bincount(labels[chosen], minlength=5).tolist() == [3, 2, 0, 0, 3]
     assert len(set(chosen.tolist())) == len(chosen)
-    assert not torch.equal(chosen, draw_per_class(labels, 3, seed=1))
+    assert not torch.equal(chosen, drawn_per_class(labels, lambda size: 3, seed=1))
 
 
 def test_interval_of_right_and_wrong_is_that_of_the_binomial() -> None:

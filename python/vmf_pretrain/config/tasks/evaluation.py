@@ -8,6 +8,7 @@ from vmf_pretrain.config.tasks.copies import CopiesTask
 from vmf_pretrain.config.tasks.data import DataTask
 from vmf_pretrain.config.tasks.dense import DenseTask
 from vmf_pretrain.config.tasks.features import FeaturesTask
+from vmf_pretrain.config.tasks.few_shot import FewShotTask
 from vmf_pretrain.config.tasks.knn import KnnTask
 from vmf_pretrain.config.tasks.linear import LinearTask
 from vmf_pretrain.config.tasks.neighbours import NeighboursTask
@@ -35,6 +36,7 @@ class EvaluationConfig:
         prototypes: how images are assigned to them.
         neighbours: the nearest images of some, and near-duplicates.
         linear: linear probes.
+        few_shot: classification with few labelled images.
     """
 
     weights: Literal["last", "best"] = "last"
@@ -50,6 +52,7 @@ class EvaluationConfig:
     prototypes: PrototypesTask = field(default_factory=PrototypesTask)
     neighbours: NeighboursTask = field(default_factory=NeighboursTask)
     linear: LinearTask = field(default_factory=LinearTask)
+    few_shot: FewShotTask = field(default_factory=FewShotTask)
 
 
 NO_TASKS = ("weights", "data", "features")  # the fields of EvaluationConfig that are no task

@@ -6,7 +6,6 @@ Legend: N training images, M test images.
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vmf_pretrain.config.tasks.knn import KnnTask
@@ -16,6 +15,7 @@ from vmf_pretrain.evaluation.extract import Wanted
 from vmf_pretrain.evaluation.knn import TOP, Voted, voted
 from vmf_pretrain.evaluation.nearest import nearest
 from vmf_pretrain.evaluation.result import Figure, Result
+from vmf_pretrain.evaluation.splits import drawn_per_class
 from vmf_pretrain.evaluation.stored import Features
 from vmf_pretrain.evaluation.task import Subject, Task
 from vmf_pretrain.evaluation.views import CentreSquare
@@ -69,22 +69,12 @@ def _few(rows: Tensor, labels: Tensor, train: Features, each: int, settings: Knn
     counts = sorted({count for count in settings.neighbours if count <= each} | {each})
     tries: list[dict[int, Voted]] = []
     for number in range(settings.tries):
-        chosen = draw_per_class(train.labels, each, number)
+        chosen = drawn_per_class(train.labels, lambda size: each, number)
         kept = train.labels[chosen].to(rows.device)
         tries.append(_votes(rows, labels, _only(train, chosen), kept, counts, settings))
     named = f"{each} a class, "
     found = {count: [votes[count] for votes in tries] for count in counts}
     return [figure for count in counts for figure in accuracies(f"{named}k {count}", found[count], (1, TOP))]
-
-
-def draw_per_class(labels: Tensor, each: int, seed: int) -> Tensor:
-    """Sorted places of at most ``each`` rows of every class, drawn without replacement; a function of its arguments."""
-    numbers = torch.Generator().manual_seed(seed)
-    chosen = []
-    for label in torch.unique(labels).tolist():
-        places = (labels == label).nonzero()[:, 0]
-        chosen.append(places[torch.randperm(len(places), generator=numbers)[:each]])
-    return torch.cat(chosen).sort().values
 
 
 def _only(train: Features, chosen: Tensor) -> Iterator[Tensor]:

@@ -1,0 +1,67 @@
+"""Few labelled images: against scikit-learn, by hand, and where there are too few."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.neighbors import NearestCentroid
+
+from tests.pretrain.evaluation.tasks_at_work import photos_run, suite_on
+from tests.pretrain.tiny import two_classes
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.tasks.few_shot import FewShotTask
+from vmf_pretrain.evaluation.episodes import Shape, eligible, episode_accuracies
+from vmf_pretrain.evaluation.tasks.few_shot import FewShot
+
+pytestmark = pytest.mark.quick
+
+
+def test_episode_equals_scikit_learn_s_nearest_centroid() -> None:
+    numbers = torch.Generator().manual_seed(3)
+    labels = torch.tensor([4] * 20 + [6] * 20 + [9] * 3)  # of 9 there are too few, so every episode is of 4 and 6
+    rows = torch.randn(43, 5, generator=numbers) + 0.4 * (labels == 6)[:, None]
+    shape = Shape(ways=2, shots=3, queries=17)
+    found = episode_accuracies(rows, labels, shape, 4)
+    draws, expected = torch.Generator().manual_seed(0), []
+    for _ in range(4):
+        chosen = {}
+        for way in torch.randperm(2, generator=draws).tolist():
+            chosen[(4, 6)[way]] = torch.randperm(20, generator=draws) + 20 * way
+        support = torch.cat([places[:3] for places in chosen.values()])
+        query = torch.cat([places[3:] for places in chosen.values()])
+        oracle = NearestCentroid().fit(rows[support], labels[support])
+        expected.append(oracle.score(rows[query], labels[query]))
+    assert found.tolist() == pytest.approx(expected)
+    assert 0.5 < float(found.mean()) < 1, "the case tells nothing apart"
+
+
+def test_episode_needs_enough_rows_of_enough_classes() -> None:
+    labels = torch.tensor([0] * 3 + [1] * 2)
+    assert eligible(labels, Shape(2, 1, 2)).tolist() == [0]
+    with pytest.raises(ValueError, match="1 classes have enough rows"):
+        episode_accuracies(torch.zeros(5, 2), labels, Shape(2, 1, 2), 1)
+
+
+@pytest.mark.parametrize("classifier", ["msn", "ibot"])
+def test_task_reports_each_count_with_its_spread(classifier: str, tmp_path: Path) -> None:
+    data = two_classes(tmp_path / "photos" / "train", 6).parent
+    two_classes(data / "val", 4)
+    wanted = {"classifier": classifier, "per_class": [1, 9], "shares": [0.5], "ways": 2, "shots": 2, "queries": 2}
+    suite, _, _ = suite_on(photos_run(data, tmp_path / "run"), data, tmp_path / "out", {"few_shot": wanted})
+    result = suite.run([FewShot()])["few_shot"]
+    named = {figure.name: figure for figure in result.figures}
+    assert list(named) == ["top-1, 1 a class", "top-1, 9 a class", "top-1, 50 % of each class", "2 ways, 2 shots"]
+    assert named["top-1, 9 a class"].spread == 0, "a draw of more images than there are is all of them"
+    assert all(0 <= figure.value <= 100 for figure in result.figures)
+
+
+def test_too_few_images_for_an_episode_are_said(tmp_path: Path) -> None:
+    data = two_classes(tmp_path / "photos")
+    suite, _, _ = suite_on(photos_run(data, tmp_path / "run"), data, tmp_path / "out", {"few_shot": {"per_class": [1]}})
+    result = suite.run([FewShot()])["few_shot"]
+    assert "No episodes" in result.notes[1]
+    assert not [figure for figure in result.figures if "ways" in figure.name]
+    with pytest.raises(PretrainError, match="below 1"):
+        FewShotTask(shares=(1.5,))
