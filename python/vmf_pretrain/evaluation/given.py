@@ -12,7 +12,7 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.tasks.data import DataTask
 from vmf_pretrain.data.folder import FolderSource
-from vmf_pretrain.data.images import Images, split
+from vmf_pretrain.data.images import Images, SomeImages, split
 from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.photos import Photos, everything
 
@@ -101,6 +101,23 @@ class Given:
         source = FolderSource(folder)
         return everything(source, source.labels()[0], self.size, None)
 
+    def folders(self, names: Sequence[str]) -> tuple[list[Photos], Sequence[str]]:
+        """The images of sub-folders of ``--data``, at most ``max_images`` of each, and the classes of all of them together.
+
+        A class that is missing in one of them keeps its number. There are no classes if one of them has no sub-folders.
+        """
+        sources = [FolderSource(self.folder / name) for name in names]
+        photos = [everything(source, None, self.size, None) for source in sources]
+        found = [source.labels() for source in sources]
+        if any(labels is None for labels, _ in found):
+            return [self._some(one) for one in photos], ()
+        classes = sorted({name for _, some in found for name in some})
+        labelled = [
+            Photos(one.source, one.indices, _renumbered(labels, some, classes), self.size)
+            for one, (labels, some) in zip(photos, found, strict=True)
+        ]
+        return [self._some(one) for one in labelled], classes
+
     def _test_folder(self) -> Path | None:
         return next((self.folder / name for name in TESTS if (self.folder / name).is_dir()), None)
 
@@ -115,18 +132,8 @@ class Given:
         return Splits(train, test, found.classes, found.where)
 
     def _of_folders(self, test: Path) -> Splits:
-        sources = [FolderSource(self.folder / TRAIN), FolderSource(test)]
-        photos = [everything(source, None, self.size, None) for source in sources]
-        # a class that is in one of them only keeps its place: its test images count as wrong
-        found = [source.labels() for source in sources]
-        classes = sorted({name for _, names in found for name in names})
-        if any(labels is None for labels, _ in found):
-            return Splits(photos[0], photos[1], (), str(self.folder))
-        labelled = [
-            Photos(one.source, one.indices, _renumbered(labels, names, classes), self.size)
-            for one, (labels, names) in zip(photos, found, strict=True)
-        ]
-        return Splits(labelled[0], labelled[1], classes, str(self.folder))
+        (train, kept), classes = self.folders([TRAIN, test.name])
+        return Splits(train, kept, classes, str(self.folder))
 
     def _held_out(self) -> Splits:
         source = FolderSource(self.folder)
@@ -137,7 +144,7 @@ class Given:
         train, test = split(photos, min(len(photos) - 1, max(1, round(self.settings.held_out * len(photos)))))
         return Splits(train, test, classes, str(self.folder))
 
-    def _some(self, images: Images) -> Images:
+    def _some(self, images: SomeImages) -> SomeImages:
         """Evenly spread over all, because files are sorted by class."""
         most = self.settings.max_images
         if most is None or len(images) <= most:

@@ -15,6 +15,7 @@ from vmf_pretrain.config.tasks.neighbours import NeighboursTask
 from vmf_pretrain.config.tasks.pca import PcaTask
 from vmf_pretrain.config.tasks.prototypes import PrototypesTask
 from vmf_pretrain.config.tasks.retrieval import RetrievalTask
+from vmf_pretrain.config.tasks.transfer import TransferTask
 from vmf_pretrain.config.tasks.video import VideoTask
 
 
@@ -37,6 +38,7 @@ class EvaluationConfig:
         neighbours: the nearest images of some, and near-duplicates.
         linear: linear probes.
         few_shot: classification with few labelled images.
+        transfer: logistic regression on other images.
     """
 
     weights: Literal["last", "best"] = "last"
@@ -53,6 +55,7 @@ class EvaluationConfig:
     neighbours: NeighboursTask = field(default_factory=NeighboursTask)
     linear: LinearTask = field(default_factory=LinearTask)
     few_shot: FewShotTask = field(default_factory=FewShotTask)
+    transfer: TransferTask = field(default_factory=TransferTask)
 
 
 NO_TASKS = ("weights", "data", "features")  # the fields of EvaluationConfig that are no task

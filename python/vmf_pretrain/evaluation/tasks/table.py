@@ -13,6 +13,7 @@ from vmf_pretrain.evaluation.tasks.neighbours import Neighbours
 from vmf_pretrain.evaluation.tasks.pca import Pca
 from vmf_pretrain.evaluation.tasks.prototypes import PrototypesOfRun
 from vmf_pretrain.evaluation.tasks.retrieval import Retrieval
+from vmf_pretrain.evaluation.tasks.transfer import Transfer
 from vmf_pretrain.evaluation.tasks.video import VideoObjects
 
 TASKS: dict[str, Task[Any]] = {
@@ -21,6 +22,7 @@ TASKS: dict[str, Task[Any]] = {
         Knn(),
         Linear(),
         FewShot(),
+        Transfer(),
         Retrieval(),
         Copies(),
         VideoObjects(),
