@@ -9,7 +9,9 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.start_from import HUB
 
-PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset({("data", "folder"), ("data", "cache"), ("start_from", "weights")})
+PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset(
+    {("data", "folder"), ("data", "cache"), ("evaluate", "sets"), ("start_from", "weights")}
+)
 EVALUATION_PATHS: frozenset[tuple[str, ...]] = frozenset(
     {
         ("attention", "masks"),
@@ -43,7 +45,9 @@ def with_absolute_paths(config: Config) -> Config:
     for name, key in PATH_FIELDS:
         section = sections.get(name, getattr(config, name))
         value = getattr(section, key)
-        if value is not None and not (key == "weights" and value.startswith(HUB)):
+        if isinstance(value, tuple):
+            section = replace(section, **{key: tuple(str(Path(one).absolute()) for one in value)})
+        elif value is not None and not (key == "weights" and value.startswith(HUB)):
             section = replace(section, **{key: str(Path(value).absolute())})
         sections[name] = section
     return replace(config, **sections)

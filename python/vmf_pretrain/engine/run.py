@@ -38,6 +38,7 @@ from vmf_pretrain.engine.skipping import Skipping
 from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.evaluation.agreement import compared
 from vmf_pretrain.evaluation.judge import BASELINES, Judge
+from vmf_pretrain.evaluation.online import improved, probe_sets
 from vmf_pretrain.methods.method import Method
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
@@ -96,6 +97,7 @@ class Run:
         self.tolerant = TolerantWrites(self._say)
         self.step, self.figures = 0, dict[str, Any]()
         self.facts: dict[str, Any] = {"seconds_before": 0.0, "best_knn": None, "bad_images": 0}
+        self.facts |= {f"best_{config.evaluate.best}": None}
         self._speeds: dict[int, dict[str, float]] = {}
         self._advised, self._on_disk = False, None if resume else 0
         with contextlib.ExitStack() as closing:
@@ -138,7 +140,9 @@ class Run:
             return
         method, train = self.loop.method, self.judge.train
         report = self.judge.report(method, self.loop.place(self.step))
-        if self.facts["best_knn"] is None:  # without labels, the last weights are the best known
+        if (
+            self.facts[f"best_{self.config.evaluate.best}"] is None
+        ):  # without labels, the last weights are the best known
             self.facts["best_knn"] = report.figures["knn"]
             self.keeping.weights("best", self.step, report.figures["knn"])
         baselines = {"untrained": self.facts["knn_untrained"], "raw pixels": self.facts["knn_pixels"]}
@@ -212,7 +216,7 @@ class Run:
             raise PretrainError("the ranks do not find the same images; expected one disk, and all files on it.")
         self._say(found.text)
         self.batches = ViewBatches(train, config, method.plan(config), ranks.rank(), ranks.count())
-        self.judge = Judge(train, held_out, config)
+        self.judge = Judge(train, held_out, config, probe_sets(config.evaluate, self.fed.size))
         device = choose_device(config.train.device)
         self.loop = Loop(config, method, self.batches.steps_per_epoch, device, begin=begin)
         self.keeping = closing.enter_context(
@@ -329,16 +333,21 @@ class Run:
         return f"its checkpoint COULD NOT BE WRITTEN; the newest one is of step {saved}."
 
     def _evaluate(self, records: Records, progress: RunProgress) -> None:
-        accuracy = self.judge.knn(self.loop.method.evaluated)
+        figures = self.judge.online(self.loop.method.evaluated)
         if self.loop.wrapped.sharded:  # what follows is done by all ranks or by none
-            accuracy = json.loads(ranks.from_first(json.dumps(accuracy)))
-        if accuracy is None:
+            figures = json.loads(ranks.from_first(json.dumps(figures)))
+        if not figures:
             return
-        records.metrics.write({"step": self.step, "epoch": self._epoch, "knn": accuracy})
-        progress.tell(self.step, {"k-NN %": accuracy})
-        if self.facts["best_knn"] is None or accuracy > self.facts["best_knn"]:
-            self.facts["best_knn"] = accuracy
-            self.keeping.weights("best", self.step, accuracy)
+        records.metrics.write({"step": self.step, "epoch": self._epoch, **figures})
+        best = self.config.evaluate.best
+        shown = {f"{best} %": figures.get(best), "k-NN %": figures.get("knn")}
+        progress.tell(
+            self.step, {name: value for name, value in shown.items() if value is not None and name != "knn %"}
+        )
+        better = improved(figures, self.facts, {"knn", best})
+        self.facts |= better
+        if f"best_{best}" in better:
+            self.keeping.weights("best", self.step, figures.get("knn"))
 
     @property
     def _epoch(self) -> int:

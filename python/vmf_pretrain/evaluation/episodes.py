@@ -23,7 +23,8 @@ class Shape:
 def eligible(labels: Tensor, shape: Shape) -> Tensor:
     """Labels of the classes with at least S + Q rows, ascending."""
     classes, counts = torch.unique(labels, return_counts=True)
-    return classes[counts >= shape.shots + shape.queries]
+    found: Tensor = classes[counts >= shape.shots + shape.queries]
+    return found
 
 
 def episode_accuracies(rows: Tensor, labels: Tensor, shape: Shape, episodes: int) -> Tensor:

@@ -1,7 +1,7 @@
 """How good the teacher's frozen features are, during a run and at its end."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from vmf_pretrain.data.images import SPLIT_SEED, Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.data.randomness import JUDGED_ORDER, generator_for
 from vmf_pretrain.evaluation.features import extract_features
+from vmf_pretrain.evaluation.given import Splits
 from vmf_pretrain.evaluation.knn import knn_accuracy
 from vmf_pretrain.evaluation.linear import linear_accuracy
+from vmf_pretrain.evaluation.online import Labelled, online_figures
 from vmf_pretrain.evaluation.prototypes import HeadReport, batch_information, report_head
 from vmf_pretrain.evaluation.rank import rankme
 from vmf_pretrain.methods.method import Assignment, Method, Place
@@ -55,12 +57,24 @@ class Judge:
     train: Images
     held_out: Images | None
     config: Config
+    sets: Mapping[str, Splits] = field(default_factory=dict)  # others that are evaluated during training, by name
 
     def knn(self, backbone: nn.Module) -> float | None:
         """k-NN accuracy of frozen features on held-out images, percent; None without labels."""
         if not self._labelled:
             return None
         return self._compare(self._features(backbone, self.train), self._features(backbone, self._kept()))
+
+    def online(self, backbone: nn.Module) -> dict[str, float | None]:
+        """Percent by name of ``evaluate.online``, and of the other sets by ``name/set``; nothing without labels."""
+        given = {"": (self.train, self._kept())} if self._labelled else {}
+        given |= {f"/{name}": (some.train, some.test) for name, some in self.sets.items()}
+        found: dict[str, float | None] = {}
+        for end, images in given.items():
+            train, kept = (Labelled(self._features(backbone, some), self._labels(some)) for some in images)
+            figures = online_figures(train, kept, self.config.evaluate)
+            found |= {f"{name}{end}": value for name, value in figures.items()}
+        return found
 
     def baselines(self, untrained: nn.Module) -> dict[str, float | None]:
         """k-NN and linear accuracy, percent, of an untrained backbone's features and of raw pixels; None without labels.

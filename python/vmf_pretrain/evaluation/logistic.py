@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 ITERATIONS = 1000
@@ -74,6 +73,8 @@ def regressions(
 
 
 def _fitted(rows: Tensor, labels: Tensor, cost: float, start: tuple[Tensor, Tensor], *, intercept: bool) -> Logistic:
+    from scipy.optimize import minimize  # a run starts without it, as without scikit-learn
+
     classes, dim = start[0].shape
     penalty = 1 / (cost * len(rows))
 

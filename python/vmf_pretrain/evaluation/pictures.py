@@ -1,4 +1,4 @@
-"""Pictures that several rooms draw: images beside what is made of them or beside their neighbours, figures with intervals, curves.
+"""Pictures that several rooms draw: images beside what is made of them or beside their neighbours, figures, and curves.
 
 Legend: N images, C channels.
 """

@@ -369,3 +369,13 @@ def test_refused_run_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def interrupted(judge: object, untrained: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def test_the_figure_asked_for_chooses_the_best_weights(tmp_path: Path) -> None:
+    wanted = {"online": ("linear", "few_shot"), "best": "few_shot", "max_images": 60}
+    run = whole_run(digits_config(evaluate=wanted), tmp_path / "run")
+    found = [record["few_shot"] for record in read_metrics(run.folder) if "few_shot" in record]
+    assert len(found) == 2
+    assert run.facts["best_few_shot"] == max(found)
+    about = json.loads((run.folder.weights / "best.json").read_text())
+    assert about["step"] == (5, 10)[found.index(max(found))]

@@ -19,11 +19,13 @@ from tests.pretrain.tiny import (
     save_photos,
     two_classes,
 )
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.bundled import DigitImages, digits
 from vmf_pretrain.evaluation.judge import Judge
 from vmf_pretrain.evaluation.knn import knn_accuracy
 from vmf_pretrain.evaluation.linear import linear_accuracy
+from vmf_pretrain.evaluation.online import probe_sets
 
 pytestmark = pytest.mark.quick
 
@@ -122,3 +124,22 @@ def test_folder_without_classes_has_no_accuracy_and_no_image_is_read_for_it(tmp_
     accuracies: list[Any] = [judge.knn(backbone), *judge.baselines(backbone).values()]
     assert accuracies == [None] * 5
     assert backbone.batches == [], f"{sum(backbone.batches)} images went through the network for nothing"
+
+
+def test_every_protocol_is_done_on_every_set(tmp_path: Path) -> None:
+    wanted = {
+        "online": ("knn", "linear", "few_shot"),
+        "best": "linear",
+        "sets": (str(two_classes(tmp_path / "pets", 10)),),
+    }
+    config = photos_config(two_classes(tmp_path / "photos"), evaluate=wanted)
+    train, held_out = folder_images(tmp_path / "photos", 32, 0.25)
+    judge = Judge(train, held_out, config, probe_sets(config.evaluate, 32))
+    backbone = Pixels()
+    found = judge.online(backbone)
+    assert list(found) == ["knn", "linear", "few_shot", "knn/pets", "linear/pets", "few_shot/pets"]
+    assert found["knn"] == judge.knn(backbone)
+    assert all(value is not None and 0 <= value <= 100 for value in found.values())
+    assert sum(backbone.batches) == 16 + 20 + 16, "features of a set are computed once for all protocols"
+    with pytest.raises(PretrainError, match="expected one of those"):
+        photos_config(tmp_path, evaluate={"best": "linear"})

@@ -28,6 +28,9 @@ class EvaluationConfig:
         data: which images.
         features: how they are computed.
         knn: k-NN.
+        linear: linear probes.
+        few_shot: classification with few labelled images.
+        transfer: logistic regression on other images.
         retrieval: images that answer a query.
         copies: copies of images.
         video: objects followed through videos.
@@ -36,15 +39,15 @@ class EvaluationConfig:
         pca: patches coloured by their principal components.
         prototypes: how images are assigned to them.
         neighbours: the nearest images of some, and near-duplicates.
-        linear: linear probes.
-        few_shot: classification with few labelled images.
-        transfer: logistic regression on other images.
     """
 
     weights: Literal["last", "best"] = "last"
     data: DataTask = field(default_factory=DataTask)
     features: FeaturesTask = field(default_factory=FeaturesTask)
     knn: KnnTask = field(default_factory=KnnTask)
+    linear: LinearTask = field(default_factory=LinearTask)
+    few_shot: FewShotTask = field(default_factory=FewShotTask)
+    transfer: TransferTask = field(default_factory=TransferTask)
     retrieval: RetrievalTask = field(default_factory=RetrievalTask)
     copies: CopiesTask = field(default_factory=CopiesTask)
     video: VideoTask = field(default_factory=VideoTask)
@@ -53,9 +56,6 @@ class EvaluationConfig:
     pca: PcaTask = field(default_factory=PcaTask)
     prototypes: PrototypesTask = field(default_factory=PrototypesTask)
     neighbours: NeighboursTask = field(default_factory=NeighboursTask)
-    linear: LinearTask = field(default_factory=LinearTask)
-    few_shot: FewShotTask = field(default_factory=FewShotTask)
-    transfer: TransferTask = field(default_factory=TransferTask)
 
 
 NO_TASKS = ("weights", "data", "features")  # the fields of EvaluationConfig that are no task
