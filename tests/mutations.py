@@ -183,8 +183,8 @@ MUTATIONS = (
     Mutation(
         "temperature of the k-NN votes",
         "python/vmf_pretrain/evaluation/knn.py",
-        "votes = ((nearest - nearest[:, :1]) / temperature).exp()",
-        "votes = ((nearest - nearest[:, :1]) * temperature).exp()",
+        "votes = ((near - near[:, :1]) / temperature).exp()",
+        "votes = ((near - near[:, :1]) * temperature).exp()",
         ("tests/pretrain/evaluation/test_features.py",),
     ),
     Mutation(
