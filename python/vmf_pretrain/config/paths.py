@@ -1,6 +1,6 @@
 """Which settings are paths: ``~`` in them is the home folder, and a run keeps them absolute, to go on from any folder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,19 @@ def expanded(path: str | Path, name: str) -> Path:
 
 def with_absolute_paths(config: Config) -> Config:
     """A configuration that means the same from any working folder."""
+    return with_each_path(config, lambda path: str(Path(path).absolute()))
+
+
+def with_each_path(config: Config, change: Callable[[str], str]) -> Config:
+    """A configuration in which every path is changed; the name of published weights is none."""
     sections: dict[str, Any] = {}
     for name, key in PATH_FIELDS:
         section = sections.get(name, getattr(config, name))
         value = getattr(section, key)
         if isinstance(value, tuple):
-            section = replace(section, **{key: tuple(str(Path(one).absolute()) for one in value)})
+            section = replace(section, **{key: tuple(map(change, value))})
         elif value is not None and not (key == "weights" and value.startswith(HUB)):
-            section = replace(section, **{key: str(Path(value).absolute())})
+            section = replace(section, **{key: change(value)})
         sections[name] = section
     return replace(config, **sections)
 

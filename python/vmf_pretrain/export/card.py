@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vmf_pretrain.config.file import config_text
-from vmf_pretrain.config.paths import PATH_FIELDS
+from vmf_pretrain.config.paths import with_each_path
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.network_input import NetworkInput
 from vmf_pretrain.export.write import Written
@@ -77,12 +77,7 @@ def card_of(told: Told, written: Written) -> str:
 
 def without_paths(config: Config) -> Config:
     """The configuration with the last part of each path only: a card is read by strangers."""
-    sections: dict[str, Any] = {}
-    for name, key in PATH_FIELDS:
-        section = sections.get(name, getattr(config, name))
-        value = getattr(section, key)
-        sections[name] = section if value is None else replace(section, **{key: Path(value).name})
-    return replace(config, **sections)
+    return with_each_path(config, lambda path: Path(path).name)
 
 
 def _header(config: Config, written: Written) -> str:

@@ -182,11 +182,12 @@ def test_the_timm_folder_is_also_a_model_of_timm(runs: dict[str, Path], tmp_path
 
 
 def test_the_card_says_which_network_and_what_is_known_of_it(runs: dict[str, Path], tmp_path: Path) -> None:
-    config = changed(PHOTOS, data={"folder": "/home/someone/photos of mine"})
+    paths = {"data": {"folder": "/home/someone/photos of mine"}, "evaluate": {"sets": ("/home/someone/flowers",)}}
+    config = changed(PHOTOS, **paths)
     run = kept_run(config, tmp_path / "run")
     assert main(["export", str(run), "--to", "torchvision", "--out", str(tmp_path / "mine")]) == DONE
     card = (tmp_path / "mine" / "README.md").read_text()
-    said = ("the teacher's backbone", f"{STEP} steps", f"| {KNN} |", "photos of mine", "0.485", "To be filled in")
+    said = ("the teacher's backbone", f"{STEP} steps", f"| {KNN} |", "photos of mine", "flowers", "0.485", "To be filled in")
     missing = [text for text in said if text not in card]
     assert not missing, missing
     assert "/home/someone" not in card, "a path of the machine is nobody's business"
