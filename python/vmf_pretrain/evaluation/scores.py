@@ -48,7 +48,8 @@ class Predicted:
 
     Attributes:
         label: [M] int64 of the largest score; of equal ones the smallest label.
-        rank: [M] int64 how many classes score more than the row's own, or as much and have a smaller label.
+        rank: [M] int64 how many classes score more than the row's own, or as much and have a smaller label; NaN counts as
+            more.
         known: [M] bool whether the row's own class occurs in training.
     """
 
@@ -76,6 +77,7 @@ def predicted(scores: Callable[[Tensor], Tensor], rows: Tensor, labels: Tensor, 
         some = scores(part)
         mine = some.gather(1, own[:, None])
         smaller = torch.arange(len(known), device=some.device) < own[:, None]
-        ranks.append(((some > mine) | ((some == mine) & smaller)).sum(dim=1))
+        above = ~(some <= mine)  # so that a head that has diverged is wrong: NaN is no number's equal or less
+        ranks.append((above | ((some == mine) & smaller)).sum(dim=1))
         found.append(known.classes[some.argmax(dim=1)])
     return Predicted(torch.cat(found), torch.cat(ranks), known.classes[places] == labels)

@@ -93,6 +93,12 @@ def test_prediction_counts_unknown_classes_as_wrong_and_ties_go_to_the_smaller_l
         Known.of(torch.tensor([4, 4]))
 
 
+def test_scores_of_a_head_that_has_diverged_are_wrong() -> None:
+    table = torch.tensor([[torch.nan, torch.nan], [torch.nan, 1.0]])
+    found = predicted(lambda rows: rows, table, torch.tensor([4, 5]), Known.of(torch.tensor([4, 5])))
+    assert found.correct().tolist() == [0, 0]
+
+
 def test_share_of_each_class_is_held_out_and_a_lone_image_is_kept() -> None:
     labels = torch.tensor([0] * 30 + [1] * 4 + [2])
     kept, out = held_out_per_class(labels, 0.1, seed=0)
