@@ -120,6 +120,14 @@ def test_copies_are_made_or_given_and_found(run: Path, tmp_path: Path) -> None:
     assert result.facts == {"originals": 3, "database": 8}
 
 
+def test_copies_of_images_of_one_name_in_several_folders_are_told_apart(run: Path, tmp_path: Path) -> None:
+    for place, path in enumerate(save_photos(tmp_path / "plain", 4)):
+        (tmp_path / f"data/{place}").mkdir(parents=True)
+        shutil.copy(path, tmp_path / f"data/{place}/same.png")
+    found = values(done(run, tmp_path / "data", tmp_path / "out", "copies", copies__made=("jpegqual/95",))[0])
+    assert found == {"mAP, jpegqual/95, made here": 100}
+
+
 def test_a_video_is_followed_and_masks_from_elsewhere_are_scored(run: Path, tmp_path: Path) -> None:
     masks = [of_two(seed) for seed in range(4)]
     write_video(tmp_path / "data", "v", masks)

@@ -31,6 +31,7 @@ from vmf_pretrain.evaluation.whitening import whitening_of
 from vmf_pretrain.evaluation.whole_views import Squashed
 
 ORIGINAL, STRONG = "original", "strong"
+MADE = ", made here"  # end of the title of a block that is in no folder
 IMAGES, DISTRACTORS, OTHERS = "images", "distractors", "whitening"
 KINDS = Kinds(parts=frozenset({PATCHES}))
 
@@ -91,12 +92,11 @@ class Copies(Task[CopiesTask]):
         blocks = _blocks(names[IMAGES])
         originals = blocks.pop(ORIGINAL, list(range(len(names[IMAGES]))) if not blocks else [])
         database = torch.cat([found[IMAGES][originals], *([found[DISTRACTORS]] if DISTRACTORS in found else [])])
-        stems = [PurePath(names[IMAGES][place]).stem for place in originals]
         queries = {name: (found[IMAGES][places], [names[IMAGES][p] for p in places]) for name, places in blocks.items()}
-        queries |= {f"{name}, made here": (found[name], names[name]) for name in settings.made}
+        queries |= {f"{name}{MADE}": (found[name], names[name]) for name in settings.made}
         figures, rows = [], []
         for block, (features, called) in queries.items():
-            positives = originals_of(called, stems) if block == STRONG else _same(called, stems)
+            positives = _positives(block, called, [names[IMAGES][place] for place in originals])
             precisions = copy_precisions(features, database, positives)
             figures += _figures(block, precisions)
             rows += [
@@ -123,10 +123,15 @@ def _blocks(names: Sequence[str]) -> dict[str, list[int]]:
     return blocks
 
 
-def _same(names: Sequence[str], stems: Sequence[str]) -> list[list[int]]:
-    """The original of the same name, whatever its ending."""
-    places = {stem: place for place, stem in enumerate(stems)}
-    return [[places[stem]] if (stem := PurePath(name).stem) in places else [] for name in names]
+def _positives(block: str, queries: Sequence[str], originals: Sequence[str]) -> list[list[int]]:
+    """Places of each query's original: that of the same name, whatever folder and ending; of a copy made here, of the same path."""
+    stems = [PurePath(name).stem for name in originals]
+    if block == STRONG:
+        return originals_of(queries, stems)
+    keys = originals if block.endswith(MADE) else stems
+    places = {key: place for place, key in enumerate(keys)}
+    wanted = queries if block.endswith(MADE) else [PurePath(name).stem for name in queries]
+    return [[places[key]] if key in places else [] for key in wanted]
 
 
 def _features(features: Features) -> Tensor:
