@@ -15,7 +15,7 @@ ITERATIONS = 1000
 TOLERANCE = 1e-12  # of the largest entry of the gradient of the mean loss
 CHANGE = 64 * 2.0**-52  # of the mean loss, as a share of it: some roundings of float64, as scikit-learn has it
 LINE_SEARCH = 50  # evaluations of the loss in one iteration
-LOWEST, HIGHEST = -6.0, 5.0  # powers of ten: the costs of DINOv2, and of Ericsson et al.
+LOWEST, HIGHEST = -6.0, 5.0  # powers of ten: C of DINOv2, and 1 / C of Ericsson et al.
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,11 @@ class Logistic:
 def costs(count: int) -> list[float]:
     """``count`` values of C from 1e-6 to 1e5, evenly spaced in the logarithm."""
     return [10.0**power for power in torch.linspace(LOWEST, HIGHEST, count, dtype=torch.float64).tolist()]
+
+
+def inverse_costs(count: int) -> list[float]:
+    """``count`` values of C of which 1 / C are ``costs``, ascending: from 1e-5 to 1e6."""
+    return [1 / value for value in reversed(costs(count))]
 
 
 def regressions(

@@ -16,7 +16,7 @@ from tests.pretrain.evaluation.tasks_at_work import photos_run, suite_on
 from tests.pretrain.tiny import two_classes
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.evaluation.heads import SCALED_TO, Schedule, trained
-from vmf_pretrain.evaluation.logistic import costs, regressions
+from vmf_pretrain.evaluation.logistic import costs, inverse_costs, regressions
 from vmf_pretrain.evaluation.scores import Known, predicted
 from vmf_pretrain.evaluation.splits import held_out_per_class
 from vmf_pretrain.evaluation.tasks.linear import Linear
@@ -49,6 +49,7 @@ def test_regression_equals_scikit_learn_s(classes: int, intercept: bool) -> None
 
 def test_costs_are_the_published_ones() -> None:
     assert costs(45)[::44] == [1e-6, 1e5]
+    assert inverse_costs(45)[::44] == pytest.approx([1e-5, 1e6]), "Ericsson et al. space 1 / C evenly from 1e-6 to 1e5"
     assert math.isclose(costs(45)[1] / costs(45)[0], 10 ** (11 / 44))
 
 

@@ -11,6 +11,7 @@ from sklearn.metrics import balanced_accuracy_score, precision_recall_curve
 from tests.pretrain.evaluation.tasks_at_work import photos_run, suite_on
 from tests.pretrain.tiny import save_photos
 from vmf_pretrain.evaluation.class_metrics import ap11, mean_ap11, mean_per_class
+from vmf_pretrain.evaluation.logistic import inverse_costs
 from vmf_pretrain.evaluation.tasks.transfer import Transfer
 
 pytestmark = pytest.mark.quick
@@ -57,6 +58,7 @@ def test_task_reports_the_test_images_whatever_c_is_chosen_on(parts: tuple[str, 
     result = suite.run([Transfer()])["transfer"]
     assert result.facts["test_images"] == 7
     assert result.facts["classes"] == 2
+    assert [cost for cost, _ in result.facts["validation"]] == inverse_costs(3)
     chosen = 8 if "val" in parts else round(0.2 * 12)
     assert f"{chosen} validation images" in result.notes[0]
     assert result.figures[0].value <= 100 * 2 / 3, "emus cannot be right"

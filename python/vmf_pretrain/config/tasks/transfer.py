@@ -14,7 +14,7 @@ class TransferTask:
         metric: "accuracy", for Cars, CIFAR, DTD, Food and SUN397; "mean_per_class", the mean of the classes' accuracies, for
             Aircraft, Caltech101, Flowers and Pets; "ap11", the mean of the classes' 11-point average precisions (an image has
             one class here, unlike in VOC2007).
-        costs: number of values of C, from 1e-6 to 1e5.
+        costs: number of values of C, from 1e-5 to 1e6.
         held_out: share of the training images on which C is chosen, unless the folder has train, val and test.
         resize: shorter side that an image is resized to before the central square is cut, as a multiple of the square.
     """

@@ -19,7 +19,7 @@ from vmf_pretrain.evaluation.bootstrap import interval
 from vmf_pretrain.evaluation.class_metrics import METRICS
 from vmf_pretrain.evaluation.extract import Wanted
 from vmf_pretrain.evaluation.given import Given
-from vmf_pretrain.evaluation.logistic import Logistic, costs, regressions
+from vmf_pretrain.evaluation.logistic import Logistic, inverse_costs, regressions
 from vmf_pretrain.evaluation.pictures import plot_curves
 from vmf_pretrain.evaluation.result import Figure, Result
 from vmf_pretrain.evaluation.scores import Known
@@ -38,6 +38,7 @@ class Transfer(Task[TransferTask]):
     """
 
     name = "transfer"
+    version = 2  # the grid is of 1 / C
 
     def images(self, given: Given, settings: TransferTask) -> dict[str, Images]:
         """Train, validation and test: of the folder where it has all three, else a share of the training images."""
@@ -65,11 +66,11 @@ class Transfer(Task[TransferTask]):
         device, metric = subject.evaluated.device, METRICS[settings.metric]
         train, validation, test = (subject.features[name] for name in SPLITS)
         rows, held_out = train.last().to(device), validation.last().to(device)
-        known, given = Known.of(train.labels), costs(settings.costs)
+        known, given = Known.of(train.labels), inverse_costs(settings.costs)
         curve: list[tuple[float, float]] = []
         for one in regressions(rows, known.labels.to(device), len(known), given):
             curve.append((one.cost, 100 * metric(_scores(one, held_out), _places(validation, known))))
-        cost, best = max(curve, key=lambda pair: pair[1])  # of equal ones the smallest C
+        cost, best = max(reversed(curve), key=lambda pair: pair[1])  # of equal ones the largest C, as published
         everyone = Known.of(torch.cat([train.labels, validation.labels]))
         path = [value for value in given if value <= cost]  # settles faster than from zero
         *_, fitted = regressions(torch.cat([rows, held_out]), everyone.labels.to(device), len(everyone), path)
