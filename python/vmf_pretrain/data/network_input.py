@@ -59,7 +59,8 @@ class NetworkInput:
         """[..., C, H, W] float32 input of the network for ``pixels`` of the same shape, uint8 or floating in [0, 1].
 
         Raises:
-            ValueError: the number of channels differs from the network's.
+            PretrainError: the number of channels differs from the network's.
+            ValueError: it is no image.
         """
         scaled = pixels.float() if pixels.is_floating_point() else pixels.float() / FULL_BYTE
         mean, deviation = self._scale(scaled)
@@ -92,8 +93,12 @@ class NetworkInput:
 
     def _scale(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[C, 1, 1] mean and deviation, on the device of the images."""
-        if images.ndim < 3 or images.shape[-3] != self.channels:
+        if images.ndim < 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; expected [..., {self.channels}, H, W]")
+        require(
+            images.shape[-3] == self.channels,
+            f"images have {images.shape[-3]} channels but the network was trained on {self.channels}.",
+        )
         mean, deviation = images.new_tensor(self.mean), images.new_tensor(self.deviation)
         return mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.evaluation.features import device_of, evaluating
+from vmf_pretrain.evaluation.outputs import require_inputs
 
 
 @torch.no_grad()
@@ -25,7 +26,8 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
         [N, heads, h, w] float32 on the CPU; a map sums to 1 minus the attention to the prefix tokens.
 
     Raises:
-        PretrainError: the backbone has no class token, or its last block has no plain attention.
+        PretrainError: the backbone has no class token, its last block has no plain attention, or its patches do not divide the
+            images.
     """
     vit: Any = backbone
     attention: Any = getattr(vit.blocks[-1], "attn", None) if isinstance(vit, VisionTransformer) else None
@@ -35,6 +37,7 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> Tensor:
             "Attention maps need a timm VisionTransformer with a class token and plain attention, "
             f"which this {type(backbone).__name__} is not."
         )
+    require_inputs(backbone, tuple(images.shape))
     found: list[Tensor] = []
 
     def look(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:

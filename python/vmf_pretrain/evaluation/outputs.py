@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 import torch
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.networks.tubelets import TubeletEmbed
 
 CLASS = "class"  # [n, F] an image: the network's feature after each of the last n blocks, the last one at the end
 MEAN_PATCH: Final = "mean_patch"  # [F]: mean of the patches after the last norm
@@ -71,17 +73,13 @@ def outputs(network: nn.Module, inputs: Tensor, kinds: Kinds) -> dict[str, Tenso
         kinds: what is kept.
 
     Raises:
-        PretrainError: the network has no such features.
+        PretrainError: the network has no such features, or takes no such inputs.
     """
+    require_kinds(network, kinds)
+    require_inputs(network, tuple(inputs.shape))
     if kinds.plain:
         return {CLASS: network(inputs).unsqueeze(1)}
-    if inputs.ndim != 4 or not all(hasattr(network, name) for name in NEEDED):
-        raise PretrainError(
-            f"features beside the last one need a vision transformer of images, which this {type(network).__name__} is not."
-        )
     vit: Any = network
-    if kinds.blocks > len(vit.blocks):
-        raise PretrainError(f"the last {kinds.blocks} blocks are asked for, of a network of {len(vit.blocks)}.")
     raw = vit.forward_intermediates(
         inputs, indices=kinds.blocks, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
     )
@@ -95,10 +93,45 @@ def outputs(network: nn.Module, inputs: Tensor, kinds: Kinds) -> dict[str, Tenso
         height, width = vit.patch_embed.dynamic_feat_size(tuple(inputs.shape[-2:]))
         found[PATCHES] = patches.unflatten(1, (height, width))
     if UNNORMED in kinds.parts:
-        if not vit.num_prefix_tokens:
-            raise PretrainError("the class token before the last norm is asked for, of a network without one.")
         found[UNNORMED] = blocks[-1][:, 0]
     return found
+
+
+def require_kinds(network: nn.Module, kinds: Kinds) -> None:
+    """Raise PretrainError if the network has no such features."""
+    if kinds.plain:
+        return
+    vit: Any = network
+    if not all(hasattr(vit, name) for name in NEEDED) or isinstance(getattr(vit, "patch_embed", None), TubeletEmbed):
+        raise PretrainError(
+            f"features beside the last one need a vision transformer of images, which this {type(vit).__name__} is not."
+        )
+    if kinds.blocks > len(vit.blocks):
+        raise PretrainError(
+            f"the last {kinds.blocks} blocks are asked for, of a network of {len(vit.blocks)}; set linear.blocks."
+        )
+    if UNNORMED in kinds.parts and getattr(vit, "cls_token", None) is None:
+        raise PretrainError(
+            "the class token before the last norm is asked for, of a network without one; set few_shot.classifier to ibot."
+        )
+
+
+def require_inputs(network: nn.Module, shape: tuple[int, ...]) -> None:
+    """Raise PretrainError if the network takes no inputs of this shape, [B, C, H, W] or that of clips [B, T, C, H, W]."""
+    embedding: Any = getattr(network, "patch_embed", None)
+    if isinstance(embedding, TubeletEmbed) and len(shape) != 5:
+        raise PretrainError("the network takes clips, not images; evaluate it on the clips of its run, without --data.")
+    if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
+        return
+    sides, patches = shape[-2:], embedding.patch_size
+    if embedding.img_size is not None and embedding.strict_img_size and sides != tuple(embedding.img_size):
+        taken = " x ".join(map(str, embedding.img_size))
+        raise PretrainError(f"the network takes images of {taken} pixels alone; it is shown {sides[0]} x {sides[1]}.")
+    if any(side % patch for side, patch in zip(sides, patches, strict=True)):
+        raise PretrainError(
+            f"images are shown at {sides[0]} x {sides[1]} pixels, which the network's patches of {patches[0]} do not divide; "
+            "set the task's size (or retrieval.patch), or features.size."
+        )
 
 
 def _joined(tokens: Tensor | Iterable[Tensor]) -> Tensor:

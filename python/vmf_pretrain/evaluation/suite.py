@@ -14,7 +14,7 @@ from vmf_pretrain.data.images import Images
 from vmf_pretrain.evaluation.evaluated import Evaluated
 from vmf_pretrain.evaluation.extract import Extraction, Wanted, images_facts
 from vmf_pretrain.evaluation.given import Given
-from vmf_pretrain.evaluation.outputs import Kinds
+from vmf_pretrain.evaluation.outputs import Kinds, require_kinds
 from vmf_pretrain.evaluation.result import RESULT, Result, read_result, write_result
 from vmf_pretrain.evaluation.stored import DIGITS, Features, fingerprint
 from vmf_pretrain.evaluation.task import Subject, Task
@@ -128,6 +128,8 @@ class Suite:
     def _plan(self, task: Task[Any]) -> Planned:
         settings = getattr(self.config, task.name)
         images, wants = task.images(self.given, settings), task.wants(settings, self.evaluated.fed)
+        for wanted in wants.values():  # before they are joined with those of other tasks, which would fail too
+            require_kinds(self.evaluated.network, wanted.kinds)
         depends = {
             "task": task.name,
             "version": task.version,
