@@ -20,7 +20,6 @@ from vmf_pretrain.evaluation.stored import Features
 from vmf_pretrain.storage.durable import temporary
 
 CLASS_KIND = "class"
-KINDS = (CLASS_KIND, "mean_patch", PATCHES)
 FEATURES, NAMES, BAD = "features", "names", "bad"
 
 

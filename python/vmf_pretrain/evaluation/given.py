@@ -12,7 +12,7 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.tasks.data import DataTask
 from vmf_pretrain.data.folder import FolderSource
-from vmf_pretrain.data.images import Images, SomeImages, split
+from vmf_pretrain.data.images import Found, Images, SomeImages, split
 from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.photos import Photos, everything
 
@@ -93,7 +93,7 @@ class Given:
     def all(self) -> Images:
         """All images of the folder, without splits, at most ``max_images``; without a folder, a run's training images."""
         if self.settings.folder is None:
-            return self.splits.train
+            return self._some(self._loaded[0])
         return self._some(self.below(self.folder))
 
     def below(self, folder: Path) -> Photos:
@@ -121,10 +121,15 @@ class Given:
     def _test_folder(self) -> Path | None:
         return next((self.folder / name for name in TESTS if (self.folder / name).is_dir()), None)
 
-    def _of_run(self) -> Splits:
+    @functools.cached_property
+    def _loaded(self) -> tuple[Images, Images | None, Found]:
+        """Training and held-out images of the run, and what was found."""
         if self.config is None:
             raise PretrainError("no images are given; expected --data FOLDER.")
-        train, test, found = load_images(self.config, allow_code=self.allow_code)
+        return load_images(self.config, allow_code=self.allow_code)
+
+    def _of_run(self) -> Splits:
+        train, test, found = self._loaded
         if test is None:
             raise PretrainError(
                 f"the images of the run ({found.where}) have no classes; give others with --data FOLDER."

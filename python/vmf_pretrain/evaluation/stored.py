@@ -5,7 +5,7 @@ Legend: N images, M of them readable, n blocks, F features, h x w patches of an 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,16 @@ class Features:
                 torch.split(found[PATCHES], [h * w for h, w in grids]), grids, strict=True
             ):
                 yield flat.reshape(height, width, -1)
+
+
+def rows_at(parts: Iterable[Tensor], places: Tensor) -> Iterator[Tensor]:
+    """The rows at ascending places [k] among those of all parts [_, ...] together, some at a time."""
+    start = 0
+    for part in parts:
+        inside = places[(places >= start) & (places < start + len(part))] - start
+        if len(inside):
+            yield part[inside]
+        start += len(part)
 
 
 def features_in(folder: Path, images: Images) -> Features:

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from tests.on_ranks import start_ranks
 from tests.pretrain.evaluation.tasks_at_work import Count, Patches, Whole, digits_run, photos_run, suite_on, with_splits
-from tests.pretrain.tiny import save_photos
+from tests.pretrain.tiny import photos_config, save_photos
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.tasks.data import DataTask
 from vmf_pretrain.evaluation import extract, stored
 from vmf_pretrain.evaluation.extract import Wanted
+from vmf_pretrain.evaluation.given import Given
 from vmf_pretrain.evaluation.outputs import Kinds
-from vmf_pretrain.evaluation.stored import Features
+from vmf_pretrain.evaluation.stored import Features, rows_at
 from vmf_pretrain.evaluation.tasks.knn import Knn
 
 pytestmark = pytest.mark.quick
@@ -148,6 +151,31 @@ def test_task_that_cannot_be_done_stops_no_other_one(run: Path, tmp_path: Path) 
     assert found == ["patches"]
     assert "has no classes" in suite.failures["knn"]
     assert said[0] == f"knn: {suite.failures['knn']}"
+
+
+def test_task_that_wants_too_much_of_the_same_images_stops_no_other_one(run: Path, data: Path, tmp_path: Path) -> None:
+    class Deep(Patches):
+        kinds = Kinds(3)
+
+    suite, _, found = suite_on(run, data, tmp_path)
+    suite.run([Count(), Deep()])
+    assert found == ["count"]
+    assert "of a network of 2" in suite.failures["patches"]
+
+
+def test_images_of_a_run_without_classes_are_there_for_tasks_that_need_none(tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", 5)
+    given = Given(DataTask(max_images=4), photos_config(tmp_path / "photos"), 32)
+    assert len(given.all) == 4
+    with pytest.raises(PretrainError, match="have no classes"):
+        _ = given.labelled
+
+
+def test_rows_are_picked_across_parts() -> None:
+    rows, places = torch.arange(20).reshape(10, 2), torch.tensor([0, 3, 4, 9])
+    parts = list(rows_at(torch.split(rows, 4), places))
+    assert torch.equal(torch.cat(parts), rows[places])
+    assert len(parts) == 3
 
 
 def test_run_s_own_data_and_split_are_the_default(tmp_path: Path) -> None:

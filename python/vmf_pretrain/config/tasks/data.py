@@ -14,7 +14,8 @@ class DataTask:
             are the two splits; else a share is held out, as a run does. The first sub-folder is the class. null takes the
             images and the split of the run that is evaluated.
         held_out: share of the images that is held out where the folder has no splits.
-        max_images: largest number of images of each split, evenly spread over all; null takes all.
+        max_images: largest number of images of each split, evenly spread over all; null takes all. The tasks whose folders
+            have an order of their own (retrieval, copies, video, dense) take all.
     """
 
     folder: str | None = None

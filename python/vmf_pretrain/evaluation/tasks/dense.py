@@ -27,6 +27,7 @@ from vmf_pretrain.evaluation.files import digest_of
 from vmf_pretrain.evaluation.given import Given
 from vmf_pretrain.evaluation.outputs import PATCHES, Kinds
 from vmf_pretrain.evaluation.result import Figure, Result
+from vmf_pretrain.evaluation.stored import rows_at
 from vmf_pretrain.evaluation.task import Subject, Task
 from vmf_pretrain.evaluation.whole_views import Squashed
 
@@ -104,18 +105,24 @@ def _largest(subject: Subject, split: str, ignored: int | None) -> int:
 
 
 def _training_patches(subject: Subject, classes: int, settings: DenseTask) -> tuple[Tensor, Tensor]:
-    """[P, F] features and [P] classes of training patches, at most ``max_patches``, those that are ignored left out."""
-    features, labels = [], []
-    for patches, mask in zip(subject.features["train"].patches(), _masks(subject, "train"), strict=True):
-        found = patch_labels(mask, (patches.shape[0], patches.shape[1]), classes, settings.ignored).flatten()
-        features.append(patches.flatten(0, 1)[found >= 0].float())
-        labels.append(found[found >= 0])
-    every, known = torch.cat(features), torch.cat(labels)
-    if not len(every):
+    """[P, F] features and [P] classes of training patches, at most ``max_patches``, those that are ignored left out.
+
+    The features are read twice, as only the drawn ones may fill the memory.
+    """
+    features = subject.features["train"]
+    labels = torch.cat(
+        [
+            patch_labels(mask, (patches.shape[0], patches.shape[1]), classes, settings.ignored).flatten()
+            for patches, mask in zip(features.patches(), _masks(subject, "train"), strict=True)
+        ]
+    )
+    known = (labels >= 0).nonzero()[:, 0]
+    if not len(known):
         raise PretrainError("all pixels of the training masks are ignored; expected some of a class.")
-    drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(SEED))[: settings.max_patches]
-    chosen = drawn.sort().values
-    return every[chosen], known[chosen]
+    drawn = torch.randperm(len(known), generator=torch.Generator().manual_seed(SEED))[: settings.max_patches]
+    chosen = known[drawn.sort().values]
+    rows = rows_at((patches.flatten(0, 1) for patches in features.patches()), chosen)
+    return torch.cat([some.float() for some in rows]), labels[chosen]
 
 
 def _confusions(subject: Subject, classify: Classifier, classes: int, ignored: int | None) -> Iterator[Counts]:

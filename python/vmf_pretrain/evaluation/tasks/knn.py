@@ -3,7 +3,7 @@
 Legend: N training images, M test images.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from vmf_pretrain.evaluation.knn import TOP, Voted, voted
 from vmf_pretrain.evaluation.nearest import nearest
 from vmf_pretrain.evaluation.result import Figure, Result
 from vmf_pretrain.evaluation.splits import drawn_per_class
-from vmf_pretrain.evaluation.stored import Features
+from vmf_pretrain.evaluation.stored import Features, rows_at
 from vmf_pretrain.evaluation.task import Subject, Task
 from vmf_pretrain.evaluation.views import CentreSquare
 
@@ -71,20 +71,10 @@ def _few(rows: Tensor, labels: Tensor, train: Features, each: int, settings: Knn
     for number in range(settings.tries):
         chosen = drawn_per_class(train.labels, lambda size: each, number)
         kept = train.labels[chosen].to(rows.device)
-        tries.append(_votes(rows, labels, _only(train, chosen), kept, counts, settings))
+        tries.append(_votes(rows, labels, rows_at(train.last_chunks(), chosen), kept, counts, settings))
     named = f"{each} a class, "
     found = {count: [votes[count] for votes in tries] for count in counts}
     return [figure for count in counts for figure in accuracies(f"{named}k {count}", found[count], (1, TOP))]
-
-
-def _only(train: Features, chosen: Tensor) -> Iterator[Tensor]:
-    """The features of the chosen rows, some at a time."""
-    start = 0
-    for chunk in train.last_chunks():
-        inside = chosen[(chosen >= start) & (chosen < start + len(chunk))] - start
-        if len(inside):
-            yield chunk[inside]
-        start += len(chunk)
 
 
 def _rows(test: Features, found: dict[int, Voted], classes: Sequence[str]) -> list[dict[str, Any]]:
