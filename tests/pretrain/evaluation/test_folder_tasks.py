@@ -95,6 +95,10 @@ def test_a_ground_truth_of_other_images_is_said(run: Path, tmp_path: Path) -> No
     save_photos(tmp_path / "data", 2)
     (tmp_path / "data/gnd.json").write_text(GroundTruth(("photo_00", "elsewhere"), ()).json())
     assert "the first is elsewhere" in done(run, tmp_path / "data", tmp_path / "out", "retrieval")[1][0]
+    save_photos(tmp_path / "data/again", 1)
+    (tmp_path / "data/gnd.json").write_text(GroundTruth(("photo_01", "photo_00"), ()).json())
+    said = done(run, tmp_path / "data", tmp_path / "out", "retrieval")[1][0]
+    assert "several files have their name; the first is photo_00" in said
 
 
 def test_copies_are_made_or_given_and_found(run: Path, tmp_path: Path) -> None:
@@ -181,6 +185,9 @@ def test_patches_of_dark_and_bright_are_told_apart(run: Path, tmp_path: Path) ->
     found = values(result)
     assert found["mIoU, k 5"] > 60
     assert found["mIoU, linear"] > 60
+    few, _ = done(run, tmp_path / "data", tmp_path / "few", "dense", dense__max_patches=70)
+    assert few is not None
+    assert few.facts["training_patches"] == 70
     (folder,) = (tmp_path / "out").glob("dense-*")
     facts = json.loads((folder / "result.json").read_text())["facts"]
     counts = np.array(facts["confusion"]["linear"])

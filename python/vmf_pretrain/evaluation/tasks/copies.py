@@ -124,7 +124,7 @@ def _blocks(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _positives(block: str, queries: Sequence[str], originals: Sequence[str]) -> list[list[int]]:
-    """Places of each query's original: that of the same name, whatever folder and ending; of a copy made here, of the same path."""
+    """Places of each query's original: of the same name, whatever folder and ending; of a copy made here, of the same path."""
     stems = [PurePath(name).stem for name in originals]
     if block == STRONG:
         return originals_of(queries, stems)

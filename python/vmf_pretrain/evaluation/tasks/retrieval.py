@@ -3,6 +3,7 @@
 Legend: N images of the database, Q queries, F features.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -115,11 +116,16 @@ def _truth_files(folder: Path) -> list[Path]:
 
 def _found(photos: Photos, names: Sequence[str]) -> Photos:
     """The images of a ground truth, which names them without ending or folder, or as they are."""
-    places = {PurePath(photos.name(place)).stem: place for place in range(len(photos))}
-    places |= {photos.name(place): place for place in range(len(photos))}
-    missing = [name for name in names if name not in places]
+    paths = [photos.name(place) for place in range(len(photos))]
+    stems = [PurePath(path).stem for path in paths]
+    places = {stem: place for place, stem in enumerate(stems)} | {path: place for place, path in enumerate(paths)}
+    several = {stem for stem, count in Counter(stems).items() if count > 1} - set(paths)
+    missing = [name for name in names if name not in places or name in several]
     if missing:
-        raise PretrainError(f"{len(missing)} images of the ground truth are missing; the first is {missing[0]}.")
+        raise PretrainError(
+            f"{len(missing)} images of the ground truth are missing, or several files have their name; "
+            f"the first is {missing[0]}."
+        )
     return photos.subset(torch.tensor([places[name] for name in names], dtype=torch.int64))
 
 

@@ -76,7 +76,7 @@ def read_videos(root: Path, split: str = "val") -> list[Video]:
     frames, masks = _inner(root / "JPEGImages"), _inner(root / "Annotations")
     listed = root / "ImageSets" / "2017" / f"{split}.txt"
     names = (
-        listed.read_text().split()
+        [name for line in listed.read_text(encoding="utf-8").splitlines() if (name := line.strip())]
         if listed.is_file()
         else [path.name for path in sorted(frames.iterdir()) if path.is_dir()]
     )

@@ -173,12 +173,12 @@ def test_predictions_that_do_not_fit(predicted: list[NDArray[np.uint8]], said: s
 
 
 def test_the_list_of_a_split_is_followed(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+    for name in ("a", "b c"):
         write_video(tmp_path, name, [of_two(0)])
     (tmp_path / "ImageSets/2017").mkdir(parents=True)
-    (tmp_path / "ImageSets/2017/val.txt").write_text("b\n")
-    assert [video.name for video in read_videos(tmp_path)] == ["b"]
-    assert [video.name for video in read_videos(tmp_path, "train")] == ["a", "b"]
+    (tmp_path / "ImageSets/2017/val.txt").write_text("b c\n")
+    assert [video.name for video in read_videos(tmp_path)] == ["b c"]
+    assert [video.name for video in read_videos(tmp_path, "train")] == ["a", "b c"]
 
 
 def test_numbers_and_colours_of_masks_survive() -> None:
