@@ -81,6 +81,9 @@ def shape_of(network: nn.Module, form: str) -> Shape:
         raise PretrainError(_unfit(network, form, "has an input or patches that are not square"))
     if vit.global_pool not in ("token", "avg") or vit.pool_include_prefix:
         raise PretrainError(_unfit(network, form, "takes neither the class token nor the mean of the patches"))
+    if not all(hasattr(first, part) for part in ("attn", "mlp", "ls1")) or not isinstance(vit.norm, nn.LayerNorm):
+        kinds = f"has blocks of the kind {type(first).__name__} and a {type(vit.norm).__name__} as norm"
+        raise PretrainError(_unfit(network, form, kinds))
     return Shape(
         name=str(vit.pretrained_cfg["architecture"]),
         size=height,

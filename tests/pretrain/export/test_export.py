@@ -130,6 +130,22 @@ def test_parts_whose_tensors_might_fit_but_whose_arithmetic_differs_are_refused(
     assert one_sentence(str(told.value))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("vit_small_patch16_18x2_224", {}, "blocks of the kind ParallelThingsBlock"),
+        ("vit_small_patch16_224", {"global_pool": "avg", "fc_norm": True}, "a Identity as norm"),
+    ],
+)
+def test_network_of_other_parts_has_no_timm_form(
+    name: str, options: dict[str, Any], reason: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    vit = timm.create_model(name, img_size=32, embed_dim=16, depth=1, num_heads=2, num_classes=0, **options)
+    exported = Exportable(vit.eval(), loaded(runs["dino"]).fed, (3, 32, 32), {})
+    with pytest.raises(PretrainError, match=reason):
+        write_form(exported, FORMS["timm"], tmp_path / "out", lambda _: "")
+
+
 class Tampered(TimmForm):
     """timm's form, whose file is changed before it is read."""
 
@@ -187,7 +203,15 @@ def test_the_card_says_which_network_and_what_is_known_of_it(runs: dict[str, Pat
     run = kept_run(config, tmp_path / "run")
     assert main(["export", str(run), "--to", "torchvision", "--out", str(tmp_path / "mine")]) == DONE
     card = (tmp_path / "mine" / "README.md").read_text()
-    said = ("the teacher's backbone", f"{STEP} steps", f"| {KNN} |", "photos of mine", "flowers", "0.485", "To be filled in")
+    said = (
+        "the teacher's backbone",
+        f"{STEP} steps",
+        f"| {KNN} |",
+        "photos of mine",
+        "flowers",
+        "0.485",
+        "To be filled in",
+    )
     missing = [text for text in said if text not in card]
     assert not missing, missing
     assert "/home/someone" not in card, "a path of the machine is nobody's business"
