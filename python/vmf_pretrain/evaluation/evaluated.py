@@ -15,17 +15,22 @@ from torch import Tensor, nn
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import config_of, read_config
 from vmf_pretrain.config.former import renewed
+from vmf_pretrain.config.paths import expanded
 from vmf_pretrain.config.run import Config
+from vmf_pretrain.config.start_from import StartFromConfig
 from vmf_pretrain.config.typed import fitted
-from vmf_pretrain.data.network_input import NetworkInput
+from vmf_pretrain.data.network_input import PHOTOGRAPHS, NetworkInput
 from vmf_pretrain.methods.method import Method, Place
 from vmf_pretrain.methods.table import method_class
+from vmf_pretrain.networks.loaded import begin_with
+from vmf_pretrain.networks.published_names import MARK, Network, UnfitWeightsError, network_in
+from vmf_pretrain.networks.published_shape import published_network
+from vmf_pretrain.storage.named_tensors import Unread, opened, whole
 from vmf_pretrain.storage.run_folder import RunFolder
-from vmf_pretrain.storage.tensor_file import read_tensors
-from vmf_pretrain.storage.weights import described_weights
+from vmf_pretrain.storage.tensor_file import read_header
+from vmf_pretrain.storage.weights import FACTS, described_weights
 
 TIMM = "timm:"
-CLASSIFIER = "head."  # of timm's files, which no feature passes through
 WEIGHTS = ".safetensors"
 
 
@@ -62,11 +67,11 @@ class Evaluated:
 def load_evaluated(
     wanted: str, *, device: torch.device, weights: str = "last", size: int | None = None, allow_code: bool = False
 ) -> Evaluated:
-    """The network that a person names. Nothing is unpickled.
+    """The network that a person names. Nothing in a file is run.
 
     Args:
-        wanted: the folder of a run; a file of weights of ours; ``timm:NAME``, with timm's published weights; or
-            ``timm:NAME=FILE``, with those of a safetensors file.
+        wanted: the folder of a run; a file of weights of ours, or of ``torch.save`` or safetensors as DINO, iBOT, DINOv2, MAE
+            and I-JEPA publish them; ``timm:NAME``, with timm's published weights; or ``timm:NAME=FILE``, with those of a file.
         device: where it is to compute.
         weights: of a run: "last" or "best".
         size: side of the square that the network is to see, pixels; None takes that of its training.
@@ -77,18 +82,23 @@ def load_evaluated(
     """
     if wanted.startswith(TIMM):
         found = _of_timm(wanted.removeprefix(TIMM))
-    elif (Path(wanted) / "config.yaml").is_file():
-        run = RunFolder(Path(wanted))
-        found = _of_file(run.weights / f"{weights}{WEIGHTS}", run, allow_code)
-    elif Path(wanted).is_file() and wanted.endswith(WEIGHTS):
-        found = _of_file(Path(wanted), None, allow_code)
     else:
-        raise PretrainError(
-            f"{wanted} is nothing to evaluate; expected the folder of a run, a {WEIGHTS} file of ours, timm:NAME, or "
-            f"timm:NAME=FILE with a {WEIGHTS} file of that network."
-        )
+        found = _of_path(expanded(wanted, "the network"), weights, allow_code)
     found.network.eval().requires_grad_(False).to(device)
     return found if size is None else replace(found, fed=replace(found.fed, size=size))
+
+
+def _of_path(path: Path, weights: str, allow_code: bool) -> Evaluated:
+    if (path / "config.yaml").is_file():
+        run = RunFolder(path)
+        return _of_file(run.weights / f"{weights}{WEIGHTS}", run, allow_code)
+    if not path.is_file():
+        raise PretrainError(
+            f"{path} is nothing to evaluate; expected the folder of a run, a file of weights, timm:NAME, or timm:NAME=FILE "
+            "with the weights of that network."
+        )
+    ours = path.suffix == WEIGHTS and (FACTS in read_header(path).metadata or path.with_suffix(".json").is_file())
+    return _of_file(path, None, allow_code) if ours else _of_published(path)
 
 
 def _of_file(path: Path, run: RunFolder | None, allow_code: bool) -> Evaluated:
@@ -127,13 +137,48 @@ def _of_timm(wanted: str) -> Evaluated:
     name, _, file = wanted.partition("=")
     network = _timm_network(name, pretrained=not file)
     if file:
-        tensors, _ = read_tensors(Path(file))
-        kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(CLASSIFIER)}
-        _load(network, kept, Path(file))
+        _fill(network, expanded(file, "the file of weights"))
     told: dict[str, Any] = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
     fed = NetworkInput(int(told["input_size"][-1]), tuple(told["mean"]), tuple(told["std"]))
     facts = {"timm": name, "file": file or None, "tag": network.pretrained_cfg.get("tag") or None}
     return Evaluated(network, fed, f"{TIMM}{wanted}", facts, fingerprint_of(network, fed))
+
+
+def _of_published(path: Path) -> Evaluated:
+    """The network that a file holds, seen at the size of its positions, with the scale that all known sources have."""
+    try:
+        with opened(path) as tensors:
+            found: Network[Unread] = network_in(tensors)
+            backbone = {key: whole(tensor) for key, tensor in found.parts["backbone"].items()}
+        network, kind = published_network(backbone)
+        begin_with(nn.ModuleDict({"backbone": network}), {"backbone": backbone}, StartFromConfig(str(path)))
+    except UnfitWeightsError as error:
+        raise PretrainError(
+            f"the weights in {path} are of no known network: {error.reason}; say which it is with {TIMM}NAME=FILE."
+        ) from None
+    fed = NetworkInput(int(network.patch_embed.img_size[0]), *PHOTOGRAPHS)
+    facts = {"file": str(path), "network": found.name or None, "kind": kind}
+    named = f"{path}, {found.name}" if found.name else str(path)
+    said = f"{named}, as {kind} that sees {fed.size} pixels"  # the heads are taken from the kind: a person may know better
+    return Evaluated(network, fed, said, facts, fingerprint_of(network, fed))
+
+
+def _fill(network: Any, path: Path) -> None:
+    """Give timm's network the weights in a file: by the names of a published transformer, or by timm's."""
+    classifiers = network.pretrained_cfg.get("classifier") or ()
+    ends = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    try:
+        with opened(path) as tensors:
+            kept = {
+                key: tensor for key, tensor in tensors.items() if not key.startswith(ends)
+            }  # no feature passes there
+            if not any(key.endswith(MARK) for key in kept):
+                _load(network, {key: whole(tensor) for key, tensor in kept.items()}, path)
+                return
+            found = {key: whole(tensor) for key, tensor in network_in(kept).parts["backbone"].items()}
+        begin_with(nn.ModuleDict({"backbone": network}), {"backbone": found}, StartFromConfig(str(path)))
+    except UnfitWeightsError as error:
+        raise PretrainError(f"the weights in {path} are not those of its network: {error.reason}.") from None
 
 
 def _timm_network(name: str, *, pretrained: bool) -> Any:

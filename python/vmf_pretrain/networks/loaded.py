@@ -85,7 +85,8 @@ def _load_backbone(backbone: nn.Module, given: Tensors, chosen: StartFromConfig,
     missing = [name for name in own if name not in given and name not in OPTIONAL]
     surplus = [name for name in given if name not in own]
     if chosen.keys == "all" and (unfit or missing or surplus):
-        raise UnfitWeightsError(_refusal(sorted(unfit), missing, surplus))
+        remedy = " (set the backbone to the file's, or start_from.keys to common to take what fits)"
+        raise UnfitWeightsError(_refusal(sorted(unfit), missing, surplus), remedy)
     fitting = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
     if not fitting:
         raise UnfitWeightsError("no tensor of the backbone fits")
@@ -115,8 +116,7 @@ def _refusal(unfit: list[str], missing: list[str], surplus: list[str]) -> str:
     faults = [*unfit[:MOST_NAMES], *(["and more of other shapes"] if len(unfit) > MOST_NAMES else [])]
     faults += [f"{_listed(missing)} missing there"] if missing else []
     faults += [f"{_listed(surplus)} left over there"] if surplus else []
-    hint = "set the backbone to the file's, or start_from.keys to common to take what fits"
-    return f"its backbone does not fit: {'; '.join(faults)} ({hint})"
+    return f"its backbone does not fit: {'; '.join(faults)}"
 
 
 def _listed(names: list[str]) -> str:
@@ -176,7 +176,9 @@ def _resized(body: Tensor, grid: tuple[int, ...], how: str) -> Tensor:
             if len(grid) == 2
             else "expected the same"
         )
-        raise UnfitWeightsError(f"its positions are of {side} x {side} patches but the backbone's of {ours}; {hint}")
+        raise UnfitWeightsError(
+            f"its positions are of {side} x {side} patches but the backbone's of {ours}", f"; {hint}"
+        )
     square = body.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     resized = functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
     return resized.permute(0, 2, 3, 1).flatten(1, 2).to(body.dtype)

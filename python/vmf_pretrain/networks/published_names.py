@@ -13,7 +13,16 @@ T = TypeVar("T")
 
 
 class UnfitWeightsError(Exception):
-    """Why weights cannot be used: the end of a sentence."""
+    """Why weights cannot be used: the end of a sentence.
+
+    Args:
+        reason: without what can be done.
+        remedy: what follows it, of settings that a run has.
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason + remedy)
+        self.reason = reason
 
 
 MARK = "patch_embed.proj.weight"
@@ -103,7 +112,7 @@ def _root(names: Iterable[str], name: str | None) -> str:
     preferred = [[root for root in roots if re.search(rf"(^|\.){wanted}", root)] for wanted in EVALUATED]
     best: list[str] = next((found for found in preferred if found), roots)
     if len(best) > 1:
-        raise UnfitWeightsError(f"it holds {there}; say which with start_from.network")
+        raise UnfitWeightsError(f"it holds {there}", "; say which with start_from.network")
     return best[0]
 
 

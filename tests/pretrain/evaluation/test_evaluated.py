@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from vmf_pretrain.storage.tensor_file import read_tensors
 pytestmark = pytest.mark.quick
 
 TINY: dict[str, Any] = {"embed_dim": 12, "depth": 3, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
+Named = dict[str, Tensor]
 ALL = Kinds(3, frozenset({"mean_patch", "patches", "unnormed"}))
 
 
@@ -67,9 +70,47 @@ def test_timm_s_network_takes_its_weights_from_a_file(tmp_path: Path) -> None:
         expected = published.eval().forward_head(published.forward_features(images), pre_logits=True)
         assert torch.equal(found.network(images), expected)
     assert found.fed.size == 224
+    elsewhere = tmp_path / "checkpoint.pth"  # of a trainer, with what reading would run
+    teacher = {f"module.backbone.{key}": value for key, value in published.state_dict().items()}
+    torch.save({"teacher": teacher, "args": argparse.Namespace(lr=1.0)}, elsewhere)
+    assert load_evaluated(f"timm:{name}={elsewhere}", device=CPU).fingerprint == found.fingerprint
     save_file({"cls_token": torch.zeros(1, 1, 192)}, file)
     with pytest.raises(PretrainError, match="not those of its network"):
         load_evaluated(f"timm:{name}={file}", device=CPU)
+
+
+def _dino(w: Named) -> Any:
+    return {name: {f"backbone.{key}": value for key, value in w.items()} for name in ("student", "teacher")}
+
+
+def _dinov2(w: Named) -> Any:
+    """Registers, chunks of blocks, and a position of the class token beside it."""
+    w = {key.replace("reg_token", "register_tokens").replace("blocks.0.", "blocks.0.0."): w[key] for key in w}
+    place = torch.randn_like(w["cls_token"])
+    return {**w, "cls_token": w["cls_token"] - place, "pos_embed": torch.cat([place, w["pos_embed"]], dim=1)}
+
+
+def _ijepa(w: Named) -> Any:
+    return {name: {f"module.{key}": value for key, value in w.items()} for name in ("encoder", "target_encoder")}
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], Callable[[Named], Any], str | None]] = {
+    "dino": ({}, _dino, "teacher"),
+    "dinov2": ({"reg_tokens": 2, "no_embed_class": True, "init_values": 1.0}, _dinov2, None),
+    "ijepa": ({"class_token": False, "global_pool": "avg", "fc_norm": False}, _ijepa, "target_encoder"),
+}
+
+
+@pytest.mark.parametrize("source", list(PUBLISHED))
+def test_published_file_is_a_network_without_being_told_which(source: str, tmp_path: Path) -> None:
+    options, written, name = PUBLISHED[source]
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0, **options).eval()
+    torch.save(written(network.state_dict()), tmp_path / "published.pth")
+    found = load_evaluated(str(tmp_path / "published.pth"), device=CPU)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(found.network(images), network(images))
+    assert (found.fed.size, found.fed.deviation, found.facts["network"]) == (32, (0.229, 0.224, 0.225), name)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +137,23 @@ def test_outputs_are_those_of_the_blocks(options: dict[str, Any]) -> None:
     assert not prefix or torch.equal(found["unnormed"], raw[:, 0])
 
 
+UNFIT: list[tuple[dict[str, Any], tuple[int, int], Kinds, str]] = [
+    ({}, (33, 48), Kinds(), "patches of 16 do not divide"),
+    ({"dynamic_img_size": False}, (32, 48), Kinds(), "224 x 224 pixels alone; it is shown 32 x 48"),
+    ({"class_token": False, "global_pool": "avg", "reg_tokens": 2}, (32, 48), ALL, "of a network without one"),
+    ({}, (32, 48), Kinds(4), "the last 4 blocks are asked for, of a network of 3"),
+]
+
+
+@pytest.mark.parametrize(("options", "sides", "kinds", "message"), UNFIT, ids=[row[-1] for row in UNFIT])
+def test_what_a_network_has_not_or_takes_not_is_said(
+    options: dict[str, Any], sides: tuple[int, int], kinds: Kinds, message: str
+) -> None:
+    network = timm.create_model("vit_tiny_patch16_224", **{**TINY, **options}).eval()
+    with pytest.raises(PretrainError, match=message):
+        outputs(network, torch.zeros(1, 3, *sides), kinds)
+
+
 def test_network_without_tokens_has_its_feature_alone() -> None:
     network = timm.create_model("resnet10t", num_classes=0).eval()
     with torch.no_grad():
@@ -113,7 +171,14 @@ MISTAKES = [
     (["eval", "RUN", "--task", "knn", "--data.folder", "x", "--data", "y"], "data.folder is given twice"),
     (["eval", "NOTHING", "--task", "knn"], "NOTHING is nothing to evaluate"),
     (["eval", "timm:vit_nano", "--task", "knn"], "timm knows no network vit_nano"),
-    (["eval", "PICKLE", "--task", "knn"], "is nothing to evaluate"),
+    (
+        ["eval", "PICKLE", "--task", "knn"],
+        "no patch_embed.proj.weight, but weight; say which it is with timm:NAME=FILE",
+    ),
+    (
+        ["eval", "RUN", "--task", "neighbours", "--data", "FLAT"],
+        "images have 3 channels but the network was trained on 1",
+    ),
     (["eval", "RUN", "--task", "knn", "--data", "FLAT"], "has no classes"),
     (["eval", "RUN", "--task", "knn", "--data", "FLAT", "--out", "FLAT/photo_00.png"], "cannot be locked"),
 ]
