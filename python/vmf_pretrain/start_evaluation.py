@@ -95,7 +95,7 @@ def evaluate(
     """Evaluate frozen features, as ``vmf-pretrain eval`` does.
 
     Args:
-        network: the folder of a run, a file of weights of ours, ``timm:NAME``, or ``timm:NAME=FILE``.
+        network: the folder of a run, a file of weights, ``timm:NAME``, or ``timm:NAME=FILE``.
         tasks: names of tasks, as a list or with commas.
         data: images; None takes those of the run, with its split.
         out: folder of the results; None takes ``evaluation`` in the run's folder, or one below ``runs``.

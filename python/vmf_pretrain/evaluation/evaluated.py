@@ -159,7 +159,7 @@ def _of_published(path: Path) -> Evaluated:
     fed = NetworkInput(int(network.patch_embed.img_size[0]), *PHOTOGRAPHS)
     facts = {"file": str(path), "network": found.name or None, "kind": kind}
     named = f"{path}, {found.name}" if found.name else str(path)
-    said = f"{named}, as {kind} that sees {fed.size} pixels"  # the heads are taken from the kind: a person may know better
+    said = f"{named}, as {kind} that sees {fed.size} pixels"  # its number of heads is that of the kind
     return Evaluated(network, fed, said, facts, fingerprint_of(network, fed))
 
 
