@@ -100,7 +100,7 @@ def test_attention_is_drawn_beside_the_photograph_and_not_what_was_made_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Tensor] = []
-    monkeypatch.setattr("vmf_pretrain.report.figures.plot_attention", lambda images, maps, path: drawn.append(images))
+    monkeypatch.setattr("vmf_pretrain.report.plots.plot_attention", lambda images, maps, path: drawn.append(images))
     save_photos(tmp_path / "photos", 6)
     images, _ = folder_images(tmp_path / "photos", 32, 0.25)
     config = photos_config(tmp_path / "photos")
