@@ -38,7 +38,6 @@ def published_network(tensors: Mapping[str, Tensor]) -> tuple[TokenTransformer, 
     """
     width, patch, side = _sides(tensors)
     classed = "cls_token" in tensors
-    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     network = timm.create_model(
         WIDTHS[width],
         img_size=side * patch,
@@ -49,7 +48,6 @@ def published_network(tensors: Mapping[str, Tensor]) -> tuple[TokenTransformer, 
         fc_norm=False,
         dynamic_img_size=True,
         **_parts(tensors),
-        **({"reg_tokens": registers, "no_embed_class": True} if registers else {}),
     )
     return _resizing(network), WIDTHS[width]
 
@@ -75,8 +73,10 @@ def _sides(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of timm's networks by which blocks there are, and what is in them."""
+    """Arguments of timm's networks by which tokens and blocks there are, and what is in them."""
+    registers = {"reg_tokens": tensors["reg_token"].shape[1], "no_embed_class": True} if "reg_token" in tensors else {}
     return {
+        **registers,
         "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in tensors else None,  # a value that the weights replace
