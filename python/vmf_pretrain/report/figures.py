@@ -12,6 +12,7 @@ from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.evaluation.attention import attention_maps
 from vmf_pretrain.evaluation.features import device_of, evaluating
 from vmf_pretrain.evaluation.prototypes import HeadReport
+from vmf_pretrain.evaluation.shown import spread
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
 
@@ -63,7 +64,7 @@ def sample_attention(
     Every rank that has a part of the backbone must call it.
     """
     fed = network_input(config)
-    sample = fed.of(images.evaluation_pixels(_spread(len(images), count)))
+    sample = fed.of(images.evaluation_pixels(spread(len(images), count)))
     try:
         return fed.pixels(sample), attention_maps(backbone, sample).cpu()
     except PretrainError:  # no class token, or no plain attention
@@ -83,14 +84,8 @@ def sample_pictures(
     Every rank that has a part of the backbone must call it.
     """
     fed = network_input(config)
-    sample = fed.of(images.evaluation_pixels(_spread(len(images), count)))
+    sample = fed.of(images.evaluation_pixels(spread(len(images), count)))
     with evaluating(backbone), torch.no_grad():
         beside = pictures(sample.to(device_of(backbone)))
     columns = {"image": sample, **beside} if beside else {}
     return {name: fed.pixels(rows.cpu()) for name, rows in columns.items()}
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """Indices of at most so many images, evenly spread over all."""
-    shown = min(most, count)
-    return [place * count // shown for place in range(shown)]

@@ -12,6 +12,7 @@ from vmf_pretrain.evaluation.evaluated import Evaluated, load_evaluated
 from vmf_pretrain.evaluation.features import extract_features
 from vmf_pretrain.evaluation.nearest import nearest
 from vmf_pretrain.evaluation.pictures import plot_neighbours, plot_pictures
+from vmf_pretrain.evaluation.shown import spread
 from vmf_pretrain.report.figures import sample_attention, sample_pictures
 from vmf_pretrain.report.plots import plot_attention
 
@@ -19,6 +20,7 @@ SHOWN = 10  # images that are shown, one of each class while there are as many
 NEIGHBOURS = 8
 COMPARED = 10_000  # training images that neighbours are looked for among, at most
 BATCH = 256  # images a forward pass
+VIDEO_AXES = 5  # of clips: images, frames, channels, rows, columns
 
 
 def draw_gallery(run: Path, out: Path, *, weights: str = "last", allow_code: bool = False) -> list[Path]:
@@ -41,7 +43,8 @@ def draw_gallery(run: Path, out: Path, *, weights: str = "last", allow_code: boo
     assert method is not None
     train, held_out, known = load_images(config, allow_code=allow_code)
     images = train if held_out is None else held_out
-    shown = images.subset(torch.tensor(_of_each_class(images)))
+    chosen = _of_each_class(images)
+    shown = images.subset(torch.tensor(chosen))
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
     attention = sample_attention(config, method.evaluated, shown, count=SHOWN)
@@ -53,34 +56,50 @@ def draw_gallery(run: Path, out: Path, *, weights: str = "last", allow_code: boo
         drawn.append(out / "reconstructions.png")
         plot_pictures(pictures, drawn[-1])
     drawn.append(out / "neighbours.png")
-    _draw_neighbours(found, (shown, train), known.classes, drawn[-1])
+    _draw_neighbours(found, (shown, train), known.classes, drawn[-1], own=chosen if held_out is None else None)
     return drawn
 
 
 def _of_each_class(images: Images) -> list[int]:
     """Indices of a few images: of each class in turn, or evenly spread without classes."""
     if images.labels is None:
-        count = min(SHOWN, len(images))
-        return [place * len(images) // count for place in range(count)]
+        return spread(len(images), SHOWN)
     labels = sorted(set(images.labels.tolist()))
     places = [(images.labels == label).nonzero().flatten().tolist() for label in labels]
     in_turn = [of_class[turn] for turn in range(SHOWN) for of_class in places if turn < len(of_class)]
     return sorted(in_turn[:SHOWN])
 
 
-def _draw_neighbours(evaluated: Evaluated, images: tuple[Images, Images], classes: Sequence[str], path: Path) -> None:
-    """Each shown image, and the training images with the most similar features."""
+def _draw_neighbours(
+    evaluated: Evaluated,
+    images: tuple[Images, Images],
+    classes: Sequence[str],
+    path: Path,
+    *,
+    own: Sequence[int] | None = None,
+) -> None:
+    """Each shown image, and the other training images with the most similar features.
+
+    Args:
+        evaluated: the network.
+        images: those that are shown, and those of training.
+        classes: names of the classes, or none.
+        path: file to write.
+        own: places of the shown images among those of training; None if they are held out.
+    """
     shown, train = images
-    count = min(COMPARED, len(train))
-    compared = [place * len(train) // count for place in range(count)]
+    compared = spread(len(train), COMPARED)
     queries, features = (
         extract_features(evaluated.network, map(evaluated.fed.of, _pixels(some, indices)))
         for some, indices in ((shown, range(len(shown))), (train, compared))
     )
     rows = []
-    for query, places in enumerate(nearest(queries, [features], NEIGHBOURS)[1].tolist()):
-        row = [compared[place] for place in places]
+    for query, places in enumerate(nearest(queries, [features], NEIGHBOURS + 1)[1].tolist()):
+        itself = None if own is None else own[query]
+        row = [compared[place] for place in places if compared[place] != itself][:NEIGHBOURS]
         pixels = torch.cat([shown.evaluation_pixels([query]), train.evaluation_pixels(row)])
+        if pixels.ndim == VIDEO_AXES:
+            pixels = pixels[:, pixels.shape[1] // 2]  # of a clip, its middle frame
         rows.append((pixels, [_class(shown, query, classes), *(_class(train, index, classes) for index in row)]))
     plot_neighbours(rows, path)
 

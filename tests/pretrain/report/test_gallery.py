@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from matplotlib.image import imread
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.pretrain.methods.masked_runs import masked_config
 from tests.pretrain.tiny import a_run, changed, digits_config
@@ -16,6 +17,7 @@ from vmf_pretrain.cli import main
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.bundled import DigitImages, digits
 from vmf_pretrain.data.images import Found
+from vmf_pretrain.data.network_input import NetworkInput
 from vmf_pretrain.evaluation.evaluated import load_evaluated
 from vmf_pretrain.evaluation.features import extract_features
 from vmf_pretrain.report import gallery
@@ -89,6 +91,32 @@ def assert_nearest(rows: Rows, run: Path) -> None:
         assert worst < 1e-5, f"not the nearest: cosines are {worst:.1e} off"
         assert names[1:] == [str(TRAIN.labels[place].item()) for place in places]
         assert any(torch.equal(pixels[0, 0], digit) for digit in HELD_OUT.canvases), "the query is no held-out digit"
+
+
+class Unlabelled(Tensor):
+    """Pixels of images or clips, one a row."""
+
+    labels = None
+
+    def evaluation_pixels(self, indices: list[int]) -> Tensor:
+        return self.as_subclass(Tensor)[list(indices)]
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (5, 4, 3, 8, 8)], ids=["images", "clips"])
+def test_neighbours_without_held_out_images_are_other_ones_and_of_clips_a_frame_is_drawn(
+    shape: tuple[int, ...], tmp_path: Path, neighbours: list[Rows]
+) -> None:
+    pixels, own = torch.rand(shape), [1, 3]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(pixels[0].numel(), 4))
+    evaluated: Any = SimpleNamespace(network=network, fed=NetworkInput(8, (0.5,) * shape[-3], (1.0,) * shape[-3]))
+    images: Any = pixels[own].as_subclass(Unlabelled), pixels.as_subclass(Unlabelled)
+    gallery._draw_neighbours(evaluated, images, [], tmp_path / "neighbours.png", own=own)
+    stills = pixels if pixels.ndim == 4 else pixels[:, 2]
+    (rows,) = neighbours
+    for place, (drawn, _) in zip(own, rows, strict=True):
+        found = [[torch.equal(one, still) for still in stills].index(True) for one in drawn]
+        assert found[0] == place
+        assert len({*found}) == 4, f"image {place} has the neighbours {found[1:]}"
 
 
 def test_pictures_of_what_is_no_run_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
