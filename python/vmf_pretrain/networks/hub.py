@@ -47,11 +47,11 @@ def hub_weights(name: str) -> HubWeights:
         try:
             path = Path(hf_hub_download(repository, file))
             return HubWeights(path, tuple(published.mean), tuple(published.std))
-        except OSError as error:  # also of a cache without the file, when there is no network
+        except EntryNotFoundError as error:  # first, for those of a server and of a cache are OSErrors too
+            lacking = error
+        except OSError as error:
             lacking = error
             break
-        except EntryNotFoundError as error:
-            lacking = error
     said = " ".join(str(lacking).split()).partition(". ")[0].rstrip(".")
     raise PretrainError(
         f"start_from.weights timm:{name} is not in the cache and cannot be fetched ({said}); fetch {files[0]} of {repository} "

@@ -142,6 +142,8 @@ def _fit_positions(given: Tensors, backbone: nn.Module, chosen: StartFromConfig,
     wanted = backbone.get_parameter("pos_embed").shape[1]
     grid = tuple(backbone.get_submodule("patch_embed").grid_size)  # type: ignore[arg-type]
     patches, positions = math.prod(grid), given["pos_embed"]
+    if positions.ndim != 3:
+        return  # refused as another shape
     prefix = _prefix(positions.shape[1], patches, "cls_token" in given)
     if prefix is None:
         return  # refused as another shape

@@ -258,7 +258,10 @@ def test_run_starts_from_a_run_its_checkpoint_or_its_weights_and_goes_on_without
     assert "Starts from" not in printed.getvalue()
 
 
-def test_timm_weights_come_from_the_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_timm_weights_come_from_the_cache_without_a_network(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A published file of a classifier: its backbone is taken, its classifier said."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     cache = tmp_path / "hub"
@@ -268,7 +271,11 @@ def test_timm_weights_come_from_the_cache_without_a_network(tmp_path: Path, monk
     (folder / "refs" / "main").write_text("0" * 40)
     (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
     w = drawn({**backbone(), **layer("head", 10, WIDTH)})
-    write_tensors(folder / "snapshots" / ("0" * 40) / "model.safetensors", w)
+    path = folder / "snapshots" / ("0" * 40) / file
+    if file.endswith(".bin"):
+        torch.save(w, path)
+    else:
+        write_tensors(path, w)
     method, said = started(config_of("dino", "timm:vit_tiny_patch16_224.augreg_in21k"))
     check_tokens(method.evaluated, w)
     assert "30 tensors of the backbone; left over there: classifier; at its start here: head." in said, said

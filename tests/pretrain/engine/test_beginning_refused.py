@@ -11,7 +11,7 @@ import torch
 
 from tests.pretrain.engine.outside_method import Turns
 from tests.pretrain.engine.starts import HEAD, TOY, config_of, dino, saved, started
-from tests.pretrain.networks.published import backbone, drawn, head
+from tests.pretrain.networks.published import WIDTH, backbone, drawn, head
 from tests.pretrain.tiny import changed, digits_config, one_sentence
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.engine.beginning import beginning
@@ -52,6 +52,13 @@ def test_weights_that_do_not_fit_are_refused_in_one_sentence(case: str, tmp_path
     with pytest.raises(PretrainError, match=part) as caught:
         started(config)
     assert one_sentence(str(caught.value)), caught.value
+
+
+def test_positions_of_another_form_are_refused_by_their_shape(tmp_path: Path) -> None:
+    w = {**drawn(backbone()), "pos_embed": torch.ones(1, 4, 4, WIDTH)}
+    path = saved(tmp_path / "rows.pth", {"model": w})
+    with pytest.raises(PretrainError, match="pos_embed is 1 x 4 x 4 x 24 there but 1 x 17 x 24 here"):
+        started(config_of("dino", path, start_from={"positions": "resized"}))
 
 
 def test_what_is_no_file_of_weights_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
