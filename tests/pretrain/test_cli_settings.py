@@ -43,6 +43,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         "data.folder is missing; expected the path of a folder",
     ),
     ("images for digits", ["fit", "--recipe", "digits", "--data", "/"], 'data.kind "digits" reads none'),
+    ("no field", ["fit", "--section", "1"], "unrecognized arguments: --section 1; see vmf-pretrain --help."),
     ("unknown bundled images", ["demo", "--data", "plants"], "invalid choice: 'plants'"),
     ("field twice", ["fit", "--data", "a", "--data.folder", "b"], "data.folder is given twice"),
     ("no folder", ["fit", "--data", "/nowhere/photos"], "data.folder /nowhere/photos is not a folder"),

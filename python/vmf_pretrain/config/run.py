@@ -153,7 +153,7 @@ class Config:
         require(folder is None, f'data.folder is {folder} but data.kind "{kind}" reads none; expected kind "folder".')
         canvas, sizes = CANVASES[kind], (self.views.global_size, self.views.local_size)
         require(
-            sizes[0] == canvas and sizes[1] < canvas,
+            sizes[0] == canvas and (sizes[1] < canvas or self.views.local_count == 0),
             f"views.global_size {sizes[0]} and views.local_size {sizes[1]} do not fit {kind}; expected {canvas} and less.",
         )
 

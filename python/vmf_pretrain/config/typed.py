@@ -93,7 +93,9 @@ def hint_of(kind: type, path: Sequence[str]) -> Any:
 def names_of(kind: type, above: str = "") -> list[str]:
     """Dotted names of all fields of a dataclass and of those within it."""
     names: list[str] = []
-    for key, hint in get_type_hints(kind).items():
+    hints = get_type_hints(kind)
+    for key in (field.name for field in fields(kind)):
+        hint = hints[key]
         inner = is_dataclass(hint) and isinstance(hint, type)
         names += names_of(hint, f"{above}{key}.") if inner else [f"{above}{key}"]
     return names

@@ -94,7 +94,8 @@ def test_seed_out_of_range_is_refused(seed: int) -> None:
 
 @pytest.mark.quick
 def test_local_size_does_not_matter_without_local_views() -> None:
-    assert digits_config(views={"local_size": 12, "local_count": 0}).view_count == 2
+    for size in (12, 96):
+        assert digits_config(views={"local_size": size, "local_count": 0}).view_count == 2
 
 
 @pytest.mark.quick
