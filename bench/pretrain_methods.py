@@ -201,7 +201,7 @@ def report(plan: Sequence[Planned], folder: Path) -> dict[str, Any]:
     return {
         "machine": machine(),
         "versions": {name: version(name) for name in PACKAGES},
-        "settings": {f"{one.data} {one.name}": dict(one.fields) for one in plan},
+        "settings": {one.folder: dict(one.fields) for one in plan},
         "planned": len(plan),
         "runs": [figures_of(planned, folder / planned.folder) for planned in done],
     }
@@ -222,6 +222,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.one is None and (options.out is None or options.json is None):
         parser.error("--out and --json are needed")
+    if options.norms and len(options.data or ()) > 1:
+        parser.error("--norms compares variants on one kind of images; give one with --data")
     return options
 
 

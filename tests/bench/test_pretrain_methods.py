@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bench.pretrain_methods import (
 from bench.pretrain_methods import (
     Planned,
     finished,
+    main,
     methods_plan,
     norms_plan,
     report,
@@ -142,5 +144,17 @@ def test_variants_of_dino_are_compared_by_their_norms(tmp_path: Path) -> None:
     table = norms_table(found)
     assert table.count("\n| 16 |") == 3
     assert f"{sum(map(collapsed, found['runs'][:1]))} of 1 |" in table.splitlines()[4]
+    both = report(norms_plan(["digits"], [16, 32], [0], TOY), tmp_path)
+    assert sorted(fields["head.prototypes"] for fields in both["settings"].values()) == [16] * 3 + [32] * 3
     plot_norms(found, tmp_path / "norms.png")
     assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_norms_of_two_kinds_of_images_are_not_mixed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "bench --norms --out runs --json norms.json --data digits animals"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit):
+        main()
+    assert "on one kind of images" in capsys.readouterr().err
