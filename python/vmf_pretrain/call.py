@@ -47,7 +47,8 @@ def pretrain(
 
     Args:
         data: a folder of images, searched recursively.
-        method: "dino-vmf", "dino", or "module:Class"; None takes that of the recipe.
+        method: "dino", "dino-vmf", "ibot", "ibot-vmf", "dinov2", "dinov2-vmf", "mae", "ijepa", "vjepa", or "module:Class"; None
+            takes that of the recipe.
         out: the run's folder; None takes the next free ``runs/fit``.
         recipe: settings by name; without ``recipe`` and ``config``, one is chosen by machine and images.
         config: settings as a YAML file.
