@@ -74,6 +74,10 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
     if chosen.command == EXPORT:
         run_export(order_of(chosen))
         return DONE
+    return _train(chosen, folder)
+
+
+def _train(chosen: argparse.Namespace, folder: list[Path]) -> int:
     fields = _fields(chosen)
     allowed = kinds_of(kind for text in chosen.allow_changed for kind in text.split(","))
     out = None if chosen.out is None else expanded(chosen.out, "--out")
