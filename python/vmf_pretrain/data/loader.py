@@ -50,7 +50,8 @@ class Loading(Iterator[Batch]):
             pin_memory=torch.cuda.is_available(),
         )
         before = set(multiprocessing.active_children())
-        with _own_child_signal(), held_signals() if data.workers else contextlib.nullcontext():
+        method = context.get_start_method()
+        with _own_child_signal(), held_signals(method) if data.workers else contextlib.nullcontext():
             self._batches: Iterator[Batch | PretrainError] | None = iter(loader)
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
         self._end = weakref.finalize(self, _end_workers, self._workers, closing)

@@ -54,8 +54,17 @@ class WorkerStart:
 
 
 @contextmanager
-def held_signals() -> Iterator[None]:
-    """Signals wait in this thread and in processes started here, which would die of them before they are ready."""
+def held_signals(method: str) -> Iterator[None]:
+    """Signals wait in this thread and in processes started here, which would die of them before they are ready.
+
+    What multiprocessing starts by itself is started before. A server of forks would hold them for ever, and with it every
+    process that is ever forked from it; the start of a tracker of resources would let them go.
+    """
+    if method == "forkserver":
+        from multiprocessing import forkserver, resource_tracker  # not on every system
+
+        resource_tracker.ensure_running()
+        forkserver.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -38,6 +38,8 @@ from vmf_pretrain.data.loader import _death, load_from
 from vmf_pretrain.data.waiting import Waiting
 from vmf_pretrain.data.worker import TOO_MANY_FILES
 
+ROOT = Path(__file__).parents[3]
+
 SOON = 10.0  # seconds
 Usage = namedtuple("Usage", "free")
 
@@ -102,6 +104,38 @@ def test_a_killed_worker_is_one_sentence_soon() -> None:
         worker.join(SOON)
     assert time.perf_counter() - begun < SOON
     assert all(worker.exitcode is not None for worker in workers), "a worker lives on"
+
+
+# the server of forks is started by the loader here, and then serves another
+SERVER = """
+import multiprocessing, signal
+from multiprocessing import resource_tracker
+from tests.pretrain.data.test_loader import batches_of, changed, batches_over, load_from
+if __name__ == "__main__":
+    resource_tracker.ensure_running()  # or its start lets go of what the loader holds
+    batches = batches_of()
+    forked = changed(batches.config, data={"start_method": "forkserver"})
+    next(load_from(batches_over(batches.images, forked), 0))
+    child = multiprocessing.get_context("forkserver").Process(target=signal.pause)
+    child.start()
+    child.terminate()
+    child.join(10)
+    print(child.exitcode)
+    child.kill()
+"""
+
+
+def test_a_server_of_forks_that_the_loader_starts_holds_no_signal_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(SERVER)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == [str(-signal.SIGTERM)]
 
 
 # without the engine, whose import takes longer than the test
