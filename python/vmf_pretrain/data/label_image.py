@@ -5,11 +5,13 @@ Legend: H x W pixels.
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.decode import MAX_PIXELS
 
@@ -33,6 +35,20 @@ def read_labels(encoded: bytes) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # a decoder may raise anything on the bytes of a stranger
         raise UnreadableImageError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+def read_label_file(path: Path) -> NDArray[np.uint8]:
+    """The same of a file.
+
+    Raises:
+        PretrainError: it cannot be read, or is no mask; names it.
+    """
+    try:
+        return read_labels(path.read_bytes())
+    except OSError as error:
+        raise PretrainError(f"the mask {path} cannot be read ({error.strerror}).") from None
+    except UnreadableImageError as error:
+        raise PretrainError(f"{path} is no mask ({error}).") from None
 
 
 def _numbers(image: Image.Image) -> NDArray[np.uint8]:

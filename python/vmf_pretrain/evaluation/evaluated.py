@@ -17,7 +17,7 @@ from vmf_pretrain.config.file import config_of, read_config
 from vmf_pretrain.config.former import renewed
 from vmf_pretrain.config.paths import expanded
 from vmf_pretrain.config.run import Config
-from vmf_pretrain.config.start_from import StartFromConfig
+from vmf_pretrain.config.start_from import HUB, StartFromConfig
 from vmf_pretrain.config.typed import fitted
 from vmf_pretrain.data.network_input import PHOTOGRAPHS, NetworkInput
 from vmf_pretrain.methods.method import Method, Place
@@ -30,7 +30,6 @@ from vmf_pretrain.storage.run_folder import RunFolder
 from vmf_pretrain.storage.tensor_file import read_header
 from vmf_pretrain.storage.weights import FACTS, described_weights
 
-TIMM = "timm:"
 WEIGHTS = ".safetensors"
 
 
@@ -80,8 +79,8 @@ def load_evaluated(
     Raises:
         PretrainError: there is no such network, or its weights do not fit: one sentence that says what was expected.
     """
-    if wanted.startswith(TIMM):
-        found = _of_timm(wanted.removeprefix(TIMM))
+    if wanted.startswith(HUB):
+        found = _of_timm(wanted.removeprefix(HUB))
     else:
         found = _of_path(expanded(wanted, "the network"), weights, allow_code)
     found.network.eval().requires_grad_(False).to(device)
@@ -141,7 +140,7 @@ def _of_timm(wanted: str) -> Evaluated:
     told: dict[str, Any] = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
     fed = NetworkInput(int(told["input_size"][-1]), tuple(told["mean"]), tuple(told["std"]))
     facts = {"timm": name, "file": file or None, "tag": network.pretrained_cfg.get("tag") or None}
-    return Evaluated(network, fed, f"{TIMM}{wanted}", facts, fingerprint_of(network, fed))
+    return Evaluated(network, fed, f"{HUB}{wanted}", facts, fingerprint_of(network, fed))
 
 
 def _of_published(path: Path) -> Evaluated:
@@ -154,7 +153,7 @@ def _of_published(path: Path) -> Evaluated:
         begin_with(nn.ModuleDict({"backbone": network}), {"backbone": backbone}, StartFromConfig(str(path)))
     except UnfitWeightsError as error:
         raise PretrainError(
-            f"the weights in {path} are of no known network: {error.reason}; say which it is with {TIMM}NAME=FILE."
+            f"the weights in {path} are of no known network: {error.reason}; say which it is with {HUB}NAME=FILE."
         ) from None
     fed = NetworkInput(int(network.patch_embed.img_size[0]), *PHOTOGRAPHS)
     facts = {"file": str(path), "network": found.name or None, "kind": kind}
@@ -193,7 +192,7 @@ def _timm_network(name: str, *, pretrained: bool) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise PretrainError(
-            f"the weights of {TIMM}{name} cannot be had ({reason}); without a network, give them as {TIMM}{name}=FILE."
+            f"the weights of {HUB}{name} cannot be had ({reason}); without a network, give them as {HUB}{name}=FILE."
         ) from None
 
 

@@ -3,6 +3,7 @@
 Legend: B images, F features.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.network_input import NetworkInput
 
 WEIGHTS = "model.safetensors"
+SETTINGS = "config.json"
 CROPPED = 224 / 256  # of the shorter side: what the published evaluations cut out of a resized photograph
 Features = Callable[[Tensor], Tensor]  # network inputs [B, ...] to features [B, F]
 
@@ -83,6 +85,22 @@ class Form(Protocol):
             PretrainError: a tensor is missing or left over.
         """
         ...
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write what the library is told beside the weights."""
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What ``write_settings`` wrote."""
+    settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    return settings
+
+
+def not_taken(library: str, reason: object) -> PretrainError:
+    """That a library does not take the file that was written for it: its reason names what is missing or left over."""
+    return PretrainError(f"{library} does not take the file: {' '.join(str(reason).split())}")
 
 
 def installed(package: str) -> bool:

@@ -1,19 +1,25 @@
 """timm: a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` takes, or its file as ``checkpoint_path``."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import timm
 
-from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.network_input import NetworkInput
-from vmf_pretrain.export.form import CROPPED, WEIGHTS, Exportable, Features, Loading
+from vmf_pretrain.export.form import (
+    CROPPED,
+    WEIGHTS,
+    Exportable,
+    Features,
+    Loading,
+    not_taken,
+    read_settings,
+    write_settings,
+)
 from vmf_pretrain.export.names import without_mask_token
 from vmf_pretrain.export.transformer import Shape, shape_of
 from vmf_pretrain.storage.tensor_file import write_tensors
 
-SETTINGS = "config.json"
 ANY_SCALE = 1e-5  # that makes timm's blocks have scales; the weights replace their values
 
 
@@ -36,7 +42,7 @@ class TimmForm:
             "pretrained_cfg": pretrained_settings(exported.fed),
             "model_args": arguments,
         }
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_settings(folder, settings)
         given = ",\n    ".join(f"{name}={value!r}" for name, value in arguments.items())
         code = (
             'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
@@ -48,7 +54,7 @@ class TimmForm:
 
     def read(self, exported: Exportable, folder: Path) -> Features | None:
         """The network that timm makes of the file."""
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_settings(folder)
         network: Features
         try:
             network = timm.create_model(
@@ -58,7 +64,7 @@ class TimmForm:
                 **settings["model_args"],
             ).eval()
         except RuntimeError as error:  # names every tensor that is missing or left over
-            raise PretrainError(f"timm does not take the file: {' '.join(str(error).split())}") from None
+            raise not_taken(self.name, error) from None
         return network
 
 

@@ -1,19 +1,16 @@
 """torchvision: the state dict of its ``VisionTransformer`` without heads."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.export.form import WEIGHTS, Exportable, Features, Loading
+from vmf_pretrain.export.form import WEIGHTS, Exportable, Features, Loading, not_taken, read_settings, write_settings
 from vmf_pretrain.export.names import scales_multiplied, translated, with_class_position, without_mask_token
 from vmf_pretrain.export.transformer import Shape, plain_shape, require_fitting
 from vmf_pretrain.storage.tensor_file import read_tensors, write_tensors
 
-SETTINGS = "config.json"
 CHANNELS = 3  # the only number that torchvision's network takes
 EPSILON = 1e-6  # of its layer normalisation, unless a class of one's own is given
 LAYER = r"encoder.layers.encoder_layer_\1."
@@ -45,7 +42,7 @@ class TorchvisionForm:
             tensors = with_class_position(tensors)
         write_tensors(folder / WEIGHTS, translated(tensors, RULES, self.name), {"format": "pt"})
         settings = class_arguments(shape)
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_settings(folder, settings)
         given = ",\n    ".join(f"{name}={value!r}" for name, value in settings.items())
         code = (
             "from safetensors.torch import load_file\nfrom torch import nn\n"
@@ -58,14 +55,14 @@ class TorchvisionForm:
 
     def read(self, exported: Exportable, folder: Path) -> Features | None:
         """torchvision's network with the file's tensors."""
-        settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_settings(folder)
         network: Any = VisionTransformer(**settings)
         network.heads = nn.Identity()
         tensors, _ = read_tensors(folder / WEIGHTS)
         try:
             network.load_state_dict(tensors, strict=True)
         except RuntimeError as error:
-            raise PretrainError(f"torchvision does not take the file: {' '.join(str(error).split())}") from None
+            raise not_taken(self.name, error) from None
         features: Features = network.eval()
         return features
 

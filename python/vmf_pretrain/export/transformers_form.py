@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.network_input import NetworkInput
-from vmf_pretrain.export.form import CROPPED, WEIGHTS, Exportable, Features, Loading, installed
+from vmf_pretrain.export.form import (
+    CROPPED,
+    WEIGHTS,
+    Exportable,
+    Features,
+    Loading,
+    installed,
+    not_taken,
+    read_settings,
+    write_settings,
+)
 from vmf_pretrain.export.names import MASK_TOKEN, split_attention, translated, with_class_position, without_mask_token
 from vmf_pretrain.export.transformer import Shape, plain_shape, require_fitting
 from vmf_pretrain.storage.tensor_file import write_tensors
@@ -58,7 +67,7 @@ class TransformersForm:
         tensors = _tensors(exported.network.state_dict(), shape, self.name)
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         settings = {"architectures": [kind], "torch_dtype": "float32", **_settings(shape)}
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_settings(folder, settings)
         if shape.channels == 3:
             prepared = json.dumps(_preparation(exported.fed), indent=2) + "\n"
             (folder / "preprocessor_config.json").write_text(prepared, encoding="utf-8")
@@ -75,14 +84,14 @@ class TransformersForm:
         """The network that transformers makes of the folder."""
         if not installed("transformers"):
             return None
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = read_settings(folder)
         (kind,) = settings["architectures"]
         library: Any = importlib.import_module("transformers")
         option = {"add_pooling_layer": False} if kind in ("ViTModel", "IJepaModel") else {}
         network, told = getattr(library, kind).from_pretrained(folder, output_loading_info=True, **option)
         wrong = {what: sorted(map(str, names)) for what, names in told.items() if names}
         if wrong:
-            raise PretrainError(f"transformers does not take the file: {wrong}.")
+            raise not_taken(self.name, f"{wrong}.")
         network.eval()
         pool, prefix = settings["vmf_pretrain_pool"], settings["vmf_pretrain_prefix"]
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.tasks.dense import DenseTask
-from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.images import Images
-from vmf_pretrain.data.label_image import read_labels
+from vmf_pretrain.data.label_image import read_label_file
 from vmf_pretrain.data.network_input import NetworkInput
 from vmf_pretrain.evaluation.bootstrap import interval
 from vmf_pretrain.evaluation.dense.classify import Classifier, linear_patches, nearest_patches
@@ -84,13 +83,7 @@ class Dense(Task[DenseTask]):
 
 
 def _mask(folder: Path, name: str) -> NDArray[np.uint8]:
-    path = folder / PurePath(name).with_suffix(".png")
-    try:
-        return read_labels(path.read_bytes())
-    except OSError as error:
-        raise PretrainError(f"the mask {path} cannot be read ({error.strerror}).") from None
-    except UnreadableImageError as error:
-        raise PretrainError(f"{path} is no mask ({error}).") from None
+    return read_label_file(folder / PurePath(name).with_suffix(".png"))
 
 
 def _masks(subject: Subject, split: str) -> Iterator[NDArray[np.uint8]]:

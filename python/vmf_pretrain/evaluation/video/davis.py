@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.decode import SUFFIXES
-from vmf_pretrain.data.label_image import read_labels
+from vmf_pretrain.data.label_image import read_label_file
 from vmf_pretrain.evaluation.video.statistics import ObjectScores, Tally
 
 VOID = 255
@@ -51,7 +50,7 @@ class Masks:
     """
 
     def __init__(self, first: Path) -> None:
-        self.white = int(set(np.unique(_labels(first)).tolist()) == {0, VOID})
+        self.white = int(set(np.unique(read_label_file(first)).tolist()) == {0, VOID})
 
     def read(self, path: Path) -> Labels:
         """[H, W] numbers of objects.
@@ -59,12 +58,12 @@ class Masks:
         Raises:
             PretrainError: the file cannot be read, or is no mask.
         """
-        labels = _labels(path)
+        labels = read_label_file(path)
         return np.where(labels == VOID, np.uint8(self.white), labels)
 
     def read_predicted(self, path: Path) -> Labels:
         """[H, W] numbers of objects of a prediction, which has no void pixels."""
-        return self.read(path) if self.white else _labels(path)
+        return self.read(path) if self.white else read_label_file(path)
 
 
 def read_videos(root: Path, split: str = "val") -> list[Video]:
@@ -138,12 +137,3 @@ def _inner(folder: Path) -> Path:
     )
     named = [path for path in resolutions if path.name == "480p"]
     return [*named, *resolutions, folder][0]
-
-
-def _labels(path: Path) -> Labels:
-    try:
-        return read_labels(path.read_bytes())
-    except OSError as error:
-        raise PretrainError(f"{path} cannot be read ({error.strerror}).") from None
-    except UnreadableImageError as error:
-        raise PretrainError(f"{path} is no mask ({error}).") from None
