@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.tables import gpu_table
+from bench.head_picture import groups_of, picture
 from bench.pretrain_tables import methods_table, norms_table
 from bench.shapes import bound_ms, over_the_best
 from vmf_bench.table import case_table, heading
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu"
-PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "losses.md")
+PICTURE = ROOT / "docs" / "head.svg"
 TABLE = re.compile(r"(<!-- table ([\w-]+) -->)\n.*?(<!-- /table -->)", re.DOTALL)
 
 HEAD_COLUMNS = (
@@ -234,6 +236,11 @@ def with_tables(page: str, folder: Path = RESULTS) -> str:
     return TABLE.sub(lambda found: f"{found[1]}\n{table(folder / f'{found[2]}.json')}\n{found[3]}", page)
 
 
+def head_picture() -> str:
+    """The README's picture, of the committed results."""
+    return picture(groups_of(json.loads((RESULTS / "head.json").read_text())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", help="a file, whose table is printed")
@@ -245,6 +252,8 @@ def main() -> None:
         print(table(options.results))
     for page in PAGES if options.write else ():
         page.write_text(with_tables(page.read_text()))
+    if options.write:
+        PICTURE.write_text(head_picture())
 
 
 if __name__ == "__main__":

@@ -8,26 +8,35 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import PAGES, RESULTS, TABLE, with_tables
+from bench.report import PAGES, PICTURE, RESULTS, TABLE, head_picture, with_tables
 from tests.readme_blocks import python_blocks
 
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON_BLOCKS = python_blocks(ROOT / "README.md")
+WITH_PYTHON = ("README.md", "docs/losses.md")
+PYTHON_BLOCKS = [
+    (page, number, source) for page in WITH_PYTHON for number, source in enumerate(python_blocks(ROOT / page))
+]
+LINKING = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")), "CONTRIBUTING.md")
+LINKS = [
+    (page, link)
+    for page in LINKING
+    for link in sorted(set(re.findall(r"\]\(((?!http|#)[^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text())))
+]
 
 
-@pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
-def test_python_block_runs_and_prints(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(PYTHON_BLOCKS[number], f"README.md block {number}", "exec"), {})
+@pytest.mark.parametrize(("page", "number", "source"), PYTHON_BLOCKS, ids=[f"{p} {n}" for p, n, _ in PYTHON_BLOCKS])
+def test_python_block_runs_and_prints(page: str, number: int, source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(source, f"{page} block {number}", "exec"), {})
     printed = capsys.readouterr().out
-    assert printed.strip(), f"block {number} printed nothing"
-    assert "nan" not in printed, f"block {number} printed {printed!r}"
+    assert printed.strip(), f"block {number} of {page} printed nothing"
+    assert "nan" not in printed, f"block {number} of {page} printed {printed!r}"
 
 
-def test_readme_has_its_blocks() -> None:
-    assert len(PYTHON_BLOCKS) == 4, f"found {len(PYTHON_BLOCKS)} python blocks"
+def test_pages_have_their_blocks() -> None:
+    assert [page for page, _, _ in PYTHON_BLOCKS] == ["README.md"] * 3 + ["docs/losses.md"]
 
 
 def test_set_up_command_uses_the_constraints_and_existing_extras() -> None:
@@ -46,9 +55,9 @@ def test_ci_runs_the_readme_s_commands() -> None:
     assert script.endswith(f"\n{tests[1]}\n"), "CI must end with the README's test command"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", README))))
-def test_linked_file_exists(path: str) -> None:
-    assert (ROOT / path).exists(), f"README links to {path}, which does not exist"
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page} {link}" for page, link in LINKS])
+def test_linked_file_exists(page: str, link: str) -> None:
+    assert (ROOT / page).parent.joinpath(link).exists(), f"{page} links to {link}, which does not exist"
 
 
 def test_two_line_diff_names_what_the_drop_in_has() -> None:
@@ -64,6 +73,7 @@ def test_tables_are_those_of_the_committed_results() -> None:
     """Numbers of the pages come from ``python -m bench.report --write``, never from a hand; no result is left out."""
     for page in PAGES:
         assert page.read_text() == with_tables(page.read_text()), f"{page.name}: run python -m bench.report --write"
+    assert PICTURE.read_text() == head_picture(), f"{PICTURE.name}: run python -m bench.report --write"
     shown = {found[2] for page in PAGES for found in TABLE.finditer(page.read_text())}
     assert shown == {path.stem for path in RESULTS.glob("*.json")}
 

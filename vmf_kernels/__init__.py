@@ -34,6 +34,8 @@ from vmf_kernels.statistics import AssignmentStatistics
 from vmf_kernels.unstored.prototype_logits import PrototypeLogits
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
 
+__version__ = "0.2.0"
+
 __all__ = [
     "AssignmentStatistics",
     "CenteringRule",
