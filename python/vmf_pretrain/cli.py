@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from vmf_pretrain.config.data import BUNDLED
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.config.file import config_text, text_layer
+from vmf_pretrain.config.file import config_text, options_layer
 from vmf_pretrain.config.method import METHODS
 from vmf_pretrain.config.paths import expanded
 from vmf_pretrain.config.resume import KINDS, MAY_CHANGE, flat, kinds_of
@@ -152,11 +152,7 @@ def _changeable(fields: dict[str, Any]) -> dict[str, Any]:
 def _fields(chosen: argparse.Namespace) -> dict[str, Any]:
     """The settings of the command line."""
     short = {"seed": chosen.seed, "method": chosen.method, "data.folder": getattr(chosen, "data", None)}
-    texts = {name: text for name, text in short.items() if text is not None}
-    twice = [name for name in texts if name in chosen.fields]
-    if twice:
-        raise PretrainError(f"{twice[0]} is given twice, as --{twice[0]} and by its short name; expected one of them.")
-    return text_layer({**texts, **chosen.fields})
+    return options_layer(short, chosen.fields)
 
 
 def _evaluation(question: Question, *, printed: bool) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.config.file import text_layer
+from vmf_pretrain.config.file import options_layer
 from vmf_pretrain.config.paths import expanded
 from vmf_pretrain.config.tasks.evaluation import EvaluationConfig
 from vmf_pretrain.config.typed import made
@@ -61,8 +61,7 @@ def wish_of(chosen: argparse.Namespace) -> Wish:
     if stray:
         raise PretrainError(f"--{stray[0]} does not go with embed; expected --features.NAME or --data.NAME.")
     short = {"data.folder": chosen.data, "weights": chosen.weights}
-    texts = {name: text for name, text in short.items() if text is not None}
-    config: EvaluationConfig = made(EvaluationConfig, text_layer({**texts, **chosen.fields}, EvaluationConfig))
+    config: EvaluationConfig = made(EvaluationConfig, options_layer(short, chosen.fields, EvaluationConfig))
     return Wish(chosen.network, expanded(chosen.out, "--out"), chosen.kind, config, chosen.allow_code)
 
 

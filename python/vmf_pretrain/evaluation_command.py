@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.config.file import text_layer
+from vmf_pretrain.config.file import options_layer
 from vmf_pretrain.config.paths import expanded
 from vmf_pretrain.config.tasks.evaluation import EvaluationConfig
 from vmf_pretrain.config.typed import made
@@ -38,11 +37,7 @@ def question_of(chosen: argparse.Namespace) -> Question:
         PretrainError: a task or a setting is unknown, or a value does not fit.
     """
     short = {"data.folder": chosen.data, "weights": chosen.weights}
-    texts = {name: text for name, text in short.items() if text is not None}
-    twice = [name for name in texts if name in chosen.fields]
-    if twice:
-        raise PretrainError(f"{twice[0]} is given twice, as --{twice[0]} and by its short name; expected one of them.")
-    config: EvaluationConfig = made(EvaluationConfig, text_layer({**texts, **chosen.fields}, EvaluationConfig))
+    config: EvaluationConfig = made(EvaluationConfig, options_layer(short, chosen.fields, EvaluationConfig))
     out = None if chosen.out is None else expanded(chosen.out, "--out")
     return Question(chosen.network, chosen_tasks(chosen.task), config, out, chosen.allow_code)
 

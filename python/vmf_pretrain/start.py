@@ -202,7 +202,8 @@ def _chosen(wish: Wish, say: Callable[[str], None]) -> dict[str, Any]:
     check_sections(wish.fields)  # before anything slow
     photos = photos_in(Path(data["folder"]))
     machine = this_machine(train.get("device", "auto"))
-    choice = choose(machine, photos, Asked(data.get("batch_size"), train.get("epochs")))
+    asked = Asked(data.get("batch_size"), train.get("epochs"), wish.fields.get("method"))
+    choice = choose(machine, photos, asked)
     for line in choice.reason:
         say(line)
     return layered(recipe_layer(choice.recipe), python_layer(choice.fields))

@@ -101,6 +101,24 @@ def text_layer(texts: Mapping[str, str], kind: type = Config) -> dict[str, Any]:
     return merged(*(_one_text(name, text, kind) for name, text in texts.items()))
 
 
+def options_layer(short: Mapping[str, str | None], fields: Mapping[str, str], kind: type = Config) -> dict[str, Any]:
+    """Settings of the command line, some of which have a short option too, such as ``--data`` for ``data.folder``.
+
+    Args:
+        short: what the short options say, by the dotted names that they stand for; None where an option is not given.
+        fields: what stands behind ``--section.field``.
+        kind: the dataclass of all settings.
+
+    Raises:
+        PretrainError: as ``text_layer``, or a setting is given in both ways.
+    """
+    texts = {name: text for name, text in short.items() if text is not None}
+    twice = [name for name in texts if name in fields]
+    if twice:
+        raise PretrainError(f"{twice[0]} is given twice, as --{twice[0]} and by its short name; expected one of them.")
+    return text_layer({**texts, **fields}, kind)
+
+
 def python_layer(values: Mapping[str, Any], kind: type = Config) -> dict[str, Any]:
     """Settings of a call: sections as mappings, or dotted names of the fields of ``kind``.
 

@@ -13,6 +13,10 @@ from vmf_pretrain.config.recipe import RecipeHeader
 from vmf_pretrain.config.run import Config
 
 FOLDER = Path(__file__).parent
+# by device: the recipe of DINO-vMF, which fits DINO too, and the beginning of the names of the other methods' recipes
+PHOTO_RECIPES = {"cpu": ("small_photos", "small"), "cuda": ("imagefolder_vits16", "imagenette")}
+CIFAR = "cifar"
+DINO = "dino"
 ANY_FOLDER: dict[str, Any] = {"data": {"folder": "FOLDER"}}  # recipes leave it to --data
 
 
@@ -40,6 +44,20 @@ def bundled_recipe(images: str, method: str | None = None) -> str:
     """The recipe for a method on bundled images: its own where there is one, and that of the images for all others."""
     own = f"{images}_{(method or '').removesuffix(VMF)}"
     return own if own in recipe_names() else images
+
+
+def photo_recipe(device: str, method: str | None = None, *, small: bool = False) -> str:
+    """The recipe for a method on photographs: its own where there is one, and that of DINO-vMF for all others.
+
+    Args:
+        device: "cpu" or "cuda".
+        method: by name; None is that of the recipe.
+        small: whether the images are as small as CIFAR's.
+    """
+    usual, own = PHOTO_RECIPES[device]
+    family = (method or "").removesuffix(VMF)
+    chosen = f"{CIFAR if small and device == 'cuda' else own}_{family}"
+    return chosen if family != DINO and chosen in recipe_names() else usual
 
 
 def recipe_path(name: str) -> Path:

@@ -92,6 +92,7 @@ def test_parquet_holds_the_same_or_says_what_is_missing(
         (["--out", "features.csv"], "ends in .npz"),
         (["--out", "nowhere/features.npz"], "no folder nowhere"),
         (["--out", "features.npz", "--knn.neighbours", "[1]"], "does not go with embed"),
+        (["--out", "features.npz", "--data.folder", "elsewhere"], "data.folder is given twice"),
     ],
 )
 def test_unfit_wishes_are_one_sentence(

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from vmf_pretrain.config.file import config_of, python_layer
+from vmf_pretrain.config.method import METHODS
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.recipes.choose import GIB, Asked, Choice, choose
 from vmf_pretrain.recipes.machine import Machine, Photos
-from vmf_pretrain.recipes.table import recipe_layer
+from vmf_pretrain.recipes.table import recipe_layer, recipe_of
 
 pytestmark = pytest.mark.quick
 
@@ -60,6 +61,42 @@ def test_recipe_fits_the_machine_and_its_images(
     assert f"{photos.count:,} images" in choice.reason[0]
     assert f"{epochs} epochs" in choice.reason[1]
     assert not any("\n" in line for line in choice.reason)
+
+
+# machine, shorter side, method, recipe
+OWN = [
+    (LAPTOP, 480, "mae", "small_mae"),
+    (LAPTOP, 32, "ijepa", "small_ijepa"),
+    (LAPTOP, 480, "ibot-vmf", "small_ibot"),
+    (LAPTOP, 480, "dino", "small_photos"),
+    (LAPTOP, 480, "own.module:Own", "small_photos"),
+    (GPU, 375, "mae", "imagenette_mae"),
+    (GPU, 96, "ijepa", "imagenette_ijepa"),
+    (GPU, 32, "dinov2", "cifar_dinov2"),
+    (GPU, 375, "dino-vmf", "imagefolder_vits16"),
+]
+
+
+@pytest.mark.parametrize(("machine", "side", "method", "recipe"), OWN)
+def test_a_method_gets_its_own_recipe(machine: Machine, side: int, method: str, recipe: str) -> None:
+    assert choose(machine, Photos(5_000, side), Asked(method=method)).recipe == recipe
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "vjepa"])
+def test_what_is_chosen_for_a_method_are_settings_of_it(machine: Machine, method: str) -> None:
+    for count, side in [(10, 32), (500, 96), (5_000, 480), (10**6, 375)]:
+        choice = choose(machine, Photos(count, side), Asked(method=method))
+        fields = python_layer({**choice.fields, "data.folder": "/photos", "method": method})
+        config = config_of(recipe_layer(choice.recipe), fields)
+        assert recipe_of(choice.recipe).config.method.split("-")[0] == method.split("-")[0]
+        if method == "ijepa":  # blocks need every row and column of a small grid, and patches that stay
+            assert config.blocks.edges == "fixed" or config.token_grid >= (14, 14)
+
+
+def test_fast_methods_get_more_epochs_of_the_same_minutes() -> None:
+    ours, mae = (settings_of(choose(LAPTOP, Photos(5_000, 480), Asked(method=name))) for name in ("dino-vmf", "mae"))
+    assert mae.train.epochs > 5 * ours.train.epochs
 
 
 @pytest.mark.parametrize("machine", [LAPTOP, GPU], ids=["cpu", "gpu"])
