@@ -1,4 +1,4 @@
-"""The command ``vmf-pretrain``: a demo on bundled images, a run on images of yours, evaluations, pictures, and recipes."""
+"""The command ``vmf-pretrain``: a demo, a run on images of yours, evaluations, pictures, recipes, and a look before a run."""
 
 import argparse
 import os
@@ -16,6 +16,8 @@ from vmf_pretrain.config.paths import expanded
 from vmf_pretrain.config.resume import KINDS, MAY_CHANGE, flat, kinds_of
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.typed import merged, names_of
+from vmf_pretrain.doctor_command import NAME as DOCTOR
+from vmf_pretrain.doctor_command import add_doctor, run_doctor, visit_of
 from vmf_pretrain.embed_command import NAME as EMBED
 from vmf_pretrain.embed_command import add_embed, run_embed, wish_of
 from vmf_pretrain.evaluation_command import NAME as EVALUATION
@@ -28,6 +30,7 @@ from vmf_pretrain.start_evaluation import Question
 
 DONE = 0  # exit code
 CRASHED = 1  # exit code
+BLOCKED = 1  # exit code of the doctor: a run would fail
 BAD_INPUT = 2  # exit code
 INTERRUPTED = 130  # exit code, as shells report a SIGINT
 FIELD = re.compile(r"--([a-z]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)  # --section.field VALUE, or --section.field=VALUE
@@ -40,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line; None takes the process's own.
 
     Returns:
-        The exit code: 0 done, 1 crashed, 2 bad input, 130 or 143 stopped by a signal after a checkpoint.
+        The exit code: 0 done, 1 crashed, or the doctor found that a run would fail, 2 bad input, 130 or 143 stopped by a
+        signal after a checkpoint.
     """
     folder: list[Path] = []  # of the run, once it is known
     try:
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return BAD_INPUT
     except KeyboardInterrupt:  # only before or after the training; during it, a signal first writes a checkpoint
-        _complain("stopped; a run that has begun goes on with --resume.")
+        _complain("stopped; a run that has begun goes on with --resume." if folder else "stopped.")
         return INTERRUPTED
     except BrokenPipeError:  # ``vmf-pretrain recipes | head``: who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,6 +78,8 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
     if chosen.command == EXPORT:
         run_export(order_of(chosen))
         return DONE
+    if chosen.command == DOCTOR:
+        return DONE if run_doctor(visit_of(chosen)) else BLOCKED
     return _train(chosen, folder)
 
 
@@ -283,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluation(commands)
     add_embed(commands)
     add_export(commands)
+    add_doctor(commands)
     table = commands.add_parser("recipes", help="list the recipes, or print one", allow_abbrev=False)
     table.add_argument("name", nargs="?", metavar="NAME", help="recipe to print as YAML")
     drawn = commands.add_parser("pictures", help="draw what a finished run makes of images", allow_abbrev=False)

@@ -19,7 +19,19 @@ PACKAGE = Path(str(vmf_pretrain.__file__)).parent
 README = (PACKAGE / "README.md").read_text()
 ORDER = order_of(README)
 SOURCES = {module_name(path, PACKAGE): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
-ROOMS = ["config", "data", "storage", "networks", "methods", "evaluation", "report", "export", "engine", "recipes"]
+ROOMS = [
+    "config",
+    "data",
+    "storage",
+    "networks",
+    "methods",
+    "evaluation",
+    "report",
+    "export",
+    "engine",
+    "recipes",
+    "doctor",
+]
 
 
 def imported_from(source: str) -> set[str]:

@@ -52,7 +52,7 @@ def _bundled(kind: str) -> tuple[Images, Images | None, Found]:
 
 
 def _photos(config: Config, allow_code: bool) -> tuple[Images, Images | None, Found]:
-    source, where = _source(config.data, allow_code)
+    source, where = source_of(config.data, allow_code)
     cache = None if config.data.cache is None else ImageCache(Path(config.data.cache), config.data.cache_side)
     labels, classes = source.labels()
     photos = everything(source, labels, config.views.global_size, cache)
@@ -80,8 +80,12 @@ def _held_out(config: Config, count: int) -> int:
     return max(1, round(config.data.held_out * count))
 
 
-def _source(data: DataConfig, allow_code: bool) -> tuple[Source, str]:
-    """The source of photographs, and its name for people."""
+def source_of(data: DataConfig, allow_code: bool) -> tuple[Source, str]:
+    """The source of photographs, and its name for people.
+
+    Raises:
+        PretrainError: there are none, or not where the settings say.
+    """
     if data.kind == "dataset":
         path = str(data.dataset)
         return UserSource(path, data.dataset_arguments, allow_code=allow_code), path
