@@ -50,6 +50,11 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("code", ["fit", "--recipe", "digits", "--method", "own.module:Own"], "add --allow-code if you trust it"),
     ("resume without run", ["fit", "--resume"], "--resume got no run"),
     ("unknown kind of change", ["fit", "--resume", "--allow-changed", "data,lr"], '--allow-changed "lr" is not known'),
+    ("doctor of no folder", ["doctor", "--data", "/nowhere/photos"], "data.folder /nowhere/photos is not a folder"),
+    ("doctor of no recipe", ["doctor", "--recipe", "dino_vits61"], "did you mean dino_vits16"),
+    ("doctor without images", ["doctor", "--recipe", "dino_vits16"], "data.folder is missing"),
+    ("doctor's field", ["doctor", "--optim.clip", "x"], "optim.clip"),
+    ("doctor's report", ["doctor", "--json", "/nowhere/found.json"], "there is no folder /nowhere"),
     ("field of recipes", ["recipes", "--optim.clip", "1"], "--optim.clip does not go with recipes"),
     ("unknown recipe to print", ["recipes", "digit"], "did you mean digits?"),
 ]

@@ -1,6 +1,7 @@
 """Memory that steps take, measured, and how many images fit into what can be had."""
 
 import contextlib
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def fitting(smaller: Sized, larger: Sized, memory: int) -> int | None:
     grown = (larger.bytes - smaller.bytes) / (larger.images - smaller.images)
     if grown <= 0:
         return None
-    return max(0, int((USABLE * memory - larger.bytes) / grown) + larger.images)
+    return max(0, math.floor((USABLE * memory - larger.bytes) / grown) + larger.images)
 
 
 def _status(name: str) -> int:
