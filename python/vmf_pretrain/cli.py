@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return BAD_INPUT
     except KeyboardInterrupt:  # only before or after the training; during it, a signal first writes a checkpoint
-        _complain("stopped; a run that has begun goes on with --resume." if folder else "stopped.")
+        _complain("stopped; a run that has begun goes on with --resume.")
         return INTERRUPTED
     except BrokenPipeError:  # ``vmf-pretrain recipes | head``: who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ from vmf_pretrain.data.batches import ViewBatches
 from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.loader import load_from, require_open_files, require_shared_memory
 from vmf_pretrain.data.waiting import Waiting
-from vmf_pretrain.doctor.memory import PeakMemory, Sized, at_hand, fitting
+from vmf_pretrain.doctor.memory import USABLE, PeakMemory, Sized, at_hand, fitting
 from vmf_pretrain.engine.beginning import beginning
 from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.engine.parallel import choose_device
@@ -34,7 +34,8 @@ class DryRun:
 
     Attributes:
         steps: that time counts of.
-        images: of such a step.
+        images: of such a step, the larger of the two sizes by which memory is judged.
+        fewer: images of the smaller one; the same where there is only one size.
         part: images that the run computes at once: its batch over ``train.accumulate``.
         images_per_second: at that size.
         data_wait: share of the time spent waiting for data.
@@ -49,6 +50,7 @@ class DryRun:
 
     steps: int
     images: int
+    fewer: int
     part: int
     images_per_second: float
     data_wait: float
@@ -102,7 +104,7 @@ def dry_run(
         require_shared_memory(whole)
         require_open_files(whole)
     device = choose_device(config.train.device)
-    trial = _Trial(Loop(quick, method, whole.steps_per_epoch, device, begin=beginning(quick, say)), clock)
+    trial = Trial(Loop(quick, method, whole.steps_per_epoch, device, begin=beginning(quick, say)), clock)
 
     def batches_of(images: int) -> ViewBatches:
         return ViewBatches(train, replace(quick, data=replace(quick.data, batch_size=images)), plan)
@@ -114,6 +116,7 @@ def dry_run(
     return DryRun(
         steps=steps,
         images=sizes[-1].images,
+        fewer=sizes[-2:][0].images,
         part=part,
         images_per_second=speed,
         data_wait=wait,
@@ -127,8 +130,16 @@ def dry_run(
     )
 
 
-class _Trial:
-    """A loop whose steps are timed."""
+class Trial:
+    """A loop whose steps are timed.
+
+    Args:
+        loop: the method and its optimizer.
+        clock: seconds that only rise.
+
+    Attributes:
+        not_finite: steps so far whose loss or gradient was not finite.
+    """
 
     def __init__(self, loop: Loop, clock: Callable[[], float]) -> None:
         self.loop, self.clock = loop, clock
@@ -146,12 +157,18 @@ class _Trial:
             self._take(batch)
             sizes.append(Sized(images, self.clock() - begun, peak.read()))
             following = min(2 * images, most)
-            growth = following / images
-            too_long = LEAST_STEPS * growth * sizes[-1].seconds > seconds
-            too_large = growth * sizes[-1].bytes > at_hand(self.loop.device)
-            if images == most or (len(sizes) > 1 and (too_long or too_large)):  # one size tells nothing of memory
+            if images == most or (len(sizes) > 1 and not self._goes_further(sizes[-2:], following, seconds)):
                 return sizes
             images = following
+
+    def _goes_further(self, last: list[Sized], images: int, seconds: float) -> bool:
+        """Whether there are time and memory for steps of so many images, by the line through the last two sizes."""
+        smaller, larger = last
+        more = (images - larger.images) / (larger.images - smaller.images)
+        longer, larger_by = larger.seconds - smaller.seconds, larger.bytes - smaller.bytes
+        lasts = larger.seconds + more * max(longer, 0.0)
+        takes = larger.bytes + more * max(larger_by, 0)
+        return LEAST_STEPS * lasts <= seconds and takes <= USABLE * at_hand(self.loop.device)
 
     def steps(self, batches: ViewBatches, seconds: float) -> tuple[int, float, float]:
         """Steps that count, images a second, and the share of waiting for data, with the run's own workers."""

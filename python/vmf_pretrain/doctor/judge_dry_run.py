@@ -49,10 +49,10 @@ def _waiting(found: DryRun) -> Finding:
 
 
 def _memory(found: DryRun, config: Config) -> Finding:
-    words = f"{size_text(found.memory)} with {found.images} images, of {size_text(found.at_hand)} at hand"
+    words = f"{size_text(found.memory)} with {counted(found.images, 'image')}, of {size_text(found.at_hand)} at hand"
     if found.fits is None:
         return fine("memory", f"{words}; more images take hardly more")
-    words += f"; about {found.fits:,} fit at once"
+    words += f"; about {found.fits:,} fit at once, by steps of {found.fewer} and {found.images}"
     if found.fits >= found.part:
         return fine("memory", words)
     parts = next(n for n in range(1, config.data.batch_size + 1) if _divides(n, found.fits, config))

@@ -51,7 +51,7 @@ def judge_equal(equal: Equal, source: Source) -> Finding:
     if not equal.groups:
         return fine(subject, f"no two files have the same bytes{scope}")
     copies = sum(len(group) - 1 for group in equal.groups)
-    across = [] if labels is None else [group for group in equal.groups if len(labels[list(group)].unique()) > 1]
+    across = [] if labels is None else [group for group in equal.groups if len(set(labels[list(group)].tolist())) > 1]
     shown = (across or equal.groups)[:SHOWN_PAIRS]
     pairs = "; ".join(f"{source.names[group[0]]} = {source.names[group[1]]}" for group in shown)
     words = f"{counted(copies, 'file')} with the bytes of another one{scope}, such as {pairs}"

@@ -163,5 +163,5 @@ def test_interrupt_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert main(["doctor"]) == INTERRUPTED
     error = capsys.readouterr().err
     assert one_sentence(error)
-    assert error == "vmf-pretrain: stopped.\n"
+    assert error.startswith("vmf-pretrain: stopped")
     assert not list(Path().iterdir())

@@ -18,8 +18,8 @@ from vmf_bench.inputs import HeadInputs
 from vmf_bench.peers.stored import published
 from vmf_bench.variants import OURS, Variant
 from vmf_kernels.backends.choice import BACKENDS
-from vmf_pretrain.doctor import kernels
-from vmf_pretrain.doctor.dry_run import DryRun, rehearsed
+from vmf_pretrain.doctor import dry_run, kernels
+from vmf_pretrain.doctor.dry_run import DryRun, Trial, rehearsed
 from vmf_pretrain.doctor.finding import Finding, fine, note, problem, verdict
 from vmf_pretrain.doctor.host import Host, judge_host, read_host
 from vmf_pretrain.doctor.judge_dry_run import judge_dry_run, judge_settings, room_needed
@@ -126,6 +126,7 @@ def test_a_loss_that_is_wrong_by_a_percent_is_a_problem(monkeypatch: pytest.Monk
 STEPS = DryRun(
     steps=18,
     images=64,
+    fewer=32,
     part=64,
     images_per_second=10.0,
     data_wait=0.05,
@@ -141,7 +142,7 @@ FIRST_STEPS = [
     (STEPS, "fine", "time", "about 1.0 hours"),
     (STEPS, "fine", "speed", "18 steps of 64 images: 10 images/s"),
     (replace(STEPS, images=16), "fine", "speed", "16 of the run's 64 images"),
-    (STEPS, "fine", "memory", "about 100 fit at once"),
+    (STEPS, "fine", "memory", "about 100 fit at once, by steps of 32 and 64"),
     (replace(STEPS, fits=None), "fine", "memory", "more images take hardly more"),
     (replace(STEPS, fits=20), "problem", "memory", "--train.accumulate 4,"),
     (replace(STEPS, fits=0), "problem", "memory", "smaller network"),
@@ -179,6 +180,32 @@ def test_trial_leaves_out_what_would_stay_or_take_minutes() -> None:
     quick = rehearsed(config)
     assert (quick.train.compile, quick.train.accumulate, quick.start_from.weights) == (False, 1, None)
     assert rehearsed(changed(config, start_from={"weights": "a.pth"})).start_from.weights == "a.pth"
+
+
+GROWTH = [
+    ("all", 12, 40.0, 1 << 40, [2, 4, 8, 12]),
+    ("short time", 64, 40.0, 1 << 40, [2, 4, 8, 16]),  # 10 steps of 32 images would last 42 seconds
+    ("little memory", 64, 40.0, 1, [2, 4]),
+    ("one image", 1, 40.0, 1 << 40, [1]),
+]
+
+
+@pytest.mark.parametrize(("name", "most", "seconds", "memory", "sizes"), GROWTH, ids=[row[0] for row in GROWTH])
+def test_steps_grow_as_far_as_time_and_memory_allow(
+    name: str, most: int, seconds: float, memory: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "at_hand", lambda device: memory)
+    passed = [0.0]
+
+    def step(number: int, images: int) -> list[object]:
+        passed[0] += 1.0 + 0.1 * images
+        return []
+
+    loop: Any = SimpleNamespace(device=torch.device("cpu"), step=step)
+    batches: Any = lambda images: SimpleNamespace(batch=lambda step: images)  # noqa: E731
+    found = Trial(loop, lambda: passed[0]).growing(batches, most, seconds)
+    assert [size.images for size in found] == sizes
+    assert [size.seconds for size in found] == pytest.approx([1.0 + 0.1 * images for images in sizes])
 
 
 def test_images_that_fit_lie_on_the_line_of_two_sizes() -> None:
