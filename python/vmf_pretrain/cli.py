@@ -292,12 +292,16 @@ def _parser() -> argparse.ArgumentParser:
     add_doctor(commands)
     table = commands.add_parser("recipes", help="list the recipes, or print one", allow_abbrev=False)
     table.add_argument("name", nargs="?", metavar="NAME", help="recipe to print as YAML")
+    _add_pictures(commands)
+    return parser
+
+
+def _add_pictures(commands: Any) -> None:
     drawn = commands.add_parser("pictures", help="draw what a finished run makes of images", allow_abbrev=False)
     drawn.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     drawn.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the PNGs (default: RUN/pictures)")
     drawn.add_argument("--weights", choices=("last", "best"), default="last", help="which weights (default: last)")
     drawn.add_argument("--allow-code", action="store_true", help="let the run's settings name modules of yours to run")
-    return parser
 
 
 def _say(line: str) -> None:

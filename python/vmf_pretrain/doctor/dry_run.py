@@ -75,14 +75,7 @@ def rehearsed(config: Config) -> Config:
     return replace(config, data=replace(config.data, cache=None), train=train, start_from=begin)
 
 
-def dry_run(
-    config: Config,
-    seconds: float,
-    say: Callable[[str], None],
-    *,
-    allow_code: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
-) -> DryRun:
+def dry_run(config: Config, seconds: float, say: Callable[[str], None], *, allow_code: bool = False) -> DryRun:
     """Steps of growing size, and then up to 20 of the largest for which the time allows half as many.
 
     Args:
@@ -90,29 +83,16 @@ def dry_run(
         seconds: that these steps may take.
         say: gets what is said of weights that the run starts from.
         allow_code: whether the settings may name modules to import.
-        clock: seconds that only rise.
 
     Raises:
         PretrainError: whatever would end the run at its start.
     """
-    quick = rehearsed(config)
-    method = method_class(quick, allow_code=allow_code)
-    train = load_images(quick, allow_code=allow_code)[0]
-    plan = method.plan(quick)
-    whole = ViewBatches(train, quick, plan)
-    if config.data.workers:
-        require_shared_memory(whole)
-        require_open_files(whole)
-    device = choose_device(config.train.device)
-    trial = Trial(Loop(quick, method, whole.steps_per_epoch, device, begin=beginning(quick, say)), clock)
-
-    def batches_of(images: int) -> ViewBatches:
-        return ViewBatches(train, replace(quick, data=replace(quick.data, batch_size=images)), plan)
-
+    loop, batches_of = _prepared(rehearsed(config), say, allow_code=allow_code)
+    trial, whole = Trial(loop), batches_of(config.data.batch_size)
     part = max(config.data.batch_size // config.train.accumulate, min(SMALLEST, config.data.batch_size))
     sizes = trial.growing(batches_of, part, seconds)
     steps, speed, wait = trial.steps(batches_of(sizes[-1].images), seconds)
-    memory = at_hand(device)
+    memory = at_hand(loop.device)
     return DryRun(
         steps=steps,
         images=sizes[-1].images,
@@ -123,11 +103,27 @@ def dry_run(
         memory=sizes[-1].bytes,
         fits=fitting(sizes[-2], sizes[-1], memory) if len(sizes) > 1 else None,
         at_hand=memory,
-        checkpoint=sum(_bytes(group) for group in trial.loop.tensors().values()),
-        weights=_bytes(trial.loop.method.exported.state_dict()),
+        checkpoint=sum(_bytes(group) for group in loop.tensors().values()),
+        weights=_bytes(loop.method.exported.state_dict()),
         not_finite=trial.not_finite,
         run_images=len(whole) * config.data.batch_size,
     )
+
+
+def _prepared(
+    config: Config, say: Callable[[str], None], *, allow_code: bool
+) -> tuple[Loop, Callable[[int], ViewBatches]]:
+    """The run's state before its first step, and its batches at any number of images."""
+    method = method_class(config, allow_code=allow_code)
+    train = load_images(config, allow_code=allow_code)[0]
+    plan = method.plan(config)
+    whole = ViewBatches(train, config, plan)
+    if config.data.workers:
+        require_shared_memory(whole)
+        require_open_files(whole)
+    device = choose_device(config.train.device)
+    loop = Loop(config, method, whole.steps_per_epoch, device, begin=beginning(config, say))
+    return loop, lambda images: ViewBatches(train, replace(config, data=replace(config.data, batch_size=images)), plan)
 
 
 class Trial:
@@ -141,7 +137,7 @@ class Trial:
         not_finite: steps so far whose loss or gradient was not finite.
     """
 
-    def __init__(self, loop: Loop, clock: Callable[[], float]) -> None:
+    def __init__(self, loop: Loop, clock: Callable[[], float] = time.perf_counter) -> None:
         self.loop, self.clock = loop, clock
         self.not_finite, self._step = 0, 0
 
