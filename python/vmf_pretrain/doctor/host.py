@@ -15,6 +15,7 @@ from vmf_pretrain.recipes.machine import this_machine
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period, and the period; or "max"
 LITTLE_SHARED = 256 << 20  # bytes; Docker gives 64 MiB, which one batch of photographs fills
+BUSY = 1.5  # programs a core from which they slow each other down
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Host:
         shared: free shared memory, bytes; None where the system has no such place.
         wanted_threads: the environment's OMP_NUM_THREADS.
         threads: that torch computes with.
+        load: programs that want a core at once, on average over the last minute; 0 where the system does not tell.
     """
 
     facts: dict[str, Any]
@@ -42,6 +44,7 @@ class Host:
     shared: int | None
     wanted_threads: str | None
     threads: int
+    load: float = 0.0
 
 
 def read_host() -> Host:
@@ -59,6 +62,7 @@ def read_host() -> Host:
         shared=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
         wanted_threads=os.environ.get("OMP_NUM_THREADS"),
         threads=torch.get_num_threads(),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
     )
 
 
@@ -76,6 +80,11 @@ def judge_host(host: Host) -> list[Finding]:
                 f"this container may use the time of {host.quota:g} cores but sees {host.cores}",
                 f"set OMP_NUM_THREADS to {max(1, round(host.quota))}, and data.workers to no more",
             )
+        )
+    if host.load > BUSY * host.cores:
+        words = f"other programs are computing here: {host.load:.0f} want one of {host.cores} cores"
+        found.append(
+            note("processor", words, "wait for them, or expect less speed; the figures below are of this moment")
         )
     found.append(_threads(host))
     if host.shared is not None:

@@ -54,6 +54,7 @@ HOSTS = [
     (replace(LAPTOP, driver=True, facts=CUDA), "note", "GPU", "for CUDA 13.0 finds no GPU"),
     (replace(LAPTOP, driver=True, facts=CUDA, gpus=GPU), "fine", "GPU", "1 that torch can use: a GPU (24.0 GiB)"),
     (replace(LAPTOP, quota=1.5), "note", "processor", "set OMP_NUM_THREADS to 2"),
+    (replace(LAPTOP, load=12.3), "note", "processor", "12 want one of 4 cores"),
     (replace(LAPTOP, wanted_threads="1"), "note", "threads", "uses 1 of 4 cores"),
     (replace(LAPTOP, wanted_threads="1", gpus=GPU), "fine", "threads", "is 1"),
     (replace(LAPTOP, wanted_threads="64"), "note", "threads", "set it to 4"),
