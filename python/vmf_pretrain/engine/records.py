@@ -1,4 +1,4 @@
-"""The lists that a run writes as it goes: numbers, unreadable images, skipped steps. The first rank writes them."""
+"""The lists that a run writes as it goes: numbers, histograms, unreadable images, skipped steps. The first rank writes them."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ class _Nothing:
 
 
 class Records:
-    """metrics.jsonl with TensorBoard's events, bad_files.jsonl and skipped_steps.jsonl.
+    """metrics.jsonl with TensorBoard's events, histograms.jsonl, bad_files.jsonl and skipped_steps.jsonl.
 
     Args:
         folder: of the run.
@@ -37,6 +37,7 @@ class Records:
         self.metrics: _Writes = _Nothing()
         self.bad: _Writes = _Nothing()
         self.skipped: _Writes = _Nothing()
+        self.histograms: _Writes = _Nothing()
         self._metrics: MetricsLog | None = None
         self._lists: list[JsonLines] = []
         if writes:
@@ -44,6 +45,10 @@ class Records:
             paths = (folder.bad_files, folder.skipped_steps)
             self._lists = [JsonLines(path, tolerant, lambda record: record.get("step", 0) < step) for path in paths]
             self.bad, self.skipped = self._lists
+            # of the state after its step, as a record of the metrics is
+            histograms = JsonLines(folder.histograms, tolerant, lambda record: record.get("step", 0) <= step)
+            self._lists.append(histograms)
+            self.histograms = histograms
 
     def close(self) -> None:
         """Try once more to write what the disk refused."""

@@ -75,6 +75,7 @@ class Run:
 
     Attributes:
         figures: the numbers of the summary, once the run has finished.
+        found: what there was where the images were looked for.
 
     Raises:
         PretrainError: the folder, the data or the checkpoint do not fit; the error says what was given and expected.
@@ -211,16 +212,16 @@ class Run:
     ) -> None:
         """Data, networks and what belongs to them; nothing is written."""
         config, method = self.config, method_class(self.config, allow_code=allow_code)
-        train, held_out, found = load_images(config, allow_code=allow_code)
-        if len(set(ranks.gathered([json.dumps(found.facts, sort_keys=True)]))) > 1:
+        train, held_out, self.found = load_images(config, allow_code=allow_code)
+        if len(set(ranks.gathered([json.dumps(self.found.facts, sort_keys=True)]))) > 1:
             raise PretrainError("the ranks do not find the same images; expected one disk, and all files on it.")
-        self._say(found.text)
+        self._say(self.found.text)
         self.batches = ViewBatches(train, config, method.plan(config), ranks.rank(), ranks.count())
         self.judge = Judge(train, held_out, config, probe_sets(config.evaluate, self.fed.size))
         device = choose_device(config.train.device)
         self.loop = Loop(config, method, self.batches.steps_per_epoch, device, begin=begin)
         self.keeping = closing.enter_context(
-            Keeping(self.folder, config, self.loop, self.batches, found.facts, self._say)
+            Keeping(self.folder, config, self.loop, self.batches, self.found.facts, self._say)
         )
         self._judging = self.first or self.loop.wrapped.sharded
 
@@ -251,6 +252,7 @@ class Run:
         self.bad = BadImages(records.bad.write, self.config.data.max_bad_share, self.facts.get("bad_images", 0))
         if self._on_disk == 0:  # a new run
             records.metrics.write({"step": 0, "knn": self.facts.get("knn_untrained")})
+            records.histograms.write(self.judge.histograms(self.loop.method, self.loop.place(0)))
         stopped = None
         loading = load_from(self.batches, self.step)
         self._waiting, self._logged_at = Waiting(loading), (self.step, time.perf_counter())
@@ -333,6 +335,7 @@ class Run:
         return f"its checkpoint COULD NOT BE WRITTEN; the newest one is of step {saved}."
 
     def _evaluate(self, records: Records, progress: RunProgress) -> None:
+        records.histograms.write(self.judge.histograms(self.loop.method, self.loop.place(self.step)))
         figures = self.judge.online(self.loop.method.evaluated)
         if self.loop.wrapped.sharded:  # what follows is done by all ranks or by none
             figures = json.loads(ranks.from_first(json.dumps(figures)))

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.images import SPLIT_SEED, Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.data.randomness import JUDGED_ORDER, generator_for
 from vmf_pretrain.evaluation.features import extract_features
 from vmf_pretrain.evaluation.given import Splits
+from vmf_pretrain.evaluation.histograms import histogram, singular_values, usage_histogram
 from vmf_pretrain.evaluation.knn import knn_accuracy
 from vmf_pretrain.evaluation.linear import linear_accuracy
 from vmf_pretrain.evaluation.online import Labelled, online_figures
-from vmf_pretrain.evaluation.prototypes import HeadReport, batch_information, report_head
+from vmf_pretrain.evaluation.prototypes import HeadReport, batch_information, report_head, usage_and_norms
 from vmf_pretrain.evaluation.rank import rankme
+from vmf_pretrain.evaluation.shown import spread
 from vmf_pretrain.methods.method import Assignment, Method, Place
 
 BASELINES = ("knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels")
@@ -31,6 +34,7 @@ HEAD_FIGURES = (
     "largest_duplicate_share",
 )
 BATCH = 256  # images a forward pass
+HISTOGRAM_IMAGES = 2048  # training images that histograms are of, at most: a second of a GPU
 PIXEL_SIDE = 32  # side of the images whose pixels k-NN compares: full photographs would fill the memory
 PROBED_SIDE = 16  # the same for the linear probe: at 32 it takes a minute for 800 photographs, and is no better
 
@@ -93,6 +97,29 @@ class Judge:
             "linear_pixels": self._linear(*(batch.flatten(1) for batch in probed)),
         }
 
+    def histograms(self, method: Method, place: Place) -> dict[str, Any]:
+        """How features of training images spread over directions, and over prototypes, which are left out where there are none.
+
+        Returns:
+            ``step`` of the place, ``images`` how many, ``rankme``, ``singular_values``, and ``usage`` and ``kappa`` (norm over
+            temperature), as ``histograms.py`` has them; only the step if the features are not finite.
+        """
+        chosen = spread(len(self.train), HISTOGRAM_IMAGES)
+        images = (self.train.evaluation_pixels(chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH))
+        try:
+            features = extract_features(method.evaluated, map(network_input(self.config).of, images))
+        except PretrainError:  # such a run ends by its skipped steps or by its next accuracy, not by a picture
+            return {"step": place.step}
+        found: dict[str, Any] = {"step": place.step, "images": len(chosen), "rankme": rankme(features)}
+        found["singular_values"] = singular_values(features)
+        assignment = method.assignment(place)
+        if assignment is None:
+            return found
+        usage, norms = usage_and_norms(assignment, features)
+        if bool(usage.isfinite().all()):  # before its first batch, a method's centre is no number
+            found["usage"] = usage_histogram(usage)
+        return {**found, "kappa": histogram(norms / assignment.temperature)}
+
     def inputs(self, images: Images) -> Iterator[Tensor]:
         """Network inputs of the evaluated images: batches [B, C, size, size]."""
         return map(network_input(self.config).of, self._pixels(images))
@@ -152,8 +179,7 @@ class Judge:
 
     def _chosen(self, images: Images) -> list[int]:
         """Indices of the evaluated images, evenly spread over all, because files are sorted by class."""
-        count = min(len(images), self.config.evaluate.max_images)
-        return [place * len(images) // count for place in range(count)]
+        return spread(len(images), self.config.evaluate.max_images)
 
     def _labels(self, images: Images) -> Tensor:
         assert images.labels is not None

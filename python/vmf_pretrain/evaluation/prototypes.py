@@ -79,6 +79,14 @@ def report_head(assignment: Assignment, features: Tensor, *, threshold: float) -
 
 
 @torch.no_grad()
+def usage_and_norms(assignment: Assignment, features: Tensor) -> tuple[Tensor, Tensor]:
+    """[K] mean probabilities of the prototypes over the images, and [K] norms, float32; arguments as ``report_head``."""
+    logits, on_device = _assigned(assignment, features)
+    statistics = _statistics(logits.features, logits.prototypes, assignment.temperature, on_device)
+    return statistics.usage.float().cpu(), logits.prototypes.norms().float().cpu()
+
+
+@torch.no_grad()
 def batch_information(assignment: Assignment, features: Tensor, *, rows: int) -> list[float]:
     """Mutual information, in nats, of each consecutive batch of ``rows`` images, as a log of such batches would have it.
 

@@ -14,9 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vmf_pretrain.evaluation.histograms import LOWEST_USAGE
+
 DOTS_PER_INCH = 120
 BAND = 0.025  # half-height of a band of collapse, as a share of ln K
-LOWEST_USAGE = 1e-4  # of uniform; below it a prototype is dead, whatever the exact number
 USAGE_BINS_PER_DECADE = 8
 KAPPA_BINS = 50
 TILE = 1.5  # side of an image, inches

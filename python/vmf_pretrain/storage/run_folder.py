@@ -80,6 +80,26 @@ class RunFolder:
         return self.path / "skipped_steps.jsonl"
 
     @property
+    def history(self) -> Path:
+        """How the run started and ended, each time, one JSON object per line."""
+        return self.path / "history.jsonl"
+
+    @property
+    def histograms(self) -> Path:
+        """Singular values of features, usage and concentrations of prototypes at each evaluation, one JSON object per line."""
+        return self.path / "histograms.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page for people."""
+        return self.path / "report.html"
+
+    @property
+    def pictures(self) -> Path:
+        """PNGs of what the trained network makes of images."""
+        return self.path / "pictures"
+
+    @property
     def summary(self) -> Path:
         """The numbers at the end of the run."""
         return self.path / "summary.json"
