@@ -1,4 +1,4 @@
-"""The command ``vmf-pretrain``: a demo, a run on images of yours, evaluations, pictures, recipes, and a look before a run."""
+"""The command ``vmf-pretrain``: a demo, a run on images of yours, evaluations, reports, recipes, and a look before a run."""
 
 import argparse
 import os
@@ -25,6 +25,8 @@ from vmf_pretrain.evaluation_command import add_evaluation, question_of, run_eva
 from vmf_pretrain.export_command import NAME as EXPORT
 from vmf_pretrain.export_command import add_export, order_of, run_export
 from vmf_pretrain.launch import first_to_say, many_ranks, rank, restarted
+from vmf_pretrain.report_command import NAME as REPORT
+from vmf_pretrain.report_command import add_report, ask_of, run_report
 from vmf_pretrain.start import Wish, require_free, settings, settings_to_go_on, start
 from vmf_pretrain.start_evaluation import Question
 
@@ -80,6 +82,9 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
         return DONE
     if chosen.command == DOCTOR:
         return DONE if run_doctor(visit_of(chosen)) else BLOCKED
+    if chosen.command == REPORT:
+        run_report(ask_of(chosen))
+        return DONE
     return _train(chosen, folder)
 
 
@@ -232,7 +237,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
             raise PretrainError(f"--{found[1]} got no value; expected --{found[1]} VALUE.")
         fields[found[1]] = value
     chosen = _parser().parse_args(rest)
-    if fields and chosen.command in ("recipes", "pictures", EXPORT):
+    if fields and chosen.command in ("recipes", "pictures", EXPORT, REPORT):
         raise PretrainError(
             f"--{next(iter(fields))} does not go with {chosen.command}; vmf-pretrain fit --print-config shows settings."
         )
@@ -290,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     add_embed(commands)
     add_export(commands)
     add_doctor(commands)
+    add_report(commands)
     table = commands.add_parser("recipes", help="list the recipes, or print one", allow_abbrev=False)
     table.add_argument("name", nargs="?", metavar="NAME", help="recipe to print as YAML")
     _add_pictures(commands)

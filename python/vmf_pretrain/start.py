@@ -162,6 +162,7 @@ def start(
     Raises:
         PretrainError: the settings, the data or the checkpoint do not fit, or the run cannot go on.
     """
+    from vmf_pretrain.engine.history import trained
     from vmf_pretrain.engine.parallel import process_group
     from vmf_pretrain.engine.run import Run
     from vmf_pretrain.networks import ranks
@@ -174,7 +175,7 @@ def start(
         )  # a shared disk may show ranks a new folder at different times
         began(folder)
         run = Run(agreed, folder, resume=resume, console=console, allow_code=allow_code, allow_changed=allow_changed)
-        return Started(run.train(), folder)
+        return Started(trained(run), folder)
 
 
 def _require_allowed(config: Config, allow_code: bool) -> None:

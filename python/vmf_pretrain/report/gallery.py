@@ -1,13 +1,18 @@
-"""Pictures of what the network of a finished run makes of images: attention, nearest neighbours, reconstructions."""
+"""Pictures of what the network of a finished run makes of images: attention, patches, nearest neighbours, reconstructions."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.config.run import Config
+from vmf_pretrain.data.batches import ViewBatches
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.load import load_images
+from vmf_pretrain.evaluation.components import coloured_patches
 from vmf_pretrain.evaluation.evaluated import Evaluated, load_evaluated
 from vmf_pretrain.evaluation.features import extract_features
 from vmf_pretrain.evaluation.nearest import nearest
@@ -15,16 +20,16 @@ from vmf_pretrain.evaluation.pictures import plot_neighbours, plot_pictures
 from vmf_pretrain.evaluation.shown import spread
 from vmf_pretrain.report.figures import sample_attention, sample_pictures
 from vmf_pretrain.report.plots import plot_attention
+from vmf_pretrain.report.views import VIDEO_AXES, draw_views
 
 SHOWN = 10  # images that are shown, one of each class while there are as many
 NEIGHBOURS = 8
 COMPARED = 10_000  # training images that neighbours are looked for among, at most
 BATCH = 256  # images a forward pass
-VIDEO_AXES = 5  # of clips: images, frames, channels, rows, columns
 
 
 def draw_gallery(run: Path, out: Path, *, weights: str = "last", allow_code: bool = False) -> list[Path]:
-    """Write attention.png, neighbours.png and reconstructions.png, each where the method has such; returns what was written.
+    """Write attention.png, pca.png, reconstructions.png, views.png and neighbours.png, each where the method has such.
 
     Images are held-out ones if there are any, and neighbours are training images.
 
@@ -33,6 +38,9 @@ def draw_gallery(run: Path, out: Path, *, weights: str = "last", allow_code: boo
         out: folder for the pictures; made if it is not there.
         weights: "last" or "best".
         allow_code: whether the run's settings may name modules to import.
+
+    Returns:
+        What was written.
 
     Raises:
         PretrainError: there is no such run, no such weights, or the images are gone.
@@ -46,18 +54,28 @@ def draw_gallery(run: Path, out: Path, *, weights: str = "last", allow_code: boo
     chosen = _of_each_class(images)
     shown = images.subset(torch.tensor(chosen))
     out.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    attention = sample_attention(config, method.evaluated, shown, count=SHOWN)
-    if attention is not None:
-        drawn.append(out / "attention.png")
-        plot_attention(*attention, drawn[-1])
+    drawn = list(_looks(found, config, shown, out))
     pictures = sample_pictures(config, method.evaluated, shown, method.pictures, count=SHOWN)
     if pictures:
         drawn.append(out / "reconstructions.png")
         plot_pictures(pictures, drawn[-1])
-    drawn.append(out / "neighbours.png")
+    drawn += [out / "views.png", out / "neighbours.png"]
+    draw_views(ViewBatches(train, config, method.plan(config)), drawn[-2])
     _draw_neighbours(found, (shown, train), known.classes, drawn[-1], own=chosen if held_out is None else None)
     return drawn
+
+
+def _looks(found: Evaluated, config: Config, shown: Images, out: Path) -> Iterator[Path]:
+    """Attention and patches as colours, as far as the network has such."""
+    attention = sample_attention(config, found.network, shown, count=SHOWN)
+    if attention is not None:
+        plot_attention(*attention, out / "attention.png")
+        yield out / "attention.png"
+    inputs = found.fed.of(shown.evaluation_pixels(range(len(shown))))
+    with contextlib.suppress(PretrainError):  # no features of patches
+        colours, _ = coloured_patches(found.network, inputs)
+        plot_pictures({"image": found.fed.pixels(inputs), "first 3 components": colours}, out / "pca.png")
+        yield out / "pca.png"
 
 
 def _of_each_class(images: Images) -> list[int]:

@@ -24,9 +24,9 @@ from vmf_pretrain.report import gallery
 
 TRAIN, HELD_OUT = (part.subset(torch.arange(count)) for part, count in zip(digits(), (60, 40), strict=True))
 METHODS = {
-    "dino": ["attention.png", "neighbours.png"],
-    "mae": ["attention.png", "neighbours.png", "reconstructions.png"],
-    "ijepa": ["neighbours.png"],
+    "dino": ["attention.png", "neighbours.png", "pca.png", "views.png"],
+    "mae": ["attention.png", "neighbours.png", "pca.png", "reconstructions.png", "views.png"],
+    "ijepa": ["neighbours.png", "pca.png", "views.png"],
 }
 Rows = list[tuple[Tensor, list[str]]]
 

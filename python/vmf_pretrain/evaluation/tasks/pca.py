@@ -1,19 +1,14 @@
 """Patches coloured by their first three principal components."""
 
-import torch
-
 from vmf_pretrain.config.tasks.pca import PcaTask
 from vmf_pretrain.data.images import Images
-from vmf_pretrain.evaluation.components import coloured
+from vmf_pretrain.evaluation.components import coloured_patches
 from vmf_pretrain.evaluation.given import Given
-from vmf_pretrain.evaluation.outputs import PATCHES, Kinds, Part, outputs
 from vmf_pretrain.evaluation.pictures import plot_pictures
 from vmf_pretrain.evaluation.result import Figure, Result
 from vmf_pretrain.evaluation.shown import readable
 from vmf_pretrain.evaluation.task import Subject, Task
 from vmf_pretrain.evaluation.views import CentreSquare
-
-PARTS: frozenset[Part] = frozenset({"patches"})
 
 
 class Pca(Task[PcaTask]):
@@ -25,16 +20,13 @@ class Pca(Task[PcaTask]):
         """All of them, of which a few are drawn."""
         return {"all": given.all}
 
-    @torch.no_grad()
     def run(self, subject: Subject, settings: PcaTask) -> Result:
         """The picture, and how much of the variance it shows."""
         evaluated = subject.evaluated
         view = CentreSquare(evaluated.fed.size, round(evaluated.fed.size * settings.resize))
         seen = readable(subject.images["all"], settings.shown, view)
-        inputs = evaluated.fed.of(seen).to(evaluated.device)
-        grids = outputs(evaluated.network, inputs, Kinds(1, PARTS))[PATCHES].float().cpu()  # [n, h, w, F]
-        colours, share = coloured(grids.flatten(0, 2))
-        columns = {"image": seen, "first 3 components": colours.reshape(*grids.shape[:3], -1).permute(0, 3, 1, 2)}
+        colours, share = coloured_patches(evaluated.network, evaluated.fed.of(seen))
+        columns = {"image": seen, "first 3 components": colours}
         return Result(
             [Figure("variance in 3 components", 100 * share)],
             pictures={"pca": lambda path: plot_pictures(columns, path)},

@@ -1,0 +1,1 @@
+"""One page of HTML of one run or several, which needs nothing but itself."""

@@ -1,0 +1,109 @@
+"""The top of the page: what became of each run, in words, with the evidence and what to try."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vmf_pretrain.report.page.markup import Html, name, table, text
+from vmf_pretrain.report.page.run_data import CRASH, RunData
+from vmf_pretrain.report.summary import comparison, verdict
+
+Runs = Sequence[RunData]
+
+FINISHED, STOPPED, FAILED, OPEN = "finished", "stopped", "failed", "not finished"
+MOST_TRACEBACK = 20_000  # letters of a crash.txt that are shown
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict, as the page shows it.
+
+    Attributes:
+        tone: "good", "bad" or "open".
+        words: what it is.
+        evidence, advice: sentences.
+    """
+
+    tone: str
+    words: str
+    evidence: Sequence[str] = ()
+    advice: Sequence[str] = ()
+
+
+def state_of(run: RunData) -> str:
+    """Whether the run has ended, and how."""
+    end = run.end
+    if end is not None:
+        return str(end.get("how", OPEN))
+    return FINISHED if run.summary is not None and not run.starts else OPEN
+
+
+def judged(run: RunData) -> Judged:
+    """What the run's figures mean."""
+    if run.summary is None or run.config is None:
+        return Judged("open", "The run has not been judged: it has no summary yet.")
+    words = verdict({"mutual_information": None, "teacher_entropy": None, **run.summary}, run.config.head.prototypes)
+    alive = "collapse:" not in words and "dead" not in words
+    return Judged("good" if alive else "bad", words)
+
+
+def headline(runs: Runs) -> Html:
+    """The name of the run, or of the runs, and what they are in a line."""
+    if len(runs) > 1:
+        return Html(f"<h1>{len(runs)} runs side by side</h1><p class='sub'>vmf-pretrain report</p>")
+    (run,) = runs
+    backbone = "" if run.config is None else f"{run.config.backbone.name} · "
+    seed = "" if run.config is None else f"seed {run.config.seed} · "
+    line = f"{run.method} · {backbone}{seed}{run.step:,} steps · {state_of(run)}"
+    return Html(f"<h1>{name(run.name)}</h1><p class='sub'>vmf-pretrain report · {text(line)}</p>")
+
+
+def verdicts(runs: Runs) -> Html:
+    """The verdict of each run; of several, first all of them in a table."""
+    parts = []
+    if len(runs) > 1:
+        rows = [[run.name, run.method, state_of(run), f"{run.step:,}", judged(run).words] for run in runs]
+        head = ["run", "method", "state", "steps", "verdict"]
+        parts.append(table(head, rows, "All runs", numbers=False))
+    return Html("".join([*parts, *(_verdict(run, several=len(runs) > 1) for run in runs)]))
+
+
+def _verdict(run: RunData, *, several: bool) -> Html:
+    found = judged(run)
+    title = f"<h3>{name(run.name)}</h3>" if several else ""
+    lists = "".join(
+        f"<h4>{called}</h4><ul>{''.join(f'<li>{text(one)}</li>' for one in sentences)}</ul>"
+        for called, sentences in (("Evidence", found.evidence), ("What to try", found.advice))
+        if sentences
+    )
+    words = f'<p class="words">{text(found.words)}</p>'
+    return Html(f'<div class="verdict {found.tone}">{title}{_ending(run)}{words}{lists}{_agreement(run)}</div>')
+
+
+def _ending(run: RunData) -> str:
+    """What a person must know of a run that did not come to its end."""
+    state, end = state_of(run), run.end or {}
+    if state == FINISHED:
+        return ""
+    if state == OPEN:
+        going = "it is still going, or it was killed" if run.starts else "it is still going, was stopped, or has failed"
+        said = f"The run has reached step {run.step:,} and has not said that it ended: {going}."
+    else:
+        done = "failed" if state == FAILED else "was stopped"
+        said = f"The run {done} after step {int(end.get('step', run.step)):,}: {end.get('reason') or 'no reason was given'}"
+    return f'<p class="ending">{text(said)}</p>{_traceback(run) if state == FAILED else ""}'
+
+
+def _traceback(run: RunData) -> str:
+    path = run.folder.path / CRASH
+    if not path.is_file():
+        return ""
+    said = path.read_text(encoding="utf-8", errors="replace")[-MOST_TRACEBACK:]
+    return f"<details><summary>{CRASH}</summary><pre tabindex='0'>{text(said)}</pre></details>"
+
+
+def _agreement(run: RunData) -> str:
+    """Whether the log and the summary agree."""
+    summary = run.summary or {}
+    if summary.get("mutual_information") is None or "mutual_information_agrees" not in summary:
+        return ""
+    return f"<p>{text(comparison(summary))}</p>"
