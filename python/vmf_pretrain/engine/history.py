@@ -1,4 +1,4 @@
-"""A run's training with what is wanted to be known of it afterwards: how it started and ended, and its page, also if it fails."""
+"""A run's training, with what is wanted afterwards: how it started and ended, and its page, also if it fails."""
 
 import datetime
 import os

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from vmf_pretrain.report.page.markup import LARGE, Html, csv_link, number, text
 
 WIDTH, HEIGHT = 480, 270
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40  # margins
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 40  # margins
 COLOURS = 8  # that page.css has, as c1 to c8
 MOST_POINTS = 2000  # of a line that is drawn; of more, those at the ends of each stretch of steps
 PAD = 0.06  # of the range, above and below
@@ -29,10 +29,16 @@ class Line:
     Attributes:
         name: in the legend.
         points: x and y, x rising; y None where it is not known, which leaves a gap.
+        colour: its number, so that a run has one colour in all charts; None takes the place among the lines.
     """
 
     name: str
     points: Sequence[Point]
+    colour: int | None = None
+
+    def style(self, place: int) -> str:
+        """The classes that draw it, as the line at a place."""
+        return f"line c{(place if self.colour is None else self.colour) % COLOURS + 1}"
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,7 @@ def _line(place: int, line: Line, x_axis: Axis, y_axis: Axis) -> str:
         elif stretch:
             parts.append(f'<polyline points="{" ".join(stretch)}"/>')
         stretch = []
-    return f'<g class="line c{place % COLOURS + 1}" data-line="{place}">{"".join(parts)}</g>'
+    return f'<g class="{line.style(place)}" data-line="{place}">{"".join(parts)}</g>'
 
 
 def _legend(chart: Chart) -> str:
@@ -213,7 +219,7 @@ def _legend(chart: Chart) -> str:
     items = []
     for place, line in enumerate(chart.lines):
         last = next((y for _, y in reversed(line.points) if y is not None), None)
-        key = f'<svg class="key" viewBox="0 0 22 8" aria-hidden="true"><g class="line c{place % COLOURS + 1}">'
+        key = f'<svg class="key" viewBox="0 0 22 8" aria-hidden="true"><g class="{line.style(place)}">'
         key += '<polyline points="0,4 22,4"/></g></svg>'
         value = f'<span class="last">{text(number(last))}</span>'
         items.append(
@@ -242,4 +248,6 @@ def _rows(chart: Chart) -> list[list[float | None]]:
 
 def tick(value: float) -> str:
     """A round number, without what its multiplication leaves behind."""
-    return f"{value:,.0f}" if abs(value) >= 1 and value == round(value) and abs(value) < LARGE else f"{value:.6g}"
+    if abs(value) >= 1 and value == round(value) and abs(value) < LARGE:
+        return f"{value:,.0f}"
+    return f"{value:.6g}".replace("e-0", "e-").replace("e+0", "e")

@@ -1,7 +1,9 @@
 """The sections of figures over time: losses, features, prototypes, speed."""
 
+import math
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from vmf_pretrain.report.page import chart, heat
 from vmf_pretrain.report.page.chart import Band, Chart, Line
@@ -22,6 +24,7 @@ from vmf_pretrain.report.page.run_data import RunData
 
 Runs = Sequence[RunData]
 
+LEAST_SHARE = 1e-5  # of the largest singular value that is drawn: below it is what fp32 features have by rounding
 SPECTRA = 4  # evaluations whose singular values are drawn
 BASELINES = {"knn_untrained": "the same network, untrained", "knn_pixels": "raw pixels"}
 
@@ -124,10 +127,10 @@ def _baselines(run: RunData) -> list[Band]:
 
 def _ranks(runs: Runs) -> Iterator[Html]:
     lines = []
-    for run in runs:
+    for place, run in enumerate(runs):
         points = [(found["step"], found["rankme"]) for found in run.histograms if _is_number(found.get("rankme"))]
         if points:
-            lines.append(Line(run.name if len(runs) > 1 else "RankMe", points))
+            lines.append(Line(run.name if len(runs) > 1 else "RankMe", points, place))
     if not lines:
         yield absent("The rank of the features over time was not logged.")
         return
@@ -138,13 +141,15 @@ def _ranks(runs: Runs) -> Iterator[Html]:
 def _spectra(runs: Runs) -> Iterator[Html]:
     """Singular values: of one run at a few evaluations, of several at the last one."""
     lines = []
-    for run in runs:
+    for place, run in enumerate(runs):
         known = [found for found in run.histograms if _has_values(found.get("singular_values"))]
-        some = known[-1:] if len(runs) > 1 else [known[place] for place in _spread(len(known), SPECTRA)]
+        some = known[-1:] if len(runs) > 1 else [known[chosen] for chosen in _spread(len(known), SPECTRA)]
         for found in some:
             values = found["singular_values"]
-            points = list(zip(values["ranks"], values["values"], strict=False))
-            lines.append(Line(run.name if len(runs) > 1 else f"step {found['step']:,}", points))
+            pairs = zip(values["ranks"], values["values"], strict=False)
+            points = [(rank, value if value >= LEAST_SHARE else None) for rank, value in pairs]
+            called, colour = (run.name, place) if len(runs) > 1 else (f"step {found['step']:,}", len(lines))
+            lines.append(Line(called, points, colour))
     if not lines:
         yield absent("Singular values of the features were not logged.")
         return
@@ -173,8 +178,8 @@ def _has_bins(found: Any) -> bool:
     """Whether a record is a histogram that can be drawn."""
     if not isinstance(found, Mapping) or not found.get("counts"):
         return False
-    ends = found.get("low"), found.get("high")
-    return all(_is_number(end) and end > 0 for end in ends) and ends[0] < ends[1] and max(found["counts"]) > 0
+    low, high = found.get("low"), found.get("high")
+    return _is_number(low) and _is_number(high) and 0 < low < high and max(found["counts"]) > 0
 
 
 def _has_values(found: Any) -> bool:
@@ -183,10 +188,8 @@ def _has_values(found: Any) -> bool:
     )
 
 
-def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) < float("inf")
-    )
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _spread(count: int, shown: int) -> list[int]:

@@ -42,10 +42,12 @@ def figures(runs: Runs) -> Html:
             [label, *(_percent(known[0], f"{which}{way}") for which in ("knn", "linear"))]
             for way, label in WAYS.items()
         ]
-        parts.insert(0, table(["frozen features", "k-NN %", "linear %"], rows, "Accuracy on held-out images"))
-    if known:
-        parts.append(_side_by_side(known, alone=len(runs) == 1))
-    return Html("".join(parts))
+        parts.append(table(["frozen features", "k-NN %", "linear %"], rows, "Accuracy on held-out images"))
+    if not known:
+        return Html("".join(parts))
+    head, rows = _side_by_side(known, alone=len(runs) == 1)
+    parts.append(table(head, rows, "Figures at the end (summary.json)"))
+    return Html(f'<div class="tables">{"".join(parts)}</div><p class="below">{csv_link("figures.csv", head, rows)}</p>')
 
 
 def evaluations(runs: Runs) -> Html:
@@ -101,8 +103,8 @@ def _percent(run: RunData, key: str) -> str:
     return f"{value:.1f}" if _known(value) else "no labels"
 
 
-def _side_by_side(runs: Runs, *, alone: bool) -> Html:
-    """A row for each figure, a column for each run."""
+def _side_by_side(runs: Runs, *, alone: bool) -> tuple[list[str], list[list[str]]]:
+    """Titles, and a row for each figure with a column for each run."""
     accuracies = {} if alone else {f"{which}{way}": f"{title}, {label}" for which, title in
         (("knn", "k-NN %"), ("linear", "linear %")) for way, label in WAYS.items()}  # fmt: skip
     rows: list[list[str]] = [[label, *(_percent(run, key) for run in runs)] for key, label in accuracies.items()]
@@ -115,9 +117,7 @@ def _side_by_side(runs: Runs, *, alone: bool) -> Html:
                 f"{value:.1f}" if percent and _known(value) else number(value and value * scale) for value in values
             ]
             rows.append([f"{label}, {unit}" if unit else label, *cells])
-    head = ["figure", *(["at the end"] if alone else [run.name for run in runs])]
-    save = csv_link("figures.csv", head, rows)
-    return Html(table(head, rows, "Figures at the end (summary.json)") + f'<p class="below">{save}</p>')
+    return ["figure", *(["at the end"] if alone else [run.name for run in runs])], rows
 
 
 def _evaluation(run: RunData, task: str, result: Any) -> Html:

@@ -171,7 +171,7 @@ def charts_of(panel: Panel, runs: Sequence[RunData]) -> list[Chart]:
 
 def lines_of(key: str, runs: Sequence[RunData]) -> list[Line]:
     """A figure's line for each run that has it."""
-    return [Line(run.name, run.series(key)) for run in runs if run.last(key) is not None]
+    return [Line(run.name, run.series(key), place) for place, run in enumerate(runs) if run.last(key) is not None]
 
 
 def memory_keys(runs: Sequence[RunData]) -> list[str]:
@@ -212,10 +212,9 @@ def _bands(kind: str, runs: Sequence[RunData]) -> list[Band]:
         return [Band(1.0, 1.0, "1")]
     if kind == "waiting":
         return [Band(0.2, 0.2, "too much: 0.2")]
-    counts = {
-        _prototypes(run, kind) for run in runs if run.last("teacher_entropy") is not None and run.config is not None
-    }
-    if kind not in ("entropy", "patch entropy") or not counts:
+    shown = {"entropy": "teacher_entropy", "patch entropy": "patch_teacher_entropy"}.get(kind, "")
+    counts = {_prototypes(run, kind) for run in runs if run.last(shown) is not None and run.config is not None}
+    if not counts:
         return []
     half = BAND * math.log(max(counts))
     levels = [(math.log(count), f"uniform collapse: ln {count:,} = {math.log(count):.2f}") for count in sorted(counts)]

@@ -42,8 +42,8 @@ def judged(run: RunData) -> Judged:
     if run.summary is None or run.config is None:
         return Judged("open", "The run has not been judged: it has no summary yet.")
     words = verdict({"mutual_information": None, "teacher_entropy": None, **run.summary}, run.config.head.prototypes)
-    alive = "collapse:" not in words and "dead" not in words
-    return Judged("good" if alive else "bad", words)
+    tone = "good" if "alive" in words else "open" if "no prototypes" in words else "bad"
+    return Judged(tone, words)
 
 
 def headline(runs: Runs) -> Html:
