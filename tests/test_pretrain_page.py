@@ -59,7 +59,12 @@ def test_command_is_understood(
     if "--resume" in arguments:
         Path("runs/photos").mkdir(parents=True)
         Path("runs/photos/config.yaml").write_text(Path("mine.yaml").read_text())
-    if arguments[0] in ("pictures", "export", "embed"):  # they need a finished run, and have tests of their own
+    if arguments[0] in (
+        "pictures",
+        "report",
+        "export",
+        "embed",
+    ):  # they need a finished run, and have tests of their own
         assert main(arguments) == 2
         assert arguments[1] in capsys.readouterr().err
         return

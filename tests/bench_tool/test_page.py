@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 import torch
 
 from tests.bench_tool.toy import DTYPES, session
+from tests.browser import dumped, needs_browser
 from vmf_bench.attempts import attempt
 from vmf_bench.check import check
 from vmf_bench.inputs import HeadShape
@@ -26,7 +24,6 @@ from vmf_bench.plan import MAIN, PROTOTYPES, ROWS, Case
 from vmf_bench.table import heading
 from vmf_bench.variants import VARIANTS
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = '<!--<script></script><b>it\'s "broken" & more \u2028\u00e9</b>'
 VOID = ("meta", "input", "br")
 
@@ -159,11 +156,7 @@ def test_sizes_that_were_not_measured_have_no_chart(record: dict[str, Any]) -> N
     assert "Not measured" not in html
 
 
-def browser() -> str | None:
-    return next((found for name in BROWSERS if (found := shutil.which(name))), None)
-
-
-@pytest.mark.skipif(browser() is None and "VMF_REQUIRE_BROWSER" not in os.environ, reason="there is no browser here")
+@needs_browser
 def test_a_browser_runs_the_page(record: dict[str, Any], tmp_path: Path) -> None:
     """Its script runs to the end; a broken script leaves no mark, which is the negative control."""
     html = page(record)
@@ -179,19 +172,8 @@ def rendered(html: str, folder: Path) -> str:
     """The document after its script has run, without a network."""
     folder.mkdir()
     (folder / "page.html").write_text(html, encoding="utf-8")
-    found = browser()
-    assert found is not None, f"VMF_REQUIRE_BROWSER is set, and there is none of {', '.join(BROWSERS)}"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
-    profile = f"--user-data-dir={folder / 'profile'}"
-    done = subprocess.run(
-        [found, *options, profile, (folder / "page.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+    document, _ = dumped(folder / "page.html")
+    return re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
 
 
 def test_what_others_raise_is_shortened() -> None:

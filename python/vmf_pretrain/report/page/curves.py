@@ -1,7 +1,6 @@
 """The sections of figures over time: losses, features, prototypes, speed."""
 
 import math
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
