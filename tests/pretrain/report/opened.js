@@ -15,7 +15,7 @@ const look = (frame) => {
       const from = one.getAttribute("src") ?? one.getAttribute("href") ?? "";
       return from !== "" && !from.startsWith("data:image/png;base64,");
     }).length,
-    requests: view.performance.getEntriesByType("resource").filter((one) => !one.name.startsWith("data:")).map((one) => one.name.slice(-60)),
+    title: page.title,
     charts: root.dataset.charts ?? null,
     text: page.body.textContent,
     rows: [...page.querySelectorAll("tbody tr")].map((row) => [...row.cells].map((cell) => cell.textContent)),
