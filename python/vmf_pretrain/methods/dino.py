@@ -16,6 +16,7 @@ from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.plan import Plan
 from vmf_pretrain.methods.method import MINIMISED, Assignment, Method, Place
 from vmf_pretrain.methods.published import PublishedLoss
+from vmf_pretrain.methods.spread import feature_numbers
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.networks.average import follow
 from vmf_pretrain.networks.backbone import build_backbone, xavier
@@ -40,7 +41,9 @@ class DINO(Method):
         self.koleo = DistributedKoLeoLoss() if config.loss.koleo_group == "batch" else KoLeoLoss()
         optim = config.optim
         self.momentum = CosineSchedule(optim.teacher_momentum, optim.final_teacher_momentum, start.steps)
-        self._norms: Tensor | None = None  # [K] of the teacher's prototypes in the last batch
+        # of the teacher in the last batch: the norms of its prototypes [K], and its class features [GLOBAL_VIEWS * B, F]
+        self._norms: Tensor | None = None
+        self._features: Tensor | None = None
 
     @classmethod
     def plan(cls, config: Config) -> Plan:
@@ -69,7 +72,7 @@ class DINO(Method):
     def forward(self, batch: Batch, place: Place) -> dict[str, Tensor]:
         """The cross-entropy between views, and KoLeo."""
         with torch.no_grad():
-            _, targets = self.teacher(batch.views[:GLOBAL_VIEWS])
+            self._features, targets = self.teacher(batch.views[:GLOBAL_VIEWS])
             self._norms = targets.prototypes.norms()
         features, logits = self.student(batch.views)
         loss = self.loss(logits, targets, place.epoch)
@@ -78,20 +81,28 @@ class DINO(Method):
         return {MINIMISED: total, "loss": loss, "koleo": koleo}
 
     def numbers(self) -> dict[str, Tensor]:
-        """Entropies, divergence and mutual information of the last batch, nats; and norms of the teacher's prototypes."""
-        found, norms = self.loss.statistics, self._norms
+        """Entropies, divergence and mutual information of the last batch, nats; what shows a collapse; norms of prototypes.
+
+        ``prototypes_in_use`` is exp of the entropy of the mean assignment, and ``largest_share`` is that of the prototype that
+        is used most. They, the norms and ``feature_rank`` and ``feature_variance`` are the teacher's.
+        """
+        found, norms, features = self.loss.statistics, self._norms, self._features
         assert found is not None
         assert norms is not None
+        assert features is not None
         teacher_entropy, student_entropy, kl = (
             ranks.averaged(value) for value in (found.teacher_entropy, found.student_entropy, found.kl)
         )
         usage = ranks.averaged(found.usage)
-        information = -torch.xlogy(usage, usage).sum() - teacher_entropy
+        usage_entropy = -torch.xlogy(usage, usage).sum()
         return {
             "teacher_entropy": teacher_entropy,
             "student_entropy": student_entropy,
             "kl": kl,
-            "mutual_information": information,
+            "mutual_information": usage_entropy - teacher_entropy,
+            "prototypes_in_use": usage_entropy.exp(),
+            "largest_share": usage.max(),
+            **feature_numbers(features),
             "least_norm": norms.min(),
             "median_norm": norms.median(),
             "largest_norm": norms.max(),

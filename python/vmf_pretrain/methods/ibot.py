@@ -66,7 +66,7 @@ class IBOT(DINO):
         every = self.center_tokens == "all"
         with torch.no_grad():
             taught = self.teacher.streams(whole, [], mask=None, chosen=None if every else chosen)
-            self._norms = taught.of_class.prototypes.norms()
+            self._norms, self._features = taught.of_class.prototypes.norms(), taught.features
         learnt = self.student.streams(whole, local, mask=mask, chosen=chosen)
         targets = (
             taught.patches.unflatten(0, (images, patches)) if every else placed(taught.patches, chosen, images, patches)

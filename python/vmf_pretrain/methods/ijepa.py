@@ -18,6 +18,7 @@ from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.plan import MaskSampler, Plan
 from vmf_pretrain.data.token_masks import MultiBlockMasks, TubeMasks
 from vmf_pretrain.methods.method import MINIMISED, Method, Place
+from vmf_pretrain.methods.spread import feature_numbers
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.networks.average import follow
 from vmf_pretrain.networks.backbone import build_backbone, heads_of, xavier
@@ -57,7 +58,7 @@ class IJEPA(Method):
         self.momentum = LinearSchedule(
             optim.teacher_momentum, optim.final_teacher_momentum, start.steps * optim.stretch
         )
-        self._last: tuple[list[Tensor], Tensor] | None = None
+        self._last: tuple[list[Tensor], list[Tensor], Tensor] | None = None
 
     @classmethod
     def plan(cls, config: Config) -> Plan:
@@ -103,7 +104,7 @@ class IJEPA(Method):
         pieces = torch.split(predicted, [target.shape[1] for target in targets], dim=1)
         losses = [self.distance(piece.to(target.dtype), target) for piece, target in zip(pieces, targets, strict=True)]
         loss = torch.stack(losses).mean()
-        self._last = (targets, loss.detach())
+        self._last = (targets, [piece.detach() for piece in pieces], loss.detach())
         return {MINIMISED: loss, "loss": loss}
 
     @staticmethod
@@ -116,10 +117,12 @@ class IJEPA(Method):
 
         ``target_variance`` is that of all target tokens, at most 1 because each is normalised; near 0, all tokens are alike.
         ``image_variance`` is that of the images' means; near 0, tokens may tell where they are, but not in which image.
+        ``predicted_variance`` is that of all predicted tokens; near 0, the predictor says the same of everything.
         """
         assert self._last is not None
-        targets, loss = self._last
+        targets, predicted, loss = self._last
         constants = [_centred(target.flatten(0, 1)) for target in targets]
+        guesses = [_centred(piece.float().flatten(0, 1)).square().mean() for piece in predicted]
         constant = torch.stack([self.distance(c, torch.zeros_like(c)) for c in constants]).mean()
         tokens = torch.stack([c.square().mean() for c in constants]).mean()
         images = torch.stack([_centred(target.mean(dim=1)).square().mean() for target in targets]).mean()
@@ -129,6 +132,8 @@ class IJEPA(Method):
             "relative_loss": ranks.averaged(loss) / constant,
             "target_variance": tokens,
             "image_variance": images,
+            "predicted_variance": ranks.averaged(torch.stack(guesses).mean()),
+            **feature_numbers(targets[0].mean(dim=1)),
         }
 
     def after_step(self, place: Place, share: Tensor | float) -> None:
