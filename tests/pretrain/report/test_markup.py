@@ -10,8 +10,10 @@ from urllib.parse import unquote
 import pytest
 import torch
 
+from vmf_pretrain.data.waiting import TOO_MUCH
 from vmf_pretrain.evaluation.histograms import LOWEST_USAGE, histogram, singular_values, usage_histogram
 from vmf_pretrain.evaluation.rank import rankme
+from vmf_pretrain.report.page import panels
 from vmf_pretrain.report.page.chart import MOST_POINTS, Axis, Band, Chart, Line, drawn, thinned
 from vmf_pretrain.report.page.heat import edges
 from vmf_pretrain.report.page.markup import csv_link, number, text
@@ -111,6 +113,10 @@ def test_unused_prototypes_are_counted_apart() -> None:
     found = usage_histogram(usage)
     assert (found["below"], sum(found["counts"])) == (2, 2)
     assert found["low"] > LOWEST_USAGE
+
+
+def test_waiting_is_too_much_where_training_says_so() -> None:
+    assert panels.TOO_MUCH == TOO_MUCH
 
 
 def test_colours_can_be_read_in_light_and_dark() -> None:

@@ -36,7 +36,8 @@ INJECTED = (
     """<img src="there.png" alt="faulty" onload="document.title = 'ran'"><script>console.error('faulty')</script>"""
 )
 BOOM = 'boom "</script><script>alert(1)</script>"'
-STATES = ["finished", "masked", "predicting", "failed", "unfinished", "empty", "not finite"]
+DERIVED = ["unfinished", "empty", "not finite", "collapsed"]  # from the finished one
+STATES = ["finished", "masked", "predicting", "failed", *DERIVED]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             folders[name] = base / name
             assert trained(a_run(changed(masked_config(method), **short), folders[name])[0]) == 0
         folders["failed"] = failed(changed(masked_config("mae"), **short), base / "failed")
-    folders |= {name: derived(folders["finished"], base / name) for name in ("unfinished", "empty", "not finite")}
+    folders |= {name: derived(folders["finished"], base / name) for name in DERIVED}
     for name in ("unfinished", "not finite"):
         lines = (folders[name] / "history.jsonl").read_text().splitlines(keepends=True)
         (folders[name] / "history.jsonl").write_text("".join(lines[:-1]))
@@ -79,7 +80,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     )
     (folders["not finite"] / "metrics.jsonl").write_text(broken)
     pages = {name: folder / "report.html" for name, folder in folders.items()}
-    for name in ("unfinished", "empty", "not finite"):
+    dead = {"loss": 0.01, "teacher_entropy": 0.01, "kl": 0.0, "mutual_information": 0.0, "prototypes_in_use": 1.01}
+    steps = [{"step": step, "epoch": 2, **dead} for step in range(10, 110, 10)]
+    (folders["collapsed"] / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
+    for name in DERIVED:
         write_page([folders[name]], pages[name])
     pages["compared"] = base / "compared.html"
     write_page([folders[name] for name in ("finished", "masked", "failed")], pages["compared"])
@@ -224,13 +228,14 @@ def test_saved_data_is_what_was_logged(runs: Runs, seen: Opened) -> None:
     ("name", "said"),
     [
         ("finished", [HOSTILE, QUOTED, "Images that could not be read: 1", "pictures/attention.png"]),
-        ("finished", ["uniform collapse: ln 32", "views.png", "images17", "classes2", 'a "run" <b>']),
+        ("finished", ["Too short to say", "uniform collapse: ln 32", "views.png", "images17", "classes2", 'a "run" <b>']),
         ("masked", ["Loss as a share of what a constant prediction has", "skipped: hidden files2"]),
         ("masked", ["the method has no prototypes", "Use of the prototypes: no histogram"]),
         ("predicting", ["Reconstructions: not drawn", "Variance of the features"]),
         ("failed", [f"The run failed after step 1: RuntimeError: {BOOM}", "has no summary.json"]),
         ("unfinished", ["has not said that it ended"]),
         ("empty", ["No step has been logged", "No speed was logged", "No accuracy was measured", "were not logged"]),
+        ("collapsed", ["One-hot collapse", "Evidence", "What to try", "raise loss.teacher_temp"]),
         ("not finite", ["KL(q || p) 1.500", "loss 4.500"]),
         ("compared", ["3 runs side by side", "Settings that differ", "method", "dino-vmf", "mae"]),
     ],

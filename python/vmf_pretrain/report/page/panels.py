@@ -1,14 +1,19 @@
 """Which logged figures make a chart, in which section and with which words; of one run together, of several one by one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vmf_pretrain.config.run import Config
+from vmf_pretrain.report.bands import bands
 from vmf_pretrain.report.page.chart import Band, Chart, Line
 from vmf_pretrain.report.page.run_data import RunData
 
 BAND = 0.025  # half-height of a band of collapse, as a share of ln K
 STEP = "optimizer step"
+TOO_MUCH = 0.2  # of the time in waiting for data: that of data/waiting.py, whose room imports torchvision
+FAR = 2.0  # times the highest value: a band that begins there or later is not drawn
+OPEN = 1.1  # the upper end of an open band, over its lower one, where no value lies above that
 WIDE = 100.0  # ratio of the largest to the smallest value from which an axis is logarithmic
 
 
@@ -22,7 +27,7 @@ class Panel:
         unit: of the figures.
         keys: names in metrics.jsonl, and what people call them.
         note: a sentence on how to read it.
-        bands: which bands it has, a key of ``BANDS``.
+        bands: which bands it has beside those by which a run is judged: "entropy", "patch entropy" or a key of ``FIXED``.
         wide: whether the axis is logarithmic if the values spread widely.
         absent: what is said if no run has any of them; nothing is said of panels that only some methods have.
     """
@@ -53,7 +58,6 @@ PANELS = (
         "nats",
         {"mutual_information": "class token", "patch_mutual_information": "patches"},
         "What a prototype tells about an image; near 0 the head has collapsed.",
-        "zero",
         absent="No mutual information was logged: the method has no prototypes, or no step was logged.",
     ),
     Panel(
@@ -75,7 +79,7 @@ PANELS = (
         "share",
         {"relative_loss": "loss / loss of the mean"},
         "1 has learned nothing, 0 predicts everything.",
-        "one",
+        "nothing learned",
         wide=True,
     ),
     Panel(
@@ -99,24 +103,27 @@ PANELS = (
         "Rank of the features",
         "dimensions",
         {"feature_rank": "of a training batch"},
-        "Effective rank; 1 means that all images have one feature.",
-        "one",
+        "Participation ratio of the covariance: how many directions the features of a batch differ in.",
     ),
     Panel(
         "features",
         "Variance of the features",
         "share of their size",
-        {"feature_variance": "features", "target_variance": "target tokens", "image_variance": "images' means"},
+        {
+            "feature_variance": "features",
+            "target_variance": "target tokens",
+            "predicted_variance": "predicted tokens",
+            "image_variance": "images' means",
+        },
         "Near 0 all are alike.",
-        "zero",
+        wide=True,
     ),
     Panel(
         "prototypes",
         "Prototypes in use",
         "prototypes",
         {"prototypes_in_use": "exp of the entropy of use"},
-        "In a training batch: 1 after a one-hot collapse.",
-        "one",
+        "In a training batch: 1 after a one-hot collapse, all of them after a uniform one.",
     ),
     Panel(
         "prototypes",
@@ -144,11 +151,15 @@ PANELS = (
         "Share of the time spent waiting for data",
         "share",
         {"data_wait": "data wait"},
-        "Above 0.2 it is worth doing something: data.workers, data.cache, fewer local views.",
+        f"Above {TOO_MUCH} it is worth doing something: data.workers, data.cache, fewer local views.",
         "waiting",
         absent="No waiting for data was logged.",
     ),
 )
+FIXED = {
+    "nothing learned": (Band(1.0, 1.0, "1 = nothing learned"),),
+    "waiting": (Band(TOO_MUCH, TOO_MUCH, f"too much: {TOO_MUCH}"),),
+}
 SCHEDULES = ("learning_rate", "weight_decay", "teacher_momentum", "teacher_temperature", "patch_teacher_temperature")
 KNOWN = {key for panel in PANELS for key in panel.keys}
 NEVER = {"step", "epoch", "seconds", "total", "student_entropy", "patch_student_entropy"}
@@ -201,19 +212,31 @@ def plain_chart(key: str, runs: Sequence[RunData]) -> Chart:
 def _chart(panel: Panel, title: str, lines: Sequence[Line], runs: Sequence[RunData]) -> Chart:
     values = [y for line in lines for _, y in line.points if y is not None]
     wide = panel.wide and min(values) > 0 and max(values) > WIDE * min(values)
-    return Chart(title, STEP, panel.unit, lines, _bands(panel.bands, runs), panel.note, log_y=wide)
+    return Chart(title, STEP, panel.unit, lines, _bands(panel, lines, runs), panel.note, log_y=wide)
 
 
-def _bands(kind: str, runs: Sequence[RunData]) -> list[Band]:
-    """What the values mean."""
-    if kind == "zero":
-        return [Band(0.0, 0.0, "collapse: 0")]
-    if kind == "one":
-        return [Band(1.0, 1.0, "1")]
-    if kind == "waiting":
-        return [Band(0.2, 0.2, "too much: 0.2")]
-    shown = {"entropy": "teacher_entropy", "patch entropy": "patch_teacher_entropy"}.get(kind, "")
-    counts = {_prototypes(run, kind) for run in runs if run.last(shown) is not None and run.config is not None}
+def _bands(panel: Panel, lines: Sequence[Line], runs: Sequence[RunData]) -> list[Band]:
+    """What the values mean: the panel's own bands, and those by which a run is judged."""
+    if panel.bands in FIXED:
+        return list(FIXED[panel.bands])
+    shown = {"entropy": "teacher_entropy", "patch entropy": "patch_teacher_entropy"}.get(panel.bands)
+    configs = [run.config for run in runs if run.config is not None and _has(run, [shown] if shown else panel.keys)]
+    if shown is not None:
+        return _entropies({_prototypes(config, panel.bands) for config in configs})
+    highest = max((y for line in lines for _, y in line.points if y is not None), default=0.0)
+    found = [band for config in configs for band in bands(config) if band.figure in panel.keys]
+    near = [band for band in found if band.low is None or band.low < FAR * highest]  # others would flatten the line
+    ends = ((band.low or 0.0, band.high, band.what) for band in near)
+    drawn = (Band(low, max(highest, OPEN * low) if high is None else high, what) for low, high, what in ends)
+    return list(dict.fromkeys(drawn))
+
+
+def _has(run: RunData, keys: Iterable[str]) -> bool:
+    return any(run.last(key) is not None for key in keys)
+
+
+def _entropies(counts: set[int]) -> list[Band]:
+    """Where the entropy of a collapsed head lies, for numbers of prototypes."""
     if not counts:
         return []
     half = BAND * math.log(max(counts))
@@ -221,6 +244,5 @@ def _bands(kind: str, runs: Sequence[RunData]) -> list[Band]:
     return [Band(at - half, at + half, label) for at, label in [(0.0, "one-hot collapse: 0"), *levels]]
 
 
-def _prototypes(run: RunData, kind: str) -> int:
-    assert run.config is not None
-    return run.config.head.prototypes if kind == "entropy" else run.config.patch_prototypes
+def _prototypes(config: Config, kind: str) -> int:
+    return config.head.prototypes if kind == "entropy" else config.patch_prototypes

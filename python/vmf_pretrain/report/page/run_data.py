@@ -30,7 +30,7 @@ class RunData:
         text: config.yaml.
         config: the same as settings; None if this version cannot read them.
         unfit: why not, or nothing.
-        records: of metrics.jsonl, each with a step.
+        records: of metrics.jsonl, each with a step; None for what is not finite.
         summary: of summary.json; None if there is none.
         history: starts and ends.
         histograms: of each evaluation.
@@ -108,7 +108,7 @@ def read_run(path: Path, name: str | None = None) -> RunData:
             text,
             config,
             unfit,
-            [record for record in read_metrics(folder) if _step(record)],
+            [_known(record) for record in read_metrics(folder) if _step(record)],
             _summary(folder.summary),
             read_history(folder),
             [record for record in read_lines(folder.histograms) if _step(record)],
@@ -153,6 +153,10 @@ def _summary(path: Path) -> dict[str, Any] | None:
 
 def _step(record: Record) -> bool:
     return isinstance(record.get("step"), int) and not isinstance(record["step"], bool)
+
+
+def _known(record: Record) -> Record:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
 
 
 def _finite(value: Any) -> float | None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from vmf_pretrain.report.page.markup import Html, name, table, text
 from vmf_pretrain.report.page.run_data import CRASH, RunData
-from vmf_pretrain.report.summary import comparison, verdict
+from vmf_pretrain.report.summary import comparison
+from vmf_pretrain.report.verdict import verdict
 
 Runs = Sequence[RunData]
 
@@ -39,11 +40,11 @@ def state_of(run: RunData) -> str:
 
 def judged(run: RunData) -> Judged:
     """What the run's figures mean."""
-    if run.summary is None or run.config is None:
-        return Judged("open", "The run has not been judged: it has no summary yet.")
-    words = verdict({"mutual_information": None, "teacher_entropy": None, **run.summary}, run.config.head.prototypes)
-    tone = "good" if "alive" in words else "open" if "no prototypes" in words else "bad"
-    return Judged(tone, words)
+    if run.config is None:
+        return Judged("open", "Not judged: this version cannot read the run's settings.")
+    found = verdict(run.records, run.config)
+    tone = "bad" if found.fault else "good" if found.kind == "alive" else "open"
+    return Judged(tone, found.words, found.evidence, found.advice)
 
 
 def headline(runs: Runs) -> Html:
