@@ -17,6 +17,7 @@ PAD = 0.06  # of the range, above and below
 NICE = (1, 2, 2.5, 5, 10)
 TICKS = 5
 DECADES = 1.2  # a logarithmic axis with fewer has more than powers of ten
+LABEL_HEIGHT = 14
 LABEL_ABOVE = 24  # pixels of the lower edge: a band's label there stands above it
 
 Point = tuple[float, float | None]
@@ -165,6 +166,8 @@ def _axis(low: float, high: float, ends: tuple[float, float], *, log: bool, pad:
     if log:
         more = max(high / low, 1.1) ** pad if high > low else 2.0
         return Axis(low / more, high * more, *ends, log)
+    if low == high and not pad:  # a single step
+        return Axis(low, low + 1.0, *ends, log)
     spread = high - low if high > low else max(abs(high), 1.0)
     more = pad * spread if high > low else spread / 2
     return Axis(low - more, high + more, *ends, log)
@@ -182,19 +185,29 @@ def _frame(chart: Chart, x_axis: Axis, y_axis: Axis) -> Iterator[str]:
     for value in y_axis.ticks():
         y = y_axis.at(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick(value)}</text>'
-    for value in x_axis.ticks():
+        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
+    whole = all(x == round(x) for line in chart.lines for x, _ in line.points)
+    for value in (tick for tick in x_axis.ticks() if not whole or tick == round(tick)):
         x = x_axis.at(value)
         yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
-        yield f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{tick(value)}</text>'
+        yield f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{short(value)}</text>'
     yield f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
     yield f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{text(chart.x)}</text>'
     middle = (TOP + bottom) / 2
     yield f'<text x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{text(chart.y)}</text>'
-    for band in chart.bands:  # above the grid, below the lines
-        y = y_axis.at((band.low + band.high) / 2)
-        place = y - 8 if y > bottom - LABEL_ABOVE else y + 16
-        yield f'<text class="label" x="{right - 4}" y="{place:.1f}" text-anchor="end">{text(band.label)}</text>'
+    for y, label in _labels(chart.bands, y_axis):
+        yield f'<text class="label" x="{right - 4}" y="{y:.1f}" text-anchor="end">{text(label)}</text>'
+
+
+def _labels(bands: Sequence[Band], y_axis: Axis) -> Iterator[tuple[float, str]]:
+    """Where the bands' labels stand: below their bands, or above those at the lower edge, and never over each other."""
+    bottom = HEIGHT - BOTTOM
+    middles = [(y_axis.at((band.low + band.high) / 2), band.label) for band in bands]
+    wanted = [(y - 8 if y > bottom - LABEL_ABOVE else y + 16, label) for y, label in middles]
+    free = math.inf
+    for y, label in sorted(wanted, reverse=True):
+        free = min(y, free - LABEL_HEIGHT)
+        yield free, label
 
 
 def _line(place: int, line: Line, x_axis: Axis, y_axis: Axis) -> str:
@@ -246,7 +259,7 @@ def _rows(chart: Chart) -> list[list[float | None]]:
     return [[x, *(found.get(x) for found in values)] for x in sorted({x for found in values for x in found})]
 
 
-def tick(value: float) -> str:
+def short(value: float) -> str:
     """A round number, without what its multiplication leaves behind."""
     if abs(value) >= 1 and value == round(value) and abs(value) < LARGE:
         return f"{value:,.0f}"

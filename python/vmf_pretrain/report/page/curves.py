@@ -139,7 +139,7 @@ def _ranks(runs: Runs) -> Iterator[Html]:
 
 def _spectra(runs: Runs) -> Iterator[Html]:
     """Singular values: of one run at a few evaluations, of several at the last one."""
-    lines = []
+    lines: list[Line] = []
     for place, run in enumerate(runs):
         known = [found for found in run.histograms if _has_values(found.get("singular_values"))]
         some = known[-1:] if len(runs) > 1 else [known[chosen] for chosen in _spread(len(known), SPECTRA)]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vmf_pretrain.report.page.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, tick
+from vmf_pretrain.report.page.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, short
 from vmf_pretrain.report.page.markup import Html, csv_link, number, text
 
 MOST_COLUMNS = 48  # of more evaluations, some at even distances
@@ -90,7 +90,7 @@ def _frame(heat: Heat, columns: Sequence[tuple[int, Mapping[str, Any]]], axis: A
     for value in axis.ticks():
         y = axis.at(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick(value)}</text>'
+        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
     every = max(1, math.ceil(len(columns) / 6))
     for place in range(0, len(columns), every):
         x = LEFT + (place + 0.5) * width

@@ -1,7 +1,7 @@
 """Which logged figures make a chart, in which section and with which words; of one run together, of several one by one."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from vmf_pretrain.config.run import Config
@@ -27,7 +27,7 @@ class Panel:
         unit: of the figures.
         keys: names in metrics.jsonl, and what people call them.
         note: a sentence on how to read it.
-        bands: which bands it has beside those by which a run is judged: "entropy", "patch entropy" or a key of ``FIXED``.
+        bands: which bands it has beside those by which a run is judged: a key of ``ENTROPIES`` or ``FIXED``.
         wide: whether the axis is logarithmic if the values spread widely.
         absent: what is said if no run has any of them; nothing is said of panels that only some methods have.
     """
@@ -156,6 +156,10 @@ PANELS = (
         absent="No waiting for data was logged.",
     ),
 )
+ENTROPIES = {
+    "entropy": "teacher_entropy",
+    "patch entropy": "patch_teacher_entropy",
+}  # bands: the figure that they are of
 FIXED = {
     "nothing learned": (Band(1.0, 1.0, "1 = nothing learned"),),
     "waiting": (Band(TOO_MUCH, TOO_MUCH, f"too much: {TOO_MUCH}"),),
@@ -172,12 +176,12 @@ def charts_of(panel: Panel, runs: Sequence[RunData]) -> list[Chart]:
         return []
     if len(runs) == 1:
         lines = [Line(panel.keys[key], runs[0].series(key)) for key in logged]
-        return [_chart(panel, panel.title, lines, runs)]
+        return [_chart(panel, panel.title, logged, lines, runs)]
     alone = len(panel.keys) == 1
-    return [
-        _chart(panel, panel.title if alone else f"{panel.title}: {panel.keys[key]}", lines_of(key, runs), runs)
-        for key in logged
-    ]
+    titles = {key: panel.title if alone else f"{panel.title}: {panel.keys[key]}" for key in logged}
+    # the parts of the loss share its bands
+    shared = {key: list(panel.keys) if panel.bands in ENTROPIES else [key] for key in logged}
+    return [_chart(panel, titles[key], shared[key], lines_of(key, runs), runs) for key in logged]
 
 
 def lines_of(key: str, runs: Sequence[RunData]) -> list[Line]:
@@ -209,30 +213,32 @@ def plain_chart(key: str, runs: Sequence[RunData]) -> Chart:
     return Chart(key, STEP, "value", lines)
 
 
-def _chart(panel: Panel, title: str, lines: Sequence[Line], runs: Sequence[RunData]) -> Chart:
+def _chart(panel: Panel, title: str, keys: Collection[str], lines: Sequence[Line], runs: Sequence[RunData]) -> Chart:
     values = [y for line in lines for _, y in line.points if y is not None]
     wide = panel.wide and min(values) > 0 and max(values) > WIDE * min(values)
-    return Chart(title, STEP, panel.unit, lines, _bands(panel, lines, runs), panel.note, log_y=wide)
+    return Chart(title, STEP, panel.unit, lines, _bands(panel, keys, lines, runs), panel.note, log_y=wide)
 
 
-def _bands(panel: Panel, lines: Sequence[Line], runs: Sequence[RunData]) -> list[Band]:
+def _bands(panel: Panel, keys: Collection[str], lines: Sequence[Line], runs: Sequence[RunData]) -> list[Band]:
     """What the values mean: the panel's own bands, and those by which a run is judged."""
     if panel.bands in FIXED:
         return list(FIXED[panel.bands])
-    shown = {"entropy": "teacher_entropy", "patch entropy": "patch_teacher_entropy"}.get(panel.bands)
-    configs = [run.config for run in runs if run.config is not None and _has(run, [shown] if shown else panel.keys)]
-    if shown is not None:
-        return _entropies({_prototypes(config, panel.bands) for config in configs})
+    known = {run: run.config for run in runs if run.config is not None}
+    if panel.bands in ENTROPIES:
+        figure = ENTROPIES[panel.bands]
+        shown = [config for run, config in known.items() if figure in keys and run.last(figure) is not None]
+        return _entropies({_prototypes(config, panel.bands) for config in shown})
     highest = max((y for line in lines for _, y in line.points if y is not None), default=0.0)
-    found = [band for config in configs for band in bands(config) if band.figure in panel.keys]
+    found = [
+        band
+        for run, config in known.items()
+        for band in bands(config)
+        if band.figure in keys and run.last(band.figure) is not None
+    ]
     near = [band for band in found if band.low is None or band.low < FAR * highest]  # others would flatten the line
     ends = ((band.low or 0.0, band.high, band.what) for band in near)
     drawn = (Band(low, max(highest, OPEN * low) if high is None else high, what) for low, high, what in ends)
     return list(dict.fromkeys(drawn))
-
-
-def _has(run: RunData, keys: Iterable[str]) -> bool:
-    return any(run.last(key) is not None for key in keys)
 
 
 def _entropies(counts: set[int]) -> list[Band]:

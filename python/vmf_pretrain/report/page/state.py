@@ -41,7 +41,7 @@ def state_of(run: RunData) -> str:
 def judged(run: RunData) -> Judged:
     """What the run's figures mean."""
     if run.config is None:
-        return Judged("open", "Not judged: this version cannot read the run's settings.")
+        return Judged("open", "Not judged: this version cannot read the run's settings.", (run.unfit,))
     found = verdict(run.records, run.config)
     tone = "bad" if found.fault else "good" if found.kind == "alive" else "open"
     return Judged(tone, found.words, found.evidence, found.advice)
