@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from importlib import resources
@@ -70,6 +71,14 @@ def test_chart_has_gaps_where_nothing_is_known_and_bands_in_words() -> None:
     assert ">low</text>" in svg
     with pytest.raises(ValueError, match="needs a finite point"):
         drawn(Chart("", "", "", [Line("", [(1, None)])]))
+
+
+def test_labels_of_bands_do_not_cover_each_other() -> None:
+    bands = [Band(value, value, str(value)) for value in (0.0, 0.0, 0.5, 0.51, 1.0)]
+    svg = drawn(Chart("", "step", "", [Line("", [(0, 0.0), (9, 1.0)])], bands))
+    heights = sorted(float(y) for y in re.findall(r'class="label" x="\d+" y="([\d.]+)"', svg))
+    assert len(heights) == 5
+    assert min(after - before for before, after in itertools.pairwise(heights)) >= 14
 
 
 def test_thinned_line_keeps_spikes_and_ends() -> None:
