@@ -82,6 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     pages = {name: folder / "report.html" for name, folder in folders.items()}
     dead = {"loss": 0.01, "teacher_entropy": 0.01, "kl": 0.0, "mutual_information": 0.0, "prototypes_in_use": 1.01}
     steps = [{"step": step, "epoch": 2, **dead} for step in range(10, 110, 10)]
+    steps.append({"step": 30, "warning": "data wait", "words": "<b>Slow</b>.", "evidence": ["a"], "try": ["b"]})
     (folders["collapsed"] / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
     for name in DERIVED:
         write_page([folders[name]], pages[name])
@@ -236,6 +237,7 @@ def test_saved_data_is_what_was_logged(runs: Runs, seen: Opened) -> None:
         ("unfinished", ["has not said that it ended"]),
         ("empty", ["No step has been logged", "No speed was logged", "No accuracy was measured", "were not logged"]),
         ("collapsed", ["One-hot collapse", "Evidence", "What to try", "raise loss.teacher_temp"]),
+        ("collapsed", ["Warnings during the run", "step 30, data wait: <b>Slow</b>."]),
         ("not finite", ["KL(q || p) 1.500", "loss 4.500"]),
         ("compared", ["3 runs side by side", "Settings that differ", "method", "dino-vmf", "mae"]),
     ],

@@ -210,7 +210,7 @@ def accuracy_keys(runs: Sequence[RunData]) -> list[str]:
 def plain_chart(key: str, runs: Sequence[RunData]) -> Chart:
     """A figure under its own name."""
     lines = lines_of(key, runs) if len(runs) > 1 else [Line(key, runs[0].series(key))]
-    return Chart(key, STEP, "value", lines)
+    return Chart(key, STEP, "GiB" if key.endswith("_gib") else "value", lines)
 
 
 def _chart(panel: Panel, title: str, keys: Collection[str], lines: Sequence[Line], runs: Sequence[RunData]) -> Chart:

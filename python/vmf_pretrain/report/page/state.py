@@ -77,7 +77,9 @@ def _verdict(run: RunData, *, several: bool) -> Html:
         if sentences
     )
     words = f'<p class="words">{text(found.words)}</p>'
-    return Html(f'<div class="verdict {found.tone}">{title}{_ending(run)}{words}{lists}{_agreement(run)}</div>')
+    return Html(
+        f'<div class="verdict {found.tone}">{title}{_ending(run)}{words}{lists}{_warnings(run)}{_agreement(run)}</div>'
+    )
 
 
 def _ending(run: RunData) -> str:
@@ -100,6 +102,14 @@ def _traceback(run: RunData) -> str:
         return ""
     said = path.read_text(encoding="utf-8", errors="replace")[-MOST_TRACEBACK:]
     return f"<details><summary>{CRASH}</summary><pre tabindex='0'>{text(said)}</pre></details>"
+
+
+def _warnings(run: RunData) -> str:
+    """What the run warned of while it went, as its metrics have it."""
+    said = [record for record in run.records if isinstance(record.get("warning"), str)]
+    lines = [f"step {record['step']:,}, {record['warning']}: {record.get('words', '')}" for record in said]
+    items = "".join(f"<li>{text(line)}</li>" for line in lines)
+    return f"<h4>Warnings during the run</h4><ul>{items}</ul>" if said else ""
 
 
 def _agreement(run: RunData) -> str:
