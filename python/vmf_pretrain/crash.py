@@ -1,5 +1,6 @@
 """What a person reads when a run ends by a fault of the program or of the machine: a sentence, and a file to send."""
 
+import errno
 import os
 import platform
 import shlex
@@ -9,8 +10,10 @@ import traceback
 from pathlib import Path
 
 from vmf_pretrain.launch import many_ranks, rank
+from vmf_pretrain.storage.durable import replace_durably
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Read error", "remote process exited", "Broken pipe")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # errors of the disk, which only a person can mend
 
 
 def explained(error: BaseException, folder: Path | None) -> str:
@@ -32,6 +35,10 @@ def explained(error: BaseException, folder: Path | None) -> str:
         less = "--train.accumulate 2 (or more) computes the batch in parts, --train.activation_checkpointing true keeps less"
         again = f"go on with: {go_on} --train.accumulate 2" if go_on else "add one of them"
         return f"memory ran out ({first_line}); {less}; {again}; {details}."
+    if isinstance(error, OSError) and error.errno in DISK:
+        at = "" if error.filename is None else f", at {error.filename}"
+        again = f", and go on with: {go_on}" if go_on else ""
+        return f"the disk refuses ({error.strerror}{at}); make room, or choose another folder{again}; {details}."
     if many_ranks() and any(word in str(error) for word in LOST):
         return (
             f"another rank has ended or cannot be reached ({first_line}); look for what it said. The run goes on from its last "
@@ -58,7 +65,7 @@ def _written(error: BaseException, folder: Path | None) -> Path | None:
     name = f"crash_rank{rank()}.txt" if many_ranks() else "crash.txt"
     try:
         path = Path(tempfile.mkdtemp(prefix="vmf-pretrain-")) / name if folder is None else folder / name
-        path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        replace_durably(path, "".join(lines).encode("utf-8", "backslashreplace"))
     except OSError:
         return None
     return path

@@ -24,6 +24,7 @@ from vmf_pretrain.data.folder import FolderSource
 from vmf_pretrain.data.images import fingerprint
 from vmf_pretrain.data.photo_views import Draws, cropped
 from vmf_pretrain.data.photos import centred
+from vmf_pretrain.data.plain_files import open_plain
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 # What a file may be, whatever its name says: a playlist, for example, would name further files or addresses to read.
@@ -130,11 +131,12 @@ def clip_of(path: Path, share: float, cut: ClipsConfig) -> Tensor:
     """
     av = _av()
     try:
+        open_plain(path).close()  # FFmpeg would wait for a pipe
         with _opened(av, path) as container:
             count = sum(packet.size > 0 for packet in container.demux(video=0))
         with _opened(av, path) as container:
             return _decoded(container, share, cut, count)
-    except (av.FFmpegError, ValueError, IndexError) as error:
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise UnreadableImageError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
 
 

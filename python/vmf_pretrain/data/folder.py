@@ -16,6 +16,7 @@ from torch import Tensor, tensor
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.decode import SUFFIXES
+from vmf_pretrain.data.plain_files import read_plain
 from vmf_pretrain.data.source import Names, Stamp
 
 HIDDEN = "hidden files and folders"
@@ -56,7 +57,7 @@ class FolderSource:
 
     def read(self, index: int) -> bytes:
         """The bytes of a file."""
-        return (self.root / self.paths[index]).read_bytes()
+        return read_plain(self.root / self.paths[index])
 
     def stamp(self, index: int) -> Stamp:
         """Size and time of the file."""

@@ -14,6 +14,7 @@ from PIL import Image
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.decode import MAX_PIXELS
+from vmf_pretrain.data.plain_files import read_plain
 
 MODES = ("P", "L", "1")
 COLOURS = 256
@@ -44,7 +45,7 @@ def read_label_file(path: Path) -> NDArray[np.uint8]:
         PretrainError: it cannot be read, or is no mask; names it.
     """
     try:
-        return read_labels(path.read_bytes())
+        return read_labels(read_plain(path))
     except OSError as error:
         raise PretrainError(f"the mask {path} cannot be read ({error.strerror}).") from None
     except UnreadableImageError as error:

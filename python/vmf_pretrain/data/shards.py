@@ -16,6 +16,7 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.bad_images import UnreadableImageError, first_names
 from vmf_pretrain.data.decode import SUFFIXES
 from vmf_pretrain.data.folder import files_below, labels_of
+from vmf_pretrain.data.plain_files import open_plain, require_bounded
 from vmf_pretrain.data.source import Names, Stamp
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -79,7 +80,8 @@ class ShardSource:
     def read(self, index: int) -> bytes:
         """The bytes of a member; the shard is opened for each, because thousands of open files are too many."""
         place, offset, size = (int(value) for value in self._places[index])
-        with self.shards[place].open("rb") as file:
+        require_bounded(size)  # a sparse file of a few blocks may claim any size
+        with open_plain(self.shards[place]) as file:
             file.seek(offset)
             encoded = file.read(size)
         if len(encoded) < size:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from vmf_pretrain.config.data import BUNDLED
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.config.file import write_config
+from vmf_pretrain.config.file import config_text
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches
@@ -108,7 +108,7 @@ class Run:
             if resume:
                 self._restore(self.keeping.newest(allow_changed))
                 if allow_changed and self.first:
-                    write_config(config, self.folder.config)  # what --resume alone goes on with from here
+                    self.folder.write_config(config_text(config))  # what --resume alone goes on with from here
                 self._say(f"Going on from step {self.step} of {len(self.batches)}.")
             else:
                 self._begin()
@@ -236,7 +236,7 @@ class Run:
         if failures:
             raise PretrainError(f"the run cannot begin, as nothing could go on from it: {failures[0]}")
         if self.first:  # the sign that a run has begun, after what it can go on from
-            write_config(self.config, self.folder.config)
+            self.folder.write_config(config_text(self.config))
 
     def _steps(self, interruption: Interruption) -> signal.Signals | None:
         """All steps that are left; returns the signal that stopped them."""

@@ -3,6 +3,7 @@
 Legend: N images, C channels.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from vmf_pretrain.storage.durable import replace_durably
 
 DOTS_PER_INCH = 120
 TILE = 1.5  # side of an image, inches
@@ -39,8 +42,7 @@ def plot_pictures(columns: Mapping[str, Tensor], path: Path, rows: Sequence[str]
             _draw(grid[row, column], image)
     for row, title in enumerate(rows):
         grid[row, 0].set_ylabel(title, fontsize=7)
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def plot_neighbours(rows: Sequence[tuple[Tensor, Sequence[str]]], path: Path) -> None:
@@ -60,8 +62,7 @@ def plot_neighbours(rows: Sequence[tuple[Tensor, Sequence[str]]], path: Path) ->
             axes[place].set_title(name, fontsize=6, pad=2, color=OTHER_CLASS if name != names[0] else "black")
         for spine in axes[0].spines.values():
             spine.set(linewidth=2, edgecolor=QUERY)
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def plot_intervals(lines: Sequence[Line], unit: str, path: Path) -> None:
@@ -82,8 +83,7 @@ def plot_intervals(lines: Sequence[Line], unit: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"{unit or 'value'} (bar: 95 % bootstrap interval)", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, path: Path) -> None:
@@ -104,8 +104,15 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[float, float]]], across: str
     axes.set_ylabel(up, fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all. Raises OSError."""
     FigureCanvasAgg(figure)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    replace_durably(path, drawn.getvalue())
 
 
 def _draw(axes: Axes, image_CHW: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Figures of a run, written as PNG (or whatever the file's name ends in) without a display or any global state.
+"""Figures of a run, written as PNG without a display or any global state.
 
 Legend: N images, K prototypes, h x w patches.
 """
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from vmf_pretrain.evaluation.histograms import LOWEST_USAGE
+from vmf_pretrain.evaluation.pictures import save_figure
 
 DOTS_PER_INCH = 120
 BAND = 0.025  # half-height of a band of collapse, as a share of ln K
@@ -45,7 +45,7 @@ def plot_loss(records: Sequence[Mapping[str, float]], prototypes: int, path: Pat
         _legend_below(figure)
     else:
         _say(axes, "no step was logged")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_knn(evaluations: Sequence[Mapping[str, Any]], baselines: Mapping[str, float], path: Path) -> None:
@@ -71,7 +71,7 @@ def plot_knn(evaluations: Sequence[Mapping[str, Any]], baselines: Mapping[str, f
         _say(axes, "no labels, so there is no k-NN accuracy")
     if measured or baselines:
         _legend_below(figure)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_usage(usage: Tensor, path: Path) -> None:
@@ -91,7 +91,7 @@ def plot_usage(usage: Tensor, path: Path) -> None:
         axes.axvline(LOWEST_USAGE, color=COLOURS[4], ls=":", label=f"{dead} below {LOWEST_USAGE:g}, counted here")
     axes.set_xscale("log")
     _legend_below(figure)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_kappa(kappa: Tensor, path: Path) -> None:
@@ -103,7 +103,7 @@ def plot_kappa(kappa: Tensor, path: Path) -> None:
     median = float(values.median())
     axes.axvline(median, color=COLOURS[1], ls="--", label=f"median {median:.3g}")
     _legend_below(figure)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_attention(images: Tensor, maps: Tensor, path: Path) -> None:
@@ -129,7 +129,7 @@ def plot_attention(images: Tensor, maps: Tensor, path: Path) -> None:
         grid[0, column].set_title(name, fontsize=9)
     for row in range(count):
         _draw_attention(figure, list(grid[row]), images[row], maps[row])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_attention(figure: Figure, row: list[Axes], image_CHW: Tensor, maps_Hhw: Tensor) -> None:
@@ -179,8 +179,3 @@ def _say(axes: Axes, text: str) -> None:
     """Write ``text`` in place of the curves, and remove the ticks of the steps."""
     axes.set_xticks([])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=12)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
-    figure.savefig(path)

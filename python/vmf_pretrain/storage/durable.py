@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and deletion that follows no symbolic link."""
+"""Files that are written whole or not at all; neither writing nor deletion follows a symbolic link in a file's place."""
 
 import contextlib
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on disk. Raises OSError."""
-    with path.open("wb") as file:
+    """Write a new file and wait until it is on disk. Raises OSError, also if something is there, were it a symbolic link."""
+    with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -29,7 +29,11 @@ def replace_durably(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """Yields ``path``; on exit, its file or folder is removed unless it was renamed."""
+    """Yields ``path``, at which nothing is; on exit, its file or folder is removed unless it was renamed.
+
+    A file of a killed process is removed, and so is a link, which would lead what is written to another file.
+    """
+    remove(path)
     try:
         yield path
     finally:

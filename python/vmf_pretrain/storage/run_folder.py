@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.storage.durable import replace_durably
+from vmf_pretrain.storage.step_folders import LATEST, folder_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class RunFolder:
     def refuse_existing(cls, path: Path) -> None:
         """Raise PretrainError if ``path`` holds anything but a lock (``RunLock``) and what a run that never began left.
 
-        That is empty folders and unfinished files, whose names begin with a dot. Creates nothing.
+        That is empty folders, unfinished files, whose names begin with a dot, and without ``config.yaml`` the checkpoint of
+        step 0, which is written before it. Creates nothing.
         """
         if path.exists() and (not path.is_dir() or _holds_something(path)):
             begun = (path / "config.yaml").is_file()
@@ -53,6 +56,17 @@ class RunFolder:
         except OSError as error:
             raise PretrainError(f"run folder {path} cannot be made: {error.strerror}.") from None
         return folder
+
+    def write_config(self, text: str) -> None:
+        """Write ``config.yaml``, the sign that a run has begun, whole or not at all.
+
+        Raises:
+            PretrainError: it cannot be written.
+        """
+        try:
+            replace_durably(self.config, text.encode())
+        except OSError as error:
+            raise PretrainError(f"{self.config} cannot be written: {error.strerror or error}.") from None
 
     @property
     def config(self) -> Path:
@@ -121,6 +135,9 @@ class RunFolder:
 
 
 def _holds_something(folder: Path) -> bool:
-    """Whether there is a file below a folder without a dot at the beginning of any part of its path."""
-    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return any(not any(part.startswith(".") for part in path.parts) for path in files)
+    """Whether there is a file that a run which never began could not have left."""
+    checkpoints = RunFolder(folder).checkpoints
+    early = {checkpoints / LATEST, *folder_of(checkpoints, 0).glob("*")}
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    kept = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return any(path not in early for path in kept)

@@ -68,7 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a file and wait until it is on disk.
 
     Args:
-        path: the file; what it held is lost, so give a temporary name.
+        path: a new file.
         tensors: any strides and devices; storage may be shared.
         metadata: texts to keep in the header.
 
@@ -76,14 +76,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         The SHA-256 of the file, in hexadecimal.
 
     Raises:
-        OSError: the disk is full or read-only.
+        OSError: the disk is full or read-only, or something is at ``path``, were it a symbolic link.
         ValueError: a tensor has a dtype that such a file cannot hold.
     """
     named = sorted(
         tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
     )  # larger first: all are aligned
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         parts: Iterable[bytes | memoryview] = itertools.chain(
             [_header_of(dict(named), metadata or {})], (_bytes_of(tensor) for _, tensor in named)
         )

@@ -26,13 +26,13 @@ RECORDS = [{"step": 10 * i, "loss": 5.0 - i, "teacher_entropy": 4.0 - i, "kl": 1
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure saved."""
     figures: list[Figure] = []
-    save = plots._save
+    save = plots.save_figure
 
     def keep(figure: Figure, path: Path) -> None:
         figures.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return figures
 
 

@@ -29,7 +29,7 @@ class Disk:
 
         def opened(path: Path, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
             file = real(path, mode, *arguments, **keywords)
-            if self.full and ("a" in mode or "w" in mode):
+            if self.full and set("awx") & set(mode):
                 return _Half(file)
             return file
 

@@ -18,6 +18,7 @@ from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.decode import decode
 from vmf_pretrain.data.folder import FolderSource
 from vmf_pretrain.data.images import Images
+from vmf_pretrain.data.plain_files import read_plain
 from vmf_pretrain.evaluation.attended import enlarged, most_attended, overlap
 from vmf_pretrain.evaluation.attention import attention_maps
 from vmf_pretrain.evaluation.bootstrap import mean_interval
@@ -89,7 +90,7 @@ def _overlaps(
             left["has no mask"] += 1
             continue
         try:
-            seen, mask = pixels(images, [place], view), _square(decode(path.read_bytes(), None), view)
+            seen, mask = pixels(images, [place], view), _square(decode(read_plain(path), None), view)
         except UnreadableImageError:
             left["cannot be read"] += 1
             continue

@@ -17,6 +17,7 @@ from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.decode import decode
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.label_image import label_png
+from vmf_pretrain.data.plain_files import read_plain
 from vmf_pretrain.evaluation.bootstrap import interval
 from vmf_pretrain.evaluation.evaluated import Evaluated
 from vmf_pretrain.evaluation.files import digest_of
@@ -119,7 +120,7 @@ def patch_features(evaluated: Evaluated) -> tuple[PatchFeatures, int]:
 
 def _frame(path: Path) -> Tensor:
     try:
-        return decode(path.read_bytes())
+        return decode(read_plain(path))
     except OSError as error:
         raise PretrainError(f"{path} cannot be read ({error.strerror}).") from None
     except UnreadableImageError as error:
