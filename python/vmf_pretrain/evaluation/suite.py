@@ -185,9 +185,9 @@ class Suite:
         try:
             write_result(plan.folder, result, about)
         except OSError as error:
-            self.hooks.say(
-                f"{plan.folder} could not be written: {error.strerror or error}; the figures stand here only."
-            )
+            reason = f"{plan.folder} could not be written: {error.strerror or error}; the figures stand here only."
+            self.failures[plan.task.name] = reason  # whoever reads the exit code looks for the file
+            self.hooks.say(reason)
         return result
 
 

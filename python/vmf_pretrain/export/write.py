@@ -12,7 +12,7 @@ import torch
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.export.form import Exportable, Form, Loading, require_packages
-from vmf_pretrain.storage.durable import leads_out, replace_durably, sync_folder, temporary
+from vmf_pretrain.storage.durable import leads_out, remove, replace_durably, sync_folder, temporary
 
 COMPARED = 3  # images
 SEED = 0  # of them
@@ -59,7 +59,11 @@ def write_form(exported: Exportable, form: Form, folder: Path, card: Callable[[W
             written = Written(folder, loading, _difference(exported, form, unfinished))
             replace_durably(unfinished / CARD, card(written).encode())
             unfinished.replace(folder)
-            sync_folder(folder.parent)
+            try:
+                sync_folder(folder.parent)
+            except OSError:
+                remove(folder)
+                raise
     except OSError as error:
         raise PretrainError(f"{folder} cannot be written: {error.strerror or error}.") from None
     return written
