@@ -9,22 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.engine.stopping import before_step, state_of
+from tests.pretrain.engine.stopping import state_of
 from tests.pretrain.export.kept import kept_run
 from tests.pretrain.tiny import a_run, config_in, differing, one_sentence, two_classes
 from tests.reliability.disk import FULL, READ_ONLY, Call, disk
-from tests.reliability.settings import FAULTS, small_digits, small_photos, undrawn
+from tests.reliability.runs import FAULTS, Ended, small_digits, small_photos
 from vmf_pretrain.cli import main
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.report.plots import plot_knn
-
-__all__ = ["undrawn"]
 
 
 def spread(count: int, least: int) -> list[int]:
     """Numbers of the writes that fail, of ``count``: ``least`` times as many as are asked for, evenly spread."""
     tried = min(count, least * FAULTS)
     return sorted({round(place * (count - 1) / max(1, tried - 1)) for place in range(tried)})
+
+
 ROWS: dict[str, tuple[str, str]] = {  # kinds of files: their paths, and what is read when the disk refuses them
     "lock": (r"\.|\.lock", "run folder .* cannot be locked: Read-only file system"),
     "folders": (r"weights|plots|checkpoints", "run folder .* cannot be made: Read-only file system"),
@@ -43,33 +42,25 @@ REFUSED = ("lock", "folders", "first checkpoint", "settings")
 LOST = ("later checkpoints", "weights")
 
 
-@pytest.fixture(autouse=True)
-def one_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them take longer than the run."""
-    monkeypatch.setattr("vmf_pretrain.engine.run.draw_plots", lambda folder, *_: plot_knn([], {}, folder.plots / "a.png"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Call], dict[str, object]]:
-    """What a run asks of the disk, and how it ends."""
-    with pytest.MonkeyPatch.context() as patch, disk(tmp_path_factory.mktemp("whole")) as watched:
-        patch.setattr("vmf_pretrain.engine.run.draw_plots", lambda folder, *_: plot_knn([], {}, folder.plots / "a.png"))
-        run, _ = a_run(small_digits(), watched.folder / "run")
-        assert run.train() == 0
-    return watched.calls, {**state_of(run)}
-
-
 def refusing(kinds: tuple[str, ...]) -> Callable[[int, Call], int | None]:
     pattern = re.compile("|".join(f"run/({ROWS[kind][0]})" for kind in kinds))
     return lambda number, call: READ_ONLY if pattern.fullmatch(call.path) else None
 
 
-def test_every_write_of_a_run_is_of_a_kind_in_the_table(whole: tuple[list[Call], dict[str, object]]) -> None:
-    calls, _ = whole
+def what_is_read(out: Path) -> str:
+    """A new run's output and exit code, or the sentence that it ends in."""
+    try:
+        run, printed = a_run(small_digits(), out)
+        return f"{run.train()} {printed.getvalue()}"
+    except PretrainError as told:
+        return str(told)
+
+
+def test_every_write_of_a_run_is_of_a_kind_in_the_table(whole: Ended) -> None:
     known = re.compile("run|" + "|".join(f"run/({path})" for path, _ in ROWS.values()))
-    assert not [call for call in calls if not known.fullmatch(call.path)]
+    assert not [call for call in whole.calls if not known.fullmatch(call.path)]
     for kind, (path, _) in ROWS.items():
-        assert any(re.fullmatch(f"run/({path})", call.path) for call in calls), f"nothing writes {kind}"
+        assert any(re.fullmatch(f"run/({path})", call.path) for call in whole.calls), f"nothing writes {kind}"
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -81,9 +72,11 @@ def test_a_run_that_could_not_be_gone_on_with_does_not_begin(kind: str, tmp_path
     a_run(small_digits(), tmp_path / "run")[0].close()  # the folder is as good as new
 
 
-@pytest.mark.parametrize("kinds", [LOST, tuple(kind for kind in ROWS if kind not in REFUSED + LOST)], ids=["lost", "log"])
+@pytest.mark.parametrize(
+    "kinds", [LOST, tuple(kind for kind in ROWS if kind not in REFUSED + LOST)], ids=["lost", "log"]
+)
 def test_a_run_goes_on_without_the_files_that_the_disk_refuses_and_says_so(
-    kinds: tuple[str, ...], tmp_path: Path, whole: tuple[list[Call], dict[str, object]]
+    kinds: tuple[str, ...], tmp_path: Path, whole: Ended
 ) -> None:
     run, printed = a_run(small_digits(), tmp_path / "run")
     with disk(tmp_path, refusing(kinds)) as watched:
@@ -94,30 +87,22 @@ def test_a_run_goes_on_without_the_files_that_the_disk_refuses_and_says_so(
         path, sentence = ROWS[kind]
         assert any(re.fullmatch(f"run/({path})", call.path) for call in watched.failed), f"nothing wrote {kind}"
         assert re.search(sentence, said), f"{kind}: {said}"
-    assert not differing(state_of(run), whole[1]), "what could not be written has changed what was learned"  # type: ignore[arg-type]
+    assert not differing(state_of(run), whole.state), "what could not be written has changed what was learned"
 
 
-def test_a_disk_that_is_full_from_any_write_on_costs_no_step_for_good(
-    tmp_path: Path, whole: tuple[list[Call], dict[str, object]]
-) -> None:
-    calls, expected = whole
+def test_a_disk_that_is_full_from_any_write_on_costs_no_step_for_good(tmp_path: Path, whole: Ended) -> None:
+    calls = whole.calls
     for moment in spread(len(calls), 3):
         out = tmp_path / f"{moment}" / "run"
         out.parent.mkdir()
-        printed = ""
         with disk(out.parent, lambda number, call, moment=moment: FULL if number >= moment else None) as watched:  # type: ignore[misc]
-            try:
-                run, said = a_run(small_digits(), out)
-                printed = f"{run.train()} {said.getvalue()}"
-            except PretrainError as told:
-                assert one_sentence(str(told)), f"write {moment}, {calls[moment]}: {told}"
-                printed = str(told)
+            printed = what_is_read(out)
         assert watched.failed, f"write {moment} was never reached"
         assert "No space left on device" in " ".join(printed.split()), f"write {moment}, {calls[moment]}: {printed}"
         begun = (out / "config.yaml").exists()
         run, _ = a_run(config_in(out) if begun else small_digits(), out, resume=begun)
         assert run.train() == 0, f"write {moment}, {calls[moment]}"
-        assert not differing(state_of(run), expected), f"write {moment}, {calls[moment]}"  # type: ignore[arg-type]
+        assert not differing(state_of(run), whole.state), f"write {moment}, {calls[moment]}"
 
 
 COMMANDS: dict[str, list[str]] = {
