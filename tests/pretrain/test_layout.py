@@ -14,7 +14,6 @@ from tests.test_layout import module_name, order_of
 
 pytestmark = pytest.mark.quick
 
-HERE = Path(__file__).parent
 PACKAGE = Path(str(vmf_pretrain.__file__)).parent
 README = (PACKAGE / "README.md").read_text()
 ORDER = order_of(README)
@@ -119,12 +118,3 @@ def test_a_run_starts_without_what_only_its_end_needs() -> None:
 def test_readme_explains_every_key_of_the_summary() -> None:
     explained = set(re.findall(r"`(\w+)`", README.split("## summary.json")[1]))
     assert not SUMMARY_KEYS - explained, f"unexplained: {SUMMARY_KEYS - explained}"
-
-
-def test_every_fault_has_a_row_whose_tests_exist() -> None:
-    table = README.split("## Faults, and what happens")[1].split("\n## ")[0]
-    assert [int(number) for number in re.findall(r"^\| F(\d+) ", table, flags=re.MULTILINE)] == list(range(1, 29))
-    named = re.findall(r"`([\w/]+\.py)::(\w+)`", table)
-    absent = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (HERE / path).read_text()]
-    assert len(named) > 28
-    assert not absent, f"no such test: {absent}"

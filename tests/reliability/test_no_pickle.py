@@ -25,9 +25,10 @@ WHOLE_WAY = """
         (folder / f"batch_{{os.getpid()}}").touch()
         return batches(self, step)
 
+    ViewBatches.batch = in_worker  # here, for a worker imports the program under another name
+
     if __name__ == "__main__":
         run = str(folder / "run")
-        ViewBatches.batch = in_worker
         advance = vmf_pretrain.engine.run.Run._advance
 
         def stopping(self, *arguments):
