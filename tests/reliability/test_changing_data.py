@@ -93,6 +93,7 @@ def test_a_folder_that_goes_away_ends_the_run_and_its_return_lets_it_go_on(tmp_p
     assert resumed(tmp_path / "run").train() == 0
 
 
+@pytest.mark.quick
 def test_a_pipe_would_be_waited_for_and_a_giant_would_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_bytes(bytes(2000))

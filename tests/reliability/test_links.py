@@ -67,6 +67,7 @@ def test_nothing_is_written_through_a_link_that_stands_for_a_file(
     assert set(found.values()) <= {None, PRECIOUS}, found
 
 
+@pytest.mark.quick
 def test_the_file_of_a_crash_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     (tmp_path / "victim").write_text(PRECIOUS)
