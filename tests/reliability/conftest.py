@@ -12,6 +12,7 @@ from tests.pretrain.engine.stopping import state_of, stopped_at, untimed
 from tests.pretrain.tiny import a_run
 from tests.reliability.disk import disk
 from tests.reliability.runs import Ended, small_digits
+from vmf_pretrain.engine.history import trained
 from vmf_pretrain.report.plots import plot_knn
 from vmf_pretrain.storage.run_folder import RunFolder
 
@@ -33,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, one_plot: None) -> Ended:
     """Ten steps."""
     with disk(tmp_path_factory.mktemp("whole")) as watched:
         run, _ = a_run(small_digits(), watched.folder / "run")
-        assert run.train() == 0
+        assert trained(run) == 0
     return Ended(watched.calls, state_of(run), untimed(run))
 
 

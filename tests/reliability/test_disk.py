@@ -16,6 +16,7 @@ from tests.reliability.disk import FULL, READ_ONLY, Call, disk
 from tests.reliability.runs import FAULTS, Ended, small_digits, small_photos
 from vmf_pretrain.cli import main
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.engine.history import trained
 
 
 def spread(count: int, least: int) -> list[int]:
@@ -36,6 +37,9 @@ ROWS: dict[str, tuple[str, str]] = {  # kinds of files: their paths, and what is
     "bad images": (r"(\.tmp-)?bad_files\.jsonl", "bad_files.jsonl could not be written: Read-only file system"),
     "skipped steps": (r"(\.tmp-)?skipped_steps\.jsonl", "skipped_steps.jsonl could not be written"),
     "plots": (r"plots/.*", "plots could not be written: Read-only file system"),
+    "histograms": (r"(\.tmp-)?histograms\.jsonl", "histograms.jsonl could not be written: Read-only file system"),
+    "history": (r"(\.tmp-)?history\.jsonl", "history.jsonl could not be written: Read-only file system"),
+    "page": (r"(\.tmp-)?report\.html|plots/(\.tmp-)?views\.png", "report.html could not be written"),
     "summary": (r"(\.tmp-)?summary\.json", "summary.json could not be written: Read-only file system"),
 }
 REFUSED = ("lock", "folders", "first checkpoint", "settings")
@@ -80,7 +84,7 @@ def test_a_run_goes_on_without_the_files_that_the_disk_refuses_and_says_so(
 ) -> None:
     run, printed = a_run(small_digits(), tmp_path / "run")
     with disk(tmp_path, refusing(kinds)) as watched:
-        code = run.train()
+        code = trained(run)
     assert code == (1 if kinds == LOST else 0)
     said = " ".join(printed.getvalue().split())
     for kind in kinds:
@@ -110,6 +114,7 @@ COMMANDS: dict[str, list[str]] = {
     "embed": ["--data", "DATA", "--out", "OUT/features.npz"],
     "export": ["--to", "timm", "--out", "OUT/timm"],
     "pictures": ["--out", "OUT/pictures"],
+    "report": ["--out", "OUT/page.html", "--no-pictures"],
 }
 
 

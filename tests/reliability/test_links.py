@@ -14,6 +14,7 @@ from tests.reliability.disk import disk
 from tests.reliability.runs import copy_of
 from vmf_pretrain.cli import BAD_INPUT, main
 from vmf_pretrain.crash import explained
+from vmf_pretrain.engine.history import trained
 
 PRECIOUS = "precious"
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has other rights and links")
@@ -31,7 +32,7 @@ def private() -> Iterator[None]:
 def written(tmp_path: Path, stopped: Path, private: None) -> dict[str, set[str]]:
     """Paths that a continued run writes, by what it asks of the disk; none of them may be open to others."""
     with disk(copy_of(stopped, tmp_path / "run")) as watched:
-        assert resumed(tmp_path / "run").train() == 0
+        assert trained(resumed(tmp_path / "run")) == 0
     open_to_others = {
         call.path: oct(mode)
         for call in watched.calls
@@ -61,7 +62,7 @@ def test_nothing_is_written_through_a_link_that_stands_for_a_file(
         place.symlink_to(victim)
         planted += 1
     assert planted >= 15, f"only {planted} links of {written}"
-    assert resumed(run).train() == 0
+    assert trained(resumed(run)) == 0
     found = {path.name: None if path.is_dir() else path.read_text() for path in outside.rglob("*")}
     assert len(found) == planted, f"new files outside: {sorted(found)}"
     assert set(found.values()) <= {None, PRECIOUS}, found

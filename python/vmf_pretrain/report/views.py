@@ -3,6 +3,7 @@
 Legend: C channels.
 """
 
+import io
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vmf_pretrain.data.batches import ViewBatches
 from vmf_pretrain.data.network_input import network_input
+from vmf_pretrain.storage.durable import replace_durably
 
 SHOWN = 5  # images
 TILE = 112  # side of the largest view in the picture, at least, pixels
@@ -19,7 +21,7 @@ VIDEO_AXES = 5  # of clips: images, frames, channels, rows, columns
 
 
 def draw_views(batches: ViewBatches, path: Path) -> None:
-    """Write a PNG with a row for each of the first images of the first epoch: its large views, then its small ones.
+    """Write a PNG, whole or not at all, with a row for each of the first images of the first epoch: its large views, then its small ones.
 
     Raises:
         PretrainError: images cannot be read.
@@ -40,7 +42,9 @@ def draw_views(batches: ViewBatches, path: Path) -> None:
             )
         across += side + GAP
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, "PNG")
+    drawn = io.BytesIO()
+    sheet.save(drawn, "PNG")
+    replace_durably(path, drawn.getvalue())
 
 
 def _stills(pixels: Tensor) -> Tensor:
