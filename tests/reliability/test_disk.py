@@ -55,7 +55,7 @@ def what_is_read(out: Path) -> str:
     """A new run's output and exit code, or the sentence that it ends in."""
     try:
         run, printed = a_run(small_digits(), out)
-        return f"{run.train()} {printed.getvalue()}"
+        return f"{trained(run)} {printed.getvalue()}"
     except PretrainError as told:
         return str(told)
 
@@ -124,7 +124,7 @@ def test_a_command_on_a_full_disk_ends_in_a_sentence_and_leaves_nothing_half_wri
 ) -> None:
     for name in ("SHOWN", "NEIGHBOURS"):  # tiles take time to draw
         monkeypatch.setattr(f"vmf_pretrain.report.gallery.{name}", 1)
-    data, out = two_classes(tmp_path / "data", 3), tmp_path / "out"
+    data, out = two_classes(tmp_path / "data", 6), tmp_path / "out"
     run = kept_run(small_photos(data), tmp_path / "run")
     words = [word.replace("DATA", str(data)).replace("OUT", str(out)) for word in COMMANDS[command]]
     out.mkdir()

@@ -21,7 +21,9 @@ VIDEO_AXES = 5  # of clips: images, frames, channels, rows, columns
 
 
 def draw_views(batches: ViewBatches, path: Path) -> None:
-    """Write a PNG, whole or not at all, with a row for each of the first images of the first epoch: its large views, then its small ones.
+    """Write a PNG, whole or not at all.
+
+    It has a row for each of the first images of the first epoch: its large views, then its small ones.
 
     Raises:
         PretrainError: images cannot be read.
