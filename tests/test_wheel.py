@@ -76,6 +76,11 @@ def test_installed_the_readme_runs_outside_the_checkout(environment: Path, tree:
 def test_installed_vmf_bench_runs_outside_the_checkout(environment: Path, tmp_path: Path) -> None:
     for toy in site_packages(environment).glob("vmf_kernels/_native.*"):
         toy.unlink()  # it computes nothing
+    # its roof, measured for half a minute, is tests/bench_tool/test_roof.py's: here of small tensors
+    roof = site_packages(environment) / "vmf_bench" / "roof.py"
+    text = roof.read_text()
+    assert text.count('{"cpu": 2048') == text.count('{"cpu": 2**28') == 1, "the sizes of the roof have moved"
+    roof.write_text(text.replace('{"cpu": 2048', '{"cpu": 256').replace('{"cpu": 2**28', '{"cpu": 2**20'))
     command = environment.parent / "vmf-bench"
     sizes = ["--quick", "--rows", "10", "--prototypes", "16", "--dim", "16", "--dtype", "float32"]
     run([command, *sizes, "--only", "streaming", "--out", tmp_path], tmp_path)
