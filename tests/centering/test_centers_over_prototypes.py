@@ -10,6 +10,7 @@ Legend: R rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -122,6 +123,12 @@ def sinkhorn_cases(spot: Spot, layout: str) -> dict[str, Tensor]:
     return results
 
 
+@functools.cache  # what every test compares with
+def alone(what: str, layout: str) -> dict[str, Tensor]:
+    """The cases of one process that has everything."""
+    return {"centers": center_cases, "sinkhorn": sinkhorn_cases}[what](Spot(), layout)
+
+
 def bad_cases(spot: Spot) -> dict[str, Tensor]:
     """How far centres move, in all, by a batch whose logits to the first prototype, which one rank has, are bad."""
     results = {}
@@ -182,14 +189,14 @@ def test_centers_equal_those_of_one_process(
     ranks: list[dict[str, Any]], layout: str, kind: str, output: str, start: str
 ) -> None:
     name = f"{kind} {output} {start}"
-    error = relative_error(joined(ranks, layout, "centers", name), center_cases(Spot(), layout)[name])
+    error = relative_error(joined(ranks, layout, "centers", name), alone("centers", layout)[name])
     assert error <= BUDGET, f"relative error {error:.1e}, budget {BUDGET:.0e}"
 
 
 @pytest.mark.parametrize("kind", CENTERS[1:])
 def test_centers_of_own_prototypes_alone_are_others(kind: str) -> None:
     """Negative control: probabilities over a rank's own prototypes."""
-    whole = center_cases(Spot(), "four")[f"{kind} unstored zero"]
+    whole = alone("centers", "four")[f"{kind} unstored zero"]
     own = center_cases(Spot(Place.of(1, FOUR, None)), "four")[f"{kind} unstored zero"]
     error = relative_error(own, whole[Place.of(1, FOUR, None).block])
     assert error > 100 * BUDGET, f"relative difference {error:.1e}"
@@ -205,10 +212,10 @@ def test_sinkhorn_targets_equal_those_of_one_process(
     assert isinstance(teacher.teacher, Tensor)
     assert teacher.bias is not None
     logits = teacher.teacher + teacher.bias
-    for name, alone in sinkhorn_cases(Spot(), layout).items():
+    for name, of_one in alone("sinkhorn", layout).items():
         if f"{dtype} {output}" in name:
             got, expected = (
-                (logits + dual).softmax(dim=1) for dual in (joined(ranks, layout, "sinkhorn", name), alone)
+                (logits + dual).softmax(dim=1) for dual in (joined(ranks, layout, "sinkhorn", name), of_one)
             )
             error = (got - expected).abs().max().item()
             assert error <= TARGET_BUDGETS[dtype], f"{name}: {error:.1e}, budget {TARGET_BUDGETS[dtype]:.0e}"
@@ -220,7 +227,7 @@ def test_sinkhorn_targets_equal_those_of_one_process(
 def test_a_dual_vector_of_own_prototypes_alone_is_another() -> None:
     """Negative control: rows normalised over a rank's own prototypes."""
     place, name = Place.of(1, FOUR, None), "3 fp64 unstored streaming (11,)"
-    whole, own = (sinkhorn_cases(Spot(where), "four")[name] for where in (Place(), place))
+    whole, own = alone("sinkhorn", "four")[name], sinkhorn_cases(Spot(place), "four")[name]
     error = relative_error(own, whole[place.block])
     assert error > 1e-3, f"relative difference {error:.1e}"
 
