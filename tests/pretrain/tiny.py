@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from rich.console import Console
@@ -19,9 +20,9 @@ from vmf_pretrain.config.file import read_config, write_config
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches
-from vmf_pretrain.data.bundled import DigitImages, digits
+from vmf_pretrain.data.bundled import DIGIT_CLASSES, DigitImages, digits
 from vmf_pretrain.data.images import Images
-from vmf_pretrain.data.load import load_images
+from vmf_pretrain.data.load import BUNDLED, load_images
 from vmf_pretrain.data.photos import Photos
 from vmf_pretrain.data.plan import Plan
 from vmf_pretrain.engine.loop import Loop
@@ -33,6 +34,7 @@ from vmf_pretrain.networks.headed import Headed
 RECIPES = Path(__file__).parents[2] / "python" / "vmf_pretrain" / "recipes"
 PHOTO_SIDE = 48  # pixels
 CONSOLE_WIDTH = 120
+FEW, FEW_HELD_OUT = 90, 40  # digits; five steps of 16 in an epoch
 SUMMARY_KEYS = {
     "knn",
     "knn_untrained",
@@ -78,6 +80,17 @@ def digits_config(**sections: Any) -> Config:
 @functools.cache  # parsing it takes longer than a step
 def _digits_recipe() -> Config:
     return read_config(RECIPES / "digits.yaml")
+
+
+def few_digits_config(**sections: Any) -> Config:
+    """The same steps of 16 images, where ``few_digits`` says what the digits are."""
+    return changed(digits_config(data={"batch_size": 16}), **sections)
+
+
+def few_digits(patch: pytest.MonkeyPatch) -> None:
+    """Let runs of this process find a tenth of the digits: drawing views of 256, and reading all, takes most of a small run."""
+    few = some_digits(FEW), some_digits(FEW + FEW_HELD_OUT).subset(torch.arange(FEW, FEW + FEW_HELD_OUT))
+    patch.setitem(BUNDLED, "digits", (lambda: few, DIGIT_CLASSES))
 
 
 def animals_config(**sections: Any) -> Config:

@@ -21,7 +21,8 @@ from tests.pretrain.tiny import (
     changed,
     copied,
     differing,
-    digits_config,
+    few_digits,
+    few_digits_config,
     photos_config,
     save_photos,
     two_classes,
@@ -48,8 +49,9 @@ PROMISED = [
 
 @pytest.fixture(scope="module", autouse=True)
 def draw() -> Iterator[Callable[..., None]]:
-    """Drawing, which takes longer than these runs: they go without it."""
+    """Drawing, which takes longer than these runs: they go without it, and on few digits."""
     with pytest.MonkeyPatch.context() as patch:
+        few_digits(patch)
         patch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
         yield draw_plots
 
@@ -62,7 +64,7 @@ def plots(draw: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run on the digits that nothing stopped; not to be changed."""
-    return whole_run(digits_config(), tmp_path_factory.mktemp("whole") / "run")
+    return whole_run(few_digits_config(), tmp_path_factory.mktemp("whole") / "run")
 
 
 def whole_run(config: Config, out: Path) -> Run:
@@ -86,8 +88,8 @@ RESUMPTIONS: dict[str, tuple[dict[str, Any], list[int]]] = {
 def test_run_that_was_stopped_goes_on_bit_for_bit_as_if_it_had_not_been(name: str, whole: Run, tmp_path: Path) -> None:
     sections, stops = RESUMPTIONS[name]
     if sections:
-        whole = whole_run(digits_config(**sections), tmp_path / "whole")
-    run, _ = a_run(digits_config(**sections), tmp_path / "stopped")
+        whole = whole_run(few_digits_config(**sections), tmp_path / "whole")
+    run, _ = a_run(few_digits_config(**sections), tmp_path / "stopped")
     for stop in stops:
         assert stopped_at(run, stop) == 130
         assert run.step == stop + 1, f"stopped after {run.step} steps, asked for {stop + 1}"
@@ -116,7 +118,7 @@ def test_run_that_crashed_repeats_the_steps_since_its_checkpoint(whole: Run, tmp
     def crash() -> NoReturn:
         raise PretrainError("the loss is nan.")
 
-    run, _ = a_run(digits_config(), tmp_path / "crashed")
+    run, _ = a_run(few_digits_config(), tmp_path / "crashed")
     with pytest.raises(PretrainError, match="the loss is nan"):
         before_step(run, 8, crash).train()
     run = resumed(tmp_path / "crashed")
@@ -146,7 +148,7 @@ def lose_place(run: Run) -> None:
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was stopped."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    stopped_at(a_run(digits_config(), out)[0], 6)
+    stopped_at(a_run(few_digits_config(), out)[0], 6)
     return out
 
 
@@ -164,7 +166,7 @@ def test_each_part_of_a_checkpoint_is_needed(lose: Callable[[Run], None], stoppe
 
 
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
-    unfrozen = digits_config(optim={"freeze_last_layer_epochs": 0}, train={"epochs": 1})
+    unfrozen = few_digits_config(optim={"freeze_last_layer_epochs": 0}, train={"epochs": 1})
     runs = [a_run(changed(unfrozen, seed=seed), tmp_path / str(seed))[0] for seed in (0, 1)]
     for run in runs:
         run.train()
@@ -175,7 +177,7 @@ def test_another_seed_gives_another_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_run_says_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    run, printed = a_run(digits_config(), tmp_path / "run")
+    run, printed = a_run(few_digits_config(), tmp_path / "run")
     assert before_step(run, 2, lambda: signal.raise_signal(number)).train() == code
     text = printed.getvalue()
     assert f"Stopped by {number.name} at step 3; a checkpoint is written." in text, text
@@ -184,14 +186,14 @@ def test_stopped_run_says_how_to_go_on(number: signal.Signals, code: int, tmp_pa
 
 
 def test_printed_command_survives_a_shell_whatever_the_folder_is_called(tmp_path: Path) -> None:
-    run, printed = a_run(digits_config(), tmp_path / "a run's folder")
+    run, printed = a_run(few_digits_config(), tmp_path / "a run's folder")
     stopped_at(run, 2)
     command = printed.getvalue().split("Go on with: ")[1]
     assert shlex.split(command)[-1] == str(tmp_path / "a run's folder"), command
 
 
 def test_signal_during_the_last_step_does_not_undo_the_run(tmp_path: Path) -> None:
-    run, _ = a_run(digits_config(), tmp_path / "run")
+    run, _ = a_run(few_digits_config(), tmp_path / "run")
     assert stopped_at(run, STEPS - 1) == 0
     assert run.folder.summary.exists()
 
@@ -207,7 +209,7 @@ def test_finished_run_that_is_resumed_is_only_judged_again(whole: Run, tmp_path:
 
 
 def test_seconds_of_interrupted_parts_add_up(tmp_path: Path) -> None:
-    run, _ = a_run(digits_config(), tmp_path / "run")
+    run, _ = a_run(few_digits_config(), tmp_path / "run")
     run.facts["seconds_before"] = 1000.0
     stopped_at(run, 2)
     again = resumed(tmp_path / "run")
@@ -222,7 +224,7 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for module, names in ((torch, ("save", "load")), (pickle, ("dump", "dumps", "load", "loads", "Unpickler"))):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
-    run, _ = a_run(digits_config(), tmp_path / "run")
+    run, _ = a_run(few_digits_config(), tmp_path / "run")
     assert stopped_at(run, 6) == 130
     assert resumed(tmp_path / "run").train() == 0
     suffixes = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file() and "tfevents" not in path.name}
@@ -231,7 +233,7 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("plots")
 def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
-    run, printed = a_run(digits_config(), tmp_path / "run")
+    run, printed = a_run(few_digits_config(), tmp_path / "run")
     assert run.train() == 0
     missing = [name for name in PROMISED if not (tmp_path / "run" / name).stat().st_size]
     events = list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
@@ -243,7 +245,7 @@ def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert f"{figures['knn']:.1f}" in printed.getvalue()
     assert str(tmp_path / "run") in printed.getvalue()
     assert "Next: vmf-pretrain demo --method dino\n" in printed.getvalue()
-    assert read_config(tmp_path / "run" / "config.yaml") == digits_config()
+    assert read_config(tmp_path / "run" / "config.yaml") == few_digits_config()
 
 
 def test_metrics_hold_each_step_and_each_evaluation(whole: Run) -> None:
@@ -260,7 +262,7 @@ def test_metrics_hold_each_step_and_each_evaluation(whole: Run) -> None:
 
 @pytest.mark.parametrize("method", ["dino", "dino-vmf"])
 def test_both_methods_run_under_autocast(method: str, tmp_path: Path) -> None:
-    config = digits_config(method=method, train={"epochs": 1, "precision": "bf16"})
+    config = few_digits_config(method=method, train={"epochs": 1, "precision": "bf16"})
     run, _ = a_run(config, tmp_path / "run")
     assert run.train() == 0
     losses = [record["loss"] for record in read_metrics(run.folder) if "loss" in record]
@@ -303,20 +305,20 @@ def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("{}")
     with pytest.raises(PretrainError, match="already exists"):
-        a_run(digits_config(), tmp_path / "run")
+        a_run(few_digits_config(), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["summary.json"]
 
 
 def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    run, _ = a_run(digits_config(), tmp_path / "run")
+    run, _ = a_run(few_digits_config(), tmp_path / "run")
     stopped_at(run, 2)
     with pytest.raises(PretrainError, match="of another run: The network has other shapes") as caught:
-        a_run(digits_config(head={"prototypes": 33}), tmp_path / "run", resume=True)
+        a_run(few_digits_config(head={"prototypes": 33}), tmp_path / "run", resume=True)
     assert "\n" not in str(caught.value)
 
 
 def test_checkpoint_that_does_not_say_what_its_network_is_fed_is_judged_anew(whole: Run, tmp_path: Path) -> None:
-    run, _ = a_run(digits_config(), tmp_path / "run")
+    run, _ = a_run(few_digits_config(), tmp_path / "run")
     run.facts = {
         "seconds_before": 0.0,
         "best_knn": 99.0,
@@ -324,7 +326,7 @@ def test_checkpoint_that_does_not_say_what_its_network_is_fed_is_judged_anew(who
         "knn_untrained": 2.0,
     }  # the first version's
     stopped_at(run, 6)
-    again, printed = a_run(digits_config(), tmp_path / "run", resume=True)
+    again, printed = a_run(few_digits_config(), tmp_path / "run", resume=True)
     said = printed.getvalue()
     assert "does not say what its network is fed" in said, said
     assert again.facts["best_knn"] is None
@@ -334,7 +336,7 @@ def test_checkpoint_that_does_not_say_what_its_network_is_fed_is_judged_anew(who
 
 
 def test_network_that_was_fed_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
-    run, _ = a_run(digits_config(), tmp_path / "run")
+    run, _ = a_run(few_digits_config(), tmp_path / "run")
     run.facts["input"] = {**run.facts["input"], "mean": [0.5]}
     stopped_at(run, 2)
     with pytest.raises(PretrainError, match=r"fed with .*mean=\(0\.5,\).* asks for .*mean=\(0\.0,\)"):
@@ -342,14 +344,14 @@ def test_network_that_was_fed_otherwise_is_not_gone_on_with(tmp_path: Path) -> N
 
 
 def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path: Path) -> None:
-    run, _ = a_run(digits_config(train={"epochs": 4, "keep_checkpoints": 2}), tmp_path / "run")
+    run, _ = a_run(few_digits_config(train={"epochs": 4, "keep_checkpoints": 2}), tmp_path / "run")
     run.train()
     kept = sorted(path.name for path in run.folder.checkpoints.glob("step_*"))
     assert kept == ["step_00000015", "step_00000020"]
 
 
 def test_run_that_fails_in_its_first_step_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = a_run(digits_config(), tmp_path / "run")
+    run, _ = a_run(few_digits_config(), tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(run.loop, "step", failing_step)
         with pytest.raises(PretrainError, match="not a number"):
@@ -364,7 +366,7 @@ def failing_step(step: int, batch: Batch, **options: object) -> NoReturn:
 def test_refused_run_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmf_pretrain.evaluation.judge.Judge.baselines", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        a_run(digits_config(), tmp_path / "run")
+        a_run(few_digits_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists(), "a run stopped before it began left its folder"
 
 
@@ -374,7 +376,7 @@ def interrupted(judge: object, untrained: object) -> NoReturn:
 
 def test_the_figure_asked_for_chooses_the_best_weights(tmp_path: Path) -> None:
     wanted = {"online": ("linear", "few_shot"), "best": "few_shot", "max_images": 60}
-    run = whole_run(digits_config(evaluate=wanted), tmp_path / "run")
+    run = whole_run(few_digits_config(evaluate=wanted), tmp_path / "run")
     found = [record["few_shot"] for record in read_metrics(run.folder) if "few_shot" in record]
     assert len(found) == 2
     assert run.facts["best_few_shot"] == max(found)

@@ -1,14 +1,15 @@
 """Runs under torchrun's agent: a rank that dies, a restart, another number of ranks; and a signal to torchrun itself.
 
-The agent starts ranks from a server that has imported everything, which a rank of torchrun's takes many seconds for.
+The agent starts ranks from a server that has imported everything, which a rank of torchrun's takes many seconds for; the one
+that gets the signal is itself started from there, and does what ``torchrun`` does once it has read its command.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -22,7 +23,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tests.pretrain.tiny import a_run, digits_config, yaml_of
+from tests.pretrain.tiny import a_run, few_digits, few_digits_config, yaml_of
 from vmf_pretrain.cli import main
 from vmf_pretrain.config.file import read_config
 from vmf_pretrain.storage.checkpoint import load_checkpoint
@@ -30,16 +31,16 @@ from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
 from vmf_pretrain.storage.weights import load_weights
 
-ROOT = Path(__file__).parents[3]
 DYING = "tests.pretrain.engine.dying_method:Dying"
 STEPS = 10  # of the digits' configuration, with checkpoints after 5 and 10
 WAIT = 300  # seconds, on a busy machine
 
 
 def one_rank(arguments: list[str], drawn: bool) -> None:
-    """The command on one rank; drawing takes longer than the run."""
+    """The command on one rank, on few digits; drawing takes longer than the run."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        few_digits(patch)
         if not drawn:
             patch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
         code = main(arguments)
@@ -52,7 +53,7 @@ def launch(folder: Path, out: str, *, restarts: int = 0, dies: bool = True, para
     if not dies:
         (folder / f"{out}.died").touch()
     config = replace(
-        digits_config(train={"parallel": parallel}), method=DYING, options={"died": str(folder / f"{out}.died")}
+        few_digits_config(train={"parallel": parallel}), method=DYING, options={"died": str(folder / f"{out}.died")}
     )
     arguments = [
         "fit",
@@ -62,7 +63,12 @@ def launch(folder: Path, out: str, *, restarts: int = 0, dies: bool = True, para
         str(folder / out),
         "--allow-code",
     ]
-    chosen = LaunchConfig(
+    elastic_launch(two_ranks(restarts), one_rank)(arguments, parallel == "fsdp")
+
+
+def two_ranks(restarts: int = 0, start_method: str = "forkserver") -> LaunchConfig:
+    """What torchrun --standalone --nproc-per-node=2 makes of its options."""
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=2,
@@ -70,9 +76,8 @@ def launch(folder: Path, out: str, *, restarts: int = 0, dies: bool = True, para
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,
         max_restarts=restarts,
-        start_method="forkserver",
+        start_method=start_method,
     )
-    elastic_launch(chosen, one_rank)(arguments, parallel == "fsdp")
 
 
 def final_tensors(folder: Path) -> dict[str, Any]:
@@ -126,6 +131,7 @@ def test_without_a_restart_the_others_end_within_a_minute(runs: Path) -> None:
 
 def test_run_of_two_ranks_goes_on_with_one(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
+    few_digits(monkeypatch)
     run, printed = a_run(read_config(runs / "cut" / "config.yaml"), runs / "cut", resume=True, allow_code=True)
     assert run.train() == 0
     assert "Going on from step 5 of 10." in printed.getvalue()
@@ -144,31 +150,29 @@ def test_sharded_run_goes_on_from_its_shards_to_its_plots(runs: Path) -> None:
     }
 
 
+def torchrun(arguments: list[str], printed: Path) -> None:
+    """A process that is torchrun, and what it and its ranks print; they are forks of it, for it has imported everything."""
+    for number in (1, 2):
+        os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    elastic_launch(two_ranks(start_method="fork"), one_rank)(arguments, False)
+
+
 def test_ctrl_c_at_torchrun_leaves_a_checkpoint_of_all_ranks(tmp_path: Path) -> None:
-    config = yaml_of(digits_config(train={"epochs": 400, "checkpoint_every": 400}), tmp_path / "run.yaml")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "vmf_pretrain",
-    ]
-    process = subprocess.Popen(
-        [*launcher, "fit", "--config", str(config), "--out", str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    folder = RunFolder(tmp_path / "run")
-    while not [record for record in read_metrics(folder) if record.get("step", 0) >= 2]:
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=WAIT)[0]
+    config = yaml_of(few_digits_config(train={"epochs": 4000, "checkpoint_every": 4000}), tmp_path / "run.yaml")
+    folder, printed = RunFolder(tmp_path / "run"), tmp_path / "printed"
+    arguments = ["fit", "--config", str(config), "--out", str(folder.path)]
+    process = multiprocessing.get_context("forkserver").Process(target=torchrun, args=(arguments, printed))
+    process.start()
+    try:
+        while not [record for record in read_metrics(folder) if record.get("step", 0) >= 2]:
+            assert process.is_alive(), printed.read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(int(str(process.pid)), signal.SIGINT)
+        process.join(WAIT)
+        assert not process.is_alive(), f"torchrun lives on after {WAIT} s"
+    finally:
+        process.kill()
+    said = printed.read_text()
     stopped = re.search(r"Stopped by SIG(INT|TERM) at step (\d+); a checkpoint is written", said)
     assert stopped, said[-3000:]
     assert load_checkpoint(folder.checkpoints).step == int(stopped[2])
