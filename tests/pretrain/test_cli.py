@@ -17,8 +17,11 @@ import torch
 import yaml
 
 from tests.pretrain.tiny import (
+    FEW,
     changed,
     digits_config,
+    few_digits,
+    few_digits_config,
     one_sentence,
     photos_config,
     save_photos,
@@ -173,12 +176,14 @@ def records_in(run: Path) -> int:
 
 
 def run_command(arguments: list[str], printed: Path, errors: Path) -> None:
-    """The command in a session of its own, as from a terminal."""
+    """The command in a session of its own, as from a terminal, on few digits."""
     os.setsid()
     for number, path in ((1, printed), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
-    sys.exit(main(arguments))
+    with pytest.MonkeyPatch.context() as patch:
+        few_digits(patch)
+        sys.exit(main(arguments))
 
 
 def wait_for(process: BaseProcess, run: Path, steps: int) -> None:
@@ -193,7 +198,8 @@ def wait_for(process: BaseProcess, run: Path, steps: int) -> None:
 def test_ctrl_c_stops_cleanly_and_the_command_that_it_prints_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = digits_config(data={"batch_size": 64, "workers": 2}, evaluate={"every": 2})
+    config = few_digits_config(data={"batch_size": 4, "workers": 2}, evaluate={"every": 2})
+    steps = 2 * (FEW // 4)
     path, out = yaml_of(config, tmp_path / "config.yaml"), tmp_path / "run"
     arguments = ["fit", "--config", str(path), "--out", str(out)]
     files = tmp_path / "printed", tmp_path / "errors"
@@ -210,9 +216,10 @@ def test_ctrl_c_stops_cleanly_and_the_command_that_it_prints_goes_on(
     assert process.exitcode == 130, f"exit code {process.exitcode}: {errors[-500:]}"
     assert "Traceback" not in errors, errors
     assert list((out / "checkpoints").glob("step_*"))
-    assert records_in(out) < 40, "the run was over before the signal"
+    assert records_in(out) < steps, "the run was over before the signal"
     command = shlex.split(printed.split("Go on with: vmf-pretrain ")[1].splitlines()[0])
     monkeypatch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
+    few_digits(monkeypatch)
     assert main(command) == 0
-    assert records_in(out) == 40
-    assert json.loads((out / "summary.json").read_text())["steps"] == 40
+    assert records_in(out) == steps
+    assert json.loads((out / "summary.json").read_text())["steps"] == steps
