@@ -43,10 +43,12 @@ Record = dict[str, Tensor]
 Step = Callable[[nn.Module, nn.Module, Tensor, Tensor, int], Tensor]
 
 
-def networks(prototypes: int, dtype: torch.dtype, *, frozen_norm: bool = False) -> tuple[DINOHead, DINOHead]:
+def networks(
+    prototypes: int, dtype: torch.dtype, *, frozen_norm: bool = False, dim: int = DIM
+) -> tuple[DINOHead, DINOHead]:
     """A student and a teacher near it, norms between 0.5 and 1.5 with either sign unless frozen."""
     student = DINOHead(
-        IN_DIM, prototypes, norm_last_layer=frozen_norm, nlayers=2, hidden_dim=16, bottleneck_dim=DIM
+        IN_DIM, prototypes, norm_last_layer=frozen_norm, nlayers=2, hidden_dim=16, bottleneck_dim=dim
     ).double()
     with torch.no_grad():
         student.mlp[0].weight.mul_(20)  # type: ignore[index]

@@ -66,9 +66,10 @@ def heads(
     shared: bool = False,
     shared_teacher: bool | None = None,
     frozen_norm: bool = False,
+    dim: int = DIM,
 ) -> tuple[iBOTHead, iBOTHead]:
     """A student and a teacher near it, norms between 0.5 and 1.5 with either sign unless frozen."""
-    options: dict[str, Any] = {"patch_out_dim": prototypes[1], "nlayers": 2, "hidden_dim": 16, "bottleneck_dim": DIM}
+    options: dict[str, Any] = {"patch_out_dim": prototypes[1], "nlayers": 2, "hidden_dim": 16, "bottleneck_dim": dim}
     student = iBOTHead(IN_DIM, prototypes[0], norm_last_layer=frozen_norm, shared_head=shared, **options).double()
     with torch.no_grad():
         student.mlp[0].weight.mul_(8)  # type: ignore[index]
