@@ -348,7 +348,7 @@ def test_no_grad_gives_the_same_values_without_a_graph() -> None:
 
 def test_compiled_without_graph_breaks_is_bitwise_equal() -> None:
     compiled = torch.compile(log_vmf_constant, fullgraph=True, backend="aot_eager")
-    for dim in (256, 64, 3):  # a changed dim is traced anew, as a symbolic number
+    for dim in (256, 64, 61):  # a changed dim is traced anew, as a symbolic number; the last recurs, briefly
         eager_kappa, kappa = kappa_grid(25).requires_grad_(), kappa_grid(25).requires_grad_()
         eager, traced = log_vmf_constant(eager_kappa, dim), compiled(kappa, dim)
         eager.sum().backward()

@@ -18,7 +18,7 @@ from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
 
-STEPS = 6  # of three epochs: with prototypes frozen, and not
+STEPS = 4  # of two epochs: with prototypes frozen, and not
 IMAGES = 64
 SETTINGS: dict[str, dict[str, Any]] = {
     "dino-vmf": {"method": "dino-vmf"},
