@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.backends import quicker_interpreter
 from tests.backends.cuda_stand_in import standing_in
 from tests.backends.prototype_ranks import Place, as_one, budgeted, distance, outcome_of
 from tests.on_ranks import Runs, run_cases
@@ -41,6 +42,7 @@ def one_to_one(place: Place) -> Outcome:
 
 
 def place_of(rank: int | None) -> Place:
+    quicker_interpreter.install()  # of what is not by the stand-in
     return Place() if rank is None else Place.of(rank, SIZES, torch.distributed.group.WORLD)
 
 
