@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from tests.on_ranks import start_ranks
-from tests.pretrain.tiny import a_run, batch_of, config_in, copied, differing, digits_config, some_digits
+from tests.pretrain.tiny import (
+    FEW,
+    a_run,
+    batch_of,
+    config_in,
+    copied,
+    differing,
+    digits_config,
+    few_digits,
+    some_digits,
+)
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batches import ViewBatches
 from vmf_pretrain.engine.loop import Loop
@@ -56,12 +66,13 @@ def state_of(run: Run) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_stopped_run_goes_on_bit_for_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
+    few_digits(monkeypatch)
     config = digits_config(
         method=SETTINGS[name]["method"],
         backbone={"patch_size": 4, **SETTINGS[name].get("backbone", {})},
         head=SETTINGS[name].get("head", {}),
         loss=SETTINGS[name].get("loss", {}),
-        data={"batch_size": 640},
+        data={"batch_size": FEW // 2},
         train={"epochs": 1},
         optim={"warmup_epochs": 0},
     )
