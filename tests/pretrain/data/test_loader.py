@@ -106,16 +106,32 @@ def test_a_killed_worker_is_one_sentence_soon() -> None:
     assert all(worker.exitcode is not None for worker in workers), "a worker lives on"
 
 
-# the server of forks is started by the loader here, and then serves another
-SERVER = """
-import multiprocessing, signal
+# without the engine, whose import takes longer than the test
+IMPORTS = """
+import multiprocessing, os, signal, time, torch
 from multiprocessing import resource_tracker
-from tests.pretrain.data.test_loader import batches_of, changed, batches_over, load_from
+from vmf_pretrain.config.backbone import BackboneConfig
+from vmf_pretrain.config.data import DataConfig
+from vmf_pretrain.config.run import Config
+from vmf_pretrain.config.views import ViewsConfig
+from vmf_pretrain.data.batches import ViewBatches
+from vmf_pretrain.data.bundled import DigitImages
+from vmf_pretrain.data.loader import load_from
+from vmf_pretrain.data.plan import Plan
+
+def loading_of(**data):
+    data = DataConfig("digits", batch_size=4, **data)
+    config = Config(data=data, views=ViewsConfig(16, 8, 1), backbone=BackboneConfig(patch_size=8))
+    images = DigitImages(torch.rand(1000, 16, 16), torch.zeros(1000, 2), torch.zeros(1000))
+    return load_from(ViewBatches(images, config, Plan()), 0)
+"""
+# the server of forks is started by the loader here, and then serves another
+SERVER = (
+    IMPORTS
+    + """
 if __name__ == "__main__":
     resource_tracker.ensure_running()  # or its start lets go of what the loader holds
-    batches = batches_of()
-    forked = changed(batches.config, data={"start_method": "forkserver"})
-    next(load_from(batches_over(batches.images, forked), 0))
+    next(loading_of(start_method="forkserver"))
     child = multiprocessing.get_context("forkserver").Process(target=signal.pause)
     child.start()
     child.terminate()
@@ -123,6 +139,7 @@ if __name__ == "__main__":
     print(child.exitcode)
     child.kill()
 """
+)
 
 
 def test_a_server_of_forks_that_the_loader_starts_holds_no_signal_for_ever(tmp_path: Path) -> None:
@@ -133,29 +150,20 @@ def test_a_server_of_forks_that_the_loader_starts_holds_no_signal_for_ever(tmp_p
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.stdout.split() == [str(-signal.SIGTERM)]
 
 
-# without the engine, whose import takes longer than the test
-PROGRAM = """
-import multiprocessing, os, signal, time, torch
-from vmf_pretrain.config.backbone import BackboneConfig
-from vmf_pretrain.config.data import DataConfig
-from vmf_pretrain.config.run import Config
-from vmf_pretrain.config.views import ViewsConfig
-from vmf_pretrain.data.batches import ViewBatches
-from vmf_pretrain.data.bundled import DigitImages
-from vmf_pretrain.data.loader import load_from
-from vmf_pretrain.data.plan import Plan
-config = Config(data=DataConfig("digits", batch_size=4), views=ViewsConfig(16, 8, 1), backbone=BackboneConfig(patch_size=8))
-images = DigitImages(torch.rand(1000, 16, 16), torch.zeros(1000, 2), torch.zeros(1000))
-loading = load_from(ViewBatches(images, config, Plan()), 0)
+PROGRAM = (
+    IMPORTS
+    + """
+loading = loading_of()
 next(loading), next(loading), next(loading)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 {then}
 """
+)
 ENDINGS = {
     # the lock of the queue is with the dead, as after a kill in the middle of handing over: workers wait for it for ever
     "an error while a lock is lost": "loading._batches._worker_result_queue._wlock.acquire(); time.sleep(1); raise ValueError",
@@ -165,7 +173,7 @@ ENDINGS = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_no_worker_outlives_the_training_process_nor_holds_it_up(ending: str) -> None:
-    code = PROGRAM.format(then=ENDINGS[ending])
+    code = PROGRAM.replace("{then}", ENDINGS[ending])
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
