@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.pretrain.engine.stopping import state_of, stopped_at, untimed
 from tests.pretrain.methods.masked_runs import METHODS, masked_config, save_videos
 from tests.pretrain.methods.plain import Weights, jepa_loss, mae_loss, positions_of
-from tests.pretrain.tiny import a_run, batch_of, changed, config_in, copied, differing
+from tests.pretrain.tiny import FEW, a_run, batch_of, changed, config_in, copied, differing, few_digits
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches
@@ -160,7 +160,7 @@ def test_schedules_count_as_published(method: str, ahead: int, stretch: float) -
 
 
 def test_weight_decay_spares_biases_norms_and_what_is_fixed() -> None:
-    loop, _ = a_loop(masked_config("mae"))
+    loop, _ = a_loop(masked_config("mae", data={"batch_size": FEW}))
     names = {id(parameter): name for name, parameter in loop.method.named_parameters()}
     decayed, plain = ([names[id(p)] for p in group["params"]] for group in loop.optimizer.param_groups)
     assert {"autoencoder.backbone.cls_token", "autoencoder.decoder.mask_token"} <= set(decayed)
@@ -187,8 +187,9 @@ def test_start_is_the_published_one(method: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def draw() -> Iterator[Callable[..., None]]:
-    """Drawing, which takes longer than these runs."""
+    """Drawing, which takes longer than these runs: they go without it, and on few digits."""
     with pytest.MonkeyPatch.context() as patch:
+        few_digits(patch)
         patch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
         yield draw_plots
 
@@ -201,7 +202,8 @@ OWN_NUMBERS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_run_trains_and_goes_on_bit_for_bit(method: str, videos: Path, tmp_path: Path) -> None:
-    config = masked_config(method, videos)
+    of_digits = {"data": {"batch_size": FEW // 2}}
+    config = masked_config(method, videos, **({} if method == "vjepa" else of_digits))
     whole, _ = a_run(config, tmp_path / "whole")
     assert whole.train() == 0
     run, _ = a_run(config, tmp_path / "stopped")
@@ -217,7 +219,7 @@ def test_run_trains_and_goes_on_bit_for_bit(method: str, videos: Path, tmp_path:
 
 
 def test_reconstructions_are_drawn_and_show_what_is_seen(draw: Callable[..., None], tmp_path: Path) -> None:
-    run, _ = a_run(masked_config("mae"), tmp_path / "run")
+    run, _ = a_run(masked_config("mae", data={"batch_size": FEW}), tmp_path / "run")
     run.folder.plots.mkdir(parents=True, exist_ok=True)
     method: Any = run.loop.method
     shown = sample_pictures(run.config, method.evaluated, run.judge.train, method.pictures)
