@@ -20,6 +20,7 @@ from tests.pretrain.tiny import (
     batches_over,
     changed,
     digits_config,
+    few_digits,
     photos_config,
     save_ramps,
 )
@@ -195,10 +196,14 @@ def test_nothing_reaches_a_network_in_a_whole_run_but_through_the_one_way(
 ) -> None:
     original = NetworkInput.of
     monkeypatch.setattr(NetworkInput, "of", lambda self, pixels: original(self, pixels) + MOVED)
+    monkeypatch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)  # of what networks gave
+    few_digits(monkeypatch)
     seen = SeenInputs()
     hook = register_module_forward_pre_hook(seen)
     try:
-        a_run(config_of(kind, tmp_path / "photos", train={"epochs": 1}), tmp_path / "run")[0].train()
+        a_run(config_of(kind, tmp_path / "photos", data={"batch_size": 16}, train={"epochs": 1}), tmp_path / "run")[
+            0
+        ].train()
     finally:
         hook.remove()
     assert len(seen.least) > 5, f"{len(seen.least)} calls"
