@@ -41,11 +41,6 @@ spec.loader.exec_module(module)
 assert "torch" not in sys.modules
 assert "libcuda." not in open("/proc/self/maps").read()
 """
-STEP = """
-import torch
-from vmf_kernels import linear_prototypes, prototype_usage
-print(prototype_usage(torch.randn(3, 8), linear_prototypes(torch.randn(5, 8)), temperature=0.1).sum().item())
-"""
 
 
 def module_path(name: str) -> Path:
@@ -147,6 +142,7 @@ def built_in(folder: Path) -> list[str]:
 
 
 def test_installing_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> None:
+    """That it then runs without the modules is tests/test_wheel.py's."""
     folder, installed = copy_of_the_tree(tmp_path / "tree"), tmp_path / "installed"
     options = (
         "--no-index",
@@ -165,8 +161,6 @@ def test_installing_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> N
     assert "no C++ compiler: CXX is '/nowhere/g++'" in done.stdout
     assert not list(installed.glob("vmf_kernels/*.so"))
     assert (installed / "vmf_kernels-0.1.0.dist-info").exists()
-    ran = build(tmp_path, "-c", STEP, PYTHONPATH=str(installed))
-    assert float(ran.stdout) == pytest.approx(1.0), ran.stdout
 
 
 @pytest.mark.parametrize("name", MODULES)
