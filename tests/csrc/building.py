@@ -75,7 +75,7 @@ def module_with_stand_in() -> ModuleType | None:
     if "amx_bf16" not in builder.known_sets(plan.compiler):
         return None
     units = [unit for unit in plan.units if unit.object in ("bindings.o", "kernels.portable.o")]
-    plan = plan._replace(units=units + units_of_the_stand_in([], "-O2"))
+    plan = plan._replace(units=units + units_of_the_stand_in([], "-O1"))
     path = builder.run_ninja(plan, builder.ninja_folder("native"), f"_native.stand_in{builder.SUFFIX}")
     spec = importlib.util.spec_from_file_location("_native", path)
     assert spec is not None
