@@ -39,7 +39,7 @@ class WorkerStart:
         parent = os.getppid()
 
         def end(number: int, frame: FrameType | None) -> None:
-            if self.closing.value or os.getppid() != parent:
+            if self.closing.value or _is_orphan(parent):
                 os._exit(0)
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -74,9 +74,19 @@ def held_signals(method: str) -> Iterator[None]:
 
 def _end_with(parent: int) -> None:
     """End when the parent has: a worker may be waiting for a lock that nobody will release."""
-    while os.getppid() == parent:
+    while not _is_orphan(parent):
         time.sleep(ORPHAN_CHECK)
     os._exit(0)
+
+
+def _is_orphan(parent: int) -> bool:
+    """Whether the training process has ended.
+
+    A worker from a server of forks is that one's child, which lives on with it; multiprocessing knows who asked for it.
+    Where processes are forked the others hold open what it looks at, and the parent says it.
+    """
+    asked = multiprocessing.parent_process()
+    return os.getppid() != parent or not (asked is None or asked.is_alive())
 
 
 def _give_up_without_files(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
