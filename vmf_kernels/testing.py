@@ -179,7 +179,12 @@ def rounding_sizes(problem: Problem) -> Outcome:
 
 
 def assert_within_budget(
-    actual: Outcome, problem: Problem, products: torch.dtype | None = None, *, logit_roundings: float = 1.0
+    actual: Outcome,
+    problem: Problem,
+    products: torch.dtype | None = None,
+    *,
+    logit_roundings: float = 1.0,
+    dense: Outcome | None = None,
 ) -> dict[str, float]:
     """Assert that every error is within the budget; returns the used share of it by quantity, in [0, 1].
 
@@ -189,12 +194,15 @@ def assert_within_budget(
         products: as in ``dense_outcome``.
         logit_roundings: how many roundings of every logit to allow. 2 for kernels that compute logits in base 2: these are 1.44
             times as large, and their rounding is up to twice as large.
+        dense: results of the dense formula whose errors are the measure; None means ``dense_outcome(problem, products)``.
 
     Raises:
         AssertionError: a quantity is missing, of a wrong shape or dtype, not finite, or off by more; the text has the numbers.
     """
     exact_problem = problem.to(torch.float64)
-    truth, dense, sizes = dense_outcome(exact_problem), dense_outcome(problem, products), rounding_sizes(exact_problem)
+    truth, sizes = dense_outcome(exact_problem), rounding_sizes(exact_problem)
+    dense = dense_outcome(problem, products) if dense is None else dense
+    in_fp64 = accumulation_dtype(problem.student_features.dtype) == torch.float64
     assert actual.keys() == truth.keys(), f"got {sorted(actual)}, expected {sorted(truth)}"
     eps = _products_eps(problem, products)
     chance = {} if eps is None else _chance(exact_problem, eps)
@@ -205,11 +213,12 @@ def assert_within_budget(
         assert form == expected, f"{name} is {form}, expected {expected}"
         for norm, measure in (("largest", _largest), ("root mean square", _root_mean_square)):
             error = measure(got.double() - exact)
-            allowed = FP64_BUDGET * measure(sizes[name])
-            if accumulation_dtype(got.dtype) != torch.float64:
-                logits = logit_roundings * torch.finfo(torch.float32).eps * sizes[name]
-                rounding = logits + torch.finfo(got.dtype).eps / 2 * exact.abs()
-                allowed = DENSE_ERRORS * measure(plain.double() - exact) + measure(rounding) + chance.get(name, 0.0)
+            eps_of_sums = FP64_BUDGET if in_fp64 else logit_roundings * torch.finfo(torch.float32).eps
+            # gradients have the dtype of what is stored, which may be narrower or wider than that of the sums
+            kept = torch.finfo(got.dtype)
+            allowed = measure(eps_of_sums * sizes[name] + kept.eps / 2 * (exact.abs() + kept.tiny))
+            if not in_fp64:
+                allowed += DENSE_ERRORS * measure(plain.double() - exact) + chance.get(name, 0.0)
             assert error <= allowed < float("inf"), f"{name}: {norm} error {error:.2e}, budget {allowed:.2e}"
             used[name] = max(used.get(name, 0.0), error / allowed if allowed else 0.0)
     return used

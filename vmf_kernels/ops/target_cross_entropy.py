@@ -141,6 +141,8 @@ def _probability_cross_entropy(
             f"targets go down to {q_TK.min().item():.3g}; expected probabilities, or TeacherTargets of the teacher's raw logits"
         )
     sum_T = q_TK.sum(dim=-1, dtype=dtype)
+    # NaN in, NaN out: the logarithms carry it; as a weight it would be refused
+    sum_T = torch.where(sum_T.isfinite(), sum_T, 1.0)
     # contiguous, because some kernels need adjacent elements in a row, and Sinkhorn's result is transposed
     log_q_TK = q_TK.contiguous().to(dtype).log().clamp_(min=LOWEST_BIAS)
     views = pair_weights.shape[0]

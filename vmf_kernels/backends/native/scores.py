@@ -92,7 +92,7 @@ def native_keys(
     if products == torch.bfloat16:
         row_factor, factor = 1.0, row_factor * factor
     return NativeKeys(
-        weight if weight.stride(1) == 1 else weight.contiguous(),
+        _rows_apart(weight),
         prototypes.kind.removesuffix("_vmf"),
         None if magnitude is None else module.fp32(magnitude),
         row_factor,
@@ -101,6 +101,14 @@ def native_keys(
         split_scale(scale),
         other_bias,
     )
+
+
+def _rows_apart(weight: Tensor) -> Tensor:
+    """The matrix with adjacent elements in a row and rows that do not overlap; a copy if they do, as in an expanded matrix."""
+    count, dim = weight.shape
+    if weight.stride(1) == 1 and (count < 2 or weight.stride(0) >= dim) and not weight.is_neg():
+        return weight
+    return weight.resolve_neg().contiguous()
 
 
 def _biases(

@@ -1,0 +1,1 @@
+"""Random calls of every public function against its formula in fp64: ``python -m tests.fuzz --help``."""
