@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.workloads import Inputs, Workload
-from tests.published import PublishedDINOLoss
+from tests.fuzz.statements.dino import PublishedDINOLoss
 from vmf_bench.memory import cpu_peak_extra_mib
 from vmf_bench.published import TEACHER_CROPS
 from vmf_kernels import DINOLoss, DINOvMFLoss, multi_crop_weights

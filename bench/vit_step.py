@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.published import PublishedDINOHead, PublishedDINOLoss
+from tests.fuzz.statements.dino import PublishedDINOHead, PublishedDINOLoss
 from vmf_bench.machine import machine
 from vmf_bench.memory import cpu_peak_extra_mib
 from vmf_bench.published import TEACHER_CROPS

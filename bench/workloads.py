@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.published import PublishedWeightNorm
+from tests.fuzz.statements.dino import PublishedWeightNorm
 from vmf_bench.inputs import HeadShape, matched_shape
 from vmf_bench.published import TEACHER_CROPS
 from vmf_kernels import PrototypeLayer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.measure import worst_error
-from tests.published import PublishedDINOHead, PublishedDINOLoss, PublishedDINOvMFLoss, follow
+from tests.fuzz.statements.dino import PublishedDINOHead, PublishedDINOLoss, PublishedDINOvMFLoss, follow
 from vmf_kernels import (
     DINOHead,
     DINOLoss,

@@ -6,27 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.fuzz.statements.spread import greedy_groups
 from tests.measure import allocations_of
 from vmf_kernels import diagnostics, unique_prototypes, weight_norm_prototypes
 
 DIM = 6
-
-
-def greedy_groups(weight: Tensor, eps: float, metric: str) -> list[int]:
-    """Each prototype joins the first earlier representative within eps; zero rows join each other only."""
-    representatives: list[Tensor] = []
-    groups = []
-    for w in weight.double():
-        mu = w / w.norm() if w.any() else w
-        for group, other in enumerate(representatives):
-            distance = 1 - mu @ other if metric == "cosine" else (mu - other).norm()
-            if (mu.any() and other.any() and distance <= eps) or not (mu.any() or other.any()):
-                groups.append(group)
-                break
-        else:
-            groups.append(len(representatives))
-            representatives.append(mu)
-    return groups
 
 
 def partition(groups: list[int]) -> set[frozenset[int]]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tests.measure import relative_error, worst_error
 from tests.on_ranks import RANKS, Runs, run_cases
-from tests.published import follow
+from tests.fuzz.statements.dino import follow
 from vmf_kernels import (
     DINOHead,
     DINOLoss,

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.measure import relative_error, worst_error
 from tests.on_ranks import RANKS, Runs, run_cases
-from tests.published import follow
+from tests.fuzz.statements.dino import follow
 from tests.test_distributed import Share
 from vmf_kernels import (
     DINOHead,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.measure import relative_error, worst_error
-from tests.published import PublishedDINOLoss, PublishedDINOvMFLoss
+from tests.fuzz.statements.dino import PublishedDINOLoss, PublishedDINOvMFLoss
 from vmf_kernels import DINOHead, DINOLoss, DINOvMFLoss, PrototypeLogits, weight_norm_prototypes
 
 IMAGES, CROPS, PROTOTYPES, IN_DIM, DIM = 3, 5, 301, 12, 24

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.backends.native_calls import HERE
-from tests.plain_loss import plain_loss
+from tests.fuzz.statements.cross_entropy import plain_loss
 from vmf_kernels import (
     DINOLoss,
     DINOvMFLoss,

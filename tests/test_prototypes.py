@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.fuzz.statements.prototypes import effective
 from vmf_kernels import (
     Prototypes,
     linear_prototypes,
@@ -38,17 +39,8 @@ def stored(kind: str, dtype: torch.dtype = torch.float64) -> Prototypes:
 
 
 def plain_weight_and_norms(stored: Prototypes) -> tuple[Tensor, Tensor]:
-    """[K, D] effective prototypes and [K] norms, written out in fp64; autograd takes it from here."""
-    weight = stored.weight.double()
-    norm = torch.linalg.vector_norm(weight, dim=1)
-    unit = weight * norm.masked_fill(norm == 0, torch.inf).reciprocal()[:, None]
-    if stored.kind.startswith("linear"):
-        return weight, norm
-    if stored.kind == "normalized":
-        return unit, torch.ones_like(norm)
-    assert stored.magnitude is not None
-    magnitude = stored.magnitude.double().reshape(-1)
-    return magnitude[:, None] * unit, magnitude.abs()
+    """[K, D] effective prototypes and [K] norms, in fp64."""
+    return effective(stored.weight.double(), None if stored.magnitude is None else stored.magnitude.double(), stored.kind)
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -244,7 +244,7 @@ def prepare_keys(prototypes: Prototypes, temperature: Tensor, extra_bias: Tensor
         gain = prototypes.gain(dtype)
         return Keys(
             prototypes.weight.detach(),
-            None if gain is None else gain.to(dtype),
+            None if gain is None else _narrowed(gain, dtype),
             temperature.to(dtype).reciprocal(),
             prepare_bias(prototypes, temperature, extra_bias, dtype),
         )
@@ -332,6 +332,12 @@ def _norm_gradient(prototypes: Prototypes, temperature: Tensor, bias_gradient_K:
     scale = temperature.to(bias_gradient_K.dtype).reciprocal()
     kappa = prototypes.norms(scale.dtype).detach().to(scale.dtype) * scale
     return -bias_gradient_K * vmf_mean_resultant_length(kappa, prototypes.dim) * scale
+
+
+def _narrowed(gain: Tensor, dtype: torch.dtype) -> Tensor:
+    # fp64 prototypes may be so short that the gain leaves fp32; cast to fp32 they are zeros, without a direction
+    narrow = gain.to(dtype)
+    return narrow if narrow is gain else narrow.masked_fill_(narrow.isinf() & gain.isfinite(), 0.0)
 
 
 def _safe_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.plain_loss import plain_loss
+from tests.fuzz.statements.cross_entropy import plain_loss
 from vmf_kernels import logit_cross_entropy, prototype_usage
 from vmf_kernels.backends.native import module
 from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp

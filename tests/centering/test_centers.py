@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.measure import allocations_of, relative_error
-from tests.published import exact_log_vmf_constant, log_mean_probability
+from tests.fuzz.statements.centers import log_mean_probability, moved_center
+from tests.fuzz.statements.dino import exact_log_vmf_constant
 from vmf_kernels import LogitCenter, ProbabilityCenter, PrototypeLogits, vmf_prototypes
 from vmf_kernels.centering.running_mean import RunningMean
 
@@ -50,22 +51,22 @@ def batch_of(logits: PrototypeLogits, output: str = "unstored") -> Batch:
 
 def exact_mean(logits: PrototypeLogits, kind: str) -> Tensor:
     """[1, K] the batch's mean in the units of the centre, dense in fp64."""
+    raw, normalizer = raw_and_normalizer(logits)
+    return raw.mean(dim=0, keepdim=True) if kind == "logit" else log_mean_probability(raw / TAU + normalizer)
+
+
+def raw_and_normalizer(logits: PrototypeLogits) -> tuple[Tensor, Tensor]:
+    """[R, K] logits and [K] nats in fp64."""
     features, weight = logits.features.double(), logits.prototypes.weight.double()
-    raw = features @ weight.T
-    if kind == "logit":
-        return raw.mean(dim=0, keepdim=True)
-    return log_mean_probability(raw / TAU + exact_log_vmf_constant(weight.norm(dim=1) / TAU, DIM))
+    return features @ weight.T, exact_log_vmf_constant(weight.norm(dim=1) / TAU, DIM)
 
 
 def exact_center(batches: list[PrototypeLogits], kind: str, momentum: float = 0.9) -> Tensor:
     """[1, K] the running mean over whole batches from the published start."""
     center = torch.full((1, PROTOTYPES), -math.log(PROTOTYPES) if kind == "probability" else 0.0, dtype=torch.float64)
     for logits in batches:
-        mean = exact_mean(logits, kind)
-        if kind == "probability":
-            center = (momentum * center.exp() + (1 - momentum) * mean.exp()).log()
-        else:
-            center = momentum * center + (1 - momentum) * mean
+        raw, normalizer = raw_and_normalizer(logits)
+        center = moved_center(center, kind, raw, raw / TAU + normalizer, momentum)
     return center
 
 

@@ -18,9 +18,9 @@ import omegaconf
 import torch
 from torch import Tensor, nn
 
-from tests.published import PublishedDINOHead, PublishedDINOLoss
-from tests.published_dinov2 import PublishedPatchLoss, PublishedV2Head, PublishedV2Loss
-from tests.published_ibot import PublishedIBOTHead, PublishedIBOTLoss
+from tests.fuzz.statements.dino import PublishedDINOHead, PublishedDINOLoss
+from tests.fuzz.statements.dinov2 import PublishedPatchLoss, PublishedV2Head, PublishedV2Loss
+from tests.fuzz.statements.ibot import PublishedIBOTHead, PublishedIBOTLoss
 from vmf_kernels.compat import dino, dinov2, ibot, lightly, solo
 
 DIM, K, K2 = 6, 31, 23

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.measure import worst_error
-from tests.published import follow
+from tests.fuzz.statements.dino import follow
 
 IMAGES, LOCAL_CROPS, PATCHES = 3, 2, 5
 IN_DIM, DIM, PROTOTYPES = 12, 24, 301

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.published import PublishedDINOHead, PublishedDINOLoss
+from tests.fuzz.statements.dino import PublishedDINOHead, PublishedDINOLoss
 from vmf_kernels.compat import dino
 
 pytestmark = pytest.mark.quick

@@ -36,7 +36,7 @@ from tests.compat.crops import (
     train,
 )
 from tests.measure import relative_error
-from tests.published_dinov2 import (
+from tests.fuzz.statements.dinov2 import (
     PublishedKoLeoLoss,
     PublishedPatchLoss,
     PublishedV2Head,

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.measure import allocations_of, relative_error
-from tests.published import exact_log_vmf_constant
-from tests.published_dinov2 import (
+from tests.fuzz.statements.dino import exact_log_vmf_constant
+from tests.fuzz.statements.dinov2 import (
     PublishedKoLeoLoss,
     PublishedPatchLoss,
     PublishedV2Loss,

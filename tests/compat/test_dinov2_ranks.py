@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from tests.measure import relative_error
 from tests.on_ranks import start_ranks
-from tests.published_dinov2 import (
+from tests.fuzz.statements.dinov2 import (
     PublishedKoLeoLoss,
     PublishedPatchLoss,
     PublishedV2Loss,

@@ -33,7 +33,7 @@ from tests.compat.crops import (
     train,
 )
 from tests.measure import relative_error
-from tests.published_dinov2 import PublishedKoLeoLoss, PublishedPatchLoss, PublishedV3Head, PublishedV3Loss
+from tests.fuzz.statements.dinov2 import PublishedKoLeoLoss, PublishedPatchLoss, PublishedV3Head, PublishedV3Loss
 from tests.steps import BUDGET, DTYPES, SEEN
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import dinov3

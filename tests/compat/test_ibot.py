@@ -28,7 +28,7 @@ from tests.losses.ibot_steps import (
     twin_of,
 )
 from tests.measure import allocations_of, worst_error
-from tests.published_ibot import PublishedIBOTHead, PublishedIBOTLoss
+from tests.fuzz.statements.ibot import PublishedIBOTHead, PublishedIBOTLoss
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import ibot
 

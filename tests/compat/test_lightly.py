@@ -30,7 +30,7 @@ from tests.compat.lightly_networks import (
     twin_of,
 )
 from tests.measure import relative_error, worst_error
-from tests.published import follow
+from tests.fuzz.statements.dino import follow
 from vmf_kernels.compat import lightly
 from vmf_kernels.losses import stream
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.measure import worst_error
-from tests.published import follow
-from tests.published_solo import PublishedSoloHead, PublishedSoloLoss
+from tests.fuzz.statements.dino import follow
+from tests.fuzz.statements.solo import PublishedSoloHead, PublishedSoloLoss
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import solo
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.measure import worst_error
-from tests.published import PublishedDINOHead
+from tests.fuzz.statements.dino import PublishedDINOHead
 from vmf_kernels import DINOHead, DINOLoss, DINOvMFHead, DINOvMFLoss, PrototypeLayer, PrototypeLogits
 
 pytestmark = pytest.mark.quick

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.measure import worst_error
-from tests.published_ibot import PublishedIBOTHead, PublishedIBOTvMFLoss
+from tests.fuzz.statements.ibot import PublishedIBOTHead, PublishedIBOTvMFLoss
 from vmf_kernels.compat.ibot import iBOTHead
 
 GLOBAL, LOCAL, IMAGES, SIDE, STEPS = 2, 2, 3, 3, 5

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.measure import worst_error
-from tests.published import PublishedDINOLoss, PublishedDINOvMFLoss
+from tests.fuzz.statements.dino import PublishedDINOLoss, PublishedDINOvMFLoss
 from tests.steps import (
     BUDGET,
     CROPS,

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.centering.published_sinkhorn import published_sinkhorn_knopp
+from tests.fuzz.statements.sinkhorn import published_sinkhorn_knopp
 from tests.losses.ibot_steps import (
     GLOBAL,
     PROTOTYPES,
@@ -34,7 +34,7 @@ from tests.losses.ibot_steps import (
     twin_of,
 )
 from tests.measure import worst_error
-from tests.published_ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
+from tests.fuzz.statements.ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.losses.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
 

@@ -10,22 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.fuzz.statements.spread import koleo
 from tests.measure import relative_error
 from vmf_kernels.losses.koleo import DistributedKoLeoLoss, KoLeoLoss
 
 pytestmark = pytest.mark.quick
 
 EPS = 1e-8
-
-
-def koleo_row_by_row(features: Tensor, topk: int = 1) -> Tensor:
-    """The published formula: each row's distance to its nearest other rows, eps inside and outside of the logarithm."""
-    rows = [row / row.norm().clamp(min=EPS) for row in features]
-    terms = []
-    for i, row in enumerate(rows):
-        others = [(row - other + EPS).norm() for j, other in enumerate(rows) if j != i]
-        terms.append(-torch.log(torch.stack(others).sort().values[:topk] + EPS).mean())
-    return torch.stack(terms).mean()
 
 
 @pytest.mark.parametrize(
@@ -35,7 +26,7 @@ def koleo_row_by_row(features: Tensor, topk: int = 1) -> Tensor:
 def test_koleo_equals_its_formula(rows: int, topk: int, dtype: torch.dtype, budget: float) -> None:
     features = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
     truth = features.detach().double().requires_grad_()
-    loss, expected = KoLeoLoss(topk=topk)(features), koleo_row_by_row(truth, topk)
+    loss, expected = KoLeoLoss(topk=topk)(features), koleo(truth, EPS, topk)
     (gradient,), (expected_gradient,) = torch.autograd.grad(loss, features), torch.autograd.grad(expected, truth)
     # the gradient's size is that of its terms, 1 / distance: with two rows they cancel up to the normalisation
     error = max(relative_error(loss, expected), relative_error(gradient, expected_gradient))
@@ -66,7 +57,7 @@ def test_crops_are_summed_and_never_compared(crops: int, topk: int) -> None:
     images = torch.randn(7, 8, dtype=torch.float64)
     views = [images + 1e-3 * torch.randn_like(images) for _ in range(crops)]
     loss = KoLeoLoss(topk=topk, crops=crops)(torch.cat(views))
-    expected = torch.stack([koleo_row_by_row(view, topk) for view in views]).sum()
+    expected = torch.stack([koleo(view, topk) for view in views]).sum()
     error = relative_error(loss, expected)
     assert error <= 1e-10, f"relative error {error:.2e}, budget 1e-10"
     if crops > 1:  # negative control: as one crop, the views of an image are each other's neighbours
@@ -106,7 +97,7 @@ def test_duplicates_have_a_finite_loss_and_gradient(dtype: torch.dtype, topk: in
 
 def test_fp16_features_are_measured_in_fp32() -> None:
     features = torch.randn(9, 8).half()
-    loss, expected = KoLeoLoss()(features), koleo_row_by_row(features.double())
+    loss, expected = KoLeoLoss()(features), koleo(features.double())
     error = relative_error(loss, expected)
     assert loss.dtype == torch.float32
     assert error <= 1e-5, f"relative error {error:.2e}, budget 1e-05"
@@ -120,7 +111,7 @@ def test_autocast_does_not_round_koleo(dtype: torch.dtype) -> None:
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     with torch.autocast("cpu", dtype=dtype):
         loss = KoLeoLoss()(features)
-    error = relative_error(loss, koleo_row_by_row(features.double()))
+    error = relative_error(loss, koleo(features.double()))
     assert error <= 1e-5, f"relative error {error:.2e}, budget 1e-05"
 
 

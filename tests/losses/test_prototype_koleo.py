@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.fuzz.statements.spread import prototype_koleo as dense_koleo
 from tests.measure import Allocations, allocations_of, relative_error
 from vmf_kernels.losses import prototype_koleo
 from vmf_kernels.losses.prototype_koleo import PrototypeKoLeoLoss
@@ -34,16 +35,6 @@ SIZES = [
     (1000, 64, 300),
     (2049, 2048, 4096),
 ]
-
-
-def dense_koleo(weight: Tensor) -> Tensor:
-    """The formula from all [K, K] distances, neighbours by distance rather than by dot product."""
-    directions = weight / weight.norm(dim=1, keepdim=True)
-    with torch.no_grad():
-        distances = torch.cdist(directions, directions, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = distances.fill_diagonal_(math.inf).argmin(dim=1)
-    loss: Tensor = -((directions - directions[nearest]).norm(dim=1) + EPS).log().mean()
-    return loss
 
 
 def cut_into(monkeypatch: pytest.MonkeyPatch, tile: int, block: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.measure import allocations_of, relative_error
-from tests.plain_loss import plain_loss
+from tests.fuzz.statements.cross_entropy import plain_loss
 from tests.unstored.test_teacher_targets import (
     DIM,
     IMAGES,

@@ -31,30 +31,34 @@ class LogNormalizer(torch.autograd.Function):
 def log_normalizer(kappa: Tensor, dim: int) -> Tensor:
     """[K] nats, fp64, ``order log(kappa / 2) - log Gamma(order + 1) - log I_order(kappa)`` with order D/2 - 1."""
     order = torch.tensor(dim / 2 - 1, dtype=torch.float64, device=kappa.device)
-    large = order * (kappa / 2).log() - torch.lgamma(order + 1) - log_bessel(dim / 2 - 1, kappa)
+    large = order * (kappa / 2).log() - torch.lgamma(order + 1) - log_scaled_bessel(dim / 2 - 1, kappa) - kappa
     return torch.where(kappa < SERIES_TERMS, -log_series(kappa, dim), large)
 
 
 def mean_resultant_length(kappa: Tensor, dim: int) -> Tensor:
     """[K] ``I_{order + 1} / I_order``."""
     small = kappa / dim * (log_series(kappa, dim + 2) - log_series(kappa, dim)).exp()
-    large = (log_bessel(dim / 2, kappa) - log_bessel(dim / 2 - 1, kappa)).exp()
+    large = (log_scaled_bessel(dim / 2, kappa) - log_scaled_bessel(dim / 2 - 1, kappa)).exp()
     return torch.where(kappa < SERIES_TERMS, small, large)
 
 
 def log_series(kappa: Tensor, dim: int) -> Tensor:
     """[K] log of the confluent series ``0F1(D/2; kappa^2 / 4)``, for kappa below ``SERIES_TERMS``.
 
-    All terms are positive, so nothing cancels. Source: DLMF 10.25.2.
+    All terms are positive, so nothing cancels; that of order 0 is 1. Source: DLMF 10.25.2.
     """
-    j = torch.arange(SERIES_TERMS, dtype=torch.float64, device=kappa.device)
+    distinct, of_each = kappa.clamp(max=SERIES_TERMS).unique(return_inverse=True)
+    if not len(distinct):
+        return torch.zeros_like(kappa)
+    j = torch.arange(1, SERIES_TERMS, dtype=torch.float64, device=kappa.device)
     half = torch.tensor(dim / 2, dtype=torch.float64, device=kappa.device)
-    quarter = (kappa.clamp(max=SERIES_TERMS).square() / 4)[..., None]
-    return (torch.xlogy(j, quarter) - torch.lgamma(j + 1) - torch.lgamma(half + j) + torch.lgamma(half)).logsumexp(-1)
+    log_quarter = (distinct / 2).log()[..., None] * 2
+    rest = (j * log_quarter - torch.lgamma(j + 1) - torch.lgamma(half + j) + torch.lgamma(half)).logsumexp(-1)
+    return torch.logaddexp(rest, torch.zeros_like(rest))[of_each]  # exact to the last digit also where the rest is small
 
 
-def log_bessel(order: float, kappa: Tensor) -> Tensor:
-    """[K] ``log I_order(kappa)`` for kappa of at least ``SERIES_TERMS``, where nothing underflows up to order 256.
+def log_scaled_bessel(order: float, kappa: Tensor) -> Tensor:
+    """[K] ``log I_order(kappa) - kappa`` for kappa of at least ``SERIES_TERMS``, where nothing underflows up to order 256.
 
     Source: from ``LONG`` on DLMF 10.40.1, before it scipy.
     """
@@ -64,4 +68,4 @@ def log_bessel(order: float, kappa: Tensor) -> Tensor:
     for i in range(1, 5):
         term = -term * (mu - (2 * i - 1) ** 2) / (i * 8 * k)
         total = total + term
-    return k + torch.where(k < LONG, scaled, total.log() - (2 * torch.pi * k).log() / 2)
+    return torch.where(k < LONG, scaled, total.log() - (2 * torch.pi * k).log() / 2)

@@ -164,7 +164,9 @@ def faults(case: Case) -> list[str]:
     got, dense = outcome(given, by_library), outcome(given, by_formula)
     exact = given.to(torch.float64)
     truth, by = outcome(exact, by_formula), sizes(exact)
-    found = budget.faults(got, truth, dense, {n: by[n] for n in truth}, finite_inputs=given.finite() or not case.images)
+    # weights are rounded as well, and a sum over rows of equal terms rounds to one side
+    growth = 2 + case.images * max(case.teacher_views, case.student_views) / 8
+    found = budget.faults(got, truth, dense, {n: growth * by[n] for n in truth}, finite_inputs=given.finite() or not case.images)
     if case.again == "repeat":
         again = outcome(given, by_library)
         differ = [n for n in got if not torch.equal(got[n].nan_to_num(nan=7.0), again[n].nan_to_num(nan=7.0))]

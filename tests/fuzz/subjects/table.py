@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tests.fuzz.subjects import logit_loss, prototype_loss
+from tests.fuzz.subjects import logit_loss, losses, prototype_loss, prototypes, spread, targets
 from tests.fuzz.subjects.subject import Subject
 
-SUBJECTS: dict[str, Subject] = {**prototype_loss.SUBJECTS, **logit_loss.SUBJECTS}
+SUBJECTS: dict[str, Subject] = {
+    **prototypes.SUBJECTS,
+    **prototype_loss.SUBJECTS,
+    **logit_loss.SUBJECTS,
+    **targets.SUBJECTS,
+    **spread.SUBJECTS,
+    **losses.SUBJECTS,
+}

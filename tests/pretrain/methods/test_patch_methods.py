@@ -1,6 +1,6 @@
 """iBOT, iBOT-vMF and DINOv2 step by step as published: losses, the gradient of every parameter, teacher and centres.
 
-The formulas are written on stored logits in fp64 (tests/published_ibot.py, tests/published_dinov2.py), and every patch goes
+The formulas are written on stored logits in fp64 (tests/fuzz/statements/ibot.py, dinov2.py), and every patch goes
 through the heads, masked or not.
 """
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.centering.published_sinkhorn import published_sinkhorn_knopp
+from tests.fuzz.statements.sinkhorn import published_sinkhorn_knopp
 from tests.pretrain.tiny import batch_of, digits_config, loop_on
-from tests.published_dinov2 import PublishedKoLeoLoss, PublishedPatchLoss, PublishedV2Loss
-from tests.published_ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
+from tests.fuzz.statements.dinov2 import PublishedKoLeoLoss, PublishedPatchLoss, PublishedV2Loss
+from tests.fuzz.statements.ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 

@@ -1,6 +1,6 @@
 """Sinkhorn-Knopp targets on stored logits, written out from the formula: what tests compare with.
 
-Nothing of the library is used. Legend: R rows, K prototypes.
+Legend: R rows, K prototypes.
 """
 
 from __future__ import annotations
@@ -23,3 +23,13 @@ def published_sinkhorn_knopp(logits_RK: Tensor, iterations: int = 3) -> Tensor:
         plan_KR = plan_KR / plan_KR.sum(dim=1, keepdim=True) / prototypes
         plan_KR = plan_KR / plan_KR.sum(dim=0, keepdim=True) / rows
     return (plan_KR * rows).T
+
+
+@torch.no_grad()
+def sinkhorn_knopp_of_any_size(logits_RK: Tensor, iterations: int = 3) -> Tensor:
+    """The same with the plan kept as its logarithm, which neither overflows nor underflows."""
+    log_plan_RK = logits_RK
+    for _ in range(iterations):
+        log_plan_RK = log_plan_RK - log_plan_RK.logsumexp(dim=0, keepdim=True)
+        log_plan_RK = log_plan_RK - log_plan_RK.logsumexp(dim=1, keepdim=True)
+    return log_plan_RK.exp()

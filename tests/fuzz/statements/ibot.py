@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.published import PublishedWeightNorm, exact_log_vmf_constant, log_mean_probability
+from tests.fuzz.statements.centers import log_mean_probability
+from tests.fuzz.statements.dino import PublishedWeightNorm, exact_log_vmf_constant
 
 Pair = tuple[Tensor, Tensor]
 

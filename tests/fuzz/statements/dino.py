@@ -3,7 +3,7 @@
 Nothing of the library is used. Costs what the published code costs: every [rows, K] tensor is stored, and each pair of
 views has its own log-softmax.
 
-Legend: B images, V student crops, K prototypes, D bottleneck dim, J terms of a series.
+Legend: B images, V student crops, K prototypes, D bottleneck dim.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.fuzz.statements.centers import log_mean_probability
+from tests.fuzz.statements.vmf import LogNormalizer
 from vmf_bench.published import mean_over_pairs
-
-SERIES_TERMS = 600  # the largest is at kappa / 2 or before, and falls off within a few square roots of that
-
 
 class PublishedWeightNorm(nn.Module):
     """Linear layer without bias under weight norm: ``logit_k(x) = <g_k v_k / ||v_k||, x>``."""
@@ -172,22 +171,10 @@ class PublishedDINOvMFLoss(PublishedDINOLoss):
         self.center = (momentum * self.center.exp() + (1 - momentum) * log_mean.exp()).log()
 
 
-def log_mean_probability(logits: Tensor) -> Tensor:
-    """[1, K] ``log mean_b softmax(l_b)``, formed without leaving log space."""
-    return logits.log_softmax(dim=-1).logsumexp(dim=0, keepdim=True) - math.log(logits.shape[0])
-
-
 def exact_log_vmf_constant(kappa: Tensor, dim: int) -> Tensor:
-    """``log C_D(kappa) - log C_D(0)`` as minus the log of the confluent series, summed in fp64; in the dtype of ``kappa``.
-
-    All terms are positive, so nothing cancels. Source: DLMF 10.25.2.
-    """
-    assert kappa.numel() == 0 or kappa.max() < SERIES_TERMS, f"the series is cut short at kappa {kappa.max():.0f}"
-    j = torch.arange(SERIES_TERMS, dtype=torch.float64, device=kappa.device)
-    quarter = (kappa.double().square() / 4)[..., None]
-    half = torch.tensor(dim / 2, dtype=torch.float64, device=kappa.device)
-    log_terms_J = torch.xlogy(j, quarter) - torch.lgamma(j + 1) - torch.lgamma(half + j) + torch.lgamma(half)
-    return -log_terms_J.logsumexp(dim=-1).to(kappa.dtype)
+    """``log C_D(kappa) - log C_D(0)`` in the dtype of ``kappa``, computed in fp64."""
+    value: Tensor = LogNormalizer.apply(kappa.double(), dim)  # type: ignore[no-untyped-call]
+    return value.to(kappa.dtype)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.published import PublishedDINOHead
+from tests.fuzz.statements.dino import PublishedDINOHead
 
 
 class PublishedSoloHead(PublishedDINOHead):
