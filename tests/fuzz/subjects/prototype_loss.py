@@ -169,21 +169,31 @@ def _value_faults(case: Case, problem: Problem, got: Outcome) -> list[str]:
         return [] if is_finite(*given) or not case.images else not_finite_faults(got, {n: v for n, v in dense.items() if n in got})
     exact = problem.to(torch.float64)
     found = _disagreement(exact)
-    in_bf16 = products_of(problem, module.instruction_sets()[-1]) if case.backend in ("native", "auto") else None
+    products = _products(case, problem)
+    dense = dense_outcome(problem, products)
     scaled = _unscaled(case, got)
     missing = {name: value for name, value in dense.items() if name not in scaled}  # of what does not learn
     try:
         assert_within_budget(
             {name: scaled.get(name, value) for name, value in dense.items()},
             problem,
-            in_bf16,
+            products,
             logit_roundings=ROUNDINGS * _growth(case),
-            dense=dense | _gradients_in_parts(problem) if case.backend in IN_PARTS else dense,
+            dense=dense | _gradients_in_parts(problem) if case.backend in IN_PARTS and products is None else dense,
         )
     except AssertionError as error:
         found.append(str(error))
     wrong = missing.keys() - set(GRADIENTS)
     return [*found, *(f"{name} is missing" for name in wrong)]
+
+
+def _products(case: Case, problem: Problem) -> torch.dtype | None:
+    """Dtype of a backend's products, where it is narrower than that of the sums."""
+    if case.backend == "triton":
+        return None if case.dtype == "fp32" else problem.student_features.dtype
+    if case.backend in ("native", "auto") and module.native() is not None:
+        return products_of(problem, module.instruction_sets()[-1])
+    return None
 
 
 def _growth(case: Case) -> float:
