@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.measure import worst_error
 from tests.fuzz.statements.dino import PublishedDINOHead, PublishedDINOLoss, PublishedDINOvMFLoss, follow
+from tests.measure import worst_error
 from vmf_kernels import (
     DINOHead,
     DINOLoss,

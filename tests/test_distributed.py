@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.fuzz.statements.dino import follow
 from tests.measure import relative_error, worst_error
 from tests.on_ranks import RANKS, Runs, run_cases
-from tests.fuzz.statements.dino import follow
 from vmf_kernels import (
     DINOHead,
     DINOLoss,

@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests.fuzz.statements.dino import follow
 from tests.measure import relative_error, worst_error
 from tests.on_ranks import RANKS, Runs, run_cases
-from tests.fuzz.statements.dino import follow
 from tests.test_distributed import Share
 from vmf_kernels import (
     DINOHead,

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.measure import relative_error, worst_error
 from tests.fuzz.statements.dino import PublishedDINOLoss, PublishedDINOvMFLoss
+from tests.measure import relative_error, worst_error
 from vmf_kernels import DINOHead, DINOLoss, DINOvMFLoss, PrototypeLogits, weight_norm_prototypes
 
 IMAGES, CROPS, PROTOTYPES, IN_DIM, DIM = 3, 5, 301, 12, 24

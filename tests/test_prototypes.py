@@ -40,7 +40,9 @@ def stored(kind: str, dtype: torch.dtype = torch.float64) -> Prototypes:
 
 def plain_weight_and_norms(stored: Prototypes) -> tuple[Tensor, Tensor]:
     """[K, D] effective prototypes and [K] norms, in fp64."""
-    return effective(stored.weight.double(), None if stored.magnitude is None else stored.magnitude.double(), stored.kind)
+    return effective(
+        stored.weight.double(), None if stored.magnitude is None else stored.magnitude.double(), stored.kind
+    )
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -79,7 +79,9 @@ def unique_prototypes(weight: Prototypes | Tensor, eps: float = 0.025, metric: s
     least = 1 - (eps if metric == "cosine" else eps**2 / 2)
     wide = weight.to(accumulation_dtype(weight.dtype))
     # by the largest element first: squares of small or large ones leave the range of the dtype
-    directions = functional.normalize(wide / wide.abs().amax(dim=1, keepdim=True).masked_fill_(~wide.any(dim=1)[:, None], 1.0))
+    directions = functional.normalize(
+        wide / wide.abs().amax(dim=1, keepdim=True).masked_fill_(~wide.any(dim=1)[:, None], 1.0)
+    )
     has_direction = directions.any(dim=1)
     if not has_direction.all():
         directions = directions[has_direction]

@@ -202,7 +202,8 @@ def assert_within_budget(
     exact_problem = problem.to(torch.float64)
     truth, sizes = dense_outcome(exact_problem), rounding_sizes(exact_problem)
     dense = dense_outcome(problem, products) if dense is None else dense
-    in_fp64 = accumulation_dtype(problem.student_features.dtype) == torch.float64
+    accumulated = accumulation_dtype(problem.student_features.dtype)
+    in_fp64, smallest = accumulated == torch.float64, torch.finfo(accumulated).tiny
     assert actual.keys() == truth.keys(), f"got {sorted(actual)}, expected {sorted(truth)}"
     eps = _products_eps(problem, products)
     chance = {} if eps is None else _chance(exact_problem, eps)
@@ -216,7 +217,8 @@ def assert_within_budget(
             eps_of_sums = FP64_BUDGET if in_fp64 else logit_roundings * torch.finfo(torch.float32).eps
             # gradients have the dtype of what is stored, which may be narrower or wider than that of the sums
             kept = torch.finfo(got.dtype)
-            allowed = measure(eps_of_sums * sizes[name] + kept.eps / 2 * (exact.abs() + kept.tiny))
+            # below the smallest normal number of the sums there are no digits to lose
+            allowed = measure(eps_of_sums * sizes[name] + kept.eps / 2 * (exact.abs() + kept.tiny) + smallest)
             if not in_fp64:
                 allowed += DENSE_ERRORS * measure(plain.double() - exact) + chance.get(name, 0.0)
             assert error <= allowed < float("inf"), f"{name}: {norm} error {error:.2e}, budget {allowed:.2e}"

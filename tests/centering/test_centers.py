@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.measure import allocations_of, relative_error
 from tests.fuzz.statements.centers import log_mean_probability, moved_center
 from tests.fuzz.statements.dino import exact_log_vmf_constant
+from tests.measure import allocations_of, relative_error
 from vmf_kernels import LogitCenter, ProbabilityCenter, PrototypeLogits, vmf_prototypes
 from vmf_kernels.centering.running_mean import RunningMean
 

@@ -25,10 +25,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 
 from tests.backends.prototype_ranks import Place, results_in, start_rank
+from tests.fuzz.statements.dino import exact_log_vmf_constant
 from tests.fuzz.statements.sinkhorn import published_sinkhorn_knopp
 from tests.measure import relative_error
 from tests.on_ranks import start_ranks
-from tests.fuzz.statements.dino import exact_log_vmf_constant
 from vmf_kernels import LogitCenter, ProbabilityCenter, PrototypeLogits
 from vmf_kernels.centering.running_mean import RunningMean
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
+from tests.fuzz.statements.dino import exact_log_vmf_constant
 from tests.fuzz.statements.sinkhorn import published_sinkhorn_knopp
 from tests.measure import allocations_of
 from tests.on_ranks import start_ranks
-from tests.fuzz.statements.dino import exact_log_vmf_constant
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.centering.sinkhorn import SinkhornKnopp
 from vmf_kernels.prototypes import Prototypes

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.measure import worst_error
 from tests.fuzz.statements.dino import follow
+from tests.measure import worst_error
 
 IMAGES, LOCAL_CROPS, PATCHES = 3, 2, 5
 IN_DIM, DIM, PROTOTYPES = 12, 24, 301

@@ -35,13 +35,13 @@ from tests.compat.crops import (
     make_heads,
     train,
 )
-from tests.measure import relative_error
 from tests.fuzz.statements.dinov2 import (
     PublishedKoLeoLoss,
     PublishedPatchLoss,
     PublishedV2Head,
     PublishedV2Loss,
 )
+from tests.measure import relative_error
 from tests.steps import BUDGET, DTYPES, SEEN
 from vmf_kernels.compat import dinov2
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.measure import allocations_of, relative_error
 from tests.fuzz.statements.dino import exact_log_vmf_constant
 from tests.fuzz.statements.dinov2 import (
     PublishedKoLeoLoss,
@@ -25,6 +24,7 @@ from tests.fuzz.statements.dinov2 import (
     PublishedV2Loss,
     PublishedV3Loss,
 )
+from tests.measure import allocations_of, relative_error
 from vmf_kernels import PrototypeLogits, linear_prototypes
 from vmf_kernels.compat import _dinov2_and_v3, dinov2, dinov3
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.measure import relative_error
-from tests.on_ranks import start_ranks
 from tests.fuzz.statements.dinov2 import (
     PublishedKoLeoLoss,
     PublishedPatchLoss,
     PublishedV2Loss,
     mean_over_ranks_of_means,
 )
+from tests.measure import relative_error
+from tests.on_ranks import start_ranks
 from vmf_kernels import PrototypeLogits, linear_prototypes
 from vmf_kernels.compat import dinov2, dinov3
 from vmf_kernels.unstored.teacher_targets import TeacherTargets

@@ -32,8 +32,8 @@ from tests.compat.crops import (
     make_heads,
     train,
 )
-from tests.measure import relative_error
 from tests.fuzz.statements.dinov2 import PublishedKoLeoLoss, PublishedPatchLoss, PublishedV3Head, PublishedV3Loss
+from tests.measure import relative_error
 from tests.steps import BUDGET, DTYPES, SEEN
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import dinov3

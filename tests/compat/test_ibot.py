@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.fuzz.statements.ibot import PublishedIBOTHead, PublishedIBOTLoss
 from tests.losses.ibot_steps import (
     GLOBAL,
     PROTOTYPES,
@@ -28,7 +29,6 @@ from tests.losses.ibot_steps import (
     twin_of,
 )
 from tests.measure import allocations_of, worst_error
-from tests.fuzz.statements.ibot import PublishedIBOTHead, PublishedIBOTLoss
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import ibot
 

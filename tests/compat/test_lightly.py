@@ -29,8 +29,8 @@ from tests.compat.lightly_networks import (
     published,
     twin_of,
 )
-from tests.measure import relative_error, worst_error
 from tests.fuzz.statements.dino import follow
+from tests.measure import relative_error, worst_error
 from vmf_kernels.compat import lightly
 from vmf_kernels.losses import stream
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.measure import worst_error
 from tests.fuzz.statements.dino import follow
 from tests.fuzz.statements.solo import PublishedSoloHead, PublishedSoloLoss
+from tests.measure import worst_error
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.compat import solo
 

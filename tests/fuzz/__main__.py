@@ -47,7 +47,9 @@ def _told(report: Report, cpu_s: float) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the cases; the same seed gives the same ones (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the cases; the same seed gives the same ones (default 0)"
+    )
     parser.add_argument("--count", type=int, default=1000, help="cases at most (default 1000)")
     parser.add_argument("--seconds", type=float, default=600.0, help="at most, without the shrinking (default 600)")
     parser.add_argument("--failures", type=int, default=1, help="stop at so many failing cases (default 1)")

@@ -1,7 +1,7 @@
 """How far a result may be off: the budget of ``vmf_kernels/testing.py``, for functions that this module does not know.
 
-The truth is fp64 on the rounded inputs. A result may be off by twice what the dense formula is off in the dtype of the sums, plus
-one rounding of each logit and of the result.
+The truth is fp64 on the rounded inputs. A result may be off by twice what the dense formula is off in the dtype of the sums,
+plus one rounding of each logit and of the result.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def faults(got: Values, truth: Values, dense: Values, sizes: Values, *, finite_i
     forms = {
         name: (form, expected)
         for name in got
-        if (form := (list(got[name].shape), got[name].dtype)) != (expected := (list(dense[name].shape), dense[name].dtype))
+        if (form := (list(got[name].shape), got[name].dtype))
+        != (expected := (list(dense[name].shape), dense[name].dtype))
     }
     if forms:
         return [f"{name} is {form}, expected {expected}" for name, (form, expected) in forms.items()]
@@ -61,7 +62,9 @@ def too_far(name: str, got: Tensor, truth: Tensor, dense: Tensor, size: Tensor) 
         if got.dtype == torch.float64:
             allowed = FP64_BUDGET * measure(size)
         else:
-            rounding = torch.finfo(torch.float32).eps * size + (eps / 2) * truth.abs() + torch.finfo(got.dtype).tiny * eps
+            rounding = (
+                torch.finfo(torch.float32).eps * size + (eps / 2) * truth.abs() + torch.finfo(got.dtype).tiny * eps
+            )
             allowed = DENSE_ERRORS * measure(dense.double() - truth) + measure(rounding)
         if not error <= allowed:
             found.append(f"{name}: {norm} error {error:.2e}, budget {allowed:.2e}")

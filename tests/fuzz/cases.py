@@ -73,7 +73,12 @@ class Case:
     @property
     def products(self) -> int:
         """Rows x prototypes x dim of the larger network."""
-        return self.images * max(self.teacher_views, self.student_views) * self.prototypes * max(self.dim, self.teacher_dim)
+        return (
+            self.images
+            * max(self.teacher_views, self.student_views)
+            * self.prototypes
+            * max(self.dim, self.teacher_dim)
+        )
 
 
 CHOICES: dict[str, Sequence[Any]] = {
@@ -114,7 +119,9 @@ def simplest(name: str) -> Any:
 def affordable(case: Case, most: int = MOST_PRODUCTS) -> Case:
     """The case, with its largest sizes made smaller, choice by choice, until it is cheap enough."""
     while case.products > most:
-        sizes = {name: sorted(CHOICES[name]) for name in ("images", "student_views", "teacher_views", "prototypes", "dim")}
+        sizes = {
+            name: sorted(CHOICES[name]) for name in ("images", "student_views", "teacher_views", "prototypes", "dim")
+        }
         smaller = {n: [c for c in choices if c < getattr(case, n)] for n, choices in sizes.items()}
         name = max((n for n in smaller if smaller[n]), key=lambda n: getattr(case, n))
         case = replace(case, **{name: smaller[name][-1]})

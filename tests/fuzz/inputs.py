@@ -112,7 +112,9 @@ class Source:
             values = values * HUGE
         elif word == "one":
             values[int(self.uniform(1) * count)] += 1e3
-        elif word in NOT_FINITE and (count > 1 or word == "nan"):  # what is left where -inf leaves out all is nobody's question
+        elif word in NOT_FINITE and (
+            count > 1 or word == "nan"
+        ):  # what is left where -inf leaves out all is nobody's question
             values[int(self.uniform(1) * count)] = NOT_FINITE[word]
         return self.stored(values, "fp64" if self.case.dtype == "fp64" else "fp32")
 

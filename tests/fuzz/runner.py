@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import torch
+
+from tests.backends.interpreted import correct_bf16
+from tests.backends.quicker_interpreter import install
 from tests.fuzz.cases import Case, affordable, drawn, simpler
 from tests.fuzz.subjects.subject import Subject
 from tests.fuzz.subjects.table import SUBJECTS
@@ -27,10 +33,20 @@ class Report:
 def faults_of(case: Case) -> list[str]:
     """What is wrong with a case's results; an error that no case may raise is one of the faults."""
     try:
-        return SUBJECTS[case.function].faults(case)
+        with _interpreter(case.backend):
+            return SUBJECTS[case.function].faults(case)
     except Exception as error:  # whatever it is, it is what is looked for
         at = traceback.extract_tb(error.__traceback__)[-1]
         return [f"{type(error).__name__} at {at.filename.rsplit('/', 1)[-1]}:{at.lineno}: {str(error)[:300]}"]
+
+
+def _interpreter(backend: str) -> AbstractContextManager[None]:
+    """Without a GPU, Triton's interpreter with bf16 as on one; it is chosen before the kernels are first imported."""
+    if backend != "triton" or torch.cuda.is_available():
+        return nullcontext()
+    os.environ["TRITON_INTERPRET"] = "1"
+    install()
+    return correct_bf16()
 
 
 def cases_of(subjects: dict[str, Subject], seed: int, backend: str | None = None) -> Iterator[Case]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.measure import worst_error
 from tests.fuzz.statements.dino import PublishedDINOHead
+from tests.measure import worst_error
 from vmf_kernels import DINOHead, DINOLoss, DINOvMFHead, DINOvMFLoss, PrototypeLayer, PrototypeLogits
 
 pytestmark = pytest.mark.quick

@@ -24,8 +24,8 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from tests.measure import relative_error, worst_error
 from tests.fuzz.statements.dino import follow
+from tests.measure import relative_error, worst_error
 from vmf_kernels import DINOHead, DINOLoss, DINOvMFLoss, PrototypeLogits
 from vmf_kernels.heads.fuse import FusedLinear, fuse_head
 

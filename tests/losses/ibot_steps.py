@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.measure import worst_error
 from tests.fuzz.statements.ibot import PublishedIBOTHead, PublishedIBOTvMFLoss
+from tests.measure import worst_error
 from vmf_kernels.compat.ibot import iBOTHead
 
 GLOBAL, LOCAL, IMAGES, SIDE, STEPS = 2, 2, 3, 3, 5

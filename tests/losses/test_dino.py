@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.measure import worst_error
 from tests.fuzz.statements.dino import PublishedDINOLoss, PublishedDINOvMFLoss
+from tests.measure import worst_error
 from tests.steps import (
     BUDGET,
     CROPS,

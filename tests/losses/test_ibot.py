@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.fuzz.statements.ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
 from tests.fuzz.statements.sinkhorn import published_sinkhorn_knopp
 from tests.losses.ibot_steps import (
     GLOBAL,
@@ -34,7 +35,6 @@ from tests.losses.ibot_steps import (
     twin_of,
 )
 from tests.measure import worst_error
-from tests.fuzz.statements.ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
 from vmf_kernels import PrototypeLogits
 from vmf_kernels.losses.ibot import IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss
 

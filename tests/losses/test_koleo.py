@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.fuzz.statements.spread import koleo
 from tests.measure import relative_error

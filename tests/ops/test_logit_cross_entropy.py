@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.measure import allocations_of, relative_error, worst_error
 from tests.fuzz.statements.cross_entropy import plain_loss
+from tests.measure import allocations_of, relative_error, worst_error
 from vmf_kernels import CrossEntropy, PrototypeLogits, linear_prototypes, logit_cross_entropy, prototype_cross_entropy
 from vmf_kernels.backends.stored import streaming
 

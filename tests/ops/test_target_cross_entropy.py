@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.measure import allocations_of, relative_error
 from tests.fuzz.statements.cross_entropy import plain_loss
+from tests.measure import allocations_of, relative_error
 from tests.unstored.test_teacher_targets import (
     DIM,
     IMAGES,

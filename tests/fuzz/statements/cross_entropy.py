@@ -52,7 +52,7 @@ def statistics(
 def push_and_pull(
     student_SK: Tensor, q_TK: Tensor, pair_weights: Tensor, image_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The two parts of ``plain_loss``, whose difference it is: by the student's log-sum-exp, and by its logits at the targets."""
+    """The two parts whose difference ``plain_loss`` is: by the student's log-sum-exp, and by its logits at the targets."""
     images = len(student_SK) // pair_weights.shape[1]
     by_image = pair_weights.new_ones(images) if image_weights is None else image_weights
     pairs_TS = torch.kron(pair_weights, torch.diag(by_image))

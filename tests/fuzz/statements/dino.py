@@ -18,6 +18,7 @@ from tests.fuzz.statements.centers import log_mean_probability
 from tests.fuzz.statements.vmf import LogNormalizer
 from vmf_bench.published import mean_over_pairs
 
+
 class PublishedWeightNorm(nn.Module):
     """Linear layer without bias under weight norm: ``logit_k(x) = <g_k v_k / ||v_k||, x>``."""
 

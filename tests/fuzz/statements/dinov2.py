@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.fuzz.statements.sinkhorn import published_sinkhorn_knopp
 from tests.fuzz.statements.dino import PublishedWeightNorm
+from tests.fuzz.statements.sinkhorn import published_sinkhorn_knopp
 
 
 class PublishedV2Head(nn.Module):

@@ -54,7 +54,9 @@ def log_series(kappa: Tensor, dim: int) -> Tensor:
     half = torch.tensor(dim / 2, dtype=torch.float64, device=kappa.device)
     log_quarter = (distinct / 2).log()[..., None] * 2
     rest = (j * log_quarter - torch.lgamma(j + 1) - torch.lgamma(half + j) + torch.lgamma(half)).logsumexp(-1)
-    return torch.logaddexp(rest, torch.zeros_like(rest))[of_each]  # exact to the last digit also where the rest is small
+    return torch.logaddexp(rest, torch.zeros_like(rest))[
+        of_each
+    ]  # exact to the last digit also where the rest is small
 
 
 def log_scaled_bessel(order: float, kappa: Tensor) -> Tensor:

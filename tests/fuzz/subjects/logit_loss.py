@@ -131,7 +131,9 @@ def sizes(exact: Given) -> Values:
     if case.option == "probabilities":
         pairs_TS = pairs_TS * mass_T1
     s_SK = _sizes_of(exact.student / case.student_temperature, exact.student_bias)
-    s_TK = _sizes_of(l_TK if case.option == "probabilities" else exact.teacher / case.teacher_temperature, exact.teacher_bias)
+    s_TK = _sizes_of(
+        l_TK if case.option == "probabilities" else exact.teacher / case.teacher_temperature, exact.teacher_bias
+    )
     n_S, n_T = pairs_TS.sum(dim=0), pairs_TS.sum(dim=1)
     total = n_T.sum() if n_T.any() else n_T.new_ones(())
     student_S, teacher_T = (p * s_SK).sum(dim=1), (q * s_TK).sum(dim=1)
@@ -166,7 +168,9 @@ def faults(case: Case) -> list[str]:
     truth, by = outcome(exact, by_formula), sizes(exact)
     # weights are rounded as well, and a sum over rows of equal terms rounds to one side
     growth = 2 + case.images * max(case.teacher_views, case.student_views) / 8
-    found = budget.faults(got, truth, dense, {n: growth * by[n] for n in truth}, finite_inputs=given.finite() or not case.images)
+    found = budget.faults(
+        got, truth, dense, {n: growth * by[n] for n in truth}, finite_inputs=given.finite() or not case.images
+    )
     if case.again == "repeat":
         again = outcome(given, by_library)
         differ = [n for n in got if not torch.equal(got[n].nan_to_num(nan=7.0), again[n].nan_to_num(nan=7.0))]

@@ -21,7 +21,16 @@ from tests.fuzz.statements.dinov2 import PublishedPatchLoss, PublishedV2Loss, Pu
 from tests.fuzz.statements.ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
 from tests.fuzz.statements.solo import PublishedSoloLoss
 from tests.fuzz.subjects.subject import Subject, choices_of
-from vmf_kernels import DINOLoss, DINOvMFLoss, IBOTLoss, IBOTPatchLoss, IBOTvMFLoss, IBOTvMFPatchLoss, PrototypeLogits, Prototypes
+from vmf_kernels import (
+    DINOLoss,
+    DINOvMFLoss,
+    IBOTLoss,
+    IBOTPatchLoss,
+    IBOTvMFLoss,
+    IBOTvMFPatchLoss,
+    PrototypeLogits,
+    Prototypes,
+)
 from vmf_kernels.compat import dinov2, dinov3, solo
 
 GLOBAL, PATCHES = 2, 4
@@ -83,7 +92,11 @@ def vmf_call(loss: Any, s: Any, t: Any, batch: Batch, step: int, heads: Heads) -
     student, teacher = s(batch.crops), t(batch.views)
     if isinstance(loss, PublishedDINOvMFLoss):
         return loss(student, teacher, step, norms_of(heads.student), norms_of(heads.teacher))  # type: ignore[no-any-return]
-    named = {} if isinstance(student, PrototypeLogits) else dict(zip(("student_prototypes", "teacher_prototypes"), heads, strict=True))
+    named = (
+        {}
+        if isinstance(student, PrototypeLogits)
+        else dict(zip(("student_prototypes", "teacher_prototypes"), heads, strict=True))
+    )
     return loss(student, teacher, step, **named)  # type: ignore[no-any-return]
 
 
@@ -158,7 +171,11 @@ def _started(loss: Any, case: Case) -> Any:
 
 
 def _vmf_options(case: Case) -> dict[str, str]:
-    return {"centering": "logit"} if case.bias == "one" else {"center_average": "probability" if case.bias == "huge" else "log_probability"}
+    return (
+        {"centering": "logit"}
+        if case.bias == "one"
+        else {"center_average": "probability" if case.bias == "huge" else "log_probability"}
+    )
 
 
 def _rest(case: Case) -> tuple[int, int, int]:
@@ -261,12 +278,20 @@ def record(side: Side, loss: Any, case: Case, dtype: torch.dtype, output: str) -
             return flat.unflatten(0, rows.shape[:-1]) if rows.ndim > 2 else flat
 
         value = side.call(
-            loss, lambda x, h=heads: logits(x, h.student), lambda x, h=heads: logits(x, h.teacher), Batch(*leaves), i, heads
+            loss,
+            lambda x, h=heads: logits(x, h.student),
+            lambda x, h=heads: logits(x, h.teacher),
+            Batch(*leaves),
+            i,
+            heads,
         )
         wanted = [leaves[0], leaves[2], *own]
         gradients = torch.autograd.grad(value, wanted, allow_unused=True)
         names = ("crops", "patches", "weight", "magnitude")
-        values |= {f"{i} {n}": torch.zeros_like(w) if g is None else g for n, w, g in zip(names, wanted, gradients, strict=False)}
+        values |= {
+            f"{i} {n}": torch.zeros_like(w) if g is None else g
+            for n, w, g in zip(names, wanted, gradients, strict=False)
+        }
         values[f"{i} loss"] = value.detach()
     return values
 
@@ -288,13 +313,24 @@ def faults(case: Case) -> list[str]:
         truth = record(pair.theirs, theirs.to(torch.float64), case, torch.float64, "stored")
         dense = record(pair.theirs, plain.to(dtype), case, dtype, "stored")
     for name in pair.centers:
-        last = [side.get_buffer(name) if name in dict(side.named_buffers()) else getattr(side, name) for side in (ours, theirs, plain)]
+        last = [
+            side.get_buffer(name) if name in dict(side.named_buffers()) else getattr(side, name)
+            for side in (ours, theirs, plain)
+        ]
         got[name], truth[name], dense[name] = (t.detach().reshape(-1) for t in last)
     # gradients are of the size of rows and prototypes over the temperature, however they cancel
     source = Source.of(case)
     stored = source.prototypes(case.dim)
-    longest = float(norms_of(Prototypes(stored.weight.double(), None if stored.magnitude is None else stored.magnitude.double(), stored.kind)).max())
-    largest_row = max(float(b[i].double().norm(dim=-1).max()) for b in batches_of(case, source, stored.weight) for i in range(4))
+    longest = float(
+        norms_of(
+            Prototypes(
+                stored.weight.double(), None if stored.magnitude is None else stored.magnitude.double(), stored.kind
+            )
+        ).max()
+    )
+    largest_row = max(
+        float(b[i].double().norm(dim=-1).max()) for b in batches_of(case, source, stored.weight) for i in range(4)
+    )
     size = 1 + longest * largest_row / min(STUDENT_TAU, case.teacher_temperature / 2)
     found = []
     for name, exact in truth.items():

@@ -166,7 +166,11 @@ def _value_faults(case: Case, problem: Problem, got: Outcome) -> list[str]:
     dense = dense_outcome(problem)
     if not all(bool(value.isfinite().all()) for value in dense.values()):
         # without a pair the library reads nothing, and what the dense formula then gives depends on how it is written
-        return [] if is_finite(*given) or not case.images else not_finite_faults(got, {n: v for n, v in dense.items() if n in got})
+        return (
+            []
+            if is_finite(*given) or not case.images
+            else not_finite_faults(got, {n: v for n, v in dense.items() if n in got})
+        )
     exact = problem.to(torch.float64)
     found = _disagreement(exact)
     products = _products(case, problem)
@@ -197,12 +201,12 @@ def _products(case: Case, problem: Problem) -> torch.dtype | None:
 
 
 def _growth(case: Case) -> float:
-    """How many roundings a sum over the rows takes: of equal terms, all fall to one side, half of one each in a few partial sums."""
+    """How many roundings a sum over the rows takes, in a few partial sums: those of equal terms all fall to one side."""
     return 1 + case.images * max(case.teacher_views, case.student_views) / 8
 
 
 def _gradients_in_parts(problem: Problem) -> Outcome:
-    """The dense formula's gradients in the dtype of its sums, the push from the normaliser apart from the pull to the targets."""
+    """The dense formula's gradients, the push from the normaliser summed apart from the pull to the targets."""
     dtype = accumulation_dtype(problem.student_features.dtype)
     wide = problem.to(dtype)
     features, stored = wide.student_leaves()
@@ -254,10 +258,16 @@ def _largest_gradients(exact: Problem) -> dict[str, float]:
     weight, norm = statement_of.effective(stored.weight, stored.magnitude, stored.kind)
     length = torch.linalg.vector_norm(stored.weight, dim=1)
     gain = float((norm / torch.where(length > 0, length, torch.inf)).max())
-    mass = exact.pair_weights.sum() * (len(exact.student_features) if exact.image_weights is None else exact.image_weights.sum())
+    mass = exact.pair_weights.sum() * (
+        len(exact.student_features) if exact.image_weights is None else exact.image_weights.sum()
+    )
     each = float(mass) / exact.student_temperature
     row = float(exact.student_features.norm(dim=1).max()) if len(exact.student_features) else 0.0
-    return {"feature_gradient": each * float(weight.abs().max()), "weight_gradient": each * row * gain, "magnitude_gradient": each * row}
+    return {
+        "feature_gradient": each * float(weight.abs().max()),
+        "weight_gradient": each * row * gain,
+        "magnitude_gradient": each * row,
+    }
 
 
 def _bit_faults(case: Case, problem: Problem, got: Outcome) -> list[str]:

@@ -28,7 +28,11 @@ from vmf_kernels import (
     weight_norm_vmf_prototypes,
 )
 
-RELATIVE = {"fp64": 2e-12, "fp32": 5e-7, "fp32 below 64": 2e-6}  # as documented, but that the statement is as exact as fp64
+RELATIVE = {
+    "fp64": 2e-12,
+    "fp32": 5e-7,
+    "fp32 below 64": 2e-6,
+}  # as documented, but that the statement is as exact as fp64
 KAPPA = (1e-6, 1e6)  # the range for which errors are documented
 
 

@@ -58,7 +58,7 @@ def prototype_koleo_faults(case: Case) -> list[str]:
 def _judged(
     case: Case, rows: Tensor, loss: Callable[[Tensor], Tensor], formula: Callable[[Tensor], Tensor]
 ) -> list[str]:
-    """The loss within the blur of its neighbours; the gradient, where these are far enough from each other, near the formula's."""
+    """The loss within the blur of its neighbours; where these are far from each other, the gradient near the formula's."""
     given, exact = rows.detach().requires_grad_(), rows.detach().double().requires_grad_()
     got = loss(given)
     (gradient,) = torch.autograd.grad(got, given)
@@ -86,7 +86,7 @@ def _judged(
         least = 1e2 * torch.finfo(wide).eps / float(gaps.min()) ** 2 + kept.eps
         least += kept.tiny * kept.eps * expected.numel() ** 0.5 / float(expected.norm().clamp(min=1e-30))
         # of two rows the gradients cancel up to the normalisation
-        size = float((1 / (gaps[:, 0] * exact.detach().norm(dim=1).repeat(1)[: len(gaps)])).mean() / expected.norm().clamp(min=1e-30))
+        size = float((1 / (gaps[:, 0] * exact.detach().norm(dim=1))).mean() / expected.norm().clamp(min=1e-30))
         if not error <= least * max(1.0, size):
             found.append(f"gradient: error {error:.2e}, budget {least * max(1.0, size):.2e}")
     return found
@@ -122,11 +122,19 @@ def unique_faults(case: Case) -> list[str]:
     if bool(((distances - eps).abs() < AT_THE_EDGE).any()):
         return []
     found, expected = unique_prototypes(rows, eps, case.option), greedy_groups(rows, eps, case.option)
-    sets = {frozenset(i for i, g in enumerate(groups) if g == group) for groups in [found.group.tolist()] for group in groups}
+    sets = {
+        frozenset(i for i, g in enumerate(groups) if g == group)
+        for groups in [found.group.tolist()]
+        for group in groups
+    }
     right = {frozenset(i for i, g in enumerate(expected) if g == group) for group in expected}
     faults = [] if sets == right else [f"{len(sets)} groups, expected {len(right)}"]
     share = max(map(len, right)) / len(rows)
-    return faults if found.largest_share == share else [*faults, f"largest share is {found.largest_share}, expected {share}"]
+    return (
+        faults
+        if found.largest_share == share
+        else [*faults, f"largest share is {found.largest_share}, expected {share}"]
+    )
 
 
 _FIELDS = ("prototypes", "dim", "norms", "layout")
@@ -137,7 +145,9 @@ SUBJECTS = {
         choices_of(*_FIELDS, "dtype", option=("koleo", "distributed"), topk=(1, 2, 3), steps=(1, 2, 3))
         | {"prototypes": _FEW},
     ),
-    "PrototypeKoLeoLoss": Subject(prototype_koleo_faults, choices_of(*_FIELDS, "dtype") | {"prototypes": (*_FEW, 300, 1000)}),
+    "PrototypeKoLeoLoss": Subject(
+        prototype_koleo_faults, choices_of(*_FIELDS, "dtype") | {"prototypes": (*_FEW, 300, 1000)}
+    ),
     "unique_prototypes": Subject(
         unique_faults, choices_of(*_FIELDS, "dtype", option=tuple(METRICS)) | {"prototypes": _FEW}
     ),

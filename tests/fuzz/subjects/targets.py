@@ -81,9 +81,7 @@ class Batch(NamedTuple):
         return is_finite(self.rows, self.stored.weight, self.stored.magnitude, self.bias)
 
 
-def _judged(
-    case: Case, batch: Batch, got: Values, formula: Any, sizes: Values, *, loose: float = 1.0
-) -> list[str]:
+def _judged(case: Case, batch: Batch, got: Values, formula: Any, sizes: Values, *, loose: float = 1.0) -> list[str]:
     """Faults against ``formula(batch)`` in fp64, with its result in the dtype of the sums as the measure."""
     dtype = accumulation_dtype(batch.rows.dtype)
     truth, dense = formula(batch.to(torch.float64)), formula(batch.to(dtype))
@@ -104,7 +102,9 @@ def usage_faults(case: Case) -> list[str]:
     exact = batch.to(torch.float64)
     q, s = exact.scaled(tau, exact.bias).softmax(dim=1), exact.sizes(tau, exact.bias)
     size = 2 * (q * (1 + s + (q * s).sum(dim=1, keepdim=True))).mean(dim=0)
-    return _judged(case, batch, got, lambda b: {"usage": b.scaled(tau, b.bias).softmax(dim=1).mean(dim=0)}, {"usage": size})
+    return _judged(
+        case, batch, got, lambda b: {"usage": b.scaled(tau, b.bias).softmax(dim=1).mean(dim=0)}, {"usage": size}
+    )
 
 
 def target_faults(case: Case) -> list[str]:
@@ -138,7 +138,9 @@ def sinkhorn_faults(case: Case) -> list[str]:
     s = exact.sizes(tau).amax() + exact.scaled(tau).abs().amax()
     q = sinkhorn_knopp_of_any_size(exact.scaled(tau), case.topk)
     size = 4 * case.topk * q * (1 + s)
-    rounded = 1.0 if case.option != "stored" else torch.finfo(batch.rows.dtype).eps / torch.finfo(got["targets"].dtype).eps
+    rounded = (
+        1.0 if case.option != "stored" else torch.finfo(batch.rows.dtype).eps / torch.finfo(got["targets"].dtype).eps
+    )
 
     def formula(b: Batch) -> Values:
         return {"targets": sinkhorn_knopp_of_any_size(b.scaled(tau), case.topk)}
@@ -156,7 +158,9 @@ def center_faults(case: Case) -> list[str]:
     if case.option == "logit":
         center: LogitCenter | ProbabilityCenter = LogitCenter(case.prototypes, momentum).to(wide)
     else:
-        center = ProbabilityCenter(case.prototypes, momentum, average=case.option, backend=case.backend or "auto").to(wide)
+        center = ProbabilityCenter(case.prototypes, momentum, average=case.option, backend=case.backend or "auto").to(
+            wide
+        )
     start = center.center.detach().double().clone()
     for batch in batches:
         center.update(PrototypeLogits(batch.rows, batch.stored), tau)

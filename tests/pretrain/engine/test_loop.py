@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.fuzz.statements.dino import PublishedDINOLoss
 from tests.measure import worst_error
 from tests.pretrain.tiny import batch_of, copied, differing, digits_config, loop_on, numbers_of
-from tests.fuzz.statements.dino import PublishedDINOLoss
 from vmf_kernels import DINOHead, DINOLoss, DINOvMFHead, DINOvMFLoss, KoLeoLoss
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches

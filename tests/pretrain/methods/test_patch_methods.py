@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.fuzz.statements.sinkhorn import published_sinkhorn_knopp
-from tests.pretrain.tiny import batch_of, digits_config, loop_on
 from tests.fuzz.statements.dinov2 import PublishedKoLeoLoss, PublishedPatchLoss, PublishedV2Loss
 from tests.fuzz.statements.ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
+from tests.fuzz.statements.sinkhorn import published_sinkhorn_knopp
+from tests.pretrain.tiny import batch_of, digits_config, loop_on
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 
