@@ -220,7 +220,7 @@ def test_the_normalizer_is_that_of_the_density_and_has_its_slope(kind: str) -> N
     given, tau = stored(kind), torch.tensor(TEMPERATURE, dtype=torch.float64)
     norms = plain_weight_and_norms(given)[1]
     got = given.log_normalizer(tau, torch.float64)
-    assert torch.equal(got, log_vmf_constant(norms / tau, DIM))
+    assert (got - log_vmf_constant(norms / tau, DIM)).abs().max() <= BUDGET * got.abs().max()
     keys = prepare_keys(given, tau, None, torch.float64)
     assert keys.bias is not None
     assert (keys.bias - got).abs().max() <= BUDGET * got.abs().max(), "the operator has another normaliser"

@@ -56,15 +56,14 @@ def not_finite_faults(got: Values, dense: Values) -> list[str]:
 def too_far(name: str, got: Tensor, truth: Tensor, dense: Tensor, size: Tensor) -> list[str]:
     """The value's largest and root mean square error, where they are beyond their budgets."""
     found = []
-    eps = torch.finfo(got.dtype).eps
     for norm, measure in (("largest", largest), ("root mean square", root_mean_square)):
         error = measure(got.double() - truth)
         if got.dtype == torch.float64:
             allowed = FP64_BUDGET * measure(size)
         else:
-            rounding = (
-                torch.finfo(torch.float32).eps * size + (eps / 2) * truth.abs() + torch.finfo(got.dtype).tiny * eps
-            )
+            sums, kept = torch.finfo(torch.float32), torch.finfo(got.dtype)
+            # below the smallest normal number of the sums there are no digits to lose
+            rounding = sums.eps * size + kept.eps / 2 * (truth.abs() + kept.tiny) + sums.tiny
             allowed = DENSE_ERRORS * measure(dense.double() - truth) + measure(rounding)
         if not error <= allowed:
             found.append(f"{name}: {norm} error {error:.2e}, budget {allowed:.2e}")

@@ -56,7 +56,7 @@ def test_crops_are_summed_and_never_compared(crops: int, topk: int) -> None:
     images = torch.randn(7, 8, dtype=torch.float64)
     views = [images + 1e-3 * torch.randn_like(images) for _ in range(crops)]
     loss = KoLeoLoss(topk=topk, crops=crops)(torch.cat(views))
-    expected = torch.stack([koleo(view, topk) for view in views]).sum()
+    expected = torch.stack([koleo(view, EPS, topk) for view in views]).sum()
     error = relative_error(loss, expected)
     assert error <= 1e-10, f"relative error {error:.2e}, budget 1e-10"
     if crops > 1:  # negative control: as one crop, the views of an image are each other's neighbours

@@ -172,7 +172,7 @@ def _value_faults(case: Case, problem: Problem, got: Outcome) -> list[str]:
             else not_finite_faults(got, {n: v for n, v in dense.items() if n in got})
         )
     exact = problem.to(torch.float64)
-    found = _disagreement(exact)
+    found = _disagreement(exact) if case.images else []
     products = _products(case, problem)
     dense = dense_outcome(problem, products)
     scaled = _unscaled(case, got)
