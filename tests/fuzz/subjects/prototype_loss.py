@@ -39,7 +39,7 @@ from vmf_kernels.testing import (
 
 AGREEMENT = 1e-11  # of the sizes that roundings are relative to: fp64's own, written in two ways
 ROUNDINGS = 2.0  # of every logit: in base 2, or of sums in two parts
-IN_PARTS = ("reference", "streaming", "triton")  # gradients by (4) and (5): two sums that may cancel, not one over G
+IN_PARTS = ("reference", "streaming", "triton")  # by (3) to (5): sums that may cancel, not one over G
 BACKENDS = ("reference", "streaming", *(["native"] if module.native() is not None else []), "auto")
 FIELDS = (
     "images", "teacher_views", "student_views", "prototypes", "dim", "teacher_dim", "kind", "dtype", "stored",
@@ -183,7 +183,7 @@ def _value_faults(case: Case, problem: Problem, got: Outcome) -> list[str]:
             problem,
             products,
             logit_roundings=ROUNDINGS * _growth(case),
-            dense=dense | _gradients_in_parts(problem) if case.backend in IN_PARTS and products is None else dense,
+            dense=dense | _in_parts(problem, dense) if case.backend in IN_PARTS and products is None else dense,
         )
     except AssertionError as error:
         found.append(str(error))
@@ -205,22 +205,32 @@ def _growth(case: Case) -> float:
     return 1 + case.images * max(case.teacher_views, case.student_views) / 8
 
 
-def _gradients_in_parts(problem: Problem) -> Outcome:
-    """The dense formula's gradients, the push from the normaliser summed apart from the pull to the targets."""
+def _in_parts(problem: Problem, dense: Outcome) -> Outcome:
+    """The dense formula with the push from the normaliser summed apart from the pull to the targets, in loss and gradients."""
     dtype = accumulation_dtype(problem.student_features.dtype)
     wide = problem.to(dtype)
     features, stored = wide.student_leaves()
-    teacher = wide.teacher_prototypes
-    l_SK = statement_of.logits(features, stored.weight, stored.magnitude, stored.kind, wide.student_temperature)
+    teacher, of_student = (
+        wide.teacher_prototypes,
+        (stored.weight, stored.magnitude, stored.kind, wide.student_temperature),
+    )
+    l_SK = statement_of.logits(features, *of_student)
     of_teacher = teacher.weight, teacher.magnitude, teacher.kind, wide.teacher_temperature
-    l_TK = statement_of.logits(wide.teacher_features, *of_teacher, wide.teacher_bias)
-    by_image = None if wide.image_weights is None else wide.image_weights.to(dtype)
-    parts = push_and_pull(l_SK, l_TK.softmax(dim=1), wide.pair_weights.to(dtype), by_image)
+    q_TK = statement_of.logits(wide.teacher_features, *of_teacher, wide.teacher_bias).softmax(dim=1)
+    weights = wide.pair_weights.to(dtype), None if wide.image_weights is None else wide.image_weights.to(dtype)
+    parts = push_and_pull(l_SK, q_TK, *weights)
     wanted = [leaf for leaf in (features, stored.weight, stored.magnitude) if leaf is not None]
     up, down = (torch.autograd.grad(part, wanted, retain_graph=True) for part in parts)
     given = (problem.student_features, problem.student_prototypes.weight, problem.student_prototypes.magnitude)
     names = [(name, tensor.dtype) for name, tensor in zip(GRADIENTS, given, strict=True) if tensor is not None]
-    return {name: (push - pull).to(dtype) for (name, dtype), push, pull in zip(names, up, down, strict=True)}
+    result = {name: (push - pull).to(kept) for (name, kept), push, pull in zip(names, up, down, strict=True)}
+    # the pull as in (3), by the mean prototype of each row's targets
+    mass = weights[0].sum() * (len(features) / weights[0].shape[1] if weights[1] is None else weights[1].sum())
+    bias_K = statement_of.logits(torch.zeros_like(features[:1]), *of_student)
+    biased = (dense["usage"] * bias_K).sum() * mass
+    result["loss"] = (parts[0] - (down[0] * features).sum() - biased).detach()
+    result["kl"] = dense["kl"] + (result["loss"] - dense["loss"]) / (mass if mass > 0 else 1)
+    return result
 
 
 def _unscaled(case: Case, got: Outcome) -> Outcome:
