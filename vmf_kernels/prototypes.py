@@ -162,6 +162,8 @@ def linear_prototypes(weight: Tensor) -> Prototypes:
 def normalized_prototypes(weight: Tensor) -> Prototypes:
     """Prototypes of norm 1: ``w_k = weight_k / ||weight_k||``; arguments and errors as ``linear_prototypes``.
 
+    Squares of a row of norm below 1e-18 underflow in fp32: its direction loses digits, and from 1e-22 down it counts as zeros.
+
     Example:
         >>> normalized_prototypes(torch.tensor([[0.0, 5.0]])).effective_weight().tolist()
         [[0.0, 1.0]]

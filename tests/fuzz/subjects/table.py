@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz.subjects import logit_loss, losses, prototype_loss, prototypes, spread, targets
+from tests.fuzz.subjects import heads, logit_loss, losses, prototype_loss, prototypes, spread, targets
 from tests.fuzz.subjects.subject import Subject
 
 SUBJECTS: dict[str, Subject] = {
@@ -11,5 +11,6 @@ SUBJECTS: dict[str, Subject] = {
     **logit_loss.SUBJECTS,
     **targets.SUBJECTS,
     **spread.SUBJECTS,
+    **heads.SUBJECTS,
     **losses.SUBJECTS,
 }
