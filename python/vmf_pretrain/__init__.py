@@ -20,9 +20,9 @@ _PLACES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from vmf_kernels import __version__  # one distribution; here, because it imports torch
 
-        return version("vmf_kernels")  # one distribution; importing vmf_kernels itself would import torch
+        return __version__
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
