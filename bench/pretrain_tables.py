@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vmf_pretrain.report.summary import DEAD_INFORMATION
+from vmf_pretrain.report.bands import DEAD_INFORMATION
 
 Run = Mapping[str, Any]
 PATCH_HEADS = ("ibot", "dinov2")

@@ -24,6 +24,7 @@ MAY_CHANGE: frozenset[str] = frozenset(
         "train.log_every",
         "train.max_skipped",
         "train.parallel",
+        "train.stop_on_collapse",
     }
 )
 # what --allow-changed permits beside: steps then mean something else than before

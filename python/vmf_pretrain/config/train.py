@@ -20,6 +20,7 @@ class TrainConfig:
         activation_checkpointing: whether a backbone's blocks compute their activations again in the backward pass.
         compile: whether the backbones' blocks are compiled (``torch.compile``).
         max_skipped: steps in a row without a finite loss and gradient that end the run.
+        stop_on_collapse: whether a run that collapses or diverges ends then, instead of only saying so.
         log_every: optimizer steps between two lines of metrics.jsonl.
         checkpoint_every: epochs between two checkpoints; one is always written at the end and on Ctrl-C.
         keep_checkpoints: how many of the newest checkpoints are kept; if one is damaged, a run resumes from the one before.
@@ -33,6 +34,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     max_skipped: int = 3
+    stop_on_collapse: bool = False
     log_every: int = 10
     checkpoint_every: int = 1
     keep_checkpoints: int = 2

@@ -47,12 +47,12 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def votes(self, bad_images: int) -> Counts:
+    def votes(self, bad_images: int, collapsed: int = 0) -> Counts:
         """What this rank says to the others; a request for a checkpoint is said once."""
         asked, before = self._asked, self._said
         self._said = asked
         terminate, interrupt = (self.requested is number for number in (signal.SIGTERM, signal.SIGINT))
-        return Counts(bad_images, int(terminate), int(interrupt), int(asked > before))
+        return Counts(bad_images, int(terminate), int(interrupt), int(asked > before), collapsed)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked += 1

@@ -26,6 +26,7 @@ from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.loader import load_from
 from vmf_pretrain.data.network_input import NetworkInput, network_input
 from vmf_pretrain.data.waiting import Waiting
+from vmf_pretrain.engine.alarm import Alarm
 from vmf_pretrain.engine.bad_images import BadImages
 from vmf_pretrain.engine.beginning import beginning
 from vmf_pretrain.engine.interruption import Interruption, no_requests
@@ -35,6 +36,7 @@ from vmf_pretrain.engine.parallel import choose_device
 from vmf_pretrain.engine.progress import RunProgress
 from vmf_pretrain.engine.records import Records
 from vmf_pretrain.engine.skipping import Skipping
+from vmf_pretrain.engine.speed import Speed
 from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.evaluation.agreement import compared
 from vmf_pretrain.evaluation.judge import BASELINES, Judge
@@ -44,22 +46,13 @@ from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.report.figures import draw_plots, sample_attention, sample_pictures
 from vmf_pretrain.report.summary import print_summary, summary_text
+from vmf_pretrain.report.verdict import verdict
 from vmf_pretrain.storage.checkpoint import Checkpoint
 from vmf_pretrain.storage.durable import replace_durably
 from vmf_pretrain.storage.lock import RunLock
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
 from vmf_pretrain.storage.tolerant import TolerantWrites
-
-SHOWN = {
-    "loss": "loss",
-    "H(q)": "teacher_entropy",
-    "KL": "kl",
-    "MI": "mutual_information",
-    "lr": "learning_rate",
-    "images/s": "images_per_second",
-    "data wait": "data_wait",
-}
 
 
 class Run:
@@ -99,8 +92,7 @@ class Run:
         self.step, self.figures = 0, dict[str, Any]()
         self.facts: dict[str, Any] = {"seconds_before": 0.0, "best_knn": None, "bad_images": 0}
         self.facts |= {f"best_{config.evaluate.best}": None}
-        self._speeds: dict[int, dict[str, float]] = {}
-        self._advised, self._on_disk = False, None if resume else 0
+        self._on_disk = None if resume else 0
         with contextlib.ExitStack() as closing:
             closing.enter_context(no_requests())
             self._lock(out, resume, closing)
@@ -159,6 +151,8 @@ class Run:
             **compared(read_metrics(self.folder), report.information),
             **{name: self.facts[name] for name in (*BASELINES, "best_knn")},
             "bad_images": self.facts["bad_images"],
+            "verdict": verdict(read_metrics(self.folder), self.config).plain(),
+            "warnings": self.alarm.warnings,
             "seconds": round(self.seconds, 1),
             "method": self.config.method,
             "seed": self.config.seed,
@@ -253,12 +247,15 @@ class Run:
         if self._on_disk == 0:  # a new run
             records.metrics.write({"step": 0, "knn": self.facts.get("knn_untrained")})
             records.histograms.write(self.judge.histograms(self.loop.method, self.loop.place(0)))
+        before = read_metrics(self.folder) if self.first else []
+        self.alarm = Alarm(self.config, records.metrics.write, self._say, before)
         stopped = None
         loading = load_from(self.batches, self.step)
-        self._waiting, self._logged_at = Waiting(loading), (self.step, time.perf_counter())
+        waiting = Waiting(loading)
+        self._speed = Speed(waiting, self.config.data.batch_size, self.step, self.loop.device)
         bar = RunProgress(self.console, len(self.batches), self.step)
         with contextlib.closing(loading), contextlib.closing(records), bar as progress:
-            for batch in self._waiting:
+            for batch in waiting:
                 stopped = self._advance(batch, records, progress, interruption)
                 self.keeping.writer.check()
                 if stopped is not None:
@@ -272,10 +269,14 @@ class Run:
         number, every = self.step + 1, self.config.train
         last, epoch_ends = number == len(self.batches), number % self.batches.steps_per_epoch == 0
         logged = last or number % every.log_every == 0
-        taken = self.loop.step(self.step, batch, log=logged, mine=functools.partial(interruption.votes, len(batch.bad)))
+        collapsed = int(self.first and self.alarm.stopped is not None)
+        mine = functools.partial(interruption.votes, len(batch.bad), collapsed)
+        taken = self.loop.step(self.step, batch, log=logged, mine=mine)
         self.step = number
         if logged:
-            self._speeds[number] = self._speed(number)
+            advice = self._speed.measure(number)
+            if advice is not None:
+                self.alarm.warn("data wait", number, advice, (), ())
         progress.advance(number)
         evaluating = last or (epoch_ends and self._epoch % self.config.evaluate.every == 0)
         saving = last or (epoch_ends and self._epoch % every.checkpoint_every == 0)
@@ -287,8 +288,7 @@ class Run:
             self._learn(one, records, progress)
         if evaluating and self._judging:
             self._evaluate(records, progress)
-            self._waiting.restart()
-            self._logged_at = (number, time.perf_counter())
+            self._speed.restart(number)
         if saving:
             self._keep()
         return next((one.counts.stop for one in taken if one.counts.stop is not None), None)
@@ -299,24 +299,18 @@ class Run:
         self.skipping.learn(taken)
         self.bad.learn(taken, number * self.config.data.batch_size)
         self.facts["bad_images"] = self.bad.count
+        if taken.counts.collapsed:
+            raise PretrainError(
+                f"the run is ended by train.stop_on_collapse: {ranks.from_first(self.alarm.stopped or '')} Without it, "
+                "--resume goes on from the last checkpoint."
+            )
         if taken.numbers:
-            rates = {**self.loop.rates(taken.step), **self._speeds.pop(number, {})}
+            rates = {**self.loop.rates(taken.step), **self._speed.of(number)}
             epoch = -(-number // self.batches.steps_per_epoch)
             record = {"step": number, "epoch": epoch, **taken.numbers, **rates, "seconds": round(self.seconds, 2)}
             records.metrics.write(record)
-            progress.tell(number, {name: record[key] for name, key in SHOWN.items() if key in record})
-
-    def _speed(self, number: int) -> dict[str, float]:
-        """Images a second, and the share of the time that went by in waiting for data, since the last logged step."""
-        now, (before, then) = time.perf_counter(), self._logged_at
-        rate = (number - before) * self.config.data.batch_size / max(now - then, 1e-9)
-        wait, advice = self._waiting.share, self._waiting.advice
-        if advice is not None and before > 0 and not self._advised:
-            self._advised = True
-            self._say(advice)
-        self._logged_at = (number, now)
-        self._waiting.restart()
-        return {"images_per_second": round(rate, 2), "data_wait": round(wait, 4)}
+            progress.learn(record)
+            self.alarm.learn(record)
 
     def _keep(self) -> None:
         """Write a checkpoint, and the weights of the same step."""
@@ -341,12 +335,10 @@ class Run:
             figures = json.loads(ranks.from_first(json.dumps(figures)))
         if not figures:
             return
-        records.metrics.write({"step": self.step, "epoch": self._epoch, **figures})
+        record = {"step": self.step, "epoch": self._epoch, **figures}
+        records.metrics.write(record)
+        progress.learn(record)
         best = self.config.evaluate.best
-        shown = {f"{best} %": figures.get(best), "k-NN %": figures.get("knn")}
-        progress.tell(
-            self.step, {name: value for name, value in shown.items() if value is not None and name != "knn %"}
-        )
         better = improved(figures, self.facts, {"knn", best})
         self.facts |= better
         if f"best_{best}" in better:

@@ -25,6 +25,7 @@ class Counts:
         terminate: ranks that got SIGTERM.
         interrupt: ranks that got SIGINT.
         save: ranks that were asked for a checkpoint by SIGUSR1.
+        collapsed: 1 if the first rank has seen a collapse that is to stop the run.
         not_finite: ranks whose loss or gradient is not finite.
         bad_losses: ranks whose loss is not finite.
     """
@@ -33,6 +34,7 @@ class Counts:
     terminate: int = 0
     interrupt: int = 0
     save: int = 0
+    collapsed: int = 0
     not_finite: int = 0
     bad_losses: int = 0
 
@@ -45,6 +47,7 @@ class Counts:
 
 
 COUNTS = len(fields(Counts))
+FROM_HOST = COUNTS - 2  # those that are known on the host; the last two are of the device
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +93,10 @@ class Votes:
 
     def cast(self, mine: Counts, finite: Tensor, finite_loss: Tensor) -> Tensor:
         """Sum over ranks; returns [] float32 on the device, 1 if some rank's loss or gradient is not finite, else 0."""
-        host = torch.tensor(astuple(mine)[:4], dtype=torch.float32)
+        host = torch.tensor(astuple(mine)[:FROM_HOST], dtype=torch.float32)
         vote = torch.cat([host.to(self.device, non_blocking=True), torch.stack([~finite, ~finite_loss]).float()])
         self._summed = ranks.summed(vote)
-        return self._summed[4].clamp(max=1.0)
+        return self._summed[FROM_HOST].clamp(max=1.0)
 
     def keep(self, step: int, batch: Batch, numbers: Mapping[str, Tensor]) -> list[Taken]:
         """Keep what belongs to the step whose votes were cast; returns the steps whose votes are on the host."""

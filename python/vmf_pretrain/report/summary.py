@@ -9,31 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-DEAD_INFORMATION = 0.05  # nats of mutual information below which a head has collapsed, whatever its loss says
-NEAR = 0.02  # of ln K: how close a teacher's entropy is to a band before it counts as in it
-
-
-def verdict(figures: Mapping[str, Any], prototypes: int) -> str:
-    """What the numbers mean, in one sentence."""
-    if figures["mutual_information"] is None:
-        return "This method has no prototypes to collapse; look at the accuracies and at the rank of the features."
-    if figures["mutual_information"] >= DEAD_INFORMATION:
-        return f"The head is alive: prototypes tell {figures['mutual_information']:.2f} nats about an image."
-    if figures["teacher_entropy"] > (1 - NEAR) * math.log(prototypes):
-        return (
-            "Uniform collapse: every image goes to all prototypes alike (loss near ln K); "
-            "lower loss.teacher_temp or start the centre from the first batch."
-        )
-    if figures["teacher_entropy"] < NEAR * math.log(prototypes):
-        return (
-            "One-hot collapse: all images go to the same prototype; "
-            "raise loss.teacher_temp, check the centring, or add loss.koleo_weight."
-        )
-    return (
-        "The head is dead: every image gets the same distribution over prototypes, or training has hardly begun; "
-        "train longer, raise optim.learning_rate, or add loss.koleo_weight."
-    )
-
 
 def comparison(figures: Mapping[str, Any]) -> str:
     """Whether the log and the summary agree about the mutual information, in words."""
@@ -77,7 +52,7 @@ def print_summary(
     else:
         _add_head(head, figures, prototypes)
     console.print(head)
-    console.print(verdict(figures, prototypes), markup=False)
+    _print_verdict(console, figures["verdict"])
     if figures["mutual_information"] is not None:
         console.print(comparison(figures), soft_wrap=True, highlight=False)
     console.print(
@@ -86,6 +61,13 @@ def print_summary(
         markup=False,
     )
     console.print(f"Next: {next_command}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_verdict(console: Console, found: Mapping[str, Any]) -> None:
+    """``Verdict.plain``: the words, then a line for each piece of evidence and each thing to try."""
+    lines = [f"  {said}" for said in found["evidence"]] + [f"  Try: {tried}." for tried in found["advice"]]
+    for line in (found["words"], *lines):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _add_head(head: Table, figures: Mapping[str, Any], prototypes: int) -> None:

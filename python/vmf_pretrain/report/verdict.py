@@ -107,11 +107,15 @@ def _not_finite(curves: Curves, config: Config) -> Verdict | None:
     """Loss or gradient of the last steps is not finite."""
     last = curves.records[-bands.HELD :]
     for name in ("loss", "gradient_norm"):
-        missing = sum(name in record and record[name] is None for record in last)
+        missing = sum(name in record and not _finite(record[name]) for record in last)
         if len(last) == bands.HELD and missing == bands.HELD:
             said = f"{name} is not finite at the last {missing} logged steps"
             return Verdict("diverging", "Diverging: the numbers are not finite.", (said,), against_divergence(config))
     return None
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _diverging(curves: Curves, config: Config) -> Verdict | None:
@@ -129,17 +133,18 @@ def _diverging(curves: Curves, config: Config) -> Verdict | None:
         said = f"loss has risen {len(rises)} times by more than {bands.JUMPS} of its start ({start:.3g}) in the last "
         said += f"{len(losses)} logged steps"
         return Verdict("diverging", "Diverging: the loss jumps up and down.", (said,), advice, figures)
+    return _forgotten(curves, config)
+
+
+def _forgotten(curves: Curves, config: Config) -> Verdict | None:
+    """Predictions were better than a constant, and are no longer."""
     relative = curves.values("relative_loss")
-    if (
-        relative
-        and min(relative) < bands.AS_CONSTANT
-        and (curves.now("relative_loss") or 0) > bands.WORSE_THAN_CONSTANT
-    ):
-        value = curves.now("relative_loss") or 0.0
-        said = f"relative_loss {value:.3g}, after {min(relative):.3g}: predicting a constant would give 1"
-        words = "Diverging: predictions have become worse than a constant."
-        return Verdict("diverging", words, (said,), advice, {"relative_loss": value})
-    return None
+    before, last = relative[: -bands.HELD], relative[-bands.HELD :]
+    if not before or min(before) >= bands.AS_CONSTANT or min(last) <= bands.WORSE_THAN_CONSTANT:
+        return None
+    said = f"relative_loss {median(last):.3g}, after {min(before):.3g}; predicting a constant gives 1"
+    words = "Diverging: predictions have become worse than a constant."
+    return Verdict("diverging", words, (said,), against_divergence(config), {"relative_loss": median(last)})
 
 
 def _collapsed(curves: Curves, config: Config) -> Verdict | None:

@@ -1,0 +1,104 @@
+"""Warnings while a run goes on: each once, wherever a person looks; and what ends a run."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.pretrain.report.test_verdict import ALIVE, SMALL, UNCENTRED, run_of
+from tests.pretrain.tiny import a_run, changed
+from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.engine.alarm import Alarm
+from vmf_pretrain.engine.progress import RunProgress, duration
+from vmf_pretrain.report.verdict import FAULTS
+from vmf_pretrain.storage.metrics import read_metrics
+
+FAST = changed(
+    SMALL,
+    loss={**UNCENTRED, "koleo_weight": 0.0},
+    optim={"teacher_momentum": 0.8, "learning_rate": 0.01, "warmup_epochs": 0, "freeze_last_layer_epochs": 0},
+    train={"epochs": 3, "log_every": 2},
+    evaluate={"every": 3, "max_images": 20},
+)
+DEAD = {**ALIVE, "mutual_information": [1.0] * 20 + [0.0] * 20, "prototypes_in_use": 1.0, "teacher_entropy": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *arguments: None)
+
+
+def test_collapse_is_said_once_and_stands_in_every_record_of_the_run(tmp_path: Path) -> None:
+    run, printed = a_run(FAST, tmp_path / "run")
+    assert run.train() == 0
+    warned = [record for record in read_metrics(run.folder) if "warning" in record]
+    summary = json.loads(run.folder.summary.read_text())
+    assert [record["warning"] for record in warned] == list(dict.fromkeys(record["warning"] for record in warned))
+    assert "one-hot collapse" in [record["warning"] for record in warned], printed.getvalue()
+    assert summary["warnings"] == warned
+    assert summary["verdict"]["kind"] == "one-hot collapse"
+    text = printed.getvalue()
+    assert text.count("WARNING at step") == len(warned)
+    assert "Try: lower loss.center_momentum to 0.9" in text
+    assert text.count(summary["verdict"]["words"]) > 1, "in the warning, and at the end"
+
+
+def test_run_that_is_to_end_with_a_collapse_ends_on_a_vote(tmp_path: Path) -> None:
+    run, _ = a_run(changed(FAST, train={"stop_on_collapse": True}), tmp_path / "run")
+    with pytest.raises(PretrainError, match=r"ended by train.stop_on_collapse: .*collapse: .* Try: .*--resume"):
+        run.train()
+    steps = [record["step"] for record in read_metrics(run.folder) if record.get("warning") in FAULTS]
+    assert len(steps) == 1
+    assert run.step == steps[0] + 1, "one step later, when all ranks know"
+
+
+def warned_by(records: list[dict[str, Any]], before: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    written: list[Any] = []
+    said: list[str] = []
+    alarm = Alarm(changed(SMALL, optim={"warmup_epochs": 1}), written.append, said.append, before)
+    for record in records:
+        alarm.learn(record)
+    return written, said
+
+
+@pytest.mark.quick
+def test_warning_is_not_said_again_by_a_run_that_goes_on() -> None:
+    records = run_of(**DEAD)
+    written, said = warned_by(records, [])
+    assert [record["warning"] for record in written] == ["dead head"]
+    assert len(said) == 1
+    again, nothing = warned_by(records[-3:], [*records[:-3], *written])
+    assert (again, nothing) == ([], [])
+
+
+@pytest.mark.quick
+def test_long_run_is_judged_by_its_start_and_its_last_steps() -> None:
+    records = run_of(600, **{**ALIVE, "loss": [3.0] * 590 + [4.0] * 10})
+    written, _ = warned_by(records, [])
+    assert [record["warning"] for record in written] == ["diverging"]
+
+
+@pytest.mark.quick
+def test_what_is_no_terminal_gets_a_line_and_a_terminal_a_bar() -> None:
+    record = {"step": 5, "epoch": 1, **ALIVE, "images_per_second": 812.3, "data_wait": 0.04, "memory_gib": 0.5}
+    plain, terminal = io.StringIO(), io.StringIO()
+    for console in (Console(file=plain, width=200), Console(file=terminal, width=200, force_terminal=True)):
+        with RunProgress(console, 10, 0) as progress:
+            progress.learn(record)
+            progress.learn({"step": 5, "epoch": 1, "knn": 77.7, "linear": 80.0})
+            progress.advance(6)
+    lines = plain.getvalue().splitlines()
+    assert lines[0].startswith(
+        "step 5/10  loss 3.000  KL 1.00  MI 1.00  rank 5.0  images/s 812  data wait 4%  memory 0.50 GiB"
+    )
+    assert lines[1].startswith("step 5/10  k-NN 77.7 %  linear 80.0 %")
+    assert "ETA" in lines[0]
+    assert "6/10" in terminal.getvalue()
+    assert all(word in terminal.getvalue() for word in ("loss", "k-NN", "812", "ETA"))
+    assert "step 5/10" not in terminal.getvalue()
+    assert [duration(seconds) for seconds in (8.2, 750, 11_100)] == ["8 s", "12 min 30 s", "3 h 05 min"]
