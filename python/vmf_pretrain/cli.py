@@ -29,6 +29,8 @@ from vmf_pretrain.report_command import NAME as REPORT
 from vmf_pretrain.report_command import add_report, ask_of, run_report
 from vmf_pretrain.start import Wish, require_free, settings, settings_to_go_on, start
 from vmf_pretrain.start_evaluation import Question
+from vmf_pretrain.watch_command import NAME as WATCH
+from vmf_pretrain.watch_command import add_watch, run_watch
 
 DONE = 0  # exit code
 CRASHED = 1  # exit code
@@ -84,6 +86,9 @@ def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
         return DONE if run_doctor(visit_of(chosen)) else BLOCKED
     if chosen.command == REPORT:
         run_report(ask_of(chosen))
+        return DONE
+    if chosen.command == WATCH:
+        run_watch(chosen)
         return DONE
     return _train(chosen, folder)
 
@@ -237,7 +242,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
             raise PretrainError(f"--{found[1]} got no value; expected --{found[1]} VALUE.")
         fields[found[1]] = value
     chosen = _parser().parse_args(rest)
-    if fields and chosen.command in ("recipes", "pictures", EXPORT, REPORT):
+    if fields and chosen.command in ("recipes", "pictures", EXPORT, REPORT, WATCH):
         raise PretrainError(
             f"--{next(iter(fields))} does not go with {chosen.command}; vmf-pretrain fit --print-config shows settings."
         )
@@ -296,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_doctor(commands)
     add_report(commands)
+    add_watch(commands)
     table = commands.add_parser("recipes", help="list the recipes, or print one", allow_abbrev=False)
     table.add_argument("name", nargs="?", metavar="NAME", help="recipe to print as YAML")
     _add_pictures(commands)

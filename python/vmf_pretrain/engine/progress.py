@@ -39,14 +39,14 @@ class RunProgress:
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
         self._console, self._total = console, total_steps
-        self._from, self._since = first_step, time.perf_counter()
+        self._step = self._from = first_step
+        self._since = time.perf_counter()
         self._figures: dict[str, str] = {}
         columns = (BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task("", total=total_steps, completed=first_step)
         on = console.is_terminal and not console.quiet
         self._live = Live(console=console, get_renderable=self._shown, refresh_per_second=REFRESHES) if on else None
-        self._step = first_step
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -63,6 +63,11 @@ class RunProgress:
         """Show that ``step`` steps are done."""
         self._step = step
         self._bar.update(self._task, completed=step)
+
+    def total(self, steps: int) -> None:
+        """Show how many steps the run has, where that was not known before."""
+        self._total = steps
+        self._bar.update(self._task, total=steps)
 
     def learn(self, record: Mapping[str, Any]) -> None:
         """Show a record of metrics.jsonl: beside the bar, or as a line."""
@@ -101,7 +106,7 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(record.get(key), int | float):
             found[name] = form.format(record[key])
     if "loss" not in record and "total" not in record:
-        rest = {key: value for key, value in record.items() if key not in ("step", "epoch", *SHOWN)}
+        rest = {key: value for key, value in record.items() if key not in ("step", "steps", "epoch", *SHOWN)}
         found |= {key: f"{value:.1f}{PERCENT}" for key, value in rest.items() if isinstance(value, float)}
     return found
 

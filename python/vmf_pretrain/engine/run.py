@@ -307,7 +307,8 @@ class Run:
         if taken.numbers:
             rates = {**self.loop.rates(taken.step), **self._speed.of(number)}
             epoch = -(-number // self.batches.steps_per_epoch)
-            record = {"step": number, "epoch": epoch, **taken.numbers, **rates, "seconds": round(self.seconds, 2)}
+            where = {"step": number, "steps": len(self.batches), "epoch": epoch}
+            record = {**where, **taken.numbers, **rates, "seconds": round(self.seconds, 2)}
             records.metrics.write(record)
             progress.learn(record)
             self.alarm.learn(record)

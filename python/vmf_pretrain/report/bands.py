@@ -54,12 +54,17 @@ class Band:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
 
+def one_hot_use(config: Config) -> float:
+    """The prototypes in use below which all images share one; of a few prototypes, a healthy run may use two."""
+    return min(ONE_HOT_USE, config.head.prototypes / 4)
+
+
 def bands(config: Config) -> tuple[Band, ...]:
     """The bands to draw beside a run's curves; those of figures that its method does not log are of no use."""
     prototypes = config.head.prototypes
     return (
         Band("mutual_information", None, DEAD_INFORMATION, "collapse: prototypes tell nothing about an image"),
-        Band("prototypes_in_use", None, ONE_HOT_USE, "one-hot collapse"),
+        Band("prototypes_in_use", None, one_hot_use(config), "one-hot collapse"),
         Band(
             "prototypes_in_use",
             UNIFORM_USE * prototypes,

@@ -149,7 +149,8 @@ def _forgotten(curves: Curves, config: Config) -> Verdict | None:
 
 def _collapsed(curves: Curves, config: Config) -> Verdict | None:
     """Prototypes tell nothing about an image."""
-    if not curves.held_below("mutual_information", bands.DEAD_INFORMATION):
+    shared = curves.held_below("prototypes_in_use", bands.one_hot_use(config))
+    if not shared and not curves.held_below("mutual_information", bands.DEAD_INFORMATION):
         return None
     was_alive = max(curves.values("mutual_information")) >= 2 * bands.DEAD_INFORMATION
     if not was_alive and _warming_up(curves, config):  # large untrained networks begin there, and leave it
@@ -168,14 +169,14 @@ def _collapsed(curves: Curves, config: Config) -> Verdict | None:
     if not form:
         words = "The head is dead: every image gets the same distribution over prototypes."
         return Verdict("dead head", words, evidence, (*advice, *against_one_hot(config)), figures)
-    kind: Kind = "one-hot collapse" if figures["prototypes_in_use"] < bands.ONE_HOT_USE else "uniform collapse"
+    kind: Kind = "one-hot collapse" if figures["prototypes_in_use"] < bands.one_hot_use(config) else "uniform collapse"
     return Verdict(kind, f"{kind.capitalize()}: {form}.", evidence, advice, figures)
 
 
 def _form(figures: Mapping[str, float], config: Config) -> tuple[str, tuple[str, ...]]:
     """How the head has collapsed, and what helps; "" if the shared distribution is neither sharp nor flat."""
     used = figures.get("prototypes_in_use", math.exp(figures.get("teacher_entropy", 0.0)))
-    if used < bands.ONE_HOT_USE:
+    if used < bands.one_hot_use(config):
         return "all images go to the same prototype", against_one_hot(config)
     if used > bands.UNIFORM_USE * config.head.prototypes:
         return "every image goes to all prototypes alike", against_uniform(config)
@@ -186,7 +187,7 @@ def _head_said(figures: Mapping[str, float], config: Config) -> tuple[str, ...]:
     prototypes = config.head.prototypes
     said = [
         f"mutual_information {figures['mutual_information']:.2g} nats; below {bands.DEAD_INFORMATION} prototypes tell "
-        "nothing about an image"
+        "nothing about an image, and runs that learn stay above 0.3"
     ]
     if "teacher_entropy" in figures:
         said.append(
@@ -195,7 +196,7 @@ def _head_said(figures: Mapping[str, float], config: Config) -> tuple[str, ...]:
         )
     if "prototypes_in_use" in figures:
         said.append(
-            f"prototypes_in_use {figures['prototypes_in_use']:.3g} of {prototypes}; one-hot below {bands.ONE_HOT_USE:g}, "
+            f"prototypes_in_use {figures['prototypes_in_use']:.3g} of {prototypes}; one-hot below {bands.one_hot_use(config):g}, "
             f"uniform above {bands.UNIFORM_USE * prototypes:.3g}"
         )
     return tuple(said)

@@ -89,6 +89,34 @@ class JsonLines:
         self._file.flush()
 
 
+class Followed:
+    """The records of a file of JSON objects that another process appends to.
+
+    Args:
+        path: the file, which need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, 0  # bytes
+
+    def new(self) -> list[dict[str, Any]]:
+        """The whole records since the last call; from the start again if the file has become shorter, as on a resume."""
+        try:
+            size = self._path.stat().st_size
+            if size < self._read:
+                self._read = 0
+            if size == self._read:
+                return []
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                found = file.read()
+        except OSError:  # not there yet, or on a disk that is away for a while
+            return []
+        whole = found[: found.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return _records(whole.decode("utf-8", errors="replace"))
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every record of a file of JSON objects; what follows a line that is none, cut short by a crash, is ignored.
 
@@ -97,8 +125,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    return _records(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _records(text: str) -> list[dict[str, Any]]:
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             record = json.loads(line)
         except ValueError:

@@ -10,6 +10,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,31 @@ CLAIM = f"{LOCK}-claim-"  # who wants to replace a dead holder's lock makes this
 UNREADABLE_FOR = 2.0  # seconds after which a lock without a holder's name is no lock that is just being written
 PAUSE = 0.05  # seconds between two looks at it
 START_TIME = 19  # place of the start time among the fields of /proc/PID/stat that follow the command's name
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock.
+
+    Attributes:
+        pid: number of its process.
+        dead: whether that process is known to have ended.
+    """
+
+    pid: int
+    dead: bool
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """Who holds the lock of a run folder; None if nobody does, or the lock does not say."""
+    holder = _read(folder / LOCK)
+    if holder is None:
+        return None
+    try:
+        _require_dead(holder, folder / LOCK)
+    except PretrainError:
+        return Holder(holder["pid"], dead=False)
+    return Holder(holder["pid"], dead=True)
 
 
 class RunLock:

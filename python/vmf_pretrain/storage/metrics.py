@@ -9,6 +9,8 @@ from vmf_pretrain.storage.run_folder import RunFolder
 from vmf_pretrain.storage.tensorboard import TensorBoardEvents
 from vmf_pretrain.storage.tolerant import TolerantWrites
 
+NO_SCALARS = ("step", "steps")  # where a record is in the run
+
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard events. On resume, records of steps that will run again are removed.
@@ -33,10 +35,12 @@ class MetricsLog:
         self._events = TensorBoardEvents(folder.tensorboard, from_step, tolerant) if tensorboard else None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; every number except the step also becomes a TensorBoard scalar. Not finite becomes null."""
+        """Append one record; every number except the steps also becomes a TensorBoard scalar. Not finite becomes null."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         self._lines.write(finite)
-        numbers = {key: value for key, value in finite.items() if key != "step" and isinstance(value, int | float)}
+        numbers = {
+            key: value for key, value in finite.items() if key not in NO_SCALARS and isinstance(value, int | float)
+        }
         if self._events is not None:
             self._events.write(int(record["step"]), numbers)
 
