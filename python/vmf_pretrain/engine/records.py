@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from vmf_pretrain.config.run import Config
 from vmf_pretrain.storage.lines import JsonLines
 from vmf_pretrain.storage.metrics import MetricsLog
 from vmf_pretrain.storage.run_folder import RunFolder
 from vmf_pretrain.storage.tolerant import TolerantWrites
+from vmf_pretrain.storage.trackers import Tracked
 
 
 class _Writes(Protocol):
@@ -27,13 +29,11 @@ class Records:
         folder: of the run.
         step: that the run begins or goes on with; records of steps that run again are dropped.
         tolerant: takes what the disk refuses.
+        config: of the run; its section ``log`` says what gets the numbers beside metrics.jsonl.
         writes: whether this is the first rank.
-        tensorboard: whether TensorBoard's events are written.
     """
 
-    def __init__(
-        self, folder: RunFolder, step: int, tolerant: TolerantWrites, *, writes: bool, tensorboard: bool
-    ) -> None:
+    def __init__(self, folder: RunFolder, step: int, tolerant: TolerantWrites, config: Config, *, writes: bool) -> None:
         self.metrics: _Writes = _Nothing()
         self.bad: _Writes = _Nothing()
         self.skipped: _Writes = _Nothing()
@@ -41,7 +41,9 @@ class Records:
         self._metrics: MetricsLog | None = None
         self._lists: list[JsonLines] = []
         if writes:
-            self.metrics = self._metrics = MetricsLog(folder, step, tolerant, tensorboard=tensorboard)
+            tracked = Tracked(config, folder, tolerant.say)
+            log = MetricsLog(folder, step, tolerant, tensorboard=config.log.tensorboard, tracked=tracked)
+            self.metrics = self._metrics = log
             paths = (folder.bad_files, folder.skipped_steps)
             self._lists = [JsonLines(path, tolerant, lambda record: record.get("step", 0) < step) for path in paths]
             self.bad, self.skipped = self._lists

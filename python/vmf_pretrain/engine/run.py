@@ -234,8 +234,7 @@ class Run:
 
     def _steps(self, interruption: Interruption) -> signal.Signals | None:
         """All steps that are left; returns the signal that stopped them."""
-        writes, tensorboard = self.first, self.config.log.tensorboard
-        records = Records(self.folder, self.step, self.tolerant, writes=writes, tensorboard=tensorboard)
+        records = Records(self.folder, self.step, self.tolerant, self.config, writes=self.first)
         self.skipping = Skipping(
             records.skipped.write,
             self._say,

@@ -195,10 +195,9 @@ def _head_said(figures: Mapping[str, float], config: Config) -> tuple[str, ...]:
             "(uniform)"
         )
     if "prototypes_in_use" in figures:
-        said.append(
-            f"prototypes_in_use {figures['prototypes_in_use']:.3g} of {prototypes}; one-hot below {bands.one_hot_use(config):g}, "
-            f"uniform above {bands.UNIFORM_USE * prototypes:.3g}"
-        )
+        few, most = bands.one_hot_use(config), bands.UNIFORM_USE * prototypes
+        used = f"prototypes_in_use {figures['prototypes_in_use']:.3g} of {prototypes}"
+        said.append(f"{used}; one-hot below {few:g}, uniform above {most:.3g}")
     return tuple(said)
 
 
