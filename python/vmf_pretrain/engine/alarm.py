@@ -79,6 +79,7 @@ class Alarm:
 
     def _kept(self) -> list[Mapping[str, Any]]:
         """The records that matter, in order."""
-        old = [record for record in (*self._first, *self._highest.values()) if record not in self._recent]
-        unique = {int(record["step"]): record for record in old}
+        since = int(self._recent[0]["step"])
+        old = (*self._first, *self._highest.values())
+        unique = {int(record["step"]): record for record in old if int(record["step"]) < since}
         return [*(unique[step] for step in sorted(unique)), *self._recent]

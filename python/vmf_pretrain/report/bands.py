@@ -9,11 +9,14 @@ from typing import Any
 from vmf_pretrain.config.run import Config
 
 HELD = 3  # logged steps in a row that have to lie in a band: a single batch may be odd
+WATCHED = 7  # logged steps in which jumps are counted, and for which a low rank has to last
 SHORT = 50  # optimizer steps before which nothing is said: even a forced collapse takes 50 to 150
 DEAD_INFORMATION = (
     0.05  # nats; runs that learn stay above 0.3, and forced collapses pass through to 1e-3 within tens of steps
 )
 ONE_HOT_USE = 2.0  # prototypes in use (exp of the entropy of usage) below which all images share one
+FLAT = 0.98  # of ln K: entropy of an assignment above which it is uniform; runs that learn stay below 0.95
+FELL = 4.0  # times: the highest mutual information over the last, by which a head that tells nothing yet is no dead one
 UNIFORM_USE = 0.9  # share of the prototypes in use above which all images get all alike
 HELD_RANK = (
     0.75  # of the feature rank at the start: without a regulariser the features follow a collapsed head below this
@@ -59,6 +62,11 @@ def one_hot_use(config: Config) -> float:
     return min(ONE_HOT_USE, config.head.prototypes / 4)
 
 
+def flat_entropy(config: Config) -> float:
+    """The entropy, nats, above which an assignment to prototypes is uniform."""
+    return FLAT * math.log(config.head.prototypes)
+
+
 def bands(config: Config) -> tuple[Band, ...]:
     """The bands to draw beside a run's curves; those of figures that its method does not log are of no use."""
     prototypes = config.head.prototypes
@@ -71,7 +79,7 @@ def bands(config: Config) -> tuple[Band, ...]:
             None,
             "uniform collapse, if the mutual information is gone too",
         ),
-        Band("teacher_entropy", math.log(UNIFORM_USE * prototypes), None, "uniform collapse"),
+        Band("teacher_entropy", flat_entropy(config), None, "uniform collapse"),
         Band("feature_rank", None, LEAST_RANK, "rank collapse"),
         Band("feature_variance", None, LEAST_VARIANCE, "all images have the same features"),
         Band("target_variance", None, NO_VARIANCE, "all target tokens are alike"),
@@ -121,6 +129,11 @@ class Curves:
         """Whether each of the last ``count`` values is below a limit."""
         last = self.values(name)[-count:]
         return len(last) == count and max(last) < limit
+
+    def held_above(self, name: str, limit: float) -> bool:
+        """Whether each of the last HELD values is above a limit."""
+        last = self.values(name)[-HELD:]
+        return len(last) == HELD and min(last) > limit
 
     def evaluated(self, name: str) -> list[float]:
         """Values of evaluations, in order."""

@@ -127,13 +127,18 @@ def _diverging(curves: Curves, config: Config) -> Verdict | None:
     if now > bands.RISEN * start:
         said = f"loss {now:.3g}, {now / start:.2g} times that of the start ({start:.3g}); the limit is {bands.RISEN}"
         return Verdict("diverging", "Diverging: the loss has risen above its start.", (said,), advice, figures)
-    losses = curves.values("loss")[-2 * bands.HELD - 1 :]
-    rises = [after - before for before, after in itertools.pairwise(losses) if after - before > bands.JUMPS * start]
-    if len(rises) > 1:  # one may be a batch; a steep way down has none
-        said = f"loss has risen {len(rises)} times by more than {bands.JUMPS} of its start ({start:.3g}) in the last "
-        said += f"{len(losses)} logged steps"
+    jumps = _jumps(curves, start)
+    if jumps > 1:  # one may be a batch; a steep way down has none
+        said = f"loss has risen {jumps} times by more than {bands.JUMPS} of its start ({start:.3g}) in the last "
+        said += f"{bands.WATCHED} logged steps"
         return Verdict("diverging", "Diverging: the loss jumps up and down.", (said,), advice, figures)
     return _forgotten(curves, config)
+
+
+def _jumps(curves: Curves, start: float) -> int:
+    """How often the loss has risen steeply of late."""
+    losses = curves.values("loss")[-bands.WATCHED :]
+    return sum(after - before > bands.JUMPS * start for before, after in itertools.pairwise(losses))
 
 
 def _forgotten(curves: Curves, config: Config) -> Verdict | None:
@@ -150,55 +155,56 @@ def _forgotten(curves: Curves, config: Config) -> Verdict | None:
 def _collapsed(curves: Curves, config: Config) -> Verdict | None:
     """Prototypes tell nothing about an image."""
     shared = curves.held_below("prototypes_in_use", bands.one_hot_use(config))
-    if not shared and not curves.held_below("mutual_information", bands.DEAD_INFORMATION):
+    flat = curves.held_above("teacher_entropy", bands.flat_entropy(config))
+    if not shared and not flat and not curves.held_below("mutual_information", bands.DEAD_INFORMATION):
         return None
-    was_alive = max(curves.values("mutual_information")) >= 2 * bands.DEAD_INFORMATION
-    if not was_alive and _warming_up(curves, config):  # large untrained networks begin there, and leave it
+    if _jumps(
+        curves, curves.start("loss") or math.inf
+    ):  # a head that is thrown about is dead for a while, again and again
+        return None
+    information = curves.values("mutual_information")
+    fell = bool(information) and max(information) > bands.FELL * information[-1]
+    if not fell and _warming_up(curves, config):  # large untrained networks begin there, and leave it
         return None
     names = ("mutual_information", "teacher_entropy", "prototypes_in_use", "largest_share", "feature_rank")
     figures = {name: value for name in (*names, "feature_variance") if (value := curves.now(name)) is not None}
-    form, advice = _form(figures, config)
+    kind, form, advice = _form(figures, config)
     spread, apart = _features_said(curves)
     evidence = (*_head_said(figures, config), *spread)
-    if apart and form:
+    if kind == "dead head":
+        words = f"The head is dead: {form}."
+    elif apart:
+        kind = "dead head"
         words = (
             f"The head is dead under healthy features: {form}, so the loss teaches the backbone nothing, "
             "while its features are held apart by something else (KoLeo, or their start)."
         )
-        return Verdict("dead head", words, evidence, advice, figures)
-    if not form:
-        words = "The head is dead: every image gets the same distribution over prototypes."
-        return Verdict("dead head", words, evidence, (*advice, *against_one_hot(config)), figures)
-    kind: Kind = "one-hot collapse" if figures["prototypes_in_use"] < bands.one_hot_use(config) else "uniform collapse"
-    return Verdict(kind, f"{kind.capitalize()}: {form}.", evidence, advice, figures)
+    else:
+        words = f"{kind.capitalize()}: {form}."
+    return Verdict(kind, words, evidence, advice, figures)
 
 
-def _form(figures: Mapping[str, float], config: Config) -> tuple[str, tuple[str, ...]]:
-    """How the head has collapsed, and what helps; "" if the shared distribution is neither sharp nor flat."""
+def _form(figures: Mapping[str, float], config: Config) -> tuple[Kind, str, tuple[str, ...]]:
+    """How the head has collapsed, that in words, and what helps."""
+    # runs of earlier versions have not logged the use; where the information is gone, it is that of a single image
     used = figures.get("prototypes_in_use", math.exp(figures.get("teacher_entropy", 0.0)))
     if used < bands.one_hot_use(config):
-        return "all images go to the same prototype", against_one_hot(config)
+        return "one-hot collapse", "all images go to the same prototype", against_one_hot(config)
     if used > bands.UNIFORM_USE * config.head.prototypes:
-        return "every image goes to all prototypes alike", against_uniform(config)
-    return "", against_uniform(config)[:1]
+        return "uniform collapse", "every image goes to all prototypes alike", against_uniform(config)
+    both = (*against_uniform(config)[:1], *against_one_hot(config))
+    return "dead head", "every image gets the same distribution over prototypes", both
 
 
 def _head_said(figures: Mapping[str, float], config: Config) -> tuple[str, ...]:
     prototypes = config.head.prototypes
-    said = [
-        f"mutual_information {figures['mutual_information']:.2g} nats; below {bands.DEAD_INFORMATION} prototypes tell "
-        "nothing about an image, and runs that learn stay above 0.3"
-    ]
-    if "teacher_entropy" in figures:
-        said.append(
-            f"teacher_entropy {figures['teacher_entropy']:.3g} nats, between 0 (one-hot) and {math.log(prototypes):.3g} "
-            "(uniform)"
-        )
-    if "prototypes_in_use" in figures:
-        few, most = bands.one_hot_use(config), bands.UNIFORM_USE * prototypes
-        used = f"prototypes_in_use {figures['prototypes_in_use']:.3g} of {prototypes}"
-        said.append(f"{used}; one-hot below {few:g}, uniform above {most:.3g}")
-    return tuple(said)
+    few, most = bands.one_hot_use(config), bands.UNIFORM_USE * prototypes
+    limits = {
+        "mutual_information": f"nats; gone below {bands.DEAD_INFORMATION}, and runs that learn stay above 0.3",
+        "teacher_entropy": f"nats of at most {math.log(prototypes):.3g}; uniform above {bands.flat_entropy(config):.3g}",
+        "prototypes_in_use": f"of {prototypes}; one-hot below {few:g}, uniform above {most:.3g}",
+    }
+    return tuple(f"{name} {figures[name]:.3g} {limit}" for name, limit in limits.items() if name in figures)
 
 
 def _features_said(curves: Curves) -> tuple[tuple[str, ...], bool]:
@@ -249,11 +255,11 @@ def _low_rank(curves: Curves, config: Config) -> Verdict | None:
     advice = against_low_rank(config, spreads=bool(curves.values("koleo")))
     figures = {"feature_rank": rank, "feature_variance": variance}
     limit = max(bands.LEAST_RANK, bands.LOST_RANK * max(ranks))
-    if curves.held_below("feature_rank", limit, 2 * bands.HELD):
+    if curves.held_below("feature_rank", limit, bands.WATCHED):
         said = f"feature_rank {rank:.3g}, after at most {max(ranks):.3g}; the limit is {limit:.3g}"
         words = "Rank collapse: the features of all images differ in hardly more than one direction."
         return Verdict("rank collapse", words, (said,), advice, figures)
-    if curves.held_below("feature_variance", bands.LEAST_VARIANCE, 2 * bands.HELD):
+    if curves.held_below("feature_variance", bands.LEAST_VARIANCE, bands.WATCHED):
         said = f"feature_variance {variance:.2g}; below {bands.LEAST_VARIANCE:g} all images have the same features"
         return Verdict("rank collapse", "Rank collapse: all images have the same features.", (said,), advice, figures)
     return None
@@ -261,7 +267,7 @@ def _low_rank(curves: Curves, config: Config) -> Verdict | None:
 
 def _dying(curves: Curves) -> bool:
     """Whether prototypes are about to tell nothing: the features follow the head, and its collapse is what has to be named."""
-    last = curves.values("mutual_information")[-2 * bands.HELD :]
+    last = curves.values("mutual_information")[-bands.WATCHED :]
     return bool(last) and (min(last) < bands.DEAD_INFORMATION or last[-1] < last[0] / 2)
 
 

@@ -20,7 +20,8 @@ from vmf_pretrain.engine.run import Run
 from vmf_pretrain.engine.votes import Taken
 from vmf_pretrain.storage.metrics import read_metrics
 
-TIMED = ("seconds", "images_per_second", "data_wait")
+TIMED = ("seconds", "images_per_second", "data_wait", "memory_gib")
+WAITED = "data wait"  # the warning that depends on how busy the machine is
 
 
 def before_step(run: Run, step: int, act: Callable[[], object]) -> Run:
@@ -59,10 +60,10 @@ def state_of(run: Run) -> dict[str, Tensor]:
 
 
 def untimed(run: Run) -> list[dict[str, Any]]:
-    records = read_metrics(run.folder)
+    records = [record for record in read_metrics(run.folder) if record.get("warning") != WAITED]
     return [{key: value for key, value in record.items() if key not in TIMED} for record in records]
 
 
 def summary_of(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(run.folder.summary.read_text())
-    return found
+    return {**found, "warnings": [said for said in found["warnings"] if said["warning"] != WAITED]}

@@ -84,7 +84,7 @@ def test_warning_is_not_said_again_by_a_run_that_goes_on() -> None:
 
 @pytest.mark.quick
 def test_long_run_is_judged_by_its_start_and_its_last_steps() -> None:
-    records = run_of(600, **{**ALIVE_AND_LEARNING, "loss": [3.0] * 590 + [4.0] * 10})
+    records = run_of(300, **{**ALIVE_AND_LEARNING, "loss": [3.0] * 290 + [4.0] * 10})
     written, _ = warned_by(records, [])
     assert [record["warning"] for record in written] == ["diverging"]
 
