@@ -41,6 +41,11 @@ FAULTS: tuple[Kind, ...] = (
     "diverging",
 )
 QUARTERS = 4
+LEADS: dict[Kind, str] = {  # the figure that tells most of a dead head, by how it has collapsed
+    "one-hot collapse": "prototypes_in_use",
+    "uniform collapse": "teacher_entropy",
+    "dead head": "mutual_information",
+}
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def _collapsed(curves: Curves, config: Config) -> Verdict | None:
     figures = {name: value for name in (*names, "feature_variance") if (value := curves.now(name)) is not None}
     kind, form, advice = _form(figures, config)
     spread, apart = _features_said(curves)
-    evidence = (*_head_said(figures, config), *spread)
+    evidence = (*_head_said(figures, config, LEADS[kind]), *spread)
     if kind == "dead head":
         words = f"The head is dead: {form}."
     elif apart:
@@ -196,7 +201,8 @@ def _form(figures: Mapping[str, float], config: Config) -> tuple[Kind, str, tupl
     return "dead head", "every image gets the same distribution over prototypes", both
 
 
-def _head_said(figures: Mapping[str, float], config: Config) -> tuple[str, ...]:
+def _head_said(figures: Mapping[str, float], config: Config, lead: str) -> tuple[str, ...]:
+    """The head's figures with their limits, the one that tells most first."""
     prototypes = config.head.prototypes
     few, most = bands.one_hot_use(config), bands.UNIFORM_USE * prototypes
     limits = {
@@ -204,7 +210,8 @@ def _head_said(figures: Mapping[str, float], config: Config) -> tuple[str, ...]:
         "teacher_entropy": f"nats of at most {math.log(prototypes):.3g}; uniform above {bands.flat_entropy(config):.3g}",
         "prototypes_in_use": f"of {prototypes}; one-hot below {few:g}, uniform above {most:.3g}",
     }
-    return tuple(f"{name} {figures[name]:.3g} {limit}" for name, limit in limits.items() if name in figures)
+    names = sorted((name for name in limits if name in figures), key=lambda name: name != lead)
+    return tuple(f"{name} {figures[name]:.3g} {limits[name]}" for name in names)
 
 
 def _features_said(curves: Curves) -> tuple[tuple[str, ...], bool]:
