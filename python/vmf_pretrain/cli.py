@@ -260,6 +260,16 @@ class _Parser(argparse.ArgumentParser):
         raise PretrainError(f"{' '.join(message.split())}; {hint}")
 
 
+class _Version(argparse.Action):
+    """Prints the version. It is read only when it is asked for, because that imports torch."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from vmf_pretrain import __version__
+
+        print(f"{parser.prog} {__version__}")
+        parser.exit()
+
+
 def _place_of(key: str) -> str | None:
     """The dotted name of a field whose section was left out."""
     return next((name for name in names_of(Config) if name.rsplit(".", 1)[-1] == key), None)
@@ -267,6 +277,7 @@ def _place_of(key: str) -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vmf-pretrain", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and end")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     fields = "any setting is an option too: --optim.learning_rate 1e-3, --views.photos.blur '[1.0, 0.1, 0.5]'"
     demo = commands.add_parser(

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import vmf_kernels
 from tests.pretrain.tiny import (
     FEW,
     changed,
@@ -53,6 +54,13 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.quick
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"vmf-pretrain {vmf_kernels.__version__}\n"
+
+
 @pytest.mark.parametrize("name", list(UNFIT))
 def test_unfit_configuration_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, parts = UNFIT[name]

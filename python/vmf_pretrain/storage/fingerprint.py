@@ -7,12 +7,13 @@ skips some and sees others twice. So that is refused, unless allowed.
 import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, __version__
+import torch
+from torch import Tensor
 
+from vmf_kernels import __version__
 from vmf_pretrain.config.errors import PretrainError
 
 ALLOWABLE = {
@@ -57,7 +58,7 @@ class Fingerprint:
     def of(cls, *, network: Mapping[str, Tensor], **facts: Any) -> "Fingerprint":
         """The fingerprint of this run in this installation; ``network`` is a state dict, the rest as above."""
         shapes = {name: list(tensor.shape) for name, tensor in network.items()}
-        return cls(network=shapes, code=code_version(), torch=str(__version__), **facts)
+        return cls(network=shapes, code=code_version(), torch=str(torch.__version__), **facts)
 
     def plain(self) -> dict[str, Any]:
         """For a checkpoint's state."""
@@ -174,16 +175,12 @@ def _known(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """Version of the installed package, and the commit if this file belongs to a git checkout ("-dirty" if it is changed)."""
-    try:
-        installed = version("vmf_kernels")
-    except PackageNotFoundError:
-        installed = "unknown"
+    """Version of the package, and the commit if this file belongs to a git checkout ("-dirty" if it is changed)."""
     here = Path(__file__)
     # a package may be installed inside a checkout of something else, so git is first asked whether it knows this file
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
     commit = _git(here.parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") if tracked else None
-    return installed if commit is None else f"{installed} at {commit}"
+    return __version__ if commit is None else f"{__version__} at {commit}"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
