@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vmf_pretrain.evaluation.features import device_of, evaluating
-from vmf_pretrain.evaluation.outputs import PATCHES, Kinds, outputs
+from vmf_pretrain.evaluation.outputs import PATCHES, Kinds, outputs, precision
 
 COLOURS = 3
 TAILS = (0.01, 0.99)  # quantiles that become black and full colour: single patches do not set the scale
@@ -15,12 +15,13 @@ FLAT = 1e-12  # a component whose spread is no more than this, as a share of the
 
 
 @torch.no_grad()
-def coloured_patches(network: nn.Module, inputs: Tensor) -> tuple[Tensor, float]:
+def coloured_patches(network: nn.Module, inputs: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
     """The patches of images as colours, by the components of all of them together: a colour means the same in each image.
 
     Args:
         network: a vision transformer of timm; its mode is restored.
         inputs: [N, C, H, W], moved to the network's device.
+        dtype: that the features are computed in and rounded to, one of DTYPES.
 
     Returns:
         [N, 3, h, w] float32 in [0, 1], and the share of the variance that the components have.
@@ -28,8 +29,10 @@ def coloured_patches(network: nn.Module, inputs: Tensor) -> tuple[Tensor, float]
     Raises:
         PretrainError: the network has no features of patches, or takes no such inputs.
     """
-    with evaluating(network):
-        grids = outputs(network, inputs.to(device_of(network)), Kinds(1, frozenset({PATCHES})))[PATCHES].float().cpu()
+    device = device_of(network)
+    with evaluating(network), precision(device, dtype):
+        found = outputs(network, inputs.to(device), Kinds(1, frozenset({PATCHES})))[PATCHES]
+    grids = found.to("cpu", dtype).float()
     colours, share = coloured(grids.flatten(0, 2))
     return colours.reshape(*grids.shape[:3], -1).permute(0, 3, 1, 2), share
 

@@ -22,12 +22,11 @@ from vmf_pretrain.config.tasks.features import FeaturesTask
 from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.evaluation.evaluated import Evaluated
-from vmf_pretrain.evaluation.outputs import Kinds, outputs
+from vmf_pretrain.evaluation.outputs import DTYPES, Kinds, outputs, precision
 from vmf_pretrain.evaluation.stored import Features, chunk_of, features_in, folder_for, missing, write_chunk
 from vmf_pretrain.evaluation.views import View, view_facts
 from vmf_pretrain.networks import ranks
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Read = Tensor | UnreadableImageError
 
 
@@ -181,7 +180,7 @@ class Extraction:
         """Features of images of one size, on the CPU."""
         evaluated, dtype = self.evaluated, DTYPES[self.settings.dtype]
         inputs = evaluated.fed.of(torch.stack(list(pixels)).to(evaluated.device))
-        with torch.autocast(evaluated.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with precision(evaluated.device, dtype):
             found = outputs(evaluated.network, inputs, kinds)
         return {name: values.to("cpu", dtype) for name, values in found.items()}
 

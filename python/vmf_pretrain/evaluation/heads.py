@@ -52,7 +52,12 @@ class Heads:
 
 
 def trained(
-    shown: Sequence[Mapping[Key, Tensor]], labels: Tensor, classes: int, schedule: Schedule
+    shown: Sequence[Mapping[Key, Tensor]],
+    labels: Tensor,
+    classes: int,
+    schedule: Schedule,
+    *,
+    places: Tensor | None = None,
 ) -> dict[Key, Heads]:
     """Heads for each kind of features and each rate; all see the same batches.
 
@@ -65,17 +70,19 @@ def trained(
         labels: [N] int64 in [0, classes).
         classes: C.
         schedule: how.
+        places: [n] int64 of the rows that are trained on, which spares a copy of them; None takes all.
     """
+    places = torch.arange(len(labels), device=labels.device) if places is None else places
     numbers = torch.Generator().manual_seed(SEED)
     heads = {kind: _start(rows, len(schedule.rates), classes, numbers) for kind, rows in shown[0].items()}
     speeds = {kind: (torch.zeros_like(some.weights), torch.zeros_like(some.biases)) for kind, some in heads.items()}
-    size = min(schedule.batch_size, len(labels))
+    size = min(schedule.batch_size, len(places))
     rates = torch.tensor(schedule.rates, dtype=torch.float64) * size / SCALED_TO
     order = torch.empty(0, dtype=torch.int64)
     for step in range(schedule.iterations):
         if len(order) < size:
-            order = torch.cat([order, torch.randperm(len(labels), generator=numbers)])
-        chosen, order = order[:size].to(labels.device), order[size:]
+            order = torch.cat([order, torch.randperm(len(places), generator=numbers)])
+        chosen, order = places[order[:size].to(places.device)], order[size:]
         view = shown[int(torch.randint(len(shown), (1,), generator=numbers))]
         now = rates * (1 + math.cos(math.pi * step / schedule.iterations)) / 2
         for kind, some in heads.items():

@@ -4,6 +4,7 @@ Legend: B images, n blocks, P prefix tokens (class token and registers), h x w p
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
@@ -19,6 +20,7 @@ MEAN_PATCH: Final = "mean_patch"  # [F]: mean of the patches after the last norm
 PATCHES: Final = "patches"  # [h, w, F] after the last norm
 UNNORMED: Final = "unnormed"  # [F]: the class token before the last norm
 Part = Literal["mean_patch", "patches", "unnormed"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of a forward pass
 NEEDED = ("forward_intermediates", "forward_head", "norm", "num_prefix_tokens")  # of timm's transformers
 
 
@@ -95,6 +97,11 @@ def outputs(network: nn.Module, inputs: Tensor, kinds: Kinds) -> dict[str, Tenso
     if UNNORMED in kinds.parts:
         found[UNNORMED] = blocks[-1][:, 0]
     return found
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """What a forward pass on a device runs under, to compute in one of DTYPES."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def require_kinds(network: nn.Module, kinds: Kinds) -> None:

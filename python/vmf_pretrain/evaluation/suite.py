@@ -14,7 +14,7 @@ from vmf_pretrain.data.images import Images
 from vmf_pretrain.evaluation.evaluated import Evaluated
 from vmf_pretrain.evaluation.extract import Extraction, Wanted, images_facts
 from vmf_pretrain.evaluation.given import Given
-from vmf_pretrain.evaluation.outputs import Kinds, require_kinds
+from vmf_pretrain.evaluation.outputs import DTYPES, Kinds, require_kinds
 from vmf_pretrain.evaluation.result import RESULT, Result, read_result, write_result
 from vmf_pretrain.evaluation.stored import DIGITS, Features, fingerprint
 from vmf_pretrain.evaluation.task import Subject, Task
@@ -169,7 +169,9 @@ class Suite:
     def _work(self, plan: Planned, features: Mapping[str, Features]) -> Result:
         plan.folder.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
-        result = plan.task.run(Subject(self.evaluated, self.given, plan.images, features, plan.folder), plan.settings)
+        dtype = DTYPES[self.config.features.dtype]
+        subject = Subject(self.evaluated, self.given, plan.images, features, plan.folder, dtype)
+        result = plan.task.run(subject, plan.settings)
         bad = {name: dict(some.bad) for name, some in features.items() if some.bad}
         about = {
             **plan.depends,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
+
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import NetworkInput
 from vmf_pretrain.evaluation.evaluated import Evaluated
@@ -31,6 +33,7 @@ class Subject:
         images: by name, as the task named them.
         features: of those that the task wanted features of, under the same names.
         folder: of the result, for files of the task's own; it exists.
+        dtype: that a forward pass of the task's own is to compute in, as that of the features does (``outputs.precision``).
     """
 
     evaluated: Evaluated
@@ -38,6 +41,7 @@ class Subject:
     images: Mapping[str, Images]
     features: Mapping[str, Features]
     folder: Path
+    dtype: torch.dtype = torch.float32
 
 
 class Task(ABC, Generic[Settings]):

@@ -13,13 +13,14 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from tests.pretrain.evaluation.tasks_at_work import photos_run, suite_on
-from tests.pretrain.tiny import two_classes
+from tests.pretrain.tiny import some_digits, two_classes
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.evaluation.heads import SCALED_TO, Schedule, trained
 from vmf_pretrain.evaluation.logistic import costs, inverse_costs, regressions
 from vmf_pretrain.evaluation.scores import Known, predicted
 from vmf_pretrain.evaluation.splits import held_out_per_class
-from vmf_pretrain.evaluation.tasks.linear import Linear
+from vmf_pretrain.evaluation.stored import features_in, write_chunk
+from vmf_pretrain.evaluation.tasks.linear import Linear, _inputs
 from vmf_pretrain.evaluation.views import RandomSquare
 
 pytestmark = pytest.mark.quick
@@ -80,6 +81,29 @@ def test_heads_equal_torch_s_optimiser(views: int) -> None:
                 falling.step()
             assert torch.allclose(heads[kind].weights[place], alone.weight, atol=1e-10), f"{kind}, rate {rate}"
             assert torch.allclose(heads[kind].biases[place], alone.bias, atol=1e-10)
+
+
+def test_rows_of_a_part_are_trained_on_in_their_place() -> None:
+    rows, labels = features_of(60, 3, seed=4)
+    kept, schedule = torch.arange(60)[torch.arange(60) % 3 != 1], Schedule([0.5], iterations=9, batch_size=16)
+    copied = trained([{"a": rows[kept]}], labels[kept], 3, schedule)["a"]
+    assert torch.equal(trained([{"a": rows}], labels, 3, schedule, places=kept)["a"].weights, copied.weights)
+
+
+def test_all_kinds_of_features_are_parts_of_one_matrix(tmp_path: Path) -> None:
+    """Those of a store that holds more blocks than are asked for, in two files."""
+    blocks, mean = torch.randn(300, 3, 5), torch.randn(300, 5)
+    images = some_digits(300)
+    for number, places in enumerate((slice(0, 256), slice(256, 300))):
+        kept = {"class": list(blocks[places]), "mean_patch": list(mean[places])}
+        write_chunk(tmp_path, number, torch.arange(300)[places], kept, {})
+    kinds = [(1, False), (2, False), (1, True), (2, True)]
+    found = _inputs(features_in(tmp_path, images), kinds, torch.device("cpu"))
+    for n, with_mean in kinds:
+        parts = [*blocks[:, -n:].unbind(1), *([mean] if with_mean else [])]
+        assert torch.equal(found[n, with_mean], torch.cat(parts, dim=1)), f"{n} blocks, mean patch {with_mean}"
+    assert len({rows.untyped_storage().data_ptr() for rows in found.values()}) == 1
+    assert next(iter(found.values())).untyped_storage().nbytes() == 300 * 3 * 5 * 4
 
 
 def test_prediction_counts_unknown_classes_as_wrong_and_ties_go_to_the_smaller_label() -> None:

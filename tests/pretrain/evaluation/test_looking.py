@@ -20,10 +20,21 @@ from sklearn.neighbors import NearestNeighbors
 from tests.pretrain.evaluation.tasks_at_work import digits_run, photos_run, run_of
 from tests.pretrain.tiny import batch_of, config_in, loop_on, numbers_of, photos_config, save_photos
 from vmf_pretrain.cli import BAD_INPUT, DONE, main
+from vmf_pretrain.config.tasks.attention import AttentionTask
+from vmf_pretrain.config.tasks.data import DataTask
+from vmf_pretrain.config.tasks.pca import PcaTask
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.evaluation.attended import enlarged, most_attended, overlap
 from vmf_pretrain.evaluation.components import coloured
+from vmf_pretrain.evaluation.evaluated import load_evaluated
+from vmf_pretrain.evaluation.given import Given
+from vmf_pretrain.evaluation.outputs import DTYPES
 from vmf_pretrain.evaluation.prototypes import nearest_rows, report_head
+from vmf_pretrain.evaluation.task import Subject
+from vmf_pretrain.evaluation.tasks import attention
+from vmf_pretrain.evaluation.tasks.attention import Attention
+from vmf_pretrain.evaluation.tasks.pca import Pca
+from vmf_pretrain.evaluation.tasks.video import patch_features
 from vmf_pretrain.methods.method import Place
 from vmf_pretrain.storage.checkpoint import save_checkpoint
 from vmf_pretrain.storage.tensor_file import read_tensors
@@ -62,6 +73,13 @@ def evaluated(run: Path, tasks: str, out: Path, *options: str) -> dict[str, Path
     """The folder of each task's result."""
     assert main(["eval", str(run), "--task", tasks, "--out", str(out), *options]) == DONE
     return {name: next(out.glob(f"{name}-*")) for name in tasks.split(",")}
+
+
+def evaluated_subject(run: Path, data: Path, folder: Path) -> Subject:
+    """A run and photographs for a task that is run by itself."""
+    network = load_evaluated(str(run), device=torch.device("cpu"))
+    given = Given(DataTask(folder=str(data)), None, network.fed.size)
+    return Subject(network, given, {"all": given.all}, {}, folder)
 
 
 def figures_in(folder: Path) -> dict[str, float]:
@@ -186,6 +204,45 @@ def test_masks_are_compared_as_the_images_are_cut(
     options += ["--attention.masks", str(nothing), "--out", str(tmp_path / "none")]
     assert main(["eval", str(run), "--task", "attention", *options]) == BAD_INPUT
     assert "no image has a mask" in capsys.readouterr().out
+
+
+def test_mask_that_cannot_be_read_is_counted(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masks = tmp_path / "masks"
+    save_photos(masks, 2)
+    refused = {masks / "photo_01.png"}
+
+    def guarded(path: Path) -> bytes:
+        if path in refused:
+            raise PermissionError(13, "Permission denied")  # by hand, as root may read everything
+        return path.read_bytes()
+
+    monkeypatch.setattr(attention, "read_plain", guarded)
+    options = ["--data", str(data), "--attention.shown=1", "--attention.masks", str(masks)]
+    found = evaluated(run, "attention", tmp_path / "out", *options)
+    said = json.loads((found["attention"] / "result.json").read_text())
+    assert [row["image"] for row in rows_in(found["attention"])] == ["photo_00.png"]
+    assert any("1 images are left out: each cannot be read" in note for note in said["notes"])
+    assert said["depends"]["masks"]["photo_01"] is None, "it is looked at again once it can be read"
+    refused.add(masks / "photo_00.png")
+    assert main(["eval", str(run), "--task", "attention", *options, "--out", str(tmp_path / "none")]) == BAD_INPUT
+    assert "2 cannot be read" in " ".join(capsys.readouterr().out.split())
+
+
+def test_forward_passes_of_tasks_are_in_the_precision_that_is_asked_for(run: Path, data: Path, tmp_path: Path) -> None:
+    subject = evaluated_subject(run, data, tmp_path)
+    half = replace(subject, dtype=torch.bfloat16)
+    few = {"attention": (Attention(), AttentionTask(shown=2)), "pca": (Pca(), PcaTask(shown=2))}
+    for name, (task, settings) in few.items():
+        exact, rounded = (task.run(some, settings).figures[0].value for some in (subject, half))
+        assert exact != rounded, f"{name} is computed in float32 whatever is asked for"
+        assert rounded == pytest.approx(exact, rel=0.02)
+    photograph = torch.rand(3, 32, 32)
+    exact, rounded = (patch_features(subject.evaluated, dtype)[0](photograph) for dtype in DTYPES.values())
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert 0 < float((exact - rounded).abs().max()) < 0.1
 
 
 def test_head_is_that_of_the_runs_checkpoint_with_its_centre(data: Path, tmp_path: Path) -> None:

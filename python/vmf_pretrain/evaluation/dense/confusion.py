@@ -35,7 +35,7 @@ def confusion(reference: Labels, predicted: Labels, classes: int, ignored: int |
 
 @dataclass(frozen=True, eq=False)
 class SegmentationScores:
-    """Scores of a confusion matrix.
+    """Scores of all pixels together.
 
     Attributes:
         union: [C] intersection over union in [0, 1]; NaN for a class that neither is there nor was predicted.
@@ -52,10 +52,18 @@ class SegmentationScores:
         return float(found.mean()) if len(found) else float("nan")
 
 
-def scores_of(counts: Counts) -> SegmentationScores:
-    """Scores of [C, C] counts."""
-    right = np.diag(counts).astype(np.float64)
-    either = counts.sum(axis=0) + counts.sum(axis=1) - np.diag(counts)
+def areas_of(counts: Counts) -> Counts:
+    """[3, C] of [C, C] counts: pixels of each class that are right, that there are, and that were predicted.
+
+    They are all that scores need, and the areas of several images add up.
+    """
+    return np.stack([np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)])
+
+
+def scores_of(areas: Counts | NDArray[np.float64]) -> SegmentationScores:
+    """Scores of [3, C] areas, whole numbers of any type."""
+    right, there, predicted = areas.astype(np.float64)
+    either = there + predicted - right
     union = np.divide(right, either, out=np.full(len(right), np.nan), where=either > 0)
-    total = int(counts.sum())
+    total = there.sum()
     return SegmentationScores(union, float(right.sum() / total) if total else float("nan"))

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+VALUES_AT_ONCE = 2**24  # enlarged scores in memory: 64 MiB of fp32
+
 Labels = NDArray[np.uint8]
 
 
@@ -30,6 +32,19 @@ def patch_labels(labels: Labels, grid: tuple[int, int], classes: int, ignored: i
 
 
 def pixel_labels(scores: Tensor, size: tuple[int, int]) -> Labels:
-    """[H, W] numbers of the classes with the largest score, of [h, w, C] scores enlarged bilinearly."""
-    large = functional.interpolate(scores.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=False)[0]
-    return large.argmax(dim=0).to(torch.uint8).numpy()
+    """[H, W] numbers of the classes with the largest score, the smaller of two equals, of scores enlarged bilinearly.
+
+    Some classes are enlarged at a time, at most VALUES_AT_ONCE values, or one class.
+
+    Args:
+        scores: [h, w, C], at most 256 classes.
+        size: H and W.
+    """
+    at_once = max(1, VALUES_AT_ONCE // (size[0] * size[1]))
+    best, found = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.uint8)
+    for start in range(0, scores.shape[2], at_once):
+        some = scores[:, :, start : start + at_once].permute(2, 0, 1)[None]
+        large, places = functional.interpolate(some, size=size, mode="bilinear", align_corners=False)[0].max(dim=0)
+        better = large > best
+        best[better], found[better] = large[better], (places[better] + start).to(torch.uint8)
+    return found.numpy()

@@ -4,6 +4,7 @@ Legend: N images, H heads, h x w patches, s side of the square that the network 
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.decode import decode
 from vmf_pretrain.data.folder import FolderSource
 from vmf_pretrain.data.images import Images
+from vmf_pretrain.data.photos import OURS
 from vmf_pretrain.data.plain_files import read_plain
 from vmf_pretrain.evaluation.attended import enlarged, most_attended, overlap
 from vmf_pretrain.evaluation.attention import attention_maps
 from vmf_pretrain.evaluation.bootstrap import mean_interval
 from vmf_pretrain.evaluation.given import Given
+from vmf_pretrain.evaluation.outputs import precision
 from vmf_pretrain.evaluation.pictures import plot_pictures
 from vmf_pretrain.evaluation.result import Figure, Result
 from vmf_pretrain.evaluation.shown import pixels, readable
@@ -44,7 +47,7 @@ class Attention(Task[AttentionTask]):
     def depends(self, given: Given, settings: AttentionTask) -> dict[str, Any]:
         """The masks."""
         found = {} if settings.masks is None else _masks_in(Path(settings.masks))
-        return {"masks": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(found.items())}}
+        return {"masks": {name: _digest(path) for name, path in sorted(found.items())}}
 
     def run(self, subject: Subject, settings: AttentionTask) -> Result:
         """A picture; with masks, also the overlap of each head's mask with them."""
@@ -65,7 +68,8 @@ class Attention(Task[AttentionTask]):
 
 def _maps(subject: Subject, seen: Tensor) -> Tensor:
     """[N, H, h, w]."""
-    return attention_maps(subject.evaluated.network, subject.evaluated.fed.of(seen))
+    with precision(subject.evaluated.device, subject.dtype):
+        return attention_maps(subject.evaluated.network, subject.evaluated.fed.of(seen))
 
 
 def _columns(seen: Tensor, maps: Tensor, mass: float) -> dict[str, Tensor]:
@@ -90,7 +94,7 @@ def _overlaps(
             left["has no mask"] += 1
             continue
         try:
-            seen, mask = pixels(images, [place], view), _square(decode(read_plain(path), None), view)
+            seen, mask = pixels(images, [place], view), _square(decode(_read(path), None), view)
         except UnreadableImageError:
             left["cannot be read"] += 1
             continue
@@ -103,7 +107,7 @@ def _overlaps(
         heads = {f"head {head}": value for head, value in enumerate(found[:-1])}
         rows.append({"image": name, **heads, "best head": max(found[:-1]), "mean of heads": found[-1]})
     if not rows:
-        raise PretrainError(f"no image has a mask in {settings.masks}; expected files by the same relative paths.")
+        raise PretrainError(_nothing(str(settings.masks), left))
     notes = [
         "The best head of each image is chosen by the overlap that is reported, as published: an upper bound.",
         *(f"{count} images are left out: each {why}." for why, count in left.items() if count),
@@ -119,6 +123,37 @@ def _figures(rows: list[dict[str, Any]]) -> list[Figure]:
         values = 100 * np.array([row[column] for row in rows])
         figures.append(Figure(f"IoU, {title}", float(values.mean()), *mean_interval(values)))
     return figures
+
+
+def _nothing(folder: str, left: Mapping[str, int]) -> str:
+    """Why no image is compared with a mask of the folder."""
+    if not left["cannot be read"] + left["has an empty mask"]:
+        return f"no image has a mask in {folder}; expected files by the same relative paths."
+    counts = ", ".join(f"{count} {why}" for why, count in left.items() if count)
+    return f"no image can be compared with its mask in {folder}; of the images, {counts}."
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a mask.
+
+    Raises:
+        UnreadableImageError: it is no plain file, the disk does not give them, or nobody may read them.
+        PretrainError: the process has too many files open.
+    """
+    try:
+        return read_plain(path)
+    except OSError as error:
+        if error.errno in OURS:
+            raise PretrainError(f"{error.strerror} at {path}; raise the limit with ulimit -n.") from None
+        raise UnreadableImageError(f"{type(error).__name__}: {error.strerror or error}") from None
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a mask; None for one that cannot be read, so that it is looked at again once it can."""
+    try:
+        return hashlib.sha256(_read(path)).hexdigest()
+    except UnreadableImageError:
+        return None
 
 
 def _masks_in(folder: Path) -> dict[str, Path]:

@@ -4,6 +4,7 @@ Legend: N training images, M test images, n blocks, F features.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,7 @@ def _heads(subject: Subject, settings: LinearTask) -> Probed:
     central = shown[0] if not settings.views else _inputs(train, kinds, device)
     known, kept, out = _choice(train.labels, settings.held_out, device)
     schedule = Schedule(settings.rates, settings.iterations, settings.batch_size)
-    part = [{kind: rows[kept] for kind, rows in view.items()} for view in shown]
-    found = trained(part, known.labels[kept], len(known), schedule)
+    found = trained(shown, known.labels, len(known), schedule, places=kept)
     curves: Curves = {}
     best, kind, rate = -1.0, kinds[0], 0
     for one in kinds:
@@ -171,14 +171,22 @@ def _choice(labels: Tensor, share: float, device: torch.device) -> tuple[Known, 
 
 
 def _inputs(features: Features, kinds: Sequence[Kind], device: torch.device) -> dict[Kind, Tensor]:
-    """[N, n F], or [N, (n + 1) F] with the mean patch, float32 by kind, on the device."""
-    blocks = features.whole().to(device)
-    mean = features.whole(MEAN_PATCH).to(device) if any(with_mean for _, with_mean in kinds) else None
-    found: dict[Kind, Tensor] = {}
-    for n, with_mean in kinds:
-        last = blocks[:, -n:].flatten(1)
-        found[n, with_mean] = torch.cat([last, mean], dim=1) if with_mean and mean is not None else last
-    return found
+    """[N, n F], or [N, (n + 1) F] with the mean patch, float32 by kind, on the device.
+
+    All are parts of one matrix, first block to last block to mean patch, so that more kinds take no more memory.
+    """
+    most, with_means = max(n for n, _ in kinds), any(with_mean for _, with_mean in kinds)
+    rows, start = torch.empty(0), 0
+    means = features.chunks(MEAN_PATCH) if with_means else itertools.repeat(None)
+    for blocks, mean in zip(features.chunks(), means, strict=False):  # as many of both; repeat has no end
+        some = blocks[:, -most:].flatten(1)
+        some = some if mean is None else torch.cat([some, mean], dim=1)
+        if not start:
+            rows = torch.empty(len(features), some.shape[1], device=device)
+        rows[start : start + len(some)] = some
+        start += len(some)
+    dim = rows.shape[1] // (most + with_means)
+    return {(n, mean): rows[:, (most - n) * dim : (most + mean) * dim] for n, mean in kinds}
 
 
 def _percent(scores: Callable[[Tensor], Tensor], rows: Tensor, labels: Tensor) -> float:

@@ -25,7 +25,7 @@ class Pca(Task[PcaTask]):
         evaluated = subject.evaluated
         view = CentreSquare(evaluated.fed.size, round(evaluated.fed.size * settings.resize))
         seen = readable(subject.images["all"], settings.shown, view)
-        colours, share = coloured_patches(evaluated.network, evaluated.fed.of(seen))
+        colours, share = coloured_patches(evaluated.network, evaluated.fed.of(seen), dtype=subject.dtype)
         columns = {"image": seen, "first 3 components": colours}
         return Result(
             [Figure("variance in 3 components", 100 * share)],

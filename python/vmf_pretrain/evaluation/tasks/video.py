@@ -22,7 +22,7 @@ from vmf_pretrain.evaluation.bootstrap import interval
 from vmf_pretrain.evaluation.evaluated import Evaluated
 from vmf_pretrain.evaluation.files import digest_of
 from vmf_pretrain.evaluation.given import Given
-from vmf_pretrain.evaluation.outputs import PATCHES, Kinds, outputs
+from vmf_pretrain.evaluation.outputs import PATCHES, Kinds, outputs, precision
 from vmf_pretrain.evaluation.result import Figure, Result
 from vmf_pretrain.evaluation.task import Subject, Task
 from vmf_pretrain.evaluation.video.davis import Video, read_videos, score_predictions
@@ -65,7 +65,7 @@ class VideoObjects(Task[VideoTask]):
         for video in videos:
             folder = Path(settings.predictions or subject.folder / PREDICTIONS) / video.name
             if settings.predictions is None and not folder.is_dir():
-                _predict(video, folder, subject.evaluated, protocol)
+                _predict(video, folder, subject, protocol)
             found = score_predictions(video, folder)
             scores += found
             unscored += [] if found else [video.name]
@@ -81,9 +81,9 @@ class VideoObjects(Task[VideoTask]):
         )
 
 
-def _predict(video: Video, folder: Path, evaluated: Evaluated, protocol: Protocol) -> None:
+def _predict(video: Video, folder: Path, subject: Subject, protocol: Protocol) -> None:
     """Write the masks of a video: all or none."""
-    patches, patch = patch_features(evaluated)
+    patches, patch = patch_features(subject.evaluated, subject.dtype)
     frames = (_frame(path) for path in video.frames)
     folder.parent.mkdir(exist_ok=True)
     try:
@@ -99,8 +99,10 @@ def _predict(video: Video, folder: Path, evaluated: Evaluated, protocol: Protoco
         raise PretrainError(f"{folder} cannot be written ({error.strerror or error}).") from None
 
 
-def patch_features(evaluated: Evaluated) -> tuple[PatchFeatures, int]:
+def patch_features(evaluated: Evaluated, computed: torch.dtype) -> tuple[PatchFeatures, int]:
     """From [3, height, width] pixels in [0, 1] to [h, w, F] features on the network's device, and the side of a patch.
+
+    Features are computed and rounded in one of DTYPES, and fp32 from there on.
 
     Raises:
         PretrainError: the network is no vision transformer of square patches.
@@ -113,7 +115,9 @@ def patch_features(evaluated: Evaluated) -> tuple[PatchFeatures, int]:
     @torch.no_grad()
     def patches(pixels: Tensor) -> Tensor:
         inputs = evaluated.fed.of(pixels[None].to(evaluated.device)).to(dtype)
-        return outputs(evaluated.network, inputs, Kinds(parts=frozenset({PATCHES})))[PATCHES][0]
+        with precision(evaluated.device, computed):
+            found = outputs(evaluated.network, inputs, Kinds(parts=frozenset({PATCHES})))[PATCHES][0]
+        return found.to(computed).float()
 
     return patches, int(sides[0])
 

@@ -7,11 +7,15 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, jaccard_score
 from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional
 
 from vmf_pretrain.config.errors import PretrainError
+from vmf_pretrain.evaluation.bootstrap import interval
+from vmf_pretrain.evaluation.dense import patches
 from vmf_pretrain.evaluation.dense.classify import linear_patches, nearest_patches
-from vmf_pretrain.evaluation.dense.confusion import confusion, scores_of
+from vmf_pretrain.evaluation.dense.confusion import areas_of, confusion, scores_of
 from vmf_pretrain.evaluation.dense.patches import patch_labels, pixel_labels
+from vmf_pretrain.evaluation.tasks import dense
 
 pytestmark = pytest.mark.quick
 
@@ -28,7 +32,7 @@ def test_scores_equal_those_of_scikit_learn() -> None:
     kept = reference != VOID
     expected = confusion_matrix(reference[kept], predicted[kept], labels=range(CLASSES))
     np.testing.assert_array_equal(counts, expected)
-    scores = scores_of(counts)
+    scores = scores_of(areas_of(counts))
     areas = jaccard_score(reference[kept], predicted[kept], labels=range(4), average=None, zero_division=0)
     np.testing.assert_allclose(scores.union, [*areas, np.nan], atol=1e-12)
     assert scores.union[3] == 0
@@ -38,7 +42,7 @@ def test_scores_equal_those_of_scikit_learn() -> None:
 
 def test_without_pixels_there_is_no_score() -> None:
     void = np.full((2, 2), VOID, np.uint8)
-    scores = scores_of(confusion(void, np.zeros((2, 2), np.uint8), CLASSES, VOID))
+    scores = scores_of(areas_of(confusion(void, np.zeros((2, 2), np.uint8), CLASSES, VOID)))
     assert np.isnan(scores.mean)
     assert np.isnan(scores.accuracy)
 
@@ -58,6 +62,25 @@ def test_scores_of_patches_become_labels_of_pixels() -> None:
     scores = torch.zeros(2, 2, CLASSES)
     scores[:, 0, 2], scores[:, 1, 4] = 1.0, 1.0
     assert pixel_labels(scores, (4, 6)).tolist() == [[2, 2, 2, 4, 4, 4]] * 4
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 10 * 14, 2**24])
+def test_classes_enlarged_some_at_a_time_are_those_of_all_together(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patches, "VALUES_AT_ONCE", at_once)
+    scores = torch.rand(4, 5, 200, generator=torch.Generator().manual_seed(0)).mul(50).round()  # with ties
+    large = functional.interpolate(scores.permute(2, 0, 1)[None], size=(10, 14), mode="bilinear", align_corners=False)
+    np.testing.assert_array_equal(pixel_labels(scores, (10, 14)), large[0].argmax(dim=0).numpy())
+
+
+def test_interval_is_over_confusion_matrices_of_drawn_images() -> None:
+    generator = np.random.default_rng(1)
+    counts = generator.integers(0, 50, (7, CLASSES, CLASSES))
+    figure, _ = dense._figures("k 1", np.stack([areas_of(one) for one in counts]))
+    low, high = interval(lambda drawn: 100 * scores_of(areas_of(counts[drawn].sum(axis=0))).mean, 7)
+    assert (figure.low, figure.high) == pytest.approx((low, high), abs=1e-12)
+    assert low < figure.value < high
 
 
 def clusters(seed: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
