@@ -15,6 +15,7 @@ PATH_FIELDS: frozenset[tuple[str, ...]] = frozenset(
 EVALUATION_PATHS: frozenset[tuple[str, ...]] = frozenset(
     {
         ("attention", "masks"),
+        ("few_shot", "lists"),
         ("retrieval", "whitening"),
         ("copies", "whitening"),
         ("copies", "distractors"),

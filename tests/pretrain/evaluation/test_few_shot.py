@@ -57,6 +57,33 @@ def test_task_reports_each_count_with_its_spread(classifier: str, tmp_path: Path
     assert all(0 <= figure.value <= 100 for figure in result.figures)
 
 
+def test_lists_of_one_name_are_draws_of_the_images_that_they_name(tmp_path: Path) -> None:
+    """All training images in one list, by path or by file name, are those of a draw of all; a damaged one is left out."""
+    data = two_classes(tmp_path / "photos" / "train", 6).parent
+    two_classes(data / "val", 4)
+    (data / "train/cats/only_here.png").write_bytes(b"no image")
+    named = sorted(str(path.relative_to(data / "train")) for path in (data / "train").rglob("photo_*.png"))
+    for number, names in enumerate([[*named, "only_here.png"], named[::2]]):
+        (tmp_path / f"subsets{number}").mkdir()
+        (tmp_path / f"subsets{number}" / "1percent.txt").write_text("\n".join(names) + "\n\n")
+    lists = [str(path) for path in sorted(tmp_path.glob("subsets*/1percent.txt"))]
+    few = {"per_class": [9], "shares": [], "episodes": 0}
+    run = photos_run(data, tmp_path / "run")
+    figures = {}
+    for chosen in (lists[:1], lists):
+        suite, _, _ = suite_on(run, data, tmp_path / "out", {"few_shot": {**few, "lists": chosen}})
+        result = suite.run([FewShot()])["few_shot"]
+        figures[len(chosen)] = {figure.name: figure for figure in result.figures}
+        assert f"list 1percent.txt: {', '.join(['12', '6'][: len(chosen)])} images." in result.notes
+    assert figures[1]["top-1, list 1percent.txt"].value == figures[1]["top-1, 9 a class"].value
+    assert figures[2]["top-1, list 1percent.txt"].spread is not None
+    for wrong, said in (("photo_00.png", "which 2 training images are called"), ("emu.png", "the first is emu.png")):
+        Path(lists[0]).write_text(f"{wrong}\n")
+        suite, spoken, _ = suite_on(run, data, tmp_path / "out", {"few_shot": {**few, "lists": lists}})
+        assert not suite.run([FewShot()])
+        assert said in spoken[0]
+
+
 def test_too_few_images_for_an_episode_are_said(tmp_path: Path) -> None:
     data = two_classes(tmp_path / "photos")
     suite, _, _ = suite_on(photos_run(data, tmp_path / "run"), data, tmp_path / "out", {"few_shot": {"per_class": [1]}})

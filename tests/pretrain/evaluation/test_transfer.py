@@ -6,13 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, precision_recall_curve
 
 from tests.pretrain.evaluation.tasks_at_work import photos_run, suite_on
 from tests.pretrain.tiny import save_photos
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.evaluation.class_metrics import ap11, mean_ap11, mean_per_class
 from vmf_pretrain.evaluation.logistic import inverse_costs
+from vmf_pretrain.evaluation.multi_label import margins
 from vmf_pretrain.evaluation.tasks.transfer import Transfer
+from vmf_pretrain.storage.tensor_file import read_tensors
 
 pytestmark = pytest.mark.quick
 
@@ -62,3 +67,89 @@ def test_task_reports_the_test_images_whatever_c_is_chosen_on(parts: tuple[str, 
     chosen = 8 if "val" in parts else round(0.2 * 12)
     assert f"{chosen} validation images" in result.notes[0]
     assert result.figures[0].value <= 100 * 2 / 3, "emus cannot be right"
+
+
+VOC_CLASSES, VOC_SPLITS = ("boat", "cat", "dog"), {"train": 14, "val": 8, "test": 12}
+
+
+def voc_folder(folder: Path) -> dict[str, np.ndarray]:
+    """A folder as VOC2007, and its labels [N, C] by split: an image may have several classes, and be difficult in one."""
+    numbers = np.random.default_rng(5)
+    paths = save_photos(folder / "JPEGImages", sum(VOC_SPLITS.values()))
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    order, labels = numbers.permutation(len(paths)), {}
+    for split, count in VOC_SPLITS.items():
+        places, order = order[:count], order[count:]
+        labels[split] = numbers.choice([-1, 0, 1], (count, 3), p=[0.5, 0.2, 0.3])
+        for place, name in enumerate(VOC_CLASSES):
+            lines = [f"{paths[n].stem} {label:2d}" for n, label in zip(places, labels[split][:, place], strict=True)]
+            (folder / f"ImageSets/Main/{name}_{split}.txt").write_text("\n".join(lines) + "\n")
+        (folder / f"ImageSets/Main/{split}.txt").write_text("no list of a class\n")
+    return labels
+
+
+def test_images_of_several_classes_are_scored_as_voc_2007(tmp_path: Path) -> None:
+    """Against scikit-learn's regressions and curve on the stored features; difficult images are in neither."""
+    labels = voc_folder(tmp_path / "VOC2007")
+    wanted = {"transfer": {"metric": "ap11", "costs": 4}}
+    run = photos_run(tmp_path / "VOC2007", tmp_path / "run")
+    suite, said, _ = suite_on(run, tmp_path / "VOC2007", tmp_path / "out", wanted)
+    result = suite.run([Transfer()])["transfer"]
+    assert not said
+    stored = [
+        read_tensors(path)[0]["class"][:, -1] for path in (tmp_path / "out/features").glob("*/000000.safetensors")
+    ]
+    rows = {name: next(some for some in stored if len(some) == count) for name, count in VOC_SPLITS.items()}
+
+    def precision_of(train: torch.Tensor, known: np.ndarray, name: str, cost: float, difficult: int) -> float:
+        found = []
+        for place in range(3):
+            kept, counted = known[:, place] != difficult, labels[name][:, place] != difficult
+            # scikit-learn has one row of weights for two classes, and half our penalty
+            oracle = LogisticRegression(C=2 * cost, solver="newton-cholesky", tol=1e-12)
+            oracle.fit(train[kept].double(), known[kept, place] == 1)
+            scores, positive = oracle.decision_function(rows[name].double())[counted], labels[name][counted, place] == 1
+            precision, recall, _ = precision_recall_curve(positive, scores)
+            found.append(np.mean([precision[:-1][recall[:-1] >= r - 1e-12].max() for r in np.linspace(0, 1, 11)]))
+        return 100 * float(np.mean(found))
+
+    for cost, value in result.facts["validation"]:
+        assert value == pytest.approx(precision_of(rows["train"], labels["train"], "val", cost, 0), abs=1e-6), cost
+    both, known = torch.cat([rows["train"], rows["val"]]), np.concatenate([labels["train"], labels["val"]])
+    cost, value = result.facts["C"], result.figures[0].value
+    assert value == pytest.approx(precision_of(both, known, "test", cost, 0), abs=1e-6)
+    assert abs(value - precision_of(both, known, "test", cost, 9)) > 0.1, "difficult images would count as negatives"
+    assert set(result.facts["ap11"]) == set(VOC_CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("cat_val.txt", "photo_00 2\n", "line 1, is 'photo_00 2'"),
+        ("cat_val.txt", "photo_00 1\n", "lists other images than"),
+        ("emu_test.txt", None, "of other classes than those of train"),
+        ("JPEGImages", None, "the first is photo_"),
+        ("accuracy", None, "set transfer.metric to ap11"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_said(name: str, text: str | None, said: str, tmp_path: Path) -> None:
+    folder, lists = tmp_path / "voc", tmp_path / "voc/ImageSets/Main"
+    voc_folder(folder)
+    run = photos_run(folder, tmp_path / "run")
+    if text is not None:
+        (lists / name).write_text(text)
+    elif name == "emu_test.txt":
+        (lists / name).write_text((lists / "cat_test.txt").read_text())
+    elif name == "JPEGImages":
+        for path in sorted((folder / name).iterdir())[1:]:
+            path.unlink()
+    metric = "accuracy" if name == "accuracy" else "ap11"
+    suite, spoken, _ = suite_on(run, folder, tmp_path / "out", {"transfer": {"metric": metric, "costs": 2}})
+    assert not suite.run([Transfer()])
+    assert said in spoken[0]
+
+
+def test_a_class_without_training_images_is_named() -> None:
+    labels = np.array([[1, -1], [-1, -1], [1, 0]], np.int8)
+    with pytest.raises(PretrainError, match="none of class dog"):
+        margins(torch.randn(3, 2), labels, ["cat", "dog"], [1.0], torch.zeros(1, 2))

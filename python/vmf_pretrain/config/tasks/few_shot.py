@@ -13,6 +13,8 @@ class FewShotTask:
     Attributes:
         per_class: labelled training images of each class, a list of counts.
         shares: the same as shares of each class, at least one image of it; a list.
+        lists: text files that name labelled training images, one a line, by path or by file name, as MSN and SimCLR publish
+            them; those of one file name in several folders are draws of one figure. A list of paths.
         draws: of those images, for each count and share.
         classifier: "msn": the class token before the last norm, less its own mean, at unit length; logistic regression without
             intercepts. "ibot": the class feature at unit length, with the same regression.
@@ -26,6 +28,7 @@ class FewShotTask:
 
     per_class: tuple[int, ...] = (1, 2, 5)
     shares: tuple[float, ...] = (0.01, 0.1)
+    lists: tuple[str, ...] = ()
     draws: int = 3
     classifier: Literal["msn", "ibot"] = "msn"
     penalty: float = 0.00025
@@ -37,8 +40,8 @@ class FewShotTask:
 
     def __post_init__(self) -> None:
         require(
-            len(self.per_class) + len(self.shares) + self.episodes > 0,
-            "few_shot.per_class, few_shot.shares and few_shot.episodes are empty; expected at least one of them.",
+            len(self.per_class) + len(self.shares) + len(self.lists) + self.episodes > 0,
+            "few_shot.per_class, .shares, .lists and .episodes are empty; expected at least one of them.",
         )
         for name, values in (("per_class", self.per_class), ("shares", self.shares)):
             require(

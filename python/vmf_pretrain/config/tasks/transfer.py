@@ -12,8 +12,8 @@ class TransferTask:
 
     Attributes:
         metric: "accuracy", for Cars, CIFAR, DTD, Food and SUN397; "mean_per_class", the mean of the classes' accuracies, for
-            Aircraft, Caltech101, Flowers and Pets; "ap11", the mean of the classes' 11-point average precisions (an image has
-            one class here, unlike in VOC2007).
+            Aircraft, Caltech101, Flowers and Pets; "ap11", the mean of the classes' 11-point average precisions, for
+            VOC2007, whose images have several classes: the folder holds ``ImageSets/Main`` and ``JPEGImages``, as published.
         costs: number of values of C, from 1e-5 to 1e6.
         held_out: share of the training images on which C is chosen, unless the folder has train, val and test.
         resize: shorter side that an image is resized to before the central square is cut, as a multiple of the square.

@@ -3,7 +3,9 @@
 Legend: N training images, M test images, F features.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from vmf_pretrain.evaluation.accuracy import accuracies
 from vmf_pretrain.evaluation.bootstrap import mean_interval
 from vmf_pretrain.evaluation.episodes import Shape, eligible, episode_accuracies
 from vmf_pretrain.evaluation.extract import Wanted
+from vmf_pretrain.evaluation.given import Given
 from vmf_pretrain.evaluation.logistic import regressions
+from vmf_pretrain.evaluation.name_lists import listed_places, read_names
 from vmf_pretrain.evaluation.outputs import UNNORMED, Kinds
 from vmf_pretrain.evaluation.result import Figure, Result
 from vmf_pretrain.evaluation.scores import Known, Predicted, predicted
@@ -30,15 +34,24 @@ from vmf_pretrain.evaluation.views import CentreSquare
 class FewShot(Task[FewShotTask]):
     """Top-1 accuracy with few labelled images: the mean over draws, and over episodes.
 
-    Source: facebookresearch/msn and bytedance/ibot, their evaluations with few labels, which read lists of images; here images
-    are drawn. Episodes as in linusericsson/ssl-transfer.
+    Labelled images are drawn, or named by lists, as facebookresearch/msn (1, 2, 5 a class) and google-research/simclr (1 % and
+    10 %) publish them. Lists of one file name are draws of one figure.
+
+    Source: facebookresearch/msn and bytedance/ibot, their evaluations with few labels. Episodes as in
+    linusericsson/ssl-transfer.
     """
 
     name = "few_shot"
 
+    def depends(self, given: Given, settings: FewShotTask) -> dict[str, Any]:
+        """The lists of images."""
+        return {
+            "lists": [hashlib.sha256("\n".join(read_names(Path(path))).encode()).hexdigest() for path in settings.lists]
+        }
+
     def wants(self, settings: FewShotTask, fed: NetworkInput) -> dict[str, Wanted]:
         """The feature that the classifier reads, and the class feature for episodes."""
-        before = settings.classifier == "msn" and bool(settings.per_class or settings.shares)
+        before = settings.classifier == "msn" and bool(settings.per_class or settings.shares or settings.lists)
         kinds = Kinds(1, frozenset({"unnormed"})) if before else Kinds()
         shorter = round(fed.size * settings.resize)
         view = CentreSquare(fed.size, shorter, "bilinear" if settings.classifier == "msn" else "bicubic")
@@ -47,17 +60,14 @@ class FewShot(Task[FewShotTask]):
     def run(self, subject: Subject, settings: FewShotTask) -> Result:
         """Accuracies with each count and each share, then over episodes."""
         train, test = subject.features["train"], subject.features["test"]
-        named: dict[str, Callable[[int], int]] = {
-            f"{count} a class": lambda size, count=count: count  # type: ignore[misc]
-            for count in settings.per_class
-        }
-        named |= {
-            f"{100 * share:g} % of each class": lambda size, share=share: max(1, int(share * size))  # type: ignore[misc]
-            for share in settings.shares
-        }
-        found = _draws(train, test, named, settings, subject.evaluated.device)
+        chosen = _chosen(train, settings)
+        found = _draws(train, test, chosen, settings, subject.evaluated.device)
         figures = [figure for name, draws in found.items() for figure in accuracies(name, draws, (1,))]
         notes = [f"Nothing is chosen; {settings.draws} draws of labelled images, lambda {settings.penalty:g}."]
+        notes += [
+            f"{name}: {', '.join(str(len(places)) for places in chosen[name])} images."
+            for name in _by_name(settings.lists)
+        ]
         if settings.episodes:
             episodes, note = _episodes(test, settings)
             figures += episodes
@@ -75,10 +85,39 @@ class FewShot(Task[FewShotTask]):
         return Result(figures, rows, notes=notes, facts={"train_images": len(train), "test_images": len(test)})
 
 
+def _chosen(train: Features, settings: FewShotTask) -> dict[str, list[Tensor]]:
+    """Places of the labelled images of each draw, by name."""
+    counts: dict[str, Callable[[int], int]] = {
+        f"{count} a class": lambda size, count=count: count  # type: ignore[misc]
+        for count in settings.per_class
+    }
+    counts |= {
+        f"{100 * share:g} % of each class": lambda size, share=share: max(1, int(share * size))  # type: ignore[misc]
+        for share in settings.shares
+    }
+    drawn = {
+        name: [drawn_per_class(train.labels, count, draw) for draw in range(settings.draws)]
+        for name, count in counts.items()
+    }
+    names = train.names()
+    return drawn | {
+        name: [listed_places(path, names, train.bad) for path in paths]
+        for name, paths in _by_name(settings.lists).items()
+    }
+
+
+def _by_name(lists: Sequence[str]) -> dict[str, list[Path]]:
+    """The lists of each file name, in whatever folders, as figures call them."""
+    found: dict[str, list[Path]] = {}
+    for path in map(Path, lists):
+        found.setdefault(f"list {path.name}", []).append(path)
+    return found
+
+
 def _draws(
     train: Features,
     test: Features,
-    named: dict[str, Callable[[int], int]],
+    named: dict[str, list[Tensor]],
     settings: FewShotTask,
     device: torch.device,
 ) -> dict[str, list[Predicted]]:
@@ -88,10 +127,9 @@ def _draws(
     read, tested = (_read(features, settings).to(device) for features in (train, test))
     labels = test.labels.to(device)
     found: dict[str, list[Predicted]] = {}
-    for name, count in named.items():
+    for name, draws in named.items():
         found[name] = []
-        for draw in range(settings.draws):
-            chosen = drawn_per_class(train.labels, count, draw)
+        for chosen in draws:
             known = Known.of(train.labels[chosen])
             known = Known(known.classes.to(device), known.labels.to(device))
             (fitted,) = regressions(
