@@ -9,6 +9,7 @@ from vmf_pretrain.config.tasks.data import DataTask
 from vmf_pretrain.config.tasks.dense import DenseTask
 from vmf_pretrain.config.tasks.features import FeaturesTask
 from vmf_pretrain.config.tasks.few_shot import FewShotTask
+from vmf_pretrain.config.tasks.finetune import FinetuneTask
 from vmf_pretrain.config.tasks.knn import KnnTask
 from vmf_pretrain.config.tasks.linear import LinearTask
 from vmf_pretrain.config.tasks.neighbours import NeighboursTask
@@ -31,6 +32,7 @@ class EvaluationConfig:
         linear: linear probes.
         few_shot: classification with few labelled images.
         transfer: logistic regression on other images.
+        finetune: all weights trained on labelled images.
         retrieval: images that answer a query.
         copies: copies of images.
         video: objects followed through videos.
@@ -48,6 +50,7 @@ class EvaluationConfig:
     linear: LinearTask = field(default_factory=LinearTask)
     few_shot: FewShotTask = field(default_factory=FewShotTask)
     transfer: TransferTask = field(default_factory=TransferTask)
+    finetune: FinetuneTask = field(default_factory=FinetuneTask)
     retrieval: RetrievalTask = field(default_factory=RetrievalTask)
     copies: CopiesTask = field(default_factory=CopiesTask)
     video: VideoTask = field(default_factory=VideoTask)

@@ -7,6 +7,7 @@ from vmf_pretrain.evaluation.tasks.attention import Attention
 from vmf_pretrain.evaluation.tasks.copies import Copies
 from vmf_pretrain.evaluation.tasks.dense import Dense
 from vmf_pretrain.evaluation.tasks.few_shot import FewShot
+from vmf_pretrain.evaluation.tasks.finetune import Finetune
 from vmf_pretrain.evaluation.tasks.knn import Knn
 from vmf_pretrain.evaluation.tasks.linear import Linear
 from vmf_pretrain.evaluation.tasks.neighbours import Neighbours
@@ -23,6 +24,7 @@ TASKS: dict[str, Task[Any]] = {
         Linear(),
         FewShot(),
         Transfer(),
+        Finetune(),
         Retrieval(),
         Copies(),
         VideoObjects(),
