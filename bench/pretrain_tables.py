@@ -1,4 +1,4 @@
-"""Tables of ``bench.pretrain_methods``: medians over seeds, with their range."""
+"""Tables of ``bench.pretrain_methods``, medians over seeds with their range, and of ``bench.pretrain_tasks``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ NORM_COLUMNS = (
     "largest | collapsed |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
+
+TASK_COLUMNS = "| task | command | what it printed first |\n|---|---|---|"
 
 
 class Bound(NamedTuple):
@@ -54,6 +56,14 @@ def methods_table(results: Mapping[str, Any]) -> str:
             minutes = f"{statistics.median(run['seconds'] for run in mine) / 60:.0f}"
             cells = [name, str(len(mine)), *accuracies, own_figure(name, mine), _bounds(name, data, mine), minutes]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tasks_table(results: Mapping[str, Any]) -> str:
+    """A row for each task of ``bench.pretrain_tasks``."""
+    lines = [TASK_COLUMNS]
+    for row in results["rows"]:
+        lines.append(f"| {row['task']} | `{row['command']}` | {'; '.join(row['printed'])} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.gpu.tables import gpu_table
 from bench.head_picture import groups_of, picture
-from bench.pretrain_tables import methods_table, norms_table
+from bench.pretrain_tables import methods_table, norms_table, tasks_table
 from bench.shapes import bound_ms, over_the_best
 from vmf_bench.table import case_table, heading
 
@@ -206,6 +206,7 @@ OF_FILE: dict[str, Callable[[Any], str]] = {
     "many_prototypes": many_table,
     "pretrain_methods": methods_table,
     "pretrain_norms": norms_table,
+    "pretrain_tasks": tasks_table,
     "shapes": shapes_table,
     "trainer_loop": loop_table,
     "vit_step": vit_table,
