@@ -20,6 +20,7 @@ pytest.importorskip("build.env", reason="makes the wheel")  # the folder build o
 
 from tests.csrc.building import ROOT, copy_of_the_tree, has_tools, with_toy_module
 from tests.wheel import SOURCES, WheelError, build_wheel, check_installation, compiled_modules, run, source_files
+from vmf_kernels import __version__
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_the_wheel_holds_the_packages_and_what_is_compiled(
 
 def test_the_wheel_holds_nothing_but_the_packages(wheel: Path) -> None:
     folders = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert folders == {"vmf_kernels", "vmf_pretrain", "vmf_bench", "vmf_kernels-0.1.0.dist-info"}
+    assert folders == {"vmf_kernels", "vmf_pretrain", "vmf_bench", f"vmf_kernels-{__version__}.dist-info"}
 
 
 def test_installed_the_readme_runs_outside_the_checkout(environment: Path, tree: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("setuptools", reason="setup.py needs setuptools")
 
 from tests.csrc.building import ROOT, copy_of_the_tree, has_tools, setup_module, with_toy_module
+from vmf_kernels import __version__
 
 pytestmark = pytest.mark.compiles
 
@@ -160,7 +161,7 @@ def test_installing_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> N
         assert len(re.findall(pattern, done.stdout)) == 1, done.stdout
     assert "no C++ compiler: CXX is '/nowhere/g++'" in done.stdout
     assert not list(installed.glob("vmf_kernels/*.so"))
-    assert (installed / "vmf_kernels-0.1.0.dist-info").exists()
+    assert (installed / f"vmf_kernels-{__version__}.dist-info").exists()
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -93,16 +93,25 @@ CLAIMS: dict[str, tuple[Callable[[], bytes], str]] = {  # and why they are refus
 }
 
 
+def _limited(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns, or raises, with ROOM bytes more; the limit is lifted again for whoever says it."""
+    pages, limits = int(Path("/proc/self/statm").read_text().split()[0]), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, limits[1]))
+    try:
+        return work()
+    except BaseException as error:
+        return f"raised {type(error).__name__}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def in_little_memory(work: Callable[[], Any]) -> Any:
     """What ``work`` returns in a child that may take ROOM bytes more than this process has."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + ROOM
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            os.write(write, json.dumps(work()).encode())
+            os.write(write, json.dumps(_limited(work)).encode())
         finally:
             os._exit(0)
     os.close(write)

@@ -78,7 +78,7 @@ def test_ten_thousand_losses_leave_nothing_behind() -> None:
 def test_what_a_step_leaves_behind_is_noticed(what: str) -> None:
     kept: list[Any] = []
     leaks: dict[str, Callable[[int], object]] = {
-        "memory": lambda number: kept.append(torch.ones(256)),
+        "memory": lambda number: kept.append(torch.ones(4096)),
         "files": lambda number: kept.append(os.open(os.devnull, os.O_RDONLY)) if number % 1000 == 0 else None,
         "objects": lambda number: kept.append({number: kept}),
     }

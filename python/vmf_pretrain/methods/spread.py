@@ -25,14 +25,13 @@ def feature_numbers(features: Tensor) -> dict[str, Tensor]:
         [] float32, dimensionless.
     """
     rows = features.detach().float()
-    mean = ranks.averaged(rows.mean(dim=0))
-    centred = (
-        rows - mean
-    )  # before the product: the difference of two large second moments would lose the small eigenvalues
+    middle = ranks.averaged(rows.sum(dim=0) / len(rows))
+    # before the product: the difference of two large second moments would lose the small eigenvalues
+    centred = rows - middle
     covariance = ranks.averaged(centred.T @ centred / len(rows))
     variance, squares = covariance.trace(), covariance.square().sum()
     least = torch.finfo(torch.float32).tiny
-    whole = variance + mean.square().sum()
+    whole = variance + middle.square().sum()
     return {
         "feature_rank": variance.square() / squares.clamp(min=least),
         "feature_variance": variance / whole.clamp(min=least),

@@ -37,9 +37,9 @@ class Tracked:
         self._say = say
         self._trackers: dict[str, Tracker] = {}
         wanted: dict[str, Callable[[], Tracker]] = {}
-        if config.log.wandb != "off":
+        if config.log.wandb != "none":
             wanted["wandb"] = lambda: WandB(config, folder)
-        if config.log.mlflow != "off":
+        if config.log.mlflow != "none":
             wanted["mlflow"] = lambda: MLflow(config, folder)
         for name, start in wanted.items():
             self._attempt(name, functools.partial(self._start, name, start))
