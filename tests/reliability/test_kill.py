@@ -40,7 +40,7 @@ def told(arguments: list[str], pids: str) -> None:
 
 
 def launch(folder: Path, out: Path, restarts: int) -> None:
-    config = yaml_of(small_digits(train={"epochs": 4}), folder / f"{out.name}.yaml")
+    config = yaml_of(small_digits(data={"batch_size": 16}, train={"epochs": 4}), folder / f"{out.name}.yaml")
     (folder / f"{out.name}_pids").mkdir()
     chosen = LaunchConfig(
         min_nodes=1,

@@ -58,7 +58,7 @@ def classifier_of(network: nn.Module, features: int, classes: int, protocol: Pro
     for block, rate in zip(backbone.blocks, torch.linspace(0, protocol.drop_path, len(backbone.blocks)), strict=True):
         block.drop_path1, block.drop_path2 = DropPath(float(rate)), DropPath(float(rate))
     head = nn.Linear(features, classes).to(next(network.parameters()).device)
-    nn.init.trunc_normal_(head.weight, std=HEAD_SPREAD)
+    nn.init.trunc_normal_(head.weight, 0.0, HEAD_SPREAD)
     nn.init.zeros_(head.bias)
     with torch.no_grad():
         head.weight.mul_(protocol.head_scale)
