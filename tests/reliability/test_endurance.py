@@ -26,7 +26,7 @@ pytestmark = [
 LOSSES, STEPS = 10_000 * FAULTS, 2_000 * FAULTS
 WARM = 5  # the first one in so many is not counted: caches and arenas fill
 SLACK = 4 * 2**20  # bytes by which the allocator's arenas may still grow; a lost kilobyte a step is 8 MiB
-OBJECTS = 500  # of Python, likewise; one lost object a step is thousands
+OBJECTS = 1200  # of Python: a progress bar keeps its last thousand steps; one lost object a step is more
 
 
 class Taken(NamedTuple):
