@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -50,3 +51,13 @@ def allocations_of(step: Callable[[], object]) -> Allocations:
         peak = max(peak, live)
     assert events, "the profiler recorded no allocation"
     return Allocations(max(event.nbytes() for event in events), peak)
+
+
+def return_freed_memory() -> None:
+    """Give pages that are free back to the system: what a step then takes is seen in the resident memory of the process.
+
+    A process of many tests has freed much, and would be served from that.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)

@@ -100,7 +100,7 @@ def _limited(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except BaseException as error:
-        return f"raised {type(error).__name__}"
+        return f"raised {error!r}"
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
@@ -150,7 +150,8 @@ def test_an_image_that_claims_to_be_huge_is_refused_without_the_memory_it_claims
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_such_an_image_would_take_the_memory_without_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    files = {kind: CLAIMS[kind][0]() for kind in ("png", "jpeg", "gif")}
+    # each claims more than this process can have freed before, for that would serve it without a new page
+    files = {kind: CLAIMS[kind][0]() for kind in ("jpeg", "gif")}
 
     def load(content: bytes) -> None:
         Image.open(io.BytesIO(content)).load()
@@ -158,7 +159,7 @@ def test_such_an_image_would_take_the_memory_without_the_limit(monkeypatch: pyte
     found = in_little_memory(
         lambda: {kind: reason(functools.partial(load, content)) for kind, content in files.items()}
     )
-    assert set(found.values()) == {"MemoryError"}, found
+    assert found == dict.fromkeys(files, "MemoryError")
 
 
 def test_only_the_first_of_many_frames_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

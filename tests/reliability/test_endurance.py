@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.measure import return_freed_memory
 from tests.pretrain.tiny import a_run
 from tests.reliability.runs import FAULTS, small_digits
 from vmf_kernels import DINOHead, DINOLoss
@@ -40,6 +41,7 @@ class Taken(NamedTuple):
     @classmethod
     def now(cls) -> Taken:
         gc.collect()
+        return_freed_memory()
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return cls(resident, len(os.listdir("/proc/self/fd")), threading.active_count(), len(gc.get_objects()))
 
