@@ -32,8 +32,3 @@ class Plan:
     global_views: int = 2
     local_views: int = 0
     masks: MaskSampler | None = None
-
-    @property
-    def views(self) -> int:
-        """Views of an image."""
-        return self.global_views + self.local_views

@@ -231,6 +231,7 @@ def test_too_few_open_files_are_told_before_anything_waits_for_them(monkeypatch:
 
 
 @pytest.mark.quick
+@pytest.mark.thorough
 def test_too_many_open_files_in_a_worker_are_one_sentence_and_no_bad_image(tmp_path: Path) -> None:
     """Both what opens an image and what hands a batch over fail where the limit is reached."""
     config = photos_config(tmp_path, data={"batch_size": 2, "workers": 1}, train={"epochs": 9})

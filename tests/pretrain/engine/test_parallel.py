@@ -83,6 +83,7 @@ def plain() -> list[float]:
     return first_losses()
 
 
+@pytest.mark.quick
 def test_activation_checkpointing_changes_no_loss(plain: list[float]) -> None:
     assert first_losses(activation_checkpointing=True) == plain
 

@@ -73,6 +73,7 @@ def of_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return photos_run(folder / "some", folder / "run")
 
 
+@pytest.mark.thorough
 def test_animals_are_told_apart_as_by_scikit_learn(of_animals: Path, tmp_path: Path) -> None:
     few = {"data.max_images": 250, "knn": {"neighbours": [5, 20]}}
     few |= {"linear": {"probes": ["logistic"], "costs": 4, "held_out": HELD_OUT}}

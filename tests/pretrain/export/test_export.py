@@ -30,7 +30,7 @@ from vmf_pretrain.export_command import FORM_NAMES, exportable_of
 pytestmark = pytest.mark.quick
 
 BUDGET = 1e-5
-ALL = ("timm", "torchvision", "transformers", "safetensors")
+ALL = ("safetensors", "timm", "torchvision", "transformers")
 PLAIN = {"width": 16, "depth": 2, "heads": 2}
 PHOTOS = photos_config(Path("photos"), backbone=PLAIN)
 SMALL_DECODER = {"width": 16, "depth": 1, "heads": 2}

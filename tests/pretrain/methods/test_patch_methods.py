@@ -251,6 +251,11 @@ def test_three_steps_are_the_published_ones(case: str) -> None:
         assert apart(found, value) < 1e-12, f"{name} is off"
 
 
+@pytest.mark.quick
+def test_the_shortest_with_sinkhorn_is_of_the_inner_loop() -> None:
+    test_three_steps_are_the_published_ones("dinov2, no local view")
+
+
 def test_nothing_is_masked_before_the_first_epoch_of_masks() -> None:
     config = digits_config(
         method="ibot",

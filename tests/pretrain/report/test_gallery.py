@@ -102,6 +102,7 @@ class Unlabelled(Tensor):
         return self.as_subclass(Tensor)[list(indices)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(5, 1, 8, 8), (5, 4, 3, 8, 8)], ids=["images", "clips"])
 def test_neighbours_without_held_out_images_are_other_ones_and_of_clips_a_frame_is_drawn(
     shape: tuple[int, ...], tmp_path: Path, neighbours: list[Rows]
