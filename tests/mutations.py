@@ -4,7 +4,8 @@
     python -m tests.mutations --all            # each against the whole quick loop instead: half an hour
     python -m tests.mutations "sign of the centre" ...
 
-Exits 1 if a fault is missed. What the quick loop notices the whole suite does too, for it runs the same tests.
+Exits 1 if a fault is missed. What the quick loop notices the whole suite does too, for it runs the same tests. A fault of
+ranks is tried against tests that start them, which the quick loop does not run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Mutation(NamedTuple):
     old: str
     new: str
     tests: tuple[str, ...]
-    marker: str = "quick"  # of the tests; what is compiled is not in the quick loop
+    marker: str = "quick"  # of the tests; what is compiled, or needs ranks, is not in the quick loop
 
 
 ON_TILES = {"tests": ("tests/backends/test_native_tiles.py",), "marker": "compiles"}
@@ -172,6 +173,7 @@ MUTATIONS = (
         "return _all_reduce(tensor, ReduceOp.SUM, group)",
         "return _all_reduce(tensor, ReduceOp.MAX, group)",
         ("tests/losses/test_koleo_ranks.py",),
+        marker="",
     ),
     Mutation(
         "direction of the teacher's running mean",

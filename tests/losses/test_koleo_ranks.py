@@ -25,8 +25,6 @@ from vmf_kernels.losses.prototype_koleo import PrototypeKoLeoLoss
 from vmf_kernels.prototypes import weight_norm_prototypes
 from vmf_kernels.ranks import gather_rows
 
-pytestmark = pytest.mark.quick
-
 RANKS, IMAGES, DIM = 2, 8, 6
 BUDGET = 1e-12  # relative, in norm; everything is fp64
 SPLITS = {"equal": (4, 4), "unequal": (6, 2), "lone": (7, 1), "first-only": (8, 0), "second-only": (0, 8)}

@@ -150,7 +150,7 @@ def test_a_video_is_followed_and_masks_from_elsewhere_are_scored(run: Path, tmp_
     shutil.rmtree(folder / "predictions/v")
     shutil.copytree(tmp_path / "same/v", folder / "predictions/v")
     assert values(done(run, tmp_path / "data", tmp_path / "out", "video")[0])["J&F"] == 100
-    rows = list(csv.DictReader((folder / "rows.csv").open()))
+    rows = list(csv.DictReader((folder / "rows.csv").read_text().splitlines()))
     assert [(row["video"], row["object"], row["J mean"]) for row in rows] == [("v", "1", "1.0"), ("v", "2", "1.0")]
 
 

@@ -158,7 +158,7 @@ def test_task_chooses_on_training_images_and_says_so(tmp_path: Path) -> None:
     assert chosen["rate"] in (0.1, 1.0)
     assert "2 training images" in result.notes[0]
     folder = next((tmp_path / "out").glob("linear-*"))
-    rows = list(csv.DictReader((folder / "rows.csv").open()))
+    rows = list(csv.DictReader((folder / "rows.csv").read_text().splitlines()))
     right = sum(row["predicted, heads"] == row["class"] for row in rows)
     assert 100 * right / len(rows) == pytest.approx(result.figures[0].value)
     assert (folder / "heads.png").is_file()

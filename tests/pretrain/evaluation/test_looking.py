@@ -87,7 +87,7 @@ def figures_in(folder: Path) -> dict[str, float]:
 
 
 def rows_in(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "rows.csv").open()))
+    return list(csv.DictReader((folder / "rows.csv").read_text().splitlines()))
 
 
 @pytest.mark.parametrize("mass", [0.6, 0.95, 1.0])

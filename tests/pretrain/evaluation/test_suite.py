@@ -66,7 +66,7 @@ def test_features_are_computed_once_and_a_damaged_image_is_counted(
     named = json.loads(next(tmp_path.glob("count-*/result.json")).read_text())
     assert list(named["bad_images"]["train"]) == ["dogs/damaged.png"]
     assert any("1 of train" in line for line in said)
-    rows = list(csv.DictReader(next(tmp_path.glob("knn-*/rows.csv")).open()))
+    rows = list(csv.DictReader(next(tmp_path.glob("knn-*/rows.csv")).read_text().splitlines()))
     assert [row["class"] for row in rows if row["class"] == "emus"] == ["emus"] * 2
     assert {row["rank, k 10"] for row in rows if row["class"] == "emus"} == {""}, "a class without training images"
 

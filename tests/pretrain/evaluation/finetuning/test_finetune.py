@@ -153,7 +153,7 @@ def test_task_learns_and_chooses_its_rate_on_training_images(tmp_path: Path) -> 
     coloured(data / "train", 16, 0)
     coloured(data / "val", 8, 1)
     (data / "train/red/damaged.png").write_bytes(b"no image")
-    few = {"epochs": 8, "warmup_epochs": 2, "batch_size": 8, "part": 4, "layer_decay": 0.9, "rates": [1.0, 1e-2]}
+    few = {"epochs": 4, "warmup_epochs": 1, "batch_size": 8, "part": 4, "layer_decay": 0.9, "rates": [1.0, 1e-2]}
     few |= {"held_out": 0.25, "workers": 0}
     run = photos_run(data / "train", tmp_path / "run")
     suite, said, _ = suite_on(run, data, tmp_path / "out", {"finetune": few})
