@@ -23,10 +23,12 @@ def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -
             raise ValueError(f"{name} has {value.numel()} elements; expected 1")
         if is_readable(value) and not value.item() > 0:
             raise ValueError(f"{name} is {value.item()}; expected a number > 0")
+        if value.ndim == 0 and value.dtype == torch.float64 and value.device == device and not value.requires_grad:
+            return value
         return value.detach().reshape(()).to(device=device, dtype=torch.float64)
     if not value > 0:
         raise ValueError(f"{name} is {value}; expected a number > 0")
-    return torch.full((), value, dtype=torch.float64, device=device)
+    return torch.scalar_tensor(value, dtype=torch.float64, device=device)
 
 
 def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:

@@ -9,6 +9,7 @@ Legend: G / V teacher / student views, B images, T = G B teacher rows, S = V B s
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -114,7 +115,9 @@ def check_weights(pairing: Pairing) -> None:
             continue
         if weights.numel() <= FEW:
             # as Python numbers, which is faster than torch's reduction; the sum is NaN if any is, and fails the comparison
-            flat: list[float] = (weights.flatten() if weights.ndim > 1 else weights).tolist()
+            numbers = weights.tolist()
+            # flattened after the conversion: flattening the tensor takes longer for so few
+            flat: list[float] = numbers if weights.ndim == 1 else list(itertools.chain.from_iterable(numbers))
             if min(flat, default=0.0) >= 0 and sum(flat) < math.inf:
                 continue
         least, most = (bound.item() for bound in weights.aminmax())

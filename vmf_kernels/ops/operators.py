@@ -107,8 +107,12 @@ def _is_eager(args: Sequence[Any]) -> bool:
     """Whether neither a mode nor a subclass of tensors takes part, so that a kernel may be called without the dispatcher."""
     if torch._C._len_torch_dispatch_stack() or not has_memory(args[0]):
         return False
-    # memory may hold the numbers with the other sign, which the dispatcher puts right and a kernel would not notice
-    return EAGER.issuperset(map(type, args)) and not any(type(arg) in PLAIN and arg.is_neg() for arg in args)
+    for arg in args:
+        kind = type(arg)
+        # memory may hold the numbers with the other sign, which the dispatcher puts right and a kernel would not notice
+        if kind not in EAGER or (kind in PLAIN and arg.is_neg()):
+            return False
+    return True
 
 
 def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
