@@ -115,19 +115,29 @@ class Watch:
         holder = holder_of(self._folder.path)
         if holder is not None:
             return f"The run was killed: process {holder.pid} ended after step {step} of {steps}, and still has the lock. {on}"
-        if step < steps or not self._folder.summary.exists():
+        summary = _summary(self._folder.summary)
+        if summary is not None and summary.get("ended"):
+            return f"The run has ended at step {step} of {steps}: {summary['ended']}"
+        if step < steps or summary is None:
             return f"The run has stopped at step {step} of {steps}. {on}"
-        return f"The run has ended at step {step} of {steps}. {_verdict(self._folder.summary)}".rstrip()
+        return f"The run has ended at step {step} of {steps}. {_verdict(summary)}".rstrip()
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def _verdict(summary: Path) -> str:
-    """The words of a run's verdict; "" if its summary has none."""
+def _summary(path: Path) -> dict[str, Any] | None:
+    """What a run has left at its end; None if it has not, empty if that cannot be read."""
+    if not path.exists():
+        return None
     try:
-        found = json.loads(summary.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    said = found.get("verdict") if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    """The words of a run's verdict; "" if its summary has none."""
+    said = summary.get("verdict")
     return str(said.get("words", "")) if isinstance(said, dict) else ""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.report.bands import HELD
 from vmf_pretrain.report.caution import not_learning
@@ -11,6 +12,10 @@ from vmf_pretrain.report.verdict import verdict
 WARNING = "warning"  # the key of a warning's kind in metrics.jsonl
 RECENT = 200  # logged steps that are looked at: all of a long run would take longer each time
 EXTREMES = ("mutual_information", "feature_rank")  # figures whose highest value so far matters
+
+
+class CollapseError(PretrainError):
+    """``train.stop_on_collapse`` ends the run; raised on all ranks after the same step."""
 
 
 class Alarm:

@@ -10,13 +10,12 @@ import json
 import shlex
 import signal
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from vmf_pretrain.config.data import BUNDLED
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import config_text
 from vmf_pretrain.config.run import Config
@@ -26,7 +25,7 @@ from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.loader import load_from
 from vmf_pretrain.data.network_input import NetworkInput, network_input
 from vmf_pretrain.data.waiting import Waiting
-from vmf_pretrain.engine.alarm import Alarm
+from vmf_pretrain.engine.alarm import Alarm, CollapseError
 from vmf_pretrain.engine.bad_images import BadImages
 from vmf_pretrain.engine.beginning import beginning
 from vmf_pretrain.engine.interruption import Interruption, no_requests
@@ -45,7 +44,7 @@ from vmf_pretrain.methods.method import Method
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.report.figures import draw_plots, sample_attention, sample_pictures
-from vmf_pretrain.report.summary import print_summary, summary_text
+from vmf_pretrain.report.summary import next_command, print_summary, summary_text
 from vmf_pretrain.report.verdict import verdict
 from vmf_pretrain.storage.checkpoint import Checkpoint
 from vmf_pretrain.storage.durable import replace_durably
@@ -107,8 +106,13 @@ class Run:
             self._closing = closing.pop_all()  # only now: what fails before this gives the lock back
 
     def train(self) -> int:
-        """Train to the end, or until a signal; returns the program's exit code."""
-        with self._closing:
+        """Train to the end, or until a signal; returns the program's exit code.
+
+        Raises:
+            CollapseError: ``train.stop_on_collapse`` has ended the run; its summary is written.
+            PretrainError: the run cannot go on.
+        """
+        with self._closing, self._summary_of_a_collapse():
             with Interruption() as interruption:
                 stopped = self._steps(interruption)
                 if stopped is not None and self._saved_at != self.step:
@@ -127,15 +131,14 @@ class Run:
         """Give up the folder of a run that is not trained."""
         self._closing.close()
 
-    def finish(self) -> None:
-        """Evaluate the network, draw the plots, and print the summary."""
+    def finish(self, ended: str | None = None) -> None:
+        """Evaluate the network, draw the plots, write the summary, and print it unless it says why the run ended early."""
         if not self._judging:
             return
         method, train = self.loop.method, self.judge.train
         report = self.judge.report(method, self.loop.place(self.step))
-        if (
-            self.facts[f"best_{self.config.evaluate.best}"] is None
-        ):  # without labels, the last weights are the best known
+        if self.facts[f"best_{self.config.evaluate.best}"] is None and ended is None:
+            # without labels, the last weights are the best known, unless they have collapsed
             self.facts["best_knn"] = report.figures["knn"]
             self.keeping.weights("best", self.step, report.figures["knn"])
         baselines = {"untrained": self.facts["knn_untrained"], "raw pixels": self.facts["knn_pixels"]}
@@ -157,12 +160,29 @@ class Run:
             "method": self.config.method,
             "seed": self.config.seed,
             "steps": self.step,
+            "ended": ended,
         }
         if self.first:
             text = summary_text(self.figures).encode()
             self.tolerant.attempt("summary.json", lambda: replace_durably(self.folder.summary, text))
-            prototypes = self.config.head.prototypes
-            print_summary(self.console, self.figures, prototypes, self.folder.path, self._next_command())
+        if self.first and ended is None:
+            following = next_command(self.config, self.folder.path)
+            print_summary(self.console, self.figures, self.config.head.prototypes, self.folder.path, following)
+
+    @contextlib.contextmanager
+    def _summary_of_a_collapse(self) -> Iterator[None]:
+        """A summary that an earlier process left is not this run's; one is written if the run ends by a collapse."""
+        if self.first and self.step < len(self.batches):
+            self.tolerant.attempt("summary.json", lambda: self.folder.summary.unlink(missing_ok=True))
+        try:
+            yield
+        except CollapseError as collapse:
+            self.keeping.writer.wait()
+            try:
+                self.finish(str(collapse))
+            except PretrainError as error:  # features that are not finite must not hide why the run ends
+                self._say(f"No summary is written: {error}")
+            raise
 
     def _ending(self) -> int:
         """The exit code of a finished run: 1 if its last state is not on disk, also after another try."""
@@ -198,7 +218,8 @@ class Run:
             RunFolder.reopen(out)
         else:
             RunFolder.refuse_existing(out)
-            closing.callback(_remove_if_empty, out, existed=out.exists())
+            if not out.exists():  # a run that ends before it begins leaves no folder
+                closing.callback(RunFolder.remove_if_empty, out)
         closing.enter_context(RunLock.take(out, say=self._say))
 
     def _build(
@@ -299,9 +320,9 @@ class Run:
         self.bad.learn(taken, number * self.config.data.batch_size)
         self.facts["bad_images"] = self.bad.count
         if taken.counts.collapsed:
-            raise PretrainError(
-                f"the run is ended by train.stop_on_collapse: {ranks.from_first(self.alarm.stopped or '')} Without it, "
-                "--resume goes on from the last checkpoint."
+            raise CollapseError(
+                f"the run is ended by train.stop_on_collapse: {ranks.from_first(self.alarm.stopped or '')} With "
+                "--train.stop_on_collapse false, --resume goes on from the last checkpoint all the same."
             )
         if taken.numbers:
             rates = {**self.loop.rates(taken.step), **self._speed.of(number)}
@@ -375,18 +396,3 @@ class Run:
                 f"checkpoint {checkpoint.path} is of a network fed with {trained} but the configuration asks for {self.fed}."
             )
         self.loop.restore(checkpoint)
-
-    def _next_command(self) -> str:
-        if self.config.data.kind in BUNDLED:
-            other = "dino" if self.config.method == "dino-vmf" else "dino-vmf"
-            data = "" if self.config.data.kind == BUNDLED[0] else f" --data {self.config.data.kind}"
-            return f"vmf-pretrain demo{data} --method {other}"
-        folder = shlex.quote(str(self.folder.path))
-        return f"tensorboard --logdir {folder}" if self.config.log.tensorboard else f"ls {folder}/plots"
-
-
-def _remove_if_empty(folder: Path, *, existed: bool) -> None:
-    """A run that ended before it began leaves no folder."""
-    if not existed:
-        with contextlib.suppress(OSError):
-            folder.rmdir()

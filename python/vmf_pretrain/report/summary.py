@@ -2,12 +2,16 @@
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from vmf_pretrain.config.data import BUNDLED
+from vmf_pretrain.config.run import Config
 
 
 def comparison(figures: Mapping[str, Any]) -> str:
@@ -30,6 +34,16 @@ def summary_text(figures: Mapping[str, Any]) -> str:
     """The contents of summary.json; numbers that are not finite become null."""
     plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in figures.items()}
     return json.dumps(plain, indent=2) + "\n"
+
+
+def next_command(config: Config, folder: Path) -> str:
+    """What to type after a run: the demo with the other loss, or what shows the curves of the run in ``folder``."""
+    if config.data.kind in BUNDLED:
+        other = "dino" if config.method == "dino-vmf" else "dino-vmf"
+        data = "" if config.data.kind == BUNDLED[0] else f" --data {config.data.kind}"
+        return f"vmf-pretrain demo{data} --method {other}"
+    quoted = shlex.quote(str(folder))
+    return f"tensorboard --logdir {quoted}" if config.log.tensorboard else f"ls {quoted}/plots"
 
 
 def print_summary(

@@ -1,5 +1,6 @@
 """The folder of one run: its paths."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,12 @@ class RunFolder:
             begun = (path / "config.yaml").is_file()
             hint = "go on with --resume" if begun else "its files are left as they are"
             raise PretrainError(f"run folder {path} already exists; choose another with --out, or {hint}.")
+
+    @staticmethod
+    def remove_if_empty(path: Path) -> None:
+        """Remove a folder that holds nothing; any other stays."""
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
     @classmethod
     def reopen(cls, path: Path) -> "RunFolder":

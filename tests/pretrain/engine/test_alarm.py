@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.pretrain.engine.stopping import before_step
 from tests.pretrain.report.test_verdict import ALIVE, SMALL, UNCENTRED, run_of
 from tests.pretrain.tiny import a_run, changed
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.engine.alarm import Alarm
+from vmf_pretrain.engine.alarm import Alarm, CollapseError
+from vmf_pretrain.engine.history import trained
 from vmf_pretrain.engine.progress import RunProgress, duration
 from vmf_pretrain.report.verdict import FAULTS
 from vmf_pretrain.storage.metrics import read_metrics
+from vmf_pretrain.watch_command import Watch
 
 FAST = changed(
     SMALL,
@@ -54,13 +57,35 @@ def test_collapse_is_said_once_and_stands_in_every_record_of_the_run(tmp_path: P
     assert text.count(summary["verdict"]["words"]) > 1, "in the warning, and at the end"
 
 
-def test_run_that_is_to_end_with_a_collapse_ends_on_a_vote(tmp_path: Path) -> None:
-    run, _ = a_run(changed(FAST, train={"stop_on_collapse": True}), tmp_path / "run")
-    with pytest.raises(PretrainError, match=r"ended by train.stop_on_collapse: .*collapse: .* Try: .*--resume"):
-        run.train()
+def test_run_that_is_to_end_with_a_collapse_ends_on_a_vote_says_so_everywhere_and_goes_on(tmp_path: Path) -> None:
+    config = changed(FAST, train={"stop_on_collapse": True})
+    run, _ = a_run(config, tmp_path / "run")
+    with pytest.raises(PretrainError, match=r"ended by train.stop_on_collapse: .*collapse: .* Try: .*--resume") as end:
+        trained(run)
     steps = [record["step"] for record in read_metrics(run.folder) if record.get("warning") in FAULTS]
     assert len(steps) == 1
     assert run.step == steps[0] + 1, "one step later, when all ranks know"
+    summary = json.loads(run.folder.summary.read_text())
+    assert (summary["steps"], summary["ended"]) == (run.step, str(end.value))
+    assert summary["verdict"]["kind"] in FAULTS
+    assert summary["knn"] is not None, "the network is evaluated as it is"
+    page = run.folder.report.read_text()
+    assert f"The run failed after step {run.step}: the run is ended by train.stop_on_collapse" in page
+    said = io.StringIO()
+    Watch(run.folder, Console(file=said, width=400), 0.01).follow()
+    assert f"The run has ended at step {steps[0]} of 60: {end.value}" in said.getvalue()
+    # it goes on from its last checkpoint, to the same collapse, or past it if it may
+    again, _ = a_run(config, tmp_path / "run", resume=True)
+    left: list[bool] = []
+    before_step(again, again.step, lambda: left.append(again.folder.summary.exists()))
+    with pytest.raises(CollapseError):
+        again.train()
+    assert left == [False], "a summary of another end"
+    assert again.step == run.step
+    past, _ = a_run(changed(config, train={"stop_on_collapse": False}), tmp_path / "run", resume=True)
+    assert past.train() == 0
+    summary = json.loads(past.folder.summary.read_text())
+    assert (summary["steps"], summary["ended"]) == (60, None)
 
 
 def warned_by(records: list[dict[str, Any]], before: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
