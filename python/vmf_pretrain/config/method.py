@@ -6,6 +6,7 @@ from vmf_pretrain.config.checks import require
 
 METHODS = ("dino-vmf", "dino", "ibot", "ibot-vmf", "dinov2", "dinov2-vmf", "mae", "ijepa", "vjepa")
 PATCH_METHODS = ("ibot", "ibot-vmf", "dinov2", "dinov2-vmf")  # those with a loss of masked patches
+ONE_TEMPERATURE = ("dinov2", "dinov2-vmf")  # those whose patches have the teacher temperature of the class tokens
 VMF = "-vmf"  # the end of the names of those whose prototypes have concentrations
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 

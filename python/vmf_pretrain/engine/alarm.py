@@ -11,7 +11,11 @@ from vmf_pretrain.report.verdict import verdict
 
 WARNING = "warning"  # the key of a warning's kind in metrics.jsonl
 RECENT = 200  # logged steps that are looked at: all of a long run would take longer each time
-EXTREMES = ("mutual_information", "feature_rank")  # figures whose highest value so far matters
+EXTREMES = (
+    "mutual_information",
+    "patch_mutual_information",
+    "feature_rank",
+)  # figures whose highest value so far matters
 
 
 class CollapseError(PretrainError):

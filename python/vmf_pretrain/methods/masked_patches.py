@@ -39,16 +39,22 @@ class MaskedPatches:
 
     @torch.no_grad()
     def numbers(self) -> dict[str, Tensor]:
-        """[] entropies, divergence and mutual information, nats, and accuracy, over all ranks. Every rank must call it."""
+        """[] entropies, divergence and mutual information, nats, prototypes in use, and accuracy, over all ranks.
+
+        Every rank must call it. ``patch_prototypes_in_use`` is exp of the entropy of the mean assignment. Without masked
+        patches it is 1, and the others are 0.
+        """
         found = self.statistics
         entropies = (self._averaged(value) for value in (found.teacher_entropy, found.student_entropy, found.kl))
         teacher_entropy, student_entropy, kl = entropies
         usage = self._averaged(found.usage)
+        usage_entropy = -torch.xlogy(usage, usage).sum()
         return {
             "patch_teacher_entropy": teacher_entropy,
             "patch_student_entropy": student_entropy,
             "patch_kl": kl,
-            "patch_mutual_information": -torch.xlogy(usage, usage).sum() - teacher_entropy,
+            "patch_mutual_information": usage_entropy - teacher_entropy,
+            "patch_prototypes_in_use": usage_entropy.exp(),
             "masked_patch_accuracy": self._accuracy(),
         }
 

@@ -1,5 +1,6 @@
 """What to change in a run that has gone wrong: by its settings, one thing a sentence. No torch is needed."""
 
+from vmf_pretrain.config.method import ONE_TEMPERATURE
 from vmf_pretrain.config.run import Config
 
 SLOW_CENTRE = 0.99  # momentum above which a centre hardly moves within the steps that a collapse takes
@@ -37,6 +38,25 @@ def against_uniform(config: Config) -> tuple[str, ...]:
     if loss.center_start == "zero" and loss.centering != "sinkhorn_knopp":
         found.append('set loss.center_start to "first_batch"')
     return (*found, f"lower optim.learning_rate (it is {peak(config):g})", *_koleo(config))
+
+
+def against_patches(config: Config, form: str) -> tuple[str, ...]:
+    """The masked patches' head has collapsed alone: "one-hot", "uniform", or to one distribution of any other form."""
+    loss, found = config.loss, []
+    own = config.method not in ONE_TEMPERATURE
+    name, temperature = ("patch_teacher_temp", loss.patch_teacher_temp) if own else ("teacher_temp", loss.teacher_temp)
+    if form != "uniform" and loss.patch_center_momentum > SLOW_CENTRE and loss.centering != "sinkhorn_knopp":
+        slow = f"it is {loss.patch_center_momentum:g}, so the patches' centre hardly moves"
+        found.append(f"lower loss.patch_center_momentum to {PUBLISHED_CENTRE} ({slow})")
+    if form == "one-hot":
+        found.append(f"raise loss.{name} (it is {temperature:g}), which softens the teacher")
+    else:
+        first = f" and loss.warmup_{name} to {PUBLISHED_RATIO * loss.student_temp:g}"
+        flat = temperature > SHARP * loss.student_temp
+        found.append(f"lower loss.{name}{first if flat else ''} (it is {temperature:g})")
+    if loss.center_start == "zero" and loss.centering != "sinkhorn_knopp":
+        found.append('set loss.center_start to "first_batch"')
+    return (*found, f"lower loss.patch_weight (it is {loss.patch_weight:g})")
 
 
 def against_low_rank(config: Config, *, spreads: bool) -> tuple[str, ...]:

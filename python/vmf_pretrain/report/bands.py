@@ -57,33 +57,36 @@ class Band:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
 
-def one_hot_use(config: Config) -> float:
-    """The prototypes in use below which all images share one; of a few prototypes, a healthy run may use two."""
-    return min(ONE_HOT_USE, config.head.prototypes / 4)
+def one_hot_use(prototypes: int) -> float:
+    """The prototypes in use below which all rows share one; of a few prototypes, a healthy run may use two."""
+    return min(ONE_HOT_USE, prototypes / 4)
 
 
-def flat_entropy(config: Config) -> float:
+def flat_entropy(prototypes: int) -> float:
     """The entropy, nats, above which an assignment to prototypes is uniform."""
-    return FLAT * math.log(config.head.prototypes)
+    return FLAT * math.log(prototypes)
 
 
 def bands(config: Config) -> tuple[Band, ...]:
     """The bands to draw beside a run's curves; those of figures that its method does not log are of no use."""
-    prototypes = config.head.prototypes
     return (
-        Band("mutual_information", None, DEAD_INFORMATION, "collapse: prototypes tell nothing about an image"),
-        Band("prototypes_in_use", None, one_hot_use(config), "one-hot collapse"),
-        Band(
-            "prototypes_in_use",
-            UNIFORM_USE * prototypes,
-            None,
-            "uniform collapse, if the mutual information is gone too",
-        ),
-        Band("teacher_entropy", flat_entropy(config), None, "uniform collapse"),
+        *_of_head("", config.head.prototypes),
+        *_of_head("patch_", config.patch_prototypes),
         Band("feature_rank", None, LEAST_RANK, "rank collapse"),
         Band("feature_variance", None, LEAST_VARIANCE, "all images have the same features"),
         Band("target_variance", None, NO_VARIANCE, "all target tokens are alike"),
         Band("predicted_variance", None, NO_VARIANCE, "the predictor is constant"),
+    )
+
+
+def _of_head(prefix: str, prototypes: int) -> tuple[Band, ...]:
+    """The bands of the figures of class tokens, or of patches, whose names begin with ``prefix``."""
+    used, unless = f"{prefix}prototypes_in_use", "uniform collapse, if the mutual information is gone too"
+    return (
+        Band(f"{prefix}mutual_information", None, DEAD_INFORMATION, "collapse: prototypes tell nothing"),
+        Band(used, None, one_hot_use(prototypes), "one-hot collapse"),
+        Band(used, UNIFORM_USE * prototypes, None, unless),
+        Band(f"{prefix}teacher_entropy", flat_entropy(prototypes), None, "uniform collapse"),
     )
 
 

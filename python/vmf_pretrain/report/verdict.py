@@ -17,9 +17,11 @@ from vmf_pretrain.report.advice import (
     against_divergence,
     against_low_rank,
     against_one_hot,
+    against_patches,
     against_uniform,
 )
 from vmf_pretrain.report.bands import Curves
+from vmf_pretrain.report.heads import Form, Head
 
 Kind = Literal[
     "alive",
@@ -28,6 +30,7 @@ Kind = Literal[
     "uniform collapse",
     "one-hot collapse",
     "dead head",
+    "patch collapse",
     "rank collapse",
     "constant predictor",
     "diverging",
@@ -36,15 +39,18 @@ FAULTS: tuple[Kind, ...] = (
     "uniform collapse",
     "one-hot collapse",
     "dead head",
+    "patch collapse",
     "rank collapse",
     "constant predictor",
     "diverging",
 )
 QUARTERS = 4
-LEADS: dict[Kind, str] = {  # the figure that tells most of a dead head, by how it has collapsed
-    "one-hot collapse": "prototypes_in_use",
-    "uniform collapse": "teacher_entropy",
-    "dead head": "mutual_information",
+SPREAD = ("largest_share", "feature_rank", "feature_variance")
+KINDS: dict[Form, Kind] = {"one-hot": "one-hot collapse", "uniform": "uniform collapse", "constant": "dead head"}
+FORMS: dict[Form, str] = {
+    "one-hot": "all {rows} go to the same prototype",
+    "uniform": "every {row} goes to all prototypes alike",
+    "constant": "every {row} gets the same distribution over prototypes",
 }
 
 
@@ -97,8 +103,7 @@ def verdict(records: Sequence[Mapping[str, Any]], config: Config) -> Verdict:
     if found is None and curves.step < bands.SHORT:
         found = Verdict("too short to say", _short(curves))
     if found is None:
-        faults: tuple[Callable[[Curves, Config], Verdict | None], ...] = (_diverging, _collapsed, _constant, _low_rank)
-        found = next((fault for look in faults if (fault := look(curves, config)) is not None), None)
+        found = next((fault for look in LOOKS if (fault := look(curves, config)) is not None), None)
     found = found or _well(curves, config)
     return Verdict(found.kind, found.words, found.evidence, found.advice, found.figures, curves.step)
 
@@ -159,59 +164,49 @@ def _forgotten(curves: Curves, config: Config) -> Verdict | None:
 
 def _collapsed(curves: Curves, config: Config) -> Verdict | None:
     """Prototypes tell nothing about an image."""
-    shared = curves.held_below("prototypes_in_use", bands.one_hot_use(config))
-    flat = curves.held_above("teacher_entropy", bands.flat_entropy(config))
-    if not shared and not flat and not curves.held_below("mutual_information", bands.DEAD_INFORMATION):
+    head = Head.of_class_tokens(curves, config)
+    if not _ended(head, config, since=0):
         return None
-    if _jumps(
-        curves, curves.start("loss") or math.inf
-    ):  # a head that is thrown about is dead for a while, again and again
-        return None
-    information = curves.values("mutual_information")
-    fell = bool(information) and max(information) > bands.FELL * information[-1]
-    if not fell and _warming_up(curves, config):  # large untrained networks begin there, and leave it
-        return None
-    names = ("mutual_information", "teacher_entropy", "prototypes_in_use", "largest_share", "feature_rank")
-    figures = {name: value for name in (*names, "feature_variance") if (value := curves.now(name)) is not None}
-    kind, form, advice = _form(figures, config)
+    extra = (curves.now(name) for name in SPREAD)
+    figures = head.figures | {name: value for name, value in zip(SPREAD, extra, strict=True) if value is not None}
+    form = head.form
+    kind, words = KINDS[form], FORMS[form].format(row="image", rows="images")
     spread, apart = _features_said(curves)
-    evidence = (*_head_said(figures, config, LEADS[kind]), *spread)
     if kind == "dead head":
-        words = f"The head is dead: {form}."
+        said = f"The head is dead: {words}."
     elif apart:
         kind = "dead head"
-        words = (
-            f"The head is dead under healthy features: {form}, so the loss teaches the backbone nothing, "
+        said = (
+            f"The head is dead under healthy features: {words}, so the loss teaches the backbone nothing, "
             "while its features are held apart by something else (KoLeo, or their start)."
         )
     else:
-        words = f"{kind.capitalize()}: {form}."
-    return Verdict(kind, words, evidence, advice, figures)
+        said = f"{kind.capitalize()}: {words}."
+    return Verdict(kind, said, (*head.said(form), *spread), _against(form, config), figures)
 
 
-def _form(figures: Mapping[str, float], config: Config) -> tuple[Kind, str, tuple[str, ...]]:
-    """How the head has collapsed, that in words, and what helps."""
-    # runs of earlier versions have not logged the use; where the information is gone, it is that of a single image
-    used = figures.get("prototypes_in_use", math.exp(figures.get("teacher_entropy", 0.0)))
-    if used < bands.one_hot_use(config):
-        return "one-hot collapse", "all images go to the same prototype", against_one_hot(config)
-    if used > bands.UNIFORM_USE * config.head.prototypes:
-        return "uniform collapse", "every image goes to all prototypes alike", against_uniform(config)
+def _patches_collapsed(curves: Curves, config: Config) -> Verdict | None:
+    """Prototypes tell nothing about a masked patch; those of class tokens were looked at before."""
+    head = Head.of_patches(curves, config)
+    if not _ended(head, config, since=config.masks.start_epoch):
+        return None
+    form, others = head.form, Head.of_class_tokens(curves, config).figures
+    alive = "; the head of the class tokens has not collapsed" if others else ""
+    words = f"Patch collapse: {FORMS[form].format(row='masked patch', rows='masked patches')}{alive}."
+    evidence = (*head.said(form), *(f"{name} {value:.3g} of the class tokens" for name, value in others.items()))
+    return Verdict("patch collapse", words, evidence, against_patches(config, form), head.figures)
+
+
+def _ended(head: Head, config: Config, *, since: int) -> bool:
+    """Whether a head that began after ``since`` epochs is dead, and neither at its beginning nor thrown about."""
+    if not head.dead or _jumps(head.curves, head.curves.start("loss") or math.inf):
+        return False  # a head that is thrown about is dead for a while, again and again
+    return head.fell or not _warming_up(head.curves, config, since=since)
+
+
+def _against(form: Form, config: Config) -> tuple[str, ...]:
     both = (*against_uniform(config)[:1], *against_one_hot(config))
-    return "dead head", "every image gets the same distribution over prototypes", both
-
-
-def _head_said(figures: Mapping[str, float], config: Config, lead: str) -> tuple[str, ...]:
-    """The head's figures with their limits, the one that tells most first."""
-    prototypes = config.head.prototypes
-    few, most = bands.one_hot_use(config), bands.UNIFORM_USE * prototypes
-    limits = {
-        "mutual_information": f"nats; gone below {bands.DEAD_INFORMATION}, and runs that learn stay above 0.3",
-        "teacher_entropy": f"nats of at most {math.log(prototypes):.3g}; uniform above {bands.flat_entropy(config):.3g}",
-        "prototypes_in_use": f"of {prototypes}; one-hot below {few:g}, uniform above {most:.3g}",
-    }
-    names = sorted((name for name in limits if name in figures), key=lambda name: name != lead)
-    return tuple(f"{name} {figures[name]:.3g} {limits[name]}" for name in names)
+    return {"one-hot": against_one_hot(config), "uniform": against_uniform(config), "constant": both}[form]
 
 
 def _features_said(curves: Curves) -> tuple[tuple[str, ...], bool]:
@@ -331,7 +326,16 @@ def _moving(curves: Curves) -> str | None:
     return None
 
 
-def _warming_up(curves: Curves, config: Config) -> bool:
-    """Whether the learning rate still rises, or prototypes rest, at the last record."""
-    epochs = max(config.optim.warmup_epochs, config.optim.freeze_last_layer_epochs)
+def _warming_up(curves: Curves, config: Config, *, since: int = 0) -> bool:
+    """Whether the learning rate still rises, or prototypes rest, at the last record, for what began after some epochs."""
+    epochs = since + max(config.optim.warmup_epochs, config.optim.freeze_last_layer_epochs)
     return bool(curves.records) and int(curves.records[-1].get("epoch", 0)) <= epochs
+
+
+LOOKS: tuple[Callable[[Curves, Config], Verdict | None], ...] = (
+    _diverging,
+    _collapsed,
+    _patches_collapsed,
+    _constant,
+    _low_rank,
+)

@@ -51,6 +51,16 @@ def trained(config: Config, steps: int, *, until_fault: bool = True) -> tuple[Ve
 
 
 QUICK = changed(SMALL, optim={"teacher_momentum": 0.9})  # a teacher that follows soon is soon where it goes
+PATCHES = changed(
+    QUICK,
+    method="dinov2",
+    data={"batch_size": 32},
+    backbone={"patch_size": 4},
+    head={"patches": "own_head"},
+    masks={"shares": (0.1, 0.3)},
+    loss={"koleo_weight": 0.1},
+    optim={"teacher_momentum": 0.8},
+)
 FORCED = {
     "no centring: one-hot": (
         changed(QUICK, loss={**UNCENTRED, "koleo_weight": 0.0}),
@@ -66,6 +76,11 @@ FORCED = {
         changed(QUICK, loss={**UNCENTRED, "koleo_weight": 0.05}),
         "dead head",
         ("feature_rank", "loss.center_momentum"),
+    ),
+    "no centring of the patches alone: patch collapse": (
+        changed(PATCHES, loss={"patch_center_momentum": 0.999999, "center_start": "zero"}),
+        "patch collapse",
+        ("patch_prototypes_in_use", "loss.patch_center_momentum"),
     ),
     "weights decayed away: constant predictor": (
         changed(JEPA, optim={"warmup_epochs": 0, "weight_decay": 100.0, "final_weight_decay": 100.0}),
@@ -110,6 +125,8 @@ def run_of(count: int = 40, **figures: Any) -> list[dict[str, Any]]:
 
 
 ALIVE = {"loss": 3.0, "mutual_information": 1.0, "feature_rank": 5.0, "feature_variance": 0.5, "kl": 1.0}
+PATCHES_TOLD = {"patch_teacher_entropy": 0.5, "patch_kl": 1.0, "masked_patch_accuracy": 0.5}
+ALIKE = {**ALIVE, **PATCHES_TOLD, "patch_mutual_information": [1.0] * 20 + [0.01] * 20}
 TOLD: dict[str, tuple[list[dict[str, Any]], str]] = {
     "nothing": ([], "too short to say"),
     "four records": (run_of(4, **ALIVE), "too short to say"),
@@ -121,6 +138,16 @@ TOLD: dict[str, tuple[list[dict[str, Any]], str]] = {
     "one odd batch": (run_of(**{**ALIVE, "mutual_information": [1.0] * 39 + [0.0]}), "alive"),
     "few directions": (run_of(**{**ALIVE, "feature_rank": [5.0] * 30 + [1.1] * 10}), "rank collapse"),
     "same features": (run_of(**{**ALIVE, "feature_variance": [0.5] * 30 + [1e-5] * 10}), "rank collapse"),
+    "patches alike": (run_of(**ALIKE, patch_prototypes_in_use=8.0), "patch collapse"),
+    "patches flat": (
+        run_of(**{**ALIKE, "patch_teacher_entropy": 3.46}, patch_prototypes_in_use=32.0),
+        "patch collapse",
+    ),
+    "both": (run_of(**{**ALIKE, "mutual_information": [1.0] * 20 + [0.0] * 20}), "dead head"),
+    "no patch is masked": (
+        run_of(**ALIVE, **dict.fromkeys(PATCHES_TOLD, 0.0), patch_mutual_information=0.0, patch_prototypes_in_use=1.0),
+        "alive",
+    ),
     "same targets": (
         run_of(loss=[0.5] * 20 + [1e-6] * 20, target_variance=[0.1] * 20 + [1e-6] * 20, predicted_variance=1e-7),
         "constant predictor",
@@ -143,6 +170,10 @@ def test_head_that_tells_nothing_yet_is_no_collapse_in_the_warm_up() -> None:
     long, short = (changed(SMALL, optim={"warmup_epochs": epochs}, train={"epochs": 60}) for epochs in (50, 1))
     assert verdict(dead, long).kind == "still learning"
     assert verdict(dead, short).kind == "dead head", "its features are as at the start"
+    patches = run_of(**ALIVE, **PATCHES_TOLD, patch_mutual_information=0.01, patch_prototypes_in_use=1.0)
+    late, early = (changed(short, masks={"start_epoch": epoch}) for epoch in (39, 1))
+    assert verdict(patches, late).kind == "alive", "their head has just begun"
+    assert verdict(patches, early).kind == "patch collapse"
 
 
 @pytest.mark.quick

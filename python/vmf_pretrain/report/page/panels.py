@@ -127,6 +127,12 @@ PANELS = (
     ),
     Panel(
         "prototypes",
+        "Prototypes in use by masked patches",
+        "prototypes",
+        {"patch_prototypes_in_use": "exp of the entropy of use"},
+    ),
+    Panel(
+        "prototypes",
         "Share of the prototype that is used most",
         "share",
         {"largest_share": "largest share"},
