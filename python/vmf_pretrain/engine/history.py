@@ -6,6 +6,7 @@ import platform
 import shlex
 import signal
 import sys
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vmf_pretrain.storage.history import History, How
 LIBRARIES = ("vmf_kernels", "torch", "torchvision", "timm", "numpy", "pillow")
 OF_SIGNALS = 128  # exit codes above it
 COMMAND = "vmf-pretrain"
+MOST_TRACEBACK = 20_000  # letters that are kept, of its end
 
 
 def trained(run: Run) -> int:
@@ -41,7 +43,7 @@ def trained(run: Run) -> int:
         _end(run, history, "stopped", "by KeyboardInterrupt")
         raise
     except BaseException as error:
-        _end(run, history, "failed", _reason(error))
+        _end(run, history, "failed", _reason(error), traceback=_traceback(error))
         raise
     if code > OF_SIGNALS:
         _end(run, history, "stopped", f"by {signal.Signals(code - OF_SIGNALS).name}")
@@ -50,8 +52,8 @@ def trained(run: Run) -> int:
     return code
 
 
-def _end(run: Run, history: History, how: How, reason: str) -> None:
-    history.ended(run.step, how, reason, _now())
+def _end(run: Run, history: History, how: How, reason: str, *, traceback: str = "") -> None:
+    history.ended(run.step, how, reason, _now(), traceback=traceback)
     path = run.folder.report
     try:
         views = run.folder.plots / "views.png"
@@ -124,6 +126,11 @@ def _reason(error: BaseException) -> str:
     """An error in a line; one of ours is a sentence already."""
     said = " ".join(str(error).split())
     return said if isinstance(error, PretrainError) else f"{type(error).__name__}: {said}"
+
+
+def _traceback(error: BaseException) -> str:
+    """Where an error of the program or the machine was raised; nothing of one that a person can correct."""
+    return "" if isinstance(error, PretrainError) else "".join(traceback.format_exception(error))[-MOST_TRACEBACK:]
 
 
 def _now() -> str:

@@ -25,9 +25,10 @@ class History:
         """The run begins or goes on at a step; ``facts`` are the command, the time, versions, machine and images."""
         self._lines.write({"event": "start", "step": step, **facts})
 
-    def ended(self, step: int, how: How, reason: str, time: str) -> None:
-        """The run has ended after a step, and why, in a sentence or nothing."""
-        self._lines.write({"event": "end", "step": step, "how": how, "reason": reason, "time": time})
+    def ended(self, step: int, how: How, reason: str, time: str, *, traceback: str = "") -> None:
+        """The run has ended after a step, and why: in a sentence or nothing, and where in the program, if it has crashed."""
+        event = {"event": "end", "step": step, "how": how, "reason": reason, "time": time, "traceback": traceback}
+        self._lines.write(event)
         self._lines.flush()
 
 

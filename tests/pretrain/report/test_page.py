@@ -253,7 +253,11 @@ def test_history_has_each_start_and_end(runs: Runs) -> None:
     assert (start["event"], start["step"], start["images"]["images"]) == ("start", 0, 100)
     assert {"torch", "vmf_kernels", "python"} <= set(start["versions"])
     assert (end["event"], end["how"], end["step"], end["reason"]) == ("end", "failed", 1, f"RuntimeError: {BOOM}")
-    assert read_lines(runs.folders["finished"] / "history.jsonl")[-1]["how"] == "finished"
+    assert "in once\n    raise RuntimeError(BOOM)" in end["traceback"]
+    page = (runs.folders["failed"] / "report.html").read_text()
+    assert "raise RuntimeError(BOOM)" in page, "the page that was written at the failure has no traceback"
+    last = read_lines(runs.folders["finished"] / "history.jsonl")[-1]
+    assert (last["how"], last["traceback"]) == ("finished", "")
 
 
 @pytest.mark.parametrize("fails", [False, True])

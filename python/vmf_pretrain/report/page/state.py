@@ -97,11 +97,13 @@ def _ending(run: RunData) -> str:
 
 
 def _traceback(run: RunData) -> str:
-    path = run.folder.path / CRASH
-    if not path.is_file():
-        return ""
-    said = path.read_text(encoding="utf-8", errors="replace")[-MOST_TRACEBACK:]
-    return f"<details><summary>{CRASH}</summary><pre tabindex='0'>{text(said)}</pre></details>"
+    """Where the program failed, as the end of the run says; of an earlier version's run as its crash.txt has it."""
+    end, path = run.end or {}, run.folder.path / CRASH
+    if "traceback" not in end and path.is_file():
+        said = path.read_text(encoding="utf-8", errors="replace")[-MOST_TRACEBACK:]
+    else:
+        said = str(end.get("traceback") or "")
+    return f"<details><summary>Traceback</summary><pre tabindex='0'>{text(said)}</pre></details>" if said else ""
 
 
 def _warnings(run: RunData) -> str:
