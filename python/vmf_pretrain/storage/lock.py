@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.storage.tolerant import warn
@@ -21,6 +21,7 @@ LOCK = ".lock"
 CLAIM = f"{LOCK}-claim-"  # who wants to replace a dead holder's lock makes this file first, named after that lock
 UNREADABLE_FOR = 2.0  # seconds after which a lock without a holder's name is no lock that is just being written
 PAUSE = 0.05  # seconds between two looks at it
+State = Literal["dead", "alive", "another machine", "in another container"]  # of the process that holds a lock
 START_TIME = 19  # place of the start time among the fields of /proc/PID/stat that follow the command's name
 
 
@@ -30,11 +31,15 @@ class Holder:
 
     Attributes:
         pid: number of its process.
+        host: the machine that it runs on.
         dead: whether that process is known to have ended.
+        seen: whether this process can see whether it has: not on another machine or in another container.
     """
 
     pid: int
+    host: str
     dead: bool
+    seen: bool
 
 
 def holder_of(folder: Path) -> Holder | None:
@@ -42,11 +47,8 @@ def holder_of(folder: Path) -> Holder | None:
     holder = _read(folder / LOCK)
     if holder is None:
         return None
-    try:
-        _require_dead(holder, folder / LOCK)
-    except PretrainError:
-        return Holder(holder["pid"], dead=False)
-    return Holder(holder["pid"], dead=True)
+    state = _state(holder)
+    return Holder(holder["pid"], str(holder["host"]), dead=state == "dead", seen=state in ("dead", "alive"))
 
 
 class RunLock:
@@ -152,24 +154,30 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _require_dead(other: dict[str, Any], path: Path) -> None:
     """Raise PretrainError unless the process that holds a lock is known to have ended."""
-    mine = _identity(os.getpid())
+    state = _state(other)
+    if state == "dead":
+        return
     in_use = f"run folder {path.parent} is in use by process {other['pid']} on {other['host']}"
-    if other["host"] != mine["host"]:
-        raise PretrainError(
-            f"{in_use}, another machine, where this one cannot see whether it still runs; if it has ended, remove {path}."
-        )
-    if other.get("boot") != mine["boot"]:
-        return  # the machine has started anew since
-    if other.get("container") != mine["container"]:
-        raise PretrainError(
-            f"{in_use}, in another container, where this one cannot see whether it still runs; if it has ended, remove {path}."
-        )
-    if os.name == "nt" or _alive(
-        other["pid"], other["started"]
-    ):  # Windows has no way to ask that is in Python's library
+    if state == "alive":
         raise PretrainError(
             f"{in_use}; stop it first, or choose another folder with --out (if it has ended, remove {path})."
         )
+    raise PretrainError(
+        f"{in_use}, {state}, where this one cannot see whether it still runs; if it has ended, remove {path}."
+    )
+
+
+def _state(other: dict[str, Any]) -> State:
+    """Whether the process that holds a lock runs, or why that cannot be seen from here."""
+    mine = _identity(os.getpid())
+    if other["host"] != mine["host"]:
+        return "another machine"
+    if other.get("boot") != mine["boot"]:
+        return "dead"  # the machine has started anew since
+    if other.get("container") != mine["container"]:
+        return "in another container"
+    # Windows has no way to ask that is in Python's library
+    return "alive" if os.name == "nt" or _alive(other["pid"], other["started"]) else "dead"
 
 
 def _alive(pid: int, started: str | None) -> bool:

@@ -28,7 +28,9 @@ from vmf_pretrain.engine import history
 from vmf_pretrain.engine.history import trained
 from vmf_pretrain.report.page.page import write_page
 from vmf_pretrain.report.page.run_data import read_run
+from vmf_pretrain.report.page.state import state_of, verdicts
 from vmf_pretrain.storage.lines import read_lines
+from vmf_pretrain.storage.lock import RunLock
 
 HOSTILE = "<img src=x onerror=alert(1)>"  # a class, and so a folder
 QUOTED = 'it\'s a "broken" <b>file.png'
@@ -258,6 +260,34 @@ def test_history_has_each_start_and_end(runs: Runs) -> None:
     assert "raise RuntimeError(BOOM)" in page, "the page that was written at the failure has no traceback"
     last = read_lines(runs.folders["finished"] / "history.jsonl")[-1]
     assert (last["how"], last["traceback"]) == ("finished", "")
+
+
+GOES_ON = "Go on with: vmf-pretrain fit --resume --out "
+UNENDED = {
+    "going": ({}, "still going", "The run is still going: process {pid} on "),
+    "killed": ({"boot": "an earlier one"}, "killed", "The run was killed or lost at step 7: process {pid} on "),
+    "elsewhere": ({"host": "other"}, "perhaps still going", "Whether process {pid} on other still runs cannot be seen"),
+    "nobody's": (None, "not finished", "no process has its folder"),
+}
+
+
+@pytest.mark.parametrize(("lock", "state", "said"), UNENDED.values(), ids=UNENDED)
+def test_run_that_has_not_said_how_it_ended_is_told_by_its_lock(
+    lock: dict[str, str] | None, state: str, said: str, tmp_path: Path
+) -> None:
+    folder = _bare(tmp_path)
+    (folder / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
+    (folder / "history.jsonl").write_text('{"event": "start", "step": 0}\n')
+    with RunLock.take(folder) as held:
+        holder = json.loads(held.path.read_text())
+        held.path.write_text(json.dumps({**holder, **(lock or {})}))
+        if lock is None:
+            held.path.unlink()
+        run = read_run(folder)
+    shown = verdicts([run])
+    assert state_of(run) == state
+    assert said.format(pid=holder["pid"]) in shown, shown
+    assert (GOES_ON in shown) == (state in ("killed", "not finished"))
 
 
 @pytest.mark.parametrize("fails", [False, True])

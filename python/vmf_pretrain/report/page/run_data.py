@@ -13,6 +13,7 @@ from vmf_pretrain.config.resume import flat
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.storage.history import read_history
 from vmf_pretrain.storage.lines import read_lines
+from vmf_pretrain.storage.lock import Holder, holder_of
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.storage.run_folder import RunFolder
 
@@ -33,6 +34,7 @@ class RunData:
         records: of metrics.jsonl, each with a step; None for what is not finite.
         summary: of summary.json; None if there is none.
         history: starts and ends.
+        holder: the process that has locked the folder; None if none has.
         histograms: of each evaluation.
         bad: images that could not be read.
         skipped: steps that were not finite.
@@ -46,6 +48,7 @@ class RunData:
     records: Sequence[Record]
     summary: Record | None
     history: Sequence[Record]
+    holder: Holder | None
     histograms: Sequence[Record]
     bad: Sequence[Record]
     skipped: Sequence[Record]
@@ -102,6 +105,7 @@ def read_run(path: Path, name: str | None = None) -> RunData:
     try:
         text = folder.config.read_text(encoding="utf-8", errors="replace")
         config, unfit = _settings(folder.config)
+        holder = holder_of(path)  # before the history: a run that ends in between has said so there
         return RunData(
             folder,
             path.absolute().name if name is None else name,
@@ -111,6 +115,7 @@ def read_run(path: Path, name: str | None = None) -> RunData:
             [_known(record) for record in read_metrics(folder) if _step(record)],
             _summary(folder.summary),
             read_history(folder),
+            holder,
             [record for record in read_lines(folder.histograms) if _step(record)],
             read_lines(folder.bad_files),
             read_lines(folder.skipped_steps),

@@ -1,5 +1,6 @@
 """The top of the page: what became of each run, in words, with the evidence and what to try."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from vmf_pretrain.report.verdict import verdict
 
 Runs = Sequence[RunData]
 
-FINISHED, STOPPED, FAILED, OPEN = "finished", "stopped", "failed", "not finished"
+FINISHED, FAILED = "finished", "failed"
+GOING, KILLED, UNSEEN, LOST = "still going", "killed", "perhaps still going", "not finished"  # of runs that say no end
 MOST_TRACEBACK = 20_000  # letters of a crash.txt that are shown
 
 
@@ -31,11 +33,15 @@ class Judged:
 
 
 def state_of(run: RunData) -> str:
-    """Whether the run has ended, and how."""
-    end = run.end
+    """Whether the run has ended, and how; of one that has not said so, whether its process still runs."""
+    end, holder = run.end, run.holder
     if end is not None:
-        return str(end.get("how", OPEN))
-    return FINISHED if run.summary is not None and not run.starts else OPEN
+        return str(end.get("how", LOST))
+    if run.summary is not None and not run.starts:
+        return FINISHED
+    if holder is None:
+        return LOST
+    return KILLED if holder.dead else GOING if holder.seen else UNSEEN
 
 
 def judged(run: RunData) -> Judged:
@@ -84,16 +90,29 @@ def _verdict(run: RunData, *, several: bool) -> Html:
 
 def _ending(run: RunData) -> str:
     """What a person must know of a run that did not come to its end."""
-    state, end = state_of(run), run.end or {}
+    state, end = state_of(run), run.end
     if state == FINISHED:
         return ""
-    if state == OPEN:
-        going = "it is still going, or it was killed" if run.starts else "it is still going, was stopped, or has failed"
-        said = f"The run has reached step {run.step:,} and has not said that it ended: {going}."
+    if end is None:
+        said = _unended(run, state)
     else:
         done = "failed" if state == FAILED else "was stopped"
         said = f"The run {done} after step {int(end.get('step', run.step)):,}: {end.get('reason') or 'no reason was given'}"
     return f'<p class="ending">{text(said)}</p>{_traceback(run) if state == FAILED else ""}'
+
+
+def _unended(run: RunData, state: str) -> str:
+    """What is known of a run that has not said how it ended."""
+    at, holder = f"step {run.step:,}", run.holder
+    on = f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(run.folder.path))}"
+    process = "" if holder is None else f"process {holder.pid} on {holder.host}"
+    if state == GOING:
+        return f"The run is still going: {process} has reached {at}."
+    if state == UNSEEN:
+        return f"The run has reached {at}. Whether {process} still runs cannot be seen from here."
+    if state == KILLED:
+        return f"The run was killed or lost at {at}: {process} has ended and not said how. {on}"
+    return f"The run has reached {at} and has not said that it ended, and no process has its folder. {on}"
 
 
 def _traceback(run: RunData) -> str:
