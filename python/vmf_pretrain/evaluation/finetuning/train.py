@@ -15,9 +15,19 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.tasks.finetune import Protocol
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import NetworkInput
+from vmf_pretrain.data.randomness import TRAINING_STEP, stream_seed
 from vmf_pretrain.evaluation.finetuning.network import Classifier, classifier_of, rate_groups
 from vmf_pretrain.evaluation.finetuning.schedule import rate_of
-from vmf_pretrain.evaluation.finetuning.views import SEED, Course, Place, Views, drawing_from, parts_of
+from vmf_pretrain.evaluation.finetuning.state import Kept
+from vmf_pretrain.evaluation.finetuning.views import (
+    SEED,
+    Course,
+    Place,
+    Views,
+    drawing_from,
+    parts_of,
+    start_stream,
+)
 from vmf_pretrain.evaluation.outputs import precision
 from vmf_pretrain.evaluation.views import View
 
@@ -37,17 +47,19 @@ class Labelled:
     classes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Machine:
     """Where and how it is computed.
 
     Attributes:
         dtype: of forward passes, by autocast.
         workers: processes that decode images.
+        kept: what is on disk of this training.
     """
 
     dtype: torch.dtype
     workers: int
+    kept: Kept
 
 
 def fine_tuned(
@@ -55,27 +67,32 @@ def fine_tuned(
 ) -> Classifier:
     """The network after the last epoch, in evaluation mode; deterministic on a CPU, and the given network stays as it is.
 
-    A batch holds at most all images, and an odd one fewer, as images are mixed in pairs; what is left of an epoch is dropped.
+    It goes on after the epoch that is kept, to the weights that it would have had without the interruption. A batch holds at
+    most all images, and an odd one fewer, as images are mixed in pairs; what is left of an epoch is dropped.
 
     Raises:
-        PretrainError: there are fewer than 2 images, the network cannot be fine-tuned, or the loss is not finite.
+        PretrainError: there are fewer than 2 images, the network cannot be fine-tuned, the loss is not finite, or the disk is
+            full.
     """
     count = len(given.images)
     size = min(protocol.batch_size, count) // 2 * 2
     if size < 2:
         raise PretrainError(f"{count} training image is too few for fine-tuning; expected at least 2.")
     device = next(network.parameters()).device
-    course = Course(count, size, protocol)
     with drawing_from(SEED, device):
         classifier = classifier_of(network, features, given.classes, protocol).train()
         optimizer = torch.optim.AdamW(rate_groups(classifier, protocol), lr=0.0)
+        course = Course(count, size, protocol, machine.kept.restore(classifier, optimizer))
         soften = _mixing(protocol, given.classes) or protocol.smoothing
         inputs = parts_of(Views(given.images, fed, protocol), course, machine.workers)
-        for step, batch in enumerate(course.batches()):
+        for step, batch in enumerate(course.batches(), course.done * course.steps_per_epoch):
+            start_stream(stream_seed(SEED, TRAINING_STEP, step))
             for group in optimizer.param_groups:
                 group["lr"] = group["share"] * rate_of(protocol, size, step, course.steps_per_epoch)
             drawn = ((next(inputs), _labels(given, part)) for part in batch)
             _step(classifier, optimizer, drawn, size, soften, machine.dtype)
+            if not (step + 1) % course.steps_per_epoch:
+                machine.kept.epoch_ended((step + 1) // course.steps_per_epoch, classifier, optimizer)
     return classifier.eval()
 
 

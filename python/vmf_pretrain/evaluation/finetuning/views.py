@@ -40,14 +40,19 @@ def drawing_from(seed: int, device: torch.device | None = None) -> Iterator[None
     """
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        start_stream(seed)
         try:
             yield
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
+
+
+def start_stream(seed: int) -> None:
+    """The same generators at the start of another stream, inside ``drawing_from``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 class Views(Dataset[Tensor]):
@@ -97,11 +102,13 @@ class Course:
         count: N, of which what is left of whole batches is dropped in each epoch.
         size: images of a batch, at most N.
         protocol: epochs, repeated views, images of a part.
+        done: epochs that are left out, as they were trained on before.
     """
 
     count: int
     size: int
     protocol: Protocol
+    done: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -111,7 +118,7 @@ class Course:
     def batches(self) -> Iterator[list[list[Place]]]:
         """The parts of each batch, an epoch at a time in memory. Every view has a number of its own."""
         part = self.protocol.part // 2 * 2  # images are mixed in pairs
-        for epoch in range(self.protocol.epochs):
+        for epoch in range(self.done, self.protocol.epochs):
             order = order_of(self.count, self.protocol, epoch).tolist()
             for step in range(self.steps_per_epoch):
                 places = [(epoch * self.count + n, order[n]) for n in range(step * self.size, (step + 1) * self.size)]

@@ -4,7 +4,8 @@ Legend: N training images, M test images, F features, C classes.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,20 +16,23 @@ from vmf_pretrain.config.tasks.finetune import FinetuneTask, Protocol
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import NetworkInput
 from vmf_pretrain.evaluation.accuracy import accuracies
-from vmf_pretrain.evaluation.extract import Wanted
+from vmf_pretrain.evaluation.extract import Wanted, images_facts
 from vmf_pretrain.evaluation.finetuning.network import Classifier
+from vmf_pretrain.evaluation.finetuning.state import Kept, found_once
 from vmf_pretrain.evaluation.finetuning.train import Labelled, Machine, fine_tuned, logits_of
 from vmf_pretrain.evaluation.pictures import plot_curves
 from vmf_pretrain.evaluation.result import Result
 from vmf_pretrain.evaluation.scores import Known, Predicted, predicted
 from vmf_pretrain.evaluation.splits import held_out_per_class
-from vmf_pretrain.evaluation.stored import Features
+from vmf_pretrain.evaluation.stored import Features, fingerprint
 from vmf_pretrain.evaluation.task import Subject, Task
 from vmf_pretrain.evaluation.views import CentreSquare
+from vmf_pretrain.storage.durable import remove
 
 SEED = 0  # of the images held out for the choice
 SPLITS = ("train", "test")
 RESIZE = 256 / 224  # of the shorter side of test images, as a multiple of the square, as published
+UNFINISHED = "unfinished"  # folder of what a killed evaluation goes on from
 Curve = list[tuple[float, float]]
 
 
@@ -53,9 +57,16 @@ class Split:
         """Those at some places."""
         return Split(self.images.subset(places), self.labels[places])
 
+    def facts(self) -> dict[str, Any]:
+        """What tells it from others, as JSON holds it."""
+        return {**images_facts(self.images), "labels": self.labels.tolist()}
+
 
 class Finetune(Task[FinetuneTask]):
     """Top-1 and top-5 accuracy after the last epoch. It is computed by the first rank, on one device.
+
+    One that was killed goes on: rates that were tried are not tried again, and a training goes on after an epoch that is on
+    disk.
 
     Source: repository bytedance/ibot, evaluation/classification_layer_decay and evaluation/eval_cls.py. Those report the epoch
     and the rate that are best on the images they report; here a rate is chosen on a share of the training images, and the last
@@ -63,6 +74,7 @@ class Finetune(Task[FinetuneTask]):
     """
 
     name = "finetune"
+    version = 2  # each step draws from a stream of its own
 
     def wants(self, settings: FinetuneTask, fed: NetworkInput) -> dict[str, Wanted]:
         """The class feature of both splits, which shows what can be read and how long a feature is."""
@@ -77,6 +89,7 @@ class Finetune(Task[FinetuneTask]):
             protocol = replace(protocol, rate=max(curve, key=lambda pair: pair[1])[0])
         fitted = _fitted(subject, train, known, protocol, settings)
         answers = _answers(subject, fitted, test, known, protocol)
+        remove(subject.folder / UNFINISHED)
         classes = subject.given.labelled.classes
         names = subject.features["test"].names()
         rows: list[dict[str, Any]] = [
@@ -102,24 +115,46 @@ def _curve(subject: Subject, train: Split, known: Known, settings: FinetuneTask)
     """Accuracy with each rate on the images held out for the choice, percent; none where there is one rate."""
     if len(settings.rates) < 2:
         return []
-    kept, out = held_out_per_class(train.labels, settings.held_out, SEED)
-    if not len(out):
+    kept, out = (train.some(places) for places in held_out_per_class(train.labels, settings.held_out, SEED))
+    if not len(out.labels):
         raise PretrainError("every class has one training image; expected two of some class, to choose on one of them.")
     found: Curve = []
     for rate in settings.rates:
         protocol = replace(settings.chosen(), rate=rate)
-        fitted = _fitted(subject, train.some(kept), known, protocol, settings)
-        right = _answers(subject, fitted, train.some(out), known, protocol).correct()
-        found.append((rate, 100 * float(right.mean())))
+        path = subject.folder / UNFINISHED / f"rate_{rate:g}.json"
+        judged = functools.partial(_judged, subject, kept, out, known, protocol, settings)
+        found.append((rate, found_once(path, _fingerprint(subject, (kept, out), protocol), judged)))
     return found
+
+
+def _judged(
+    subject: Subject, train: Split, out: Split, known: Known, protocol: Protocol, settings: FinetuneTask
+) -> float:
+    """Percent of ``out`` that are right after training."""
+    fitted = _fitted(subject, train, known, protocol, settings)
+    return 100 * float(_answers(subject, fitted, out, known, protocol).correct().mean())
 
 
 def _fitted(subject: Subject, train: Split, known: Known, protocol: Protocol, settings: FinetuneTask) -> Classifier:
     evaluated = subject.evaluated
     length = next(subject.features["train"].last_chunks()).shape[1]
     labelled = Labelled(train.images, torch.searchsorted(known.classes, train.labels), len(known))
-    machine = Machine(subject.dtype, settings.workers)
+    state = Kept(subject.folder / UNFINISHED / "training.safetensors", _fingerprint(subject, (train,), protocol))
+    machine = Machine(subject.dtype, settings.workers, state)
     return fine_tuned(evaluated.network, length, evaluated.fed, labelled, protocol, machine)
+
+
+def _fingerprint(subject: Subject, splits: Sequence[Split], protocol: Protocol) -> str:
+    """Of all that a training, or what it is judged by, depends on beside the versions of libraries."""
+    return fingerprint(
+        {
+            "weights": subject.evaluated.fingerprint,
+            "input": subject.evaluated.fed.facts(),
+            "images": [split.facts() for split in splits],
+            "protocol": asdict(protocol),
+            "dtype": str(subject.dtype),
+        }
+    )
 
 
 def _answers(subject: Subject, fitted: Classifier, some: Split, known: Known, protocol: Protocol) -> Predicted:

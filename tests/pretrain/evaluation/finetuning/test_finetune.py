@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,12 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.tasks.finetune import PROTOCOLS, FinetuneTask
 from vmf_pretrain.data.network_input import NetworkInput
 from vmf_pretrain.evaluation.evaluated import fingerprint_of
+from vmf_pretrain.evaluation.finetuning import state, train
 from vmf_pretrain.evaluation.finetuning.network import classifier_of, rate_groups
 from vmf_pretrain.evaluation.finetuning.schedule import rate_of
 from vmf_pretrain.evaluation.finetuning.train import _step
 from vmf_pretrain.evaluation.finetuning.views import Course, Views, parts_of
+from vmf_pretrain.evaluation.result import Result
 from vmf_pretrain.evaluation.tasks.finetune import Finetune
 
 pytestmark = pytest.mark.quick
@@ -168,6 +170,64 @@ def test_task_learns_and_chooses_its_rate_on_training_images(tmp_path: Path) -> 
     rows = list(csv.DictReader(next((tmp_path / "out").glob("finetune-*/rows.csv")).read_text().splitlines()))
     right = sum(row["predicted"] == row["class"] for row in rows)
     assert 100 * right / len(rows) == pytest.approx(result.figures[0].value)
+
+
+class KilledError(Exception):
+    """As far as a training came."""
+
+
+def killed_at(patch: pytest.MonkeyPatch, last: int | None) -> list[float]:
+    """What tells the classifier's weights after each step from here on, of which the one behind ``last`` ends all."""
+    taken: list[float] = []
+    taking = train._step
+
+    def counted(classifier: torch.nn.Module, optimizer: torch.optim.Optimizer, *others: object) -> None:
+        if len(taken) == last:
+            raise KilledError
+        taking(classifier, optimizer, *others)  # type: ignore[arg-type]
+        taken.append(float(classifier.head.weight.detach().double().abs().sum()))
+
+    patch.setattr(train, "_step", counted)
+    return taken
+
+
+def test_a_killed_task_goes_on_after_the_last_epoch_to_the_same_figures(tmp_path: Path) -> None:
+    """Two rates and then the better one, 3 epochs of 3 or 4 steps each: killed in the second rate, and in the last training."""
+    data = tmp_path / "photos"
+    coloured(data / "train", 8, 0)
+    coloured(data / "val", 4, 1)
+    few = {"epochs": 3, "warmup_epochs": 1, "batch_size": 4, "part": 4, "drop_path": 0.3, "rates": [1e-3, 3e-3]}
+    few |= {"held_out": 0.25, "workers": 0}
+    run = photos_run(data / "train", tmp_path / "run")
+
+    def done(out: str, last: int | None) -> tuple[Result | None, list[float]]:
+        suite, _, _ = suite_on(run, data, tmp_path / out, {"finetune": few})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(state, "SECONDS_BETWEEN", 0.0)
+            taken = killed_at(patch, last)
+            try:
+                return suite.run([Finetune()])["finetune"], taken
+            except KilledError:
+                return None, taken
+
+    whole, steps = done("whole", None)
+    assert whole is not None
+    assert len(steps) == 9 + 9 + 12
+    assert len(set(steps)) == len(steps) - 2, "all differ but the starts of the trainings, whose first rate is 0"
+    parts = []
+    for last in (9 + 4, 6 + 8 + 3):
+        result, taken = done("killed", last)
+        assert result is None
+        parts.append(taken)
+        assert next((tmp_path / "killed").glob("finetune-*/unfinished/training.safetensors")).is_file()
+    result, taken = done("killed", None)
+    assert result is not None
+    assert [*parts[0][: 9 + 3], *parts[1][: 6 + 8], *taken] == steps, "what is on disk is not done again"
+    assert [asdict(figure) for figure in result.figures] == [asdict(figure) for figure in whole.figures]
+    assert result.facts == whole.facts
+    rows, expected = (next((tmp_path / out).glob("finetune-*/rows.csv")).read_text() for out in ("killed", "whole"))
+    assert rows == expected
+    assert not list((tmp_path / "killed").glob("finetune-*/unfinished"))
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
