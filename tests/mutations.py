@@ -18,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+
+from tests.fault import Mutation, mutated
+from tests.faults_of_metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 COPIED = (
@@ -33,18 +35,6 @@ COPIED = (
     "constraints.txt",
 )
 FAILED = 1  # exit code of pytest where a test fails; another means that none ran, or that pytest broke
-
-
-class Mutation(NamedTuple):
-    """A text that is in a file once, what takes its place, and the test files that have to notice."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    marker: str = "quick"  # of the tests; what is compiled, or needs ranks, is not in the quick loop
-
 
 ON_TILES = {"tests": ("tests/backends/test_native_tiles.py",), "marker": "compiles"}
 MUTATIONS = (
@@ -182,13 +172,7 @@ MUTATIONS = (
         "self.momentum.at(place.step) * share",
         ("tests/pretrain/engine/test_loop.py",),
     ),
-    Mutation(
-        "temperature of the k-NN votes",
-        "python/vmf_pretrain/evaluation/knn.py",
-        "votes = ((near - near[:, :1]) / temperature).exp()",
-        "votes = ((near - near[:, :1]) * temperature).exp()",
-        ("tests/pretrain/evaluation/test_features.py",),
-    ),
+    *METRICS,
     Mutation(
         "random numbers of a step that a resumed run repeats",
         "python/vmf_pretrain/engine/loop.py",
@@ -249,14 +233,6 @@ def copy_of_the_tree(folder: Path) -> Path:
         else:
             shutil.copy2(ROOT / name, folder / name)
     return folder
-
-
-def mutated(text: str, mutation: Mutation) -> str:
-    """The file's text with the fault; ValueError unless what it replaces is there once."""
-    count = text.count(mutation.old)
-    if count != 1:
-        raise ValueError(f"{mutation.file} has {mutation.old!r} {count} times; expected once, for {mutation.name!r}")
-    return text.replace(mutation.old, mutation.new)
 
 
 def tests_of(folder: Path, files: tuple[str, ...], marker: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutations import MUTATIONS, ROOT, Mutation, mutated
+from tests.fault import Mutation, mutated
+from tests.mutations import MUTATIONS, ROOT
 
 pytestmark = pytest.mark.quick
 

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
+from torch.nn.functional import normalize
 
 from tests.pretrain.evaluation.tasks_at_work import photos_run, suite_on
-from tests.pretrain.tiny import two_classes
+from tests.pretrain.tiny import some_digits, two_classes
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.tasks.few_shot import FewShotTask
 from vmf_pretrain.evaluation.episodes import Shape, eligible, episode_accuracies
-from vmf_pretrain.evaluation.tasks.few_shot import FewShot
+from vmf_pretrain.evaluation.stored import features_in, write_chunk
+from vmf_pretrain.evaluation.tasks.few_shot import FewShot, _draws
 
 pytestmark = pytest.mark.quick
 
@@ -55,6 +58,36 @@ def test_task_reports_each_count_with_its_spread(classifier: str, tmp_path: Path
     assert list(named) == ["top-1, 1 a class", "top-1, 9 a class", "top-1, 50 % of each class", "2 ways, 2 shots"]
     assert named["top-1, 9 a class"].spread == 0, "a draw of more images than there are is all of them"
     assert all(0 <= figure.value <= 100 for figure in result.figures)
+
+
+@pytest.mark.parametrize("classifier", ["msn", "ibot"])
+def test_regression_on_few_equals_scikit_learn_s(classifier: str, tmp_path: Path) -> None:
+    """Each image's feature less its own mean, at unit length, without intercepts; lambda is 1 / C."""
+    numbers, images = torch.Generator().manual_seed(5), some_digits(80)
+    assert images.labels is not None
+    rows = {"train": torch.randn(80, 6, generator=numbers) + 2, "test": torch.randn(80, 6, generator=numbers) + 2}
+    found = {}
+    for split, values in rows.items():
+        (tmp_path / split).mkdir()
+        kept = {"class": list(values[:, None]), "unnormed": list(values)}
+        write_chunk(tmp_path / split, 0, torch.arange(80), kept, {})
+        found[split] = features_in(tmp_path / split, images)
+    settings = FewShotTask(classifier=classifier, penalty=0.2)  # type: ignore[arg-type]
+    chosen = torch.arange(0, 80, 2)
+    (draw,) = _draws(found["train"], found["test"], {"half": [chosen]}, settings, torch.device("cpu"))["half"]
+    read = {split: normalize(less_mean(values) if classifier == "msn" else values) for split, values in rows.items()}
+
+    def oracle(cost: float, read: dict[str, torch.Tensor]) -> list[int]:
+        fitted = LogisticRegression(C=cost, fit_intercept=False, solver="newton-cholesky", tol=1e-12)
+        labels: list[int] = fitted.fit(read["train"][chosen], images.labels[chosen]).predict(read["test"]).tolist()
+        return labels
+
+    assert draw.label.tolist() == oracle(1 / 0.2, read)
+    assert draw.label.tolist() != oracle(0.2, read), "the case does not tell lambda from C"
+
+
+def less_mean(rows: torch.Tensor) -> torch.Tensor:
+    return rows - rows.mean(dim=1, keepdim=True)
 
 
 def test_lists_of_one_name_are_draws_of_the_images_that_they_name(tmp_path: Path) -> None:

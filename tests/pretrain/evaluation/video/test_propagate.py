@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,32 @@ def test_each_label_is_stretched_before_the_largest_is_taken(protocol: Protocol)
     scores = torch.tensor([[[0.9, 0.6]], [[0.1, 0.4]]])
     assert protocol.enlarged(scores, 1, (1, 2)).tolist() == [[0, 1]]
     assert protocol.enlarged(torch.full_like(scores, 0.5), 1, (1, 2)).tolist() == [[0, 0]]
+
+
+def test_sources_are_the_first_frame_and_the_last_few() -> None:
+    """Frame n is n of 255 everywhere, and so is the label that its patches are given."""
+    seen: list[tuple[list[int], list[int]]] = []
+
+    class Recorded:
+        def labels(self, target: torch.Tensor, sources: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            seen.append((numbers(sources[:, 0, 0, 0]), numbers(labels[:, 0, 0, 1])))
+            return torch.stack([1 - target[..., 0], target[..., 0]], dim=2)
+
+    def numbers(values: torch.Tensor) -> list[int]:
+        return (255 * values).round().int().tolist()
+
+    def level(pixels: torch.Tensor) -> torch.Tensor:
+        shade = functional.avg_pool2d(pixels[:1], PATCH).permute(1, 2, 0)
+        return torch.cat([shade, (1 - shade**2).sqrt()], dim=2)  # of length 1
+
+    protocol = replace(DINO, propagation=Recorded(), earlier=2)  # type: ignore[arg-type]
+    frames = [torch.full((3, 64, 80), number, dtype=torch.uint8) for number in range(6)]
+    mask = np.zeros((64, 80), np.uint8)
+    mask[:32] = 1
+    list(follow(frames, mask, level, PATCH, protocol))
+    expected = [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]
+    assert [shades for shades, _ in seen] == expected
+    assert [labels for _, labels in seen] == [[255, *later] for _, *later in expected], "soft labels, not the largest"
 
 
 def test_a_frame_without_objects_stays_so() -> None:

@@ -1,0 +1,178 @@
+"""Faults in the metrics of evaluations: a wrong figure that looks like a right one."""
+
+from __future__ import annotations
+
+from tests.fault import Mutation
+
+AT = "python/vmf_pretrain/evaluation"
+TESTS = "tests/pretrain/evaluation"
+METRICS = (
+    Mutation(
+        "temperature of the k-NN votes",
+        f"{AT}/knn.py",
+        "votes = ((near - near[:, :1]) / temperature).exp()",
+        "votes = ((near - near[:, :1]) * temperature).exp()",
+        (f"{TESTS}/test_features.py",),
+    ),
+    Mutation(
+        "momentum of linear heads",
+        f"{AT}/heads.py",
+        "speed.mul_(MOMENTUM).add_(gradient)",
+        "speed.mul_(MOMENTUM).add_(gradient, alpha=1 - MOMENTUM)",
+        (f"{TESTS}/test_linear.py",),
+    ),
+    Mutation(
+        "linear heads trained on the images that one is chosen on",
+        f"{AT}/tasks/linear.py",
+        "found = trained(shown, known.labels, len(known), schedule, places=kept)",
+        "found = trained(shown, known.labels, len(known), schedule)",
+        (f"{TESTS}/test_choices.py",),
+    ),
+    Mutation(
+        "a logistic regression fitted to the images that C is chosen on",
+        f"{AT}/tasks/linear.py",
+        "in regressions(rows[kept], known.labels[kept], len(known), given)",
+        "in regressions(rows, known.labels, len(known), given)",
+        (f"{TESTS}/test_choices.py",),
+    ),
+    Mutation(
+        "queries among the labelled images of an episode",
+        f"{AT}/episodes.py",
+        "means = drawn[:, : shape.shots].mean(dim=1)",
+        "means = drawn.mean(dim=1)",
+        (f"{TESTS}/test_few_shot.py",),
+    ),
+    Mutation(
+        "penalty of the regression on few images",
+        f"{AT}/tasks/few_shot.py",
+        "len(known), [1 / settings.penalty], intercept=False",
+        "len(known), [settings.penalty], intercept=False",
+        (f"{TESTS}/test_few_shot.py",),
+    ),
+    Mutation(
+        "centring of each image's feature before a regression on few",
+        f"{AT}/tasks/few_shot.py",
+        "normalize(rows - rows.mean(dim=1, keepdim=True), dim=1)",
+        "normalize(rows - rows.mean(dim=0, keepdim=True), dim=1)",
+        (f"{TESTS}/test_few_shot.py",),
+    ),
+    Mutation(
+        "weight of a class with few images in transfer",
+        f"{AT}/class_metrics.py",
+        "return float(np.mean(shares))",
+        "return float(right.mean())",
+        (f"{TESTS}/test_transfer.py",),
+    ),
+    Mutation(
+        "transfer's C chosen on the images that it is fitted to",
+        f"{AT}/tasks/transfer.py",
+        "100 * metric(_scores(one, held_out), _places(validation, known))",
+        "100 * metric(_scores(one, rows), _places(train, known))",
+        (f"{TESTS}/test_choices.py",),
+    ),
+    Mutation(
+        "rate of fine-tuning chosen on the images that it is trained on",
+        f"{AT}/tasks/finetune.py",
+        "functools.partial(_judged, subject, kept, out,",
+        "functools.partial(_judged, subject, train, out,",
+        (f"{TESTS}/finetuning",),
+    ),
+    Mutation(
+        "stream of a step of fine-tuning that was killed and goes on",
+        f"{AT}/finetuning/train.py",
+        "start_stream(stream_seed(SEED, TRAINING_STEP, step))",
+        "stream_seed(SEED, TRAINING_STEP, step)",
+        (f"{TESTS}/finetuning",),
+    ),
+    Mutation(
+        "rate of a layer in fine-tuning",
+        f"{AT}/finetuning/network.py",
+        "protocol.layer_decay ** above.get(name, 0)",
+        "protocol.layer_decay ** min(1, above.get(name, 0))",
+        (f"{TESTS}/finetuning",),
+    ),
+    Mutation(
+        "junk above a positive in a ranking",
+        f"{AT}/retrieval/score.py",
+        "return ranks - np.searchsorted(np.sort(junk), ranks)",
+        "return ranks",
+        (f"{TESTS}/retrieval/test_score.py",),
+    ),
+    Mutation(
+        "precision above the first rank",
+        f"{AT}/average_precision.py",
+        "np.where(ranks_P == 0, 1.0, found_P",
+        "np.where(ranks_P == 0, 0.0, found_P",
+        (f"{TESTS}/retrieval/test_score.py",),
+    ),
+    Mutation(
+        "order of images that are equally like a query",
+        f"{AT}/retrieval/score.py",
+        ".sort(dim=1, descending=True, stable=True).indices\n        for row, places_N",
+        ".flip(1).sort(dim=1, descending=True, stable=True).indices.neg().add(len(database) - 1)\n        for row, places_N",
+        (f"{TESTS}/retrieval/test_score.py",),
+    ),
+    Mutation(
+        "neighbours of a contour's pixel",
+        f"{AT}/video/measures.py",
+        "found[:-1, :-1] |= mask[:-1, :-1] ^ mask[1:, 1:]",
+        "found[:-1, 1:] |= mask[:-1, 1:] ^ mask[1:, :-1]",
+        (f"{TESTS}/video/test_scores.py",),
+    ),
+    Mutation(
+        "J of an object that is in neither mask",
+        f"{AT}/video/measures.py",
+        "/ union if union else 1.0",
+        "/ union if union else 0.0",
+        (f"{TESTS}/video/test_scores.py",),
+    ),
+    Mutation(
+        "first and last frames of a video in its scores",
+        f"{AT}/video/davis.py",
+        "inner = video.masks[1:-1]",
+        "inner = video.masks[1:]",
+        (f"{TESTS}/video/test_scores.py",),
+    ),
+    Mutation(
+        "earlier frames that an object is followed from",
+        f"{AT}/video/follow.py",
+        "deque(maxlen=protocol.earlier)",
+        "deque()",
+        (f"{TESTS}/video/test_propagate.py",),
+    ),
+    Mutation(
+        "first frame among those that an object is followed from",
+        f"{AT}/video/follow.py",
+        "near = [first, *sources]",
+        "near = [*sources] or [first]",
+        (f"{TESTS}/video/test_propagate.py",),
+    ),
+    Mutation(
+        "union of a class in segmentation",
+        f"{AT}/dense/confusion.py",
+        "either = there + predicted - right",
+        "either = there + predicted",
+        (f"{TESTS}/dense/test_segmentation.py",),
+    ),
+    Mutation(
+        "classes that no image has in the mean of segmentation",
+        f"{AT}/dense/confusion.py",
+        "found = self.union[~np.isnan(self.union)]",
+        "found = np.nan_to_num(self.union)",
+        (f"{TESTS}/dense/test_segmentation.py",),
+    ),
+    Mutation(
+        "copies that are not among the first 20",
+        f"{AT}/copies/score.py",
+        "trapezoid_average_precision(ranks.numpy(), len(wanted))",
+        "trapezoid_average_precision(ranks.numpy(), len(ranks))",
+        (f"{TESTS}/copies/test_score.py",),
+    ),
+    Mutation(
+        "negative values in the pooled patches of a copy",
+        f"{AT}/pooling.py",
+        "clamp(min=GEM_FLOOR).pow(power)",
+        "abs().pow(power)",
+        (f"{TESTS}/retrieval/test_score.py",),
+    ),
+)
