@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import auc, confusion_matrix, jaccard_score, precision_recall_curve
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from torch.nn import functional
 
 from tests.pretrain.evaluation.tasks_at_work import photos_run, run_of, suite_on
@@ -26,7 +26,7 @@ from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.label_image import label_png
 from vmf_pretrain.evaluation.extract import images_facts
 from vmf_pretrain.evaluation.result import Result
-from vmf_pretrain.evaluation.splits import held_out_per_class
+from vmf_pretrain.evaluation.splits import drawn_per_class, held_out_per_class
 from vmf_pretrain.evaluation.suite import Suite
 from vmf_pretrain.evaluation.tasks.table import TASKS
 from vmf_pretrain.storage.tensor_file import read_tensors
@@ -104,6 +104,43 @@ def test_animals_are_told_apart_as_by_scikit_learn(of_animals: Path, tmp_path: P
 
 def regression(cost: float) -> LogisticRegression:
     return LogisticRegression(C=cost, solver="newton-cholesky", tol=1e-10)
+
+
+def test_few_animals_are_told_apart_as_by_scikit_learn(of_animals: Path, tmp_path: Path) -> None:
+    """Regressions on one and on five of each animal, and episodes of two of each, whose numbers are drawn here again."""
+    few = {"per_class": [1, 5], "shares": [], "draws": 2, "penalty": 0.01, "ways": 4, "shots": 2, "queries": 6}
+    settings = {"data.max_images": 200, "few_shot": {**few, "episodes": 20}}
+    suite, result, folder = done(of_animals, None, tmp_path, "few_shot", settings)
+    splits = suite.given.labelled
+    train, test = (stored(tmp_path, images)[0] for images in (splits.train, splits.test))
+    assert splits.train.labels is not None
+    assert splits.test.labels is not None
+    labels, expected = splits.train.labels, splits.test.labels.numpy()
+    read = {}
+    for name, tensors in (("train", train), ("test", test)):
+        centred = tensors["unnormed"].double() - tensors["unnormed"].double().mean(dim=1, keepdim=True)
+        read[name] = functional.normalize(centred, dim=1).numpy()
+    for count in (1, 5):
+        right = []
+        for draw in range(2):
+            places = drawn_per_class(labels, lambda size, count=count: count, draw).numpy()  # type: ignore[misc]
+            oracle = LogisticRegression(C=100, fit_intercept=False, solver="newton-cholesky", tol=1e-12)
+            right.append(oracle.fit(read["train"][places], labels[places]).predict(read["test"]) == expected)
+        shares = [float(row[f"correct, {count} a class"]) for row in rows_in(folder)]
+        assert np.mean(right, axis=0).tolist() == shares, f"{count} a class"
+        assert 0 < np.mean(right) < 1
+    numbers, scores = torch.Generator().manual_seed(0), []
+    rows, places = test["class"][:, -1].double().numpy(), [np.flatnonzero(expected == label) for label in range(10)]
+    places = [some for some in places if len(some) >= 8]
+    for _ in range(20):
+        drawn = []
+        for way in torch.randperm(len(places), generator=numbers)[:4].tolist():
+            drawn.append(places[way][torch.randperm(len(places[way]), generator=numbers)[:8].numpy()])
+        support, query = (np.concatenate([some[part] for some in drawn]) for part in (slice(2), slice(2, None)))
+        scores.append(NearestCentroid().fit(rows[support], expected[support]).score(rows[query], expected[query]))
+    figure = next(figure for figure in result.figures if figure.name == "4 ways, 2 shots")
+    assert figure.value == pytest.approx(100 * np.mean(scores), abs=1e-9)
+    assert len(set(scores)) > 3, "the case tells nothing apart"
 
 
 def scenes(folder: Path, first: int, count: int) -> None:
