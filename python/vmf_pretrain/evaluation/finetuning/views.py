@@ -23,6 +23,7 @@ from vmf_pretrain.data.bad_images import UnreadableImageError
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import NetworkInput
 from vmf_pretrain.data.randomness import DATA_ORDER, VIEW, generator_for, stream_seed
+from vmf_pretrain.evaluation.finetuning.posterize import keep_black
 
 SEED = 0
 COLOURS = 3  # of the images that timm augments
@@ -75,6 +76,7 @@ class Views(Dataset[Tensor]):
             mean=colours,  # what a shifted image is filled up with
             separate=True,
         )
+        keep_black(colouring.transforms)
         self.augment = (crops, colouring)
         self.erase = RandomErasing(protocol.erase, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
 

@@ -150,6 +150,24 @@ def coloured(folder: Path, each: int, seed: int) -> None:
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{place:02}.png")
 
 
+@pytest.mark.parametrize("augment", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "original", "augmix-m5-w4-d2"])
+def test_every_operation_takes_every_magnitude(augment: str) -> None:
+    """Posterising ends at 0 bits, a black image, which Pillow no longer makes."""
+    protocol = replace(PROTOCOLS["transfer"], augment=augment)
+    colouring = Views(some_digits(4), FED, protocol).augment[1].transforms[0]
+    operations = getattr(colouring, "ops", None) or [one for policy in colouring.policy for one in policy]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    black = 0
+    for operation in operations:
+        operation.prob, operation.magnitude_std = 1.0, 0.0
+        for magnitude in range(11):
+            operation.magnitude = magnitude
+            done = operation(image)
+            assert (done.mode, done.size) == (image.mode, image.size)
+            black += "Posterize" in operation.name and not np.asarray(done).any()
+    assert black or "-inc1" not in augment
+
+
 def test_task_learns_and_chooses_its_rate_on_training_images(tmp_path: Path) -> None:
     data = tmp_path / "photos"
     coloured(data / "train", 16, 0)
