@@ -26,4 +26,7 @@ def _operations(steps: Iterable[Any]) -> Iterator[AugmentOp]:
 
 def _posterized(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     """The image with so many bits a colour, from 0."""
-    return Image.new(image.mode, image.size) if bits < 1 else posterize(image, bits)
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    result: Image.Image = posterize(image, bits)  # type: ignore[no-untyped-call]
+    return result
