@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +28,6 @@ from vmf_pretrain.launch import first_to_say, many_ranks, rank, restarted
 from vmf_pretrain.report_command import NAME as REPORT
 from vmf_pretrain.report_command import add_report, ask_of, run_report
 from vmf_pretrain.start import Wish, require_free, settings, settings_to_go_on, start
-from vmf_pretrain.start_evaluation import Question
 from vmf_pretrain.watch_command import NAME as WATCH
 from vmf_pretrain.watch_command import add_watch, run_watch
 
@@ -37,6 +36,7 @@ CRASHED = 1  # exit code
 BLOCKED = 1  # exit code of the doctor: a run would fail
 BAD_INPUT = 2  # exit code
 INTERRUPTED = 130  # exit code, as shells report a SIGINT
+Command = Callable[[argparse.Namespace, list[Path]], int]  # of the options, and where to put the folder; an exit code
 FIELD = re.compile(r"--([a-z]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)  # --section.field VALUE, or --section.field=VALUE
 
 
@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     folder: list[Path] = []  # of the run, once it is known
     try:
-        return _run(_parsed(sys.argv[1:] if arguments is None else arguments), folder)
+        chosen = _parsed(sys.argv[1:] if arguments is None else arguments)
+        return COMMANDS[chosen.command](chosen, folder)
     except PretrainError as error:
         _complain(str(error))
         return BAD_INPUT
@@ -69,31 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return CRASHED
 
 
-def _run(chosen: argparse.Namespace, folder: list[Path]) -> int:
-    if chosen.command == "recipes":
-        return _recipes(chosen.name)
-    if chosen.command == EVALUATION:
-        return _evaluation(question_of(chosen), printed=chosen.print_config)
-    if chosen.command == "pictures":
-        return _pictures(chosen)
-    if chosen.command == EMBED:
-        run_embed(wish_of(chosen))
-        return DONE
-    if chosen.command == EXPORT:
-        run_export(order_of(chosen))
-        return DONE
-    if chosen.command == DOCTOR:
-        return DONE if run_doctor(visit_of(chosen)) else BLOCKED
-    if chosen.command == REPORT:
-        run_report(ask_of(chosen))
-        return DONE
-    if chosen.command == WATCH:
-        run_watch(chosen)
-        return DONE
-    return _train(chosen, folder)
-
-
 def _train(chosen: argparse.Namespace, folder: list[Path]) -> int:
+    """Both commands that train; the run's folder is put into ``folder`` as soon as it is known."""
     fields = _fields(chosen)
     allowed = kinds_of(kind for text in chosen.allow_changed for kind in text.split(","))
     out = None if chosen.out is None else expanded(chosen.out, "--out")
@@ -171,14 +149,19 @@ def _fields(chosen: argparse.Namespace) -> dict[str, Any]:
     return options_layer(short, chosen.fields)
 
 
-def _evaluation(question: Question, *, printed: bool) -> int:
-    if printed:
+def _evaluation(chosen: argparse.Namespace, _: list[Path]) -> int:
+    question = question_of(chosen)
+    if chosen.print_config:
         print(config_text(question.config, sys.stdout.encoding or "ascii"), end="")
         return DONE
     return DONE if run_evaluation(question) else BAD_INPUT
 
 
-def _pictures(chosen: argparse.Namespace) -> int:
+def _doctor(chosen: argparse.Namespace, _: list[Path]) -> int:
+    return DONE if run_doctor(visit_of(chosen)) else BLOCKED
+
+
+def _pictures(chosen: argparse.Namespace, _: list[Path]) -> int:
     run = expanded(chosen.run, "RUN")
     out = run / "pictures" if chosen.out is None else expanded(chosen.out, "--out")
     if not (run / "config.yaml").is_file():
@@ -190,11 +173,11 @@ def _pictures(chosen: argparse.Namespace) -> int:
     return DONE
 
 
-def _recipes(name: str | None) -> int:
+def _recipes(chosen: argparse.Namespace, _: list[Path]) -> int:
     from vmf_pretrain.recipes.table import recipe_text, recipes
 
-    if name is not None:
-        print(recipe_text(name, sys.stdout.encoding or "ascii"), end="")
+    if chosen.name is not None:
+        print(recipe_text(chosen.name, sys.stdout.encoding or "ascii"), end="")
         return DONE
     heads = ("recipe", "method", "backbone", "global batch")
     rows = [
@@ -242,7 +225,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
             raise PretrainError(f"--{found[1]} got no value; expected --{found[1]} VALUE.")
         fields[found[1]] = value
     chosen = _parser().parse_args(rest)
-    if fields and chosen.command in ("recipes", "pictures", EXPORT, REPORT, WATCH):
+    if fields and chosen.command in WITHOUT_SETTINGS:
         raise PretrainError(
             f"--{next(iter(fields))} does not go with {chosen.command}; vmf-pretrain fit --print-config shows settings."
         )
@@ -337,6 +320,31 @@ def _complain(sentence: str) -> None:
     """One error for all ranks: the first rank that has it says it."""
     if not many_ranks() or first_to_say(sentence):
         print(f"vmf-pretrain: {sentence}", file=sys.stderr)
+
+
+def _done(run: Callable[[Any], object], asked: Callable[[argparse.Namespace], Any]) -> Command:
+    """A command that either does what is asked or raises."""
+
+    def command(chosen: argparse.Namespace, _: list[Path]) -> int:
+        run(asked(chosen))
+        return DONE
+
+    return command
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": _train,
+    "fit": _train,
+    EVALUATION: _evaluation,
+    EMBED: _done(run_embed, wish_of),
+    EXPORT: _done(run_export, order_of),
+    DOCTOR: _doctor,
+    REPORT: _done(run_report, ask_of),
+    WATCH: _done(run_watch, lambda chosen: chosen),
+    "recipes": _recipes,
+    "pictures": _pictures,
+}
+WITHOUT_SETTINGS = ("recipes", "pictures", EXPORT, REPORT, WATCH)
 
 
 if __name__ == "__main__":

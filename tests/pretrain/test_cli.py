@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
@@ -29,7 +30,7 @@ from tests.pretrain.tiny import (
     two_classes,
     yaml_of,
 )
-from vmf_pretrain.cli import main
+from vmf_pretrain.cli import COMMANDS, main
 from vmf_pretrain.config.file import read_config
 
 PATIENCE = 120  # seconds that a run has to start, or to stop
@@ -59,6 +60,13 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"vmf-pretrain {vmf_kernels.__version__}\n"
+
+
+@pytest.mark.quick
+def test_every_command_of_the_parser_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["no-such-command"], capsys)
+    known = said.partition("choose from ")[2].partition(")")[0]
+    assert re.findall(r"[\w-]+", known) == list(COMMANDS)
 
 
 @pytest.mark.parametrize("name", list(UNFIT))

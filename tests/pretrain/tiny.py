@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from vmf_pretrain.config.file import read_config, write_config
+from vmf_pretrain.config.file import config_text, read_config
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches
@@ -159,7 +159,7 @@ def two_classes(folder: Path, each: int = 8) -> Path:
 
 def yaml_of(config: Config, path: Path) -> Path:
     """``config`` as a file."""
-    write_config(config, path)
+    path.write_text(config_text(config), encoding="utf-8")
     return path
 
 

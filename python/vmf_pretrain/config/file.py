@@ -160,13 +160,6 @@ def text_config(text: str) -> Config:
     return config_of(fitted(Config, yaml_values(text)[0]))
 
 
-def write_config(config: Config, path: Path) -> None:
-    """Write every field, defaults included, so that the file alone repeats the run."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(config_text(config), encoding="utf-8")
-    unfinished.replace(path)
-
-
 class _Dumper(yaml.SafeDumper):
     """Quotes a text that the core schema would read as something else."""
 

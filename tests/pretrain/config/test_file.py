@@ -11,7 +11,7 @@ import yaml
 
 from tests.pretrain.tiny import changed, digits_config, one_sentence, photos_config
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.config.file import python_layer, read_config, text_layer, write_config
+from vmf_pretrain.config.file import config_text, python_layer, read_config, text_layer
 from vmf_pretrain.config.paths import EVALUATION_PATHS, PATH_FIELDS
 from vmf_pretrain.config.resume import MAY_CHANGE
 from vmf_pretrain.config.run import Config
@@ -20,6 +20,7 @@ from vmf_pretrain.config.typed import hint_of
 from vmf_pretrain.config.views import DigitViewConfig, PhotoViewConfig
 from vmf_pretrain.config.yaml_text import yaml_values
 from vmf_pretrain.recipes.table import recipe_names, recipe_of
+from vmf_pretrain.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.quick
 
@@ -151,12 +152,12 @@ def test_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
         photos_config(tmp_path, seed=7, method="dino", head={"norm_prototypes": False}, loss={"koleo_weight": 1e-7}),
         views={"digits": DigitViewConfig(global_zoom=(0.5, 2.5)), "photos": PhotoViewConfig(blur=(0.25, 0.5, 0.75))},
     )
-    write_config(config, tmp_path / "config.yaml")
+    RunFolder(tmp_path).write_config(config_text(config))
     assert read_config(tmp_path / "config.yaml") == config
 
 
 def test_written_configuration_holds_every_field(tmp_path: Path) -> None:
-    write_config(digits_config(), tmp_path / "config.yaml")
+    RunFolder(tmp_path).write_config(config_text(digits_config()))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["views"]["photos"]["blur"] == [1.0, 0.1, 0.5], "a default was left out"
     assert written["backbone"]["width"] == 16
@@ -218,7 +219,7 @@ def test_plain_scalar_is_what_yaml_1_2_says(text: str, value: object) -> None:
 def test_word_that_looks_like_a_number_is_written_so_that_it_reads_back(word: str, tmp_path: Path) -> None:
     config = changed(photos_config(tmp_path), backbone={"name": word}, method="own:Method")
     config = replace(config, options={"text": word, "twice": [[1], [1]]})
-    write_config(config, tmp_path / "config.yaml")
+    RunFolder(tmp_path).write_config(config_text(config))
     assert read_config(tmp_path / "config.yaml") == config
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.pretrain.tiny import digits_config, photos_config, save_photos
-from vmf_pretrain.config.file import python_layer, write_config
+from vmf_pretrain.config.file import config_text, python_layer
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.tasks.evaluation import EvaluationConfig
 from vmf_pretrain.config.typed import made
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 def run_of(config: Config, out: Path, seed: int = 0) -> Path:
     """The folder of a run that has saved its weights, which differ by ``seed``."""
     folder = RunFolder.create(out)
-    write_config(config, folder.config)
+    folder.write_config(config_text(config))
     torch.manual_seed(seed)
     method = method_class(config)(config, Place(0, 1, config.train.epochs))
     facts = {"network": config.method, "step": 3, "knn": None, "config": asdict(config)}

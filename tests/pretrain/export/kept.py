@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from vmf_pretrain.config.file import write_config
+from vmf_pretrain.config.file import config_text
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.methods.method import Place
 from vmf_pretrain.methods.table import method_class
+from vmf_pretrain.storage.run_folder import RunFolder
 from vmf_pretrain.storage.weights import Weights, save_weights
 
 STEP = 7
@@ -28,7 +29,7 @@ def kept_run(config: Config, out: Path) -> Path:
         for parameter in method.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     (out / "weights").mkdir(parents=True)
-    write_config(config, out / "config.yaml")
+    RunFolder(out).write_config(config_text(config))
     facts: dict[str, Any] = {"network": config.method, "step": STEP, "knn": None, "config": asdict(config)}
     path = out / "weights" / "last.safetensors"
     save_weights(Weights(path, method.exported.state_dict(), network_input(config), facts))
