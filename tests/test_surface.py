@@ -6,6 +6,7 @@ import argparse
 import difflib
 import tomllib
 from pathlib import Path
+from typing import ForwardRef
 
 import pytest
 
@@ -56,3 +57,12 @@ def test_the_version_is_said_once() -> None:
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "vmf_kernels.__version__"}
     assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text(), "CHANGELOG.md has no heading for this version"
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_types_of_public_tuples_are_types_and_not_names() -> None:
+    """The API pages link them, and pdoc warns of a name that it cannot resolve."""
+    public = (getattr(vmf_kernels, name) for name in vmf_kernels.__all__)
+    tuples = [found for found in public if isinstance(found, type) and issubclass(found, tuple)]
+    types = [kind for found in tuples for kind in found.__new__.__annotations__.values()]
+    assert len(types) > 1
+    assert not [kind for kind in types if isinstance(kind, str | ForwardRef)]

@@ -6,7 +6,7 @@ cache, and only scaled in backward: 6 instead of 8 flops per logit and dim.
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes, D embedding dim.
 """
 
-from __future__ import annotations
+# Without postponed annotations: the constructor of CrossEntropy would keep the names of its types, which pdoc cannot resolve.
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
