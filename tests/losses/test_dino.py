@@ -230,6 +230,13 @@ def test_statistics_add_up_to_the_loss(output: str) -> None:
 
 
 @pytest.mark.quick
+def test_rows_in_more_than_one_dim_give_the_published_mean() -> None:
+    student, teacher = torch.randn(5 * 2, 3, 50), torch.randn(2 * 2, 3, 50)
+    published = PublishedDINOLoss(50, *SCHEDULE)(student, teacher, 0)
+    torch.testing.assert_close(DINOLoss(50, *SCHEDULE)(student, teacher, 0), published)
+
+
+@pytest.mark.quick
 def test_a_batch_without_images_gives_no_loss_and_leaves_the_center() -> None:
     student, teacher = networks(50, torch.float32)
     loss = DINOvMFLoss(50, *SCHEDULE)

@@ -122,3 +122,16 @@ def many_patches(images: int) -> tuple[tuple[nn.Module, nn.Module], Batch, int]:
     batch = make_batch(0, images=images, local=0)
     batch = batch._replace(masks=[torch.rand(mask.shape) < 0.6 for mask in batch.masks])
     return heads(prototypes=(MANY, MANY)), batch, sum(int(mask.sum()) for mask in batch.masks)
+
+
+@pytest.mark.quick
+def test_class_tokens_in_more_than_one_dim_have_the_mean_over_all() -> None:
+    student, teacher, local = torch.randn(4, 2, 50), torch.randn(4, 2, 50), torch.randn(2, 2, 50)
+    patches, masks = torch.randn(4, 9, 50), [torch.rand(2, 3, 3) < 0.5 for _ in range(2)]
+    given = (50, 50, 2, 1, *schedule()[4:])
+    joint = IBOTLoss(*given)((student, patches), (teacher, patches), local, masks, 0)["cls"]
+    alone = [
+        IBOTLoss(*given)((student[:, i], patches), (teacher[:, i], patches), local[:, i], masks, 0)["cls"]
+        for i in range(2)
+    ]
+    torch.testing.assert_close(joint, sum(alone) / 2)

@@ -142,7 +142,7 @@ class DINOLoss(StreamLoss):
             if rows % crops:
                 raise ValueError(f"{side} output has {rows} rows; expected a multiple of its {crops} crops")
         outputs = self.stream.prepare(student, teacher, tau, prototypes)
-        images = teacher.shape[0] // TEACHER_CROPS
+        images = teacher.shape[:-1].numel() // TEACHER_CROPS  # more leading dims are more rows of each crop
         weights = multi_crop_weights(TEACHER_CROPS, self.ncrops, device=teacher.device) / max(images, 1)
         result = self.stream(outputs, weights, tau)
         self.statistics = result.statistics

@@ -243,7 +243,7 @@ class IBOTLoss(StreamLoss):
 
     def _cls_loss(self, outputs: Outputs, teacher_temp: float | Tensor) -> Tensor:
         teacher = outputs.teacher
-        images = max(teacher.shape[0] // self.ngcrops, 1)
+        images = max(teacher.shape[:-1].numel() // self.ngcrops, 1)  # more leading dims are more rows of each crop
         weights = multi_crop_weights(self.ngcrops, self.ncrops, device=teacher.device) / images
         result = self.stream(outputs, weights, teacher_temp)
         self.statistics = result.statistics
