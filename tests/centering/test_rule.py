@@ -225,6 +225,12 @@ def test_a_bias_that_does_not_fit_is_named(name: str, stored: bool) -> None:
         DINOLoss(*CROPS, centering=rule)(*given, 0)
 
 
+def test_a_loss_that_was_left_on_another_device_is_told_to_move() -> None:
+    logits = torch.randn(2 * IMAGES, 33, device="meta"), torch.randn(2 * IMAGES, 33, device="meta")
+    with pytest.raises(ValueError, match=r"on cpu; expected .* on meta, where the logits are: move the loss by \.to"):
+        DINOLoss(*CROPS)(*logits, 0)
+
+
 def test_any_shape_and_dtype_of_k_numbers_is_a_bias() -> None:
     rule, expected = Ramp(), of_crops(DINOLoss(*CROPS, centering=Ramp()), 0)
     rule.target_bias = lambda teacher, *rest: torch.linspace(0, 2, 33).double()[None]  # type: ignore[method-assign]

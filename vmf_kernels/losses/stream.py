@@ -179,9 +179,10 @@ class Stream(nn.Module):
             got = (
                 f"{bias.dtype} {list(bias.shape)} on {bias.device}" if isinstance(bias, Tensor) else type(bias).__name__
             )
+            hint = f", where the logits are: move the loss by .to({str(teacher.device)!r})" if fits else ""
             raise ValueError(
                 f"{type(self.centering).__name__}.target_bias returned {got}; expected a floating-point tensor "
-                f"[{teacher.shape[-1]}] on {teacher.device}"
+                f"[{teacher.shape[-1]}] on {teacher.device}{hint}"
             )
         flat: Tensor = bias.reshape(-1)
         return flat
