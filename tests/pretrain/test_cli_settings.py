@@ -186,7 +186,7 @@ def taken(tmp_path: Path, kind: str) -> Path:
     ("kind", "message"),
     [
         ("file", "is a file; expected a new folder"),
-        ("full", "already exists; choose another with --out, or its files are left as they are"),
+        ("full", "already exists and holds other files; choose another with --out."),
         ("below a file", "cannot be made"),
         ("name too long", "cannot be made: File name too long"),
         ("locked", "may not be written to"),

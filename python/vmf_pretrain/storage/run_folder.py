@@ -34,8 +34,9 @@ class RunFolder:
         """
         if path.exists() and (not path.is_dir() or _holds_something(path)):
             begun = (path / "config.yaml").is_file()
-            hint = "go on with --resume" if begun else "its files are left as they are"
-            raise PretrainError(f"run folder {path} already exists; choose another with --out, or {hint}.")
+            found = "already exists" if begun or not path.is_dir() else "already exists and holds other files"
+            hint = ", or go on with --resume" if begun else ""
+            raise PretrainError(f"run folder {path} {found}; choose another with --out{hint}.")
 
     @staticmethod
     def remove_if_empty(path: Path) -> None:
