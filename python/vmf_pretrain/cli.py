@@ -122,10 +122,8 @@ def _restarted_in(out: Path | None) -> bool:
 
 
 def _refuse_beside_resume(chosen: argparse.Namespace) -> None:
-    """A run keeps its method, its seed and where its settings came from."""
-    given = [
-        name for name in ("config", "recipe", "bundled", "seed", "method") if getattr(chosen, name, None) is not None
-    ]
+    """A run keeps its method and where its settings came from."""
+    given = [name for name in ("config", "recipe", "bundled", "method") if getattr(chosen, name, None) is not None]
     if given and chosen.out is not None:
         option = "data" if given[0] == "bundled" else given[0]
         raise PretrainError(

@@ -230,7 +230,7 @@ def begun(folder: Path) -> Path:
         (["--train.epochs", "30"], "start a new run for another"),
         (["--data.batch_size", "32"], "or add --allow-changed batch"),
         (["--views.digits.noise", "0", "--allow-changed", "batch"], "or add --allow-changed views"),
-        (["--seed", "3"], "--seed does not go with --resume"),
+        (["--seed", "3"], "seed is 0 in this run but 3 is given, which would change what it computes; start a new run"),
         (["--recipe", "digits"], "--recipe does not go with --resume"),
         (["--data.workers", "-1"], "data.workers is -1"),
     ],
@@ -252,13 +252,16 @@ def test_resumed_run_may_be_computed_elsewhere(tmp_path: Path, capsys: pytest.Ca
         "--data.batch_size",
         "64",
         "--allow-changed",
-        "batch,views",
+        "batch,seed",
+        "--seed",
+        "3",
     ]
     values = printed_config(["fit", "--resume", "--out", str(out), *fields], capsys)
     assert (values["data"]["workers"], values["train"]["accumulate"], values["data"]["batch_size"]) == (3, 2, 64)
 
 
 def test_restart_by_torchrun_goes_on_with_the_run(
+    assert values["seed"] == 3
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
