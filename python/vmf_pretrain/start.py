@@ -203,7 +203,8 @@ def _chosen(wish: Wish, say: Callable[[str], None]) -> dict[str, Any]:
     check_sections(wish.fields)  # before anything slow
     photos = photos_in(Path(data["folder"]))
     machine = this_machine(train.get("device", "auto"))
-    asked = Asked(data.get("batch_size"), train.get("epochs"), wish.fields.get("method"))
+    size = wish.fields.get("views", {}).get("global_size")
+    asked = Asked(data.get("batch_size"), train.get("epochs"), wish.fields.get("method"), size)
     choice = choose(machine, photos, asked)
     for line in choice.reason:
         say(line)

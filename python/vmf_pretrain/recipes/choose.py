@@ -45,11 +45,13 @@ class Asked:
         batch_size: images per optimizer step.
         epochs: passes over the images.
         method: what is trained.
+        view_size: side of a global view, pixels.
     """
 
     batch_size: int | None = None
     epochs: int | None = None
     method: str | None = None
+    view_size: int | None = None
 
     @property
     def family(self) -> str:
@@ -85,6 +87,7 @@ def choose(machine: Machine, photos: Photos, asked: Asked | None = None) -> Choi
     batch, parts = _batch(machine, photos, asked)
     epochs = asked.epochs or _epochs(machine, photos, asked.family)
     large, small, patch = _sizes(machine, photos)
+    large = asked.view_size or large
     fields: dict[str, Any] = {
         "data.kind": photos.kind,
         "data.batch_size": batch,

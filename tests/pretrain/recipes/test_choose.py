@@ -102,8 +102,11 @@ def test_fast_methods_get_more_epochs_of_the_same_minutes() -> None:
 @pytest.mark.parametrize("machine", [LAPTOP, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("epochs", [1, 2, 7, 1000])
 def test_what_a_person_has_fixed_is_kept_and_the_rest_goes_with_it(machine: Machine, epochs: int) -> None:
-    config = settings_of(choose(machine, Photos(5_000, 480), Asked(batch_size=48, epochs=epochs)))
-    assert (config.data.batch_size, config.train.epochs) == (48, epochs)
+    choice = choose(machine, Photos(5_000, 480), Asked(batch_size=48, epochs=epochs, view_size=80))
+    config = settings_of(choice)
+    assert (config.data.batch_size, config.train.epochs, config.views.global_size) == (48, epochs, 80)
+    assert choice.reason[1].startswith(f"{epochs} epochs (")
+    assert "batch 48, views of 80 pixels; " in choice.reason[1]
     assert config.optim.freeze_last_layer_epochs < epochs
 
 
