@@ -81,7 +81,7 @@ def settings(wish: Wish, say: Callable[[str], None]) -> Config:
     else:
         base = _chosen(wish, say)
     config = with_absolute_paths(config_of(base, wish.fields))
-    _require_allowed(config, wish.allow_code)
+    _require_allowed(config.method, _dataset(config), wish.allow_code)
     return config
 
 
@@ -98,7 +98,7 @@ def settings_to_go_on(
         raise PretrainError(f"run folder {out} holds no run to resume; expected a config.yaml in it.")
     before = read_config(path)
     after = with_absolute_paths(config_of(read_layer(path), fields))
-    _require_allowed(after, allow_code)
+    _require_allowed(after.method, _dataset(after), allow_code)
     refuse_changes(before, after, allow_changed)
     return after
 
@@ -178,20 +178,21 @@ def start(
         return Started(trained(run), folder)
 
 
-def _require_allowed(config: Config, allow_code: bool) -> None:
+def _dataset(config: Config) -> str | None:
+    """The data set of the user's own that settings name, or None."""
+    return str(config.data.dataset) if config.data.kind == "dataset" else None
+
+
+def _require_allowed(method: str, dataset: str | None, allow_code: bool) -> None:
     """Settings run no code unless a person has allowed it."""
-    own = [config.method] if is_import_path(config.method) else []
-    own += [str(config.data.dataset)] if config.data.kind == "dataset" else []
+    own = [method] if is_import_path(method) else []
+    own += [dataset] if dataset is not None else []
     if own and not allow_code:
         raise PretrainError(f"{own[0]} runs code of yours; add --allow-code if you trust it.")
 
 
 def _chosen(wish: Wish, say: Callable[[str], None]) -> dict[str, Any]:
     """The layer of the recipe that fits this machine and the images."""
-    from vmf_pretrain.recipes.choose import Asked, choose
-    from vmf_pretrain.recipes.machine import photos_in, this_machine
-    from vmf_pretrain.recipes.table import recipe_layer
-
     data, train = wish.fields.get("data", {}), wish.fields.get("train", {})
     kind = data.get("kind", "folder")
     if kind not in ("folder", "shards"):
@@ -200,7 +201,13 @@ def _chosen(wish: Wish, say: Callable[[str], None]) -> dict[str, Any]:
         raise PretrainError(
             "fit got no images; expected --data FOLDER, --recipe NAME, --config FILE, or --resume --out RUN."
         )
-    check_sections(wish.fields)  # before anything slow
+    check_sections(wish.fields)
+    _require_allowed(wish.fields.get("method", ""), None, wish.allow_code)
+    # all of the above before these imports, which are slow
+    from vmf_pretrain.recipes.choose import Asked, choose
+    from vmf_pretrain.recipes.machine import photos_in, this_machine
+    from vmf_pretrain.recipes.table import recipe_layer
+
     photos = photos_in(Path(data["folder"]))
     machine = this_machine(train.get("device", "auto"))
     size = wish.fields.get("views", {}).get("global_size")

@@ -48,6 +48,9 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("field twice", ["fit", "--data", "a", "--data.folder", "b"], "data.folder is given twice"),
     ("no folder", ["fit", "--data", "/nowhere/photos"], "data.folder /nowhere/photos is not a folder"),
     ("code", ["fit", "--recipe", "digits", "--method", "own.module:Own"], "add --allow-code if you trust it"),
+    ("code, images alone", ["fit", "--data", "/", "--method", "own.module:Own"], "add --allow-code if you trust it"),
+    ("unknown method, images alone", ["fit", "--data", "/", "--method", "DINO"], "method is DINO but must be one of"),
+    ("seed, images alone", ["fit", "--data", "/", "--seed", "-1"], "seed is -1 but must lie between"),
     ("resume without run", ["fit", "--resume"], "--resume got no run"),
     ("unknown kind of change", ["fit", "--resume", "--allow-changed", "data,lr"], '--allow-changed "lr" is not known'),
     ("doctor of no folder", ["doctor", "--data", "/nowhere/photos"], "data.folder /nowhere/photos is not a folder"),
@@ -258,10 +261,10 @@ def test_resumed_run_may_be_computed_elsewhere(tmp_path: Path, capsys: pytest.Ca
     ]
     values = printed_config(["fit", "--resume", "--out", str(out), *fields], capsys)
     assert (values["data"]["workers"], values["train"]["accumulate"], values["data"]["batch_size"]) == (3, 2, 64)
+    assert values["seed"] == 3
 
 
 def test_restart_by_torchrun_goes_on_with_the_run(
-    assert values["seed"] == 3
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -10,9 +10,10 @@ import yaml
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.former import renewed
 from vmf_pretrain.config.layers import layered
+from vmf_pretrain.config.method import require_method
 from vmf_pretrain.config.paths import with_expanded_paths
 from vmf_pretrain.config.recipe import RecipeHeader
-from vmf_pretrain.config.run import Config
+from vmf_pretrain.config.run import Config, require_seed
 from vmf_pretrain.config.typed import UnfitValueError, fitted, hint_of, made, merged, shown, takes_text
 from vmf_pretrain.config.yaml_text import UnfitYamlError, plain_scalar, read_text, yaml_values
 
@@ -133,8 +134,12 @@ def check_sections(layer: Mapping[str, Any]) -> None:
     """Each section of a layer, made by itself: its values are in range, whatever the other sections will be.
 
     Raises:
-        PretrainError: a value is out of range.
+        PretrainError: a value is out of range, or the method unknown.
     """
+    if "method" in layer:
+        require_method(layer["method"])
+    if "seed" in layer:
+        require_seed(layer["seed"])
     for name, values in layer.items():
         made(hint_of(Config, [name]), values)
 

@@ -22,6 +22,15 @@ from vmf_pretrain.config.train import TrainConfig
 from vmf_pretrain.config.views import CANVASES, GLOBAL_VIEWS, ViewsConfig
 
 
+def require_seed(seed: int) -> None:
+    """A seed is one that every generator takes.
+
+    Raises:
+        PretrainError: it is negative or too large.
+    """
+    require(0 <= seed < 2**31, f"seed is {seed} but must lie between 0 and 2147483647.")
+
+
 @dataclass(frozen=True)
 class Config:
     """One run.
@@ -96,7 +105,7 @@ class Config:
             warm_up <= epochs,
             f"loss.warmup_teacher_temp_epochs is {warm_up} but the run has {epochs} epochs (train.epochs).",
         )
-        require(0 <= self.seed < 2**31, f"seed is {self.seed} but must lie between 0 and 2147483647.")
+        require_seed(self.seed)
 
     def _check_method(self) -> None:
         require_method(self.method)
