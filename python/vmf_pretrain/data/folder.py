@@ -32,23 +32,27 @@ File = tuple[tuple[str, ...], int]  # parts of a path below the root, size in by
 class FolderSource:
     """The images below a folder, sorted by path.
 
+    Attributes:
+        classes: [N] the first sub-folder of each image; None where it lies in none.
+
     Args:
         root: the folder.
         suffixes: endings of file names that are taken, in lower case.
+        setting: that names the folder, for errors.
 
     Raises:
         PretrainError: the folder does not exist, cannot be entered in whole, or holds no such file.
     """
 
-    def __init__(self, root: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
+    def __init__(self, root: Path, suffixes: Sequence[str] = SUFFIXES, *, setting: str = "data.folder") -> None:
         self.root = root
-        files, self.skipped = files_below(root, suffixes)
+        files, self.skipped = files_below(root, suffixes, setting=setting)
         if not files:
-            raise PretrainError(f"data.folder {root} holds no image; expected files ending in {', '.join(suffixes)}.")
+            raise PretrainError(f"{setting} {root} holds no image; expected files ending in {', '.join(suffixes)}.")
         self.paths = Names([str(Path(*parts)) for parts, _ in files])
         self.sizes: NDArray[np.int64] = np.array([size for _, size in files], dtype=np.int64)
         self.notes: Sequence[str] = ()
-        self._classes = [parts[0] if len(parts) > 1 else None for parts, _ in files]
+        self.classes: Sequence[str | None] = [parts[0] if len(parts) > 1 else None for parts, _ in files]
 
     @property
     def names(self) -> Sequence[str]:
@@ -66,7 +70,7 @@ class FolderSource:
 
     def labels(self) -> tuple[Tensor | None, list[str]]:
         """[N] int64 classes by first sub-folder, and their names; none if an image lies outside or there is one class."""
-        return labels_of(self._classes)
+        return labels_of(self.classes)
 
 
 def labels_of(classes: Sequence[str | None]) -> tuple[Tensor | None, list[str]]:
@@ -78,14 +82,16 @@ def labels_of(classes: Sequence[str | None]) -> tuple[Tensor | None, list[str]]:
     return tensor([places[name] for name in classes if name is not None]), names
 
 
-def files_below(root: Path, suffixes: Sequence[str]) -> tuple[list[File], Counter[str]]:
+def files_below(
+    root: Path, suffixes: Sequence[str], *, setting: str = "data.folder"
+) -> tuple[list[File], Counter[str]]:
     """Files below ``root``, sorted by the parts of their paths; and what was skipped.
 
     Raises:
         PretrainError: ``root`` is no folder, or a folder cannot be entered.
     """
     if not root.is_dir():
-        raise PretrainError(f"data.folder {root} is not a folder; expected one with images.")
+        raise PretrainError(f"{setting} {root} is not a folder; expected one with images.")
     # a link to a folder above the root is a circle too: it leads back to the root
     whole = root.resolve()
     search = _Search(tuple(suffixes), frozenset((at.st_dev, at.st_ino) for at in map(os.stat, whole.parents)))

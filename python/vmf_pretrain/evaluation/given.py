@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.config.tasks.data import DataTask
-from vmf_pretrain.data.folder import FolderSource
+from vmf_pretrain.data.folder import FolderSource, labels_of
 from vmf_pretrain.data.images import Found, Images, SomeImages, split
 from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.photos import Photos, everything
@@ -96,27 +95,24 @@ class Given:
             return self._some(self._loaded[0])
         return self._some(self.below(self.folder))
 
-    def below(self, folder: Path) -> Photos:
-        """All images below any folder, sorted by path, with the first sub-folder as class."""
-        source = FolderSource(folder)
+    def below(self, folder: Path, setting: str = "data.folder") -> Photos:
+        """All images below any folder, which a setting names, sorted by path, with the first sub-folder as class."""
+        source = FolderSource(folder, setting=setting)
         return everything(source, source.labels()[0], self.size, None)
 
     def folders(self, names: Sequence[str]) -> tuple[list[Photos], Sequence[str]]:
         """The images of sub-folders of ``--data``, at most ``max_images`` of each, and the classes of all of them together.
 
-        A class that is missing in one of them keeps its number. There are no classes if one of them has no sub-folders.
+        A class that is missing in one of them keeps its number. There are no classes if an image of any of them lies in no
+        sub-folder, or all images in those of one name.
         """
         sources = [FolderSource(self.folder / name) for name in names]
-        photos = [everything(source, None, self.size, None) for source in sources]
-        found = [source.labels() for source in sources]
-        if any(labels is None for labels, _ in found):
-            return [self._some(one) for one in photos], ()
-        classes = sorted({name for _, some in found for name in some})
-        labelled = [
-            Photos(one.source, one.indices, _renumbered(labels, some, classes), self.size)
-            for one, (labels, some) in zip(photos, found, strict=True)
-        ]
-        return [self._some(one) for one in labelled], classes
+        numbers, classes = labels_of([name for source in sources for name in source.classes])
+        if numbers is None:
+            return [self._some(everything(source, None, self.size, None)) for source in sources], ()
+        labels = torch.split(numbers, [len(source.classes) for source in sources])
+        photos = [everything(source, own, self.size, None) for source, own in zip(sources, labels, strict=True)]
+        return [self._some(one) for one in photos], classes
 
     def _test_folder(self) -> Path | None:
         return next((self.folder / name for name in TESTS if (self.folder / name).is_dir()), None)
@@ -155,9 +151,3 @@ class Given:
         if most is None or len(images) <= most:
             return images
         return images.subset(torch.arange(most) * len(images) // most)
-
-
-def _renumbered(labels: Tensor | None, names: Sequence[str], classes: Sequence[str]) -> Tensor:
-    """[N] labels among ``names`` as places among ``classes``."""
-    assert labels is not None
-    return torch.tensor([classes.index(name) for name in names])[labels]

@@ -75,7 +75,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
     """
     try:
         encoded = path.read_bytes()
-        facts = json.loads(encoded) if path.suffix == ".json" else _published(plain_values(encoded, str(path)))
+        facts = json.loads(encoded) if path.suffix == ".json" else _published(plain_values(encoded, "it"))
         queries = [_query(facts["queries"][place], place) for place in range(len(facts["queries"]))]
         return GroundTruth(tuple(map(_text, facts["images"])), tuple(queries))
     except PretrainError as error:

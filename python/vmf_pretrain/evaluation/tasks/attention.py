@@ -158,7 +158,7 @@ def _digest(path: Path) -> str | None:
 
 def _masks_in(folder: Path) -> dict[str, Path]:
     """Paths by relative name without its ending."""
-    names = FolderSource(folder).names
+    names = FolderSource(folder, setting="attention.masks").names
     return {str(Path(name).with_suffix("")): folder / name for name in names}
 
 

@@ -72,7 +72,7 @@ class Copies(Task[CopiesTask]):
         return {
             IMAGES: photos,
             **dict.fromkeys(settings.made, originals),
-            **{name: given.below(Path(path)) for name, path in others.items() if path is not None},
+            **{name: given.below(Path(path), f"copies.{name}") for name, path in others.items() if path is not None},
         }
 
     def wants(self, settings: CopiesTask, fed: NetworkInput) -> dict[str, Wanted]:

@@ -56,9 +56,12 @@ class Retrieval(Task[RetrievalTask]):
         truth = truth_of(given.folder, photos)
         database = _found(photos, truth.images)
         queries = _found(photos, [query.image for query in truth.queries])
+        if not len(database) or not len(queries):
+            counts = f"{len(database)} images and {len(queries)} queries"
+            raise PretrainError(f"the ground truth of {given.folder} has {counts}; expected at least one of each.")
         sets: dict[str, Images] = {"database": database, "queries": queries}
         if settings.whitening is not None:
-            sets[OTHERS] = given.below(Path(settings.whitening))
+            sets[OTHERS] = given.below(Path(settings.whitening), "retrieval.whitening")
         return {_key(name, scale): images for name, images in sets.items() for scale in settings.scales}
 
     def depends(self, given: Given, settings: RetrievalTask) -> dict[str, Any]:

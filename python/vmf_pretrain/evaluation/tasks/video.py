@@ -42,6 +42,7 @@ class VideoObjects(Task[VideoTask]):
     """
 
     name = "video"
+    version = 2  # numbers that a first mask lacks are no objects
 
     def images(self, given: Given, settings: VideoTask) -> dict[str, Images]:
         """None: frames are read in their order, and their features are needed only for a few frames."""

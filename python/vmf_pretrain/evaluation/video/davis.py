@@ -74,11 +74,7 @@ def read_videos(root: Path, split: str = "val") -> list[Video]:
     """
     frames, masks = _inner(root / "JPEGImages"), _inner(root / "Annotations")
     listed = root / "ImageSets" / "2017" / f"{split}.txt"
-    names = (
-        [name for line in listed.read_text(encoding="utf-8").splitlines() if (name := line.strip())]
-        if listed.is_file()
-        else [path.name for path in sorted(frames.iterdir()) if path.is_dir()]
-    )
+    names = _listed(listed) if listed.is_file() else [path.name for path in sorted(frames.iterdir()) if path.is_dir()]
     if not names:
         raise PretrainError(f"{frames} holds no folder of a video.")
     return [_video(name, frames / name, masks / name) for name in names]
@@ -87,25 +83,35 @@ def read_videos(root: Path, split: str = "val") -> list[Video]:
 def score_predictions(video: Video, folder: Path) -> list[ObjectScores]:
     """Scores of each object of the first mask, over all frames but the first and the last; none of a video without such.
 
+    A number below the largest one that the first mask lacks is no object. The published evaluation, whose masks lack none,
+    would score it 1 wherever it is in neither mask.
+
     Raises:
-        PretrainError: a prediction is missing, or has another size, or an object that the first mask has not.
+        PretrainError: a prediction is missing, or has another size, or a larger number than the first mask.
     """
     masks = Masks(video.masks[0])
-    objects = int(masks.read(video.masks[0]).max())
+    objects = [number for number in np.unique(masks.read(video.masks[0])).tolist() if number]
     tally = Tally(video.name, objects)
     inner = video.masks[1:-1]
     predicted = _predictions(folder, inner)
     for reference, path in zip(inner, predicted, strict=True):
         labels = masks.read_predicted(path)
-        if int(labels.max(initial=0)) > objects:
-            raise PretrainError(
-                f"{path} has object {labels.max()}; expected at most {objects}, as in {video.masks[0]}."
-            )
+        if int(labels.max(initial=0)) > max(objects, default=0):
+            most = max(objects, default=0)
+            raise PretrainError(f"{path} has object {labels.max()}; expected at most {most}, as in {video.masks[0]}.")
         try:
             tally.add(masks.read(reference), labels)
         except ValueError as error:
             raise PretrainError(f"{path}: {error}.") from None
     return tally.scores()
+
+
+def _listed(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PretrainError(f"the list {path} cannot be read ({error}).") from None
+    return [name for line in lines if (name := line.strip())]
 
 
 def _predictions(folder: Path, masks: tuple[Path, ...]) -> Iterator[Path]:

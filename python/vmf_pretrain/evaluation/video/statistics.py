@@ -61,12 +61,12 @@ class Tally:
 
     Args:
         video: its name.
-        objects: their largest number; they are numbered from 1.
+        objects: their numbers.
     """
 
-    def __init__(self, video: str, objects: int) -> None:
+    def __init__(self, video: str, objects: Sequence[int]) -> None:
         self.video = video
-        self._values: list[list[tuple[float, float]]] = [[] for _ in range(objects)]
+        self._values: dict[int, list[tuple[float, float]]] = {number: [] for number in objects}
 
     def add(self, reference: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> None:
         """Count a frame of [H, W] numbers of objects.
@@ -76,11 +76,11 @@ class Tally:
         """
         if reference.shape != predicted.shape:
             raise ValueError(f"the mask has {predicted.shape} pixels; expected {reference.shape}")
-        for number, values in enumerate(self._values, start=1):
+        for number, values in self._values.items():
             one, other = reference == number, predicted == number
             values.append((region_similarity(one, other), contour_accuracy(one, other)))
 
     def scores(self) -> list[ObjectScores]:
         """Scores of each object; none if no frame was counted."""
-        columns = [np.array(values).T for values in self._values if values]
-        return [ObjectScores(self.video, n, region, line) for n, (region, line) in enumerate(columns, start=1)]
+        columns = {number: np.array(values).T for number, values in self._values.items() if values}
+        return [ObjectScores(self.video, number, *column) for number, column in columns.items()]
