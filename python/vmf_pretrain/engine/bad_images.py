@@ -13,7 +13,7 @@ SUPPOSED = 1000  # a share is of at least this many images, so that one bad file
 
 
 class BadImages:
-    """The count of unreadable images of a run; the same on every rank.
+    """The count of unreadable images of a run, each time that one was read; the same on every rank.
 
     Args:
         write: appends a record to bad_files.jsonl, on the first rank.
@@ -39,6 +39,7 @@ class BadImages:
             self._write({**asdict(image), "step": taken.step})
         if self.count > self._max_share * max(images_read, SUPPOSED):
             raise PretrainError(
-                f"{self.count} of {images_read} images cannot be read, more than data.max_bad_share, {self._max_share:g}, "
-                f"allows (of at least {SUPPOSED}): {first_names(self._names)}; bad_files.jsonl lists them with reasons."
+                f"{self.count} of {images_read} readings met an image that cannot be read, more than data.max_bad_share, "
+                f"{self._max_share:g}, allows (of at least {SUPPOSED}): {first_names(self._names)}; bad_files.jsonl lists them "
+                "with reasons, and --resume --data.max_bad_share with a larger share goes on."
             )

@@ -69,6 +69,12 @@ def print_summary(
     _print_verdict(console, figures["verdict"])
     if figures["mutual_information"] is not None:
         console.print(comparison(figures), soft_wrap=True, highlight=False)
+    if figures["bad_images"]:
+        console.print(
+            f"{figures['bad_images']} readings met an image that cannot be read, and another took its place: bad_files.jsonl.",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(
         f"Run folder: {folder} (summary.json, metrics.jsonl, plots/, weights/)",
         soft_wrap=True,

@@ -291,7 +291,9 @@ def test_unreadable_training_image_is_listed_and_ends_the_run_beyond_the_limit(
     (tmp_path / "photos" / "notes.jpg").write_text("these are not pixels")
     run, _ = a_run(photos_config(tmp_path / "photos", data={"max_bad_share": share}), tmp_path / "run")
     if ends:
-        with pytest.raises(PretrainError, match=r"cannot be read, more than data.max_bad_share.*notes\.jpg"):
+        with pytest.raises(
+            PretrainError, match=r"readings met .* cannot be read, more than data.max_bad_share.*notes\.jpg"
+        ):
             run.train()
     else:
         assert run.train() == 0

@@ -40,6 +40,7 @@ FIGURES: dict[str, Any] = {
         "evidence": ["teacher_entropy 0.0001 nats"],
         "advice": ["raise loss.teacher_temp"],
     },
+    "bad_images": 0,
     "seconds": 187.4,
     "method": "dino-vmf",
     "seed": 11,
@@ -58,6 +59,11 @@ def test_verdict_is_said_with_its_evidence_and_what_to_try() -> None:
     expected = ["One-hot collapse: all images", "  teacher_entropy 0.0001 nats", "  Try: raise loss.teacher_temp."]
     missing = [line for line in expected if line not in text]
     assert not missing, f"{missing} not in:\n{text}"
+
+
+def test_images_that_could_not_be_read_are_said_and_only_those() -> None:
+    assert "cannot be read" not in printed(FIGURES)
+    assert "9 readings met an image that cannot be read" in printed({**FIGURES, "bad_images": 9})
 
 
 def test_table_holds_every_figure() -> None:

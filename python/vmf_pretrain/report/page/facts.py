@@ -23,7 +23,7 @@ HEAD = {
     "prototypes_used": ("prototypes used (best for some image)", ""),
     "unique_prototypes": ("unique prototypes", ""),
     "largest_duplicate_share": ("largest set of duplicates", "% of the prototypes"),
-    "bad_images": ("images that could not be read", ""),
+    "bad_images": ("readings that met an image that cannot be read", ""),
     "steps": ("steps", ""),
     "seconds": ("wall time", "s"),
 }
