@@ -7,8 +7,7 @@ from typing import Any
 from vmf_pretrain.config.file import options_layer
 from vmf_pretrain.config.paths import expanded
 from vmf_pretrain.config.tasks.evaluation import EvaluationConfig
-from vmf_pretrain.config.typed import made
-from vmf_pretrain.start_evaluation import Question, answered, chosen_tasks, task_names
+from vmf_pretrain.start_evaluation import Question, answered, chosen_tasks, settings_of, task_names
 
 NAME = "eval"
 
@@ -37,7 +36,7 @@ def question_of(chosen: argparse.Namespace) -> Question:
         PretrainError: a task or a setting is unknown, or a value does not fit.
     """
     short = {"data.folder": chosen.data, "weights": chosen.weights}
-    config: EvaluationConfig = made(EvaluationConfig, options_layer(short, chosen.fields, EvaluationConfig))
+    config = settings_of(options_layer(short, chosen.fields, EvaluationConfig))
     out = None if chosen.out is None else expanded(chosen.out, "--out")
     return Question(chosen.network, chosen_tasks(chosen.task), config, out, chosen.allow_code)
 

@@ -82,6 +82,22 @@ def chosen_tasks(text: str) -> list[str]:
     return names
 
 
+def settings_of(layer: Mapping[str, Any]) -> EvaluationConfig:
+    """The settings of an evaluation.
+
+    Raises:
+        PretrainError: a value is out of range, or a share is to be held out of the images of a run, which have its split.
+    """
+    data = layer.get("data", {})
+    if "held_out" in data and data.get("folder") is None:
+        raise PretrainError(
+            f"data.held_out is {data['held_out']}, but without --data the images are those of the run, with its split; "
+            "expected --data FOLDER beside it."
+        )
+    config: EvaluationConfig = made(EvaluationConfig, layer)
+    return config
+
+
 def evaluate(
     network: str | os.PathLike[str],
     *,
@@ -113,7 +129,7 @@ def evaluate(
     from vmf_pretrain.report.console import run_console
 
     short = {} if data is None else {"data.folder": os.fspath(data)}
-    config: EvaluationConfig = made(EvaluationConfig, python_layer({**short, **fields}, EvaluationConfig))
+    config = settings_of(python_layer({**short, **fields}, EvaluationConfig))
     names = chosen_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
     folder = None if out is None else expanded(os.fspath(out), "out")
     answer = answered(Question(os.fspath(network), names, config, folder, allow_code), run_console(quiet=quiet))

@@ -169,6 +169,7 @@ MISTAKES = [
     (["eval", "RUN", "--task", "knm"], "there is no task knm; expected some of knn"),
     (["eval", "RUN", "--task", ","], "no task is given"),
     (["eval", "RUN", "--task", "knn", "--knn.neighbors", "3"], "did you mean knn.neighbours?"),
+    (["eval", "RUN", "--task", "knn", "--data.held_out", "0.2"], "data.held_out is 0.2, but without --data the images"),
     (["eval", "RUN", "--task", "knn", "--knn.neighbours", "[3, 3]"], "expected different numbers"),
     (["eval", "RUN", "--task", "knn", "--weights", "newest"], 'weights is "newest"; expected last or best'),
     (["eval", "RUN", "--task", "knn", "--data.folder", "x", "--data", "y"], "data.folder is given twice"),
