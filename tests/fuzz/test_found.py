@@ -18,6 +18,8 @@ FOUND = {
     "a target that is NaN": "function=target_cross_entropy of stored,backend=streaming,images=2,rows=nan,option=probabilities",
     "prototypes too short for normalize": "function=unique_prototypes,seed=36877,prototypes=16,dim=3,dtype=bf16,norms=tiny,"
     "option=euclidean",
+    "a row of zeros, which is no row's nearest": "function=KoLeoLoss,seed=27341,prototypes=7,dim=8,norms=some_zero,"
+    "option=koleo",
 }
 
 

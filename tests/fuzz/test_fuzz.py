@@ -127,6 +127,7 @@ def scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
         ("centers", "vmf_kernels.centering.running_mean.RunningMean._step", lambda self, center, batch: (center + batch) / 2),
         ("KoLeoLoss", "vmf_kernels.losses.koleo.functional.pairwise_distance", scaled(pairwise_distance, 1.001)),
         ("DINOLoss", "vmf_kernels.losses.dino.multi_crop_weights", lambda g, v, device: torch.full((g, v), 1 / (g * v))),
+        ("compat.lightly.IBOTPatchLoss", "vmf_kernels.compat.lightly._patch_weights", lambda mask, *_: mask[mask] / 2),
         ("SinkhornKnopp", "vmf_kernels.centering.log_sums.LogSums.new_offsets", lambda self: torch.arange(len(self.logits))),
     ],
     ids=lambda planted: planted[1].rsplit(".", 1)[-1],

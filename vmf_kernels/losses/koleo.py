@@ -22,8 +22,9 @@ class KoLeoLoss(nn.Module):
 
     It is meant for the student's class tokens before the head. It is computed in fp32 (fp64 for fp64 features), also under
     autocast: in fp16, eps rounds to 0, and two equal images would give infinity. The gradient of fp16 features is clamped to
-    the range of fp16, which three equal rows would exceed. Neighbours are taken from this rank's rows. On a GPU their products
-    follow ``torch.set_float32_matmul_precision``; with less than "highest", close neighbours are distinguished less well.
+    the range of fp16, which three equal rows would exceed. Neighbours are taken from this rank's rows, by their products as
+    published: a row of zeros is to the others as far as an orthogonal one. On a GPU products follow
+    ``torch.set_float32_matmul_precision``; with less than "highest", close neighbours are distinguished less well.
 
     Args:
         eps: added to the distance and to its components, > 0.

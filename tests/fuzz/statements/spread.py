@@ -11,15 +11,17 @@ from torch.nn import functional
 
 
 def neighbours(unit_RD: Tensor, topk: int = 1) -> Tensor:
-    """[R, topk] the nearest other rows by distance."""
+    """[R, topk] the nearest other rows by direction: one without a direction is as far as an orthogonal one."""
     with torch.no_grad():
         distances = torch.cdist(unit_RD, unit_RD, compute_mode="donot_use_mm_for_euclid_dist")
+        short = unit_RD.norm(dim=1) < 0.5
+        distances = distances.masked_fill(short[:, None] | short, 2**0.5)
         nearest: Tensor = distances.fill_diagonal_(torch.inf).topk(topk, dim=1, largest=False).indices
         return nearest
 
 
-def koleo(features_RD: Tensor, eps: float = 1e-8, topk: int = 1, crops: int = 1) -> Tensor:
-    """[] nats, summed over crops; eps inside and outside of the distance.
+def koleo(features_RD: Tensor, eps: float = 1e-8, topk: int = 1, crops: int = 1, p: float = 2.0) -> Tensor:
+    """[] nats, summed over crops; eps inside and outside of the distance, which is one in the p-norm.
 
     Source: Sablayrolles et al., "Spreading vectors for similarity search", ICLR 2019, section 3.2.
     """
@@ -27,7 +29,7 @@ def koleo(features_RD: Tensor, eps: float = 1e-8, topk: int = 1, crops: int = 1)
     for crop in features_RD.chunk(crops):
         unit = functional.normalize(crop, dim=1, eps=eps)
         gaps = unit[:, None] - unit[neighbours(unit, topk)]
-        losses.append(-((gaps + eps).norm(dim=2) + eps).log().mean())
+        losses.append(-((gaps + eps).norm(p=p, dim=2) + eps).log().mean())
     return torch.stack(losses).sum()
 
 

@@ -19,6 +19,7 @@ from tests.fuzz.statements import prototypes as statement_of
 from tests.fuzz.statements.dino import PublishedDINOLoss, PublishedDINOvMFLoss
 from tests.fuzz.statements.dinov2 import PublishedPatchLoss, PublishedV2Loss, PublishedV3Loss
 from tests.fuzz.statements.ibot import PublishedIBOTLoss, PublishedIBOTvMFLoss
+from tests.fuzz.statements.lightly import PublishedLightlyLoss, PublishedLightlyPatchLoss
 from tests.fuzz.statements.solo import PublishedSoloLoss
 from tests.fuzz.subjects.subject import Subject, choices_of
 from vmf_kernels import (
@@ -31,7 +32,7 @@ from vmf_kernels import (
     PrototypeLogits,
     Prototypes,
 )
-from vmf_kernels.compat import dinov2, dinov3, solo
+from vmf_kernels.compat import dinov2, dinov3, lightly, solo
 
 GLOBAL, PATCHES = 2, 4
 EPOCHS, WARM_UP = 3, 2
@@ -165,6 +166,17 @@ def v2_patch_call(loss: Any, s: Any, t: Any, batch: Batch, step: int, heads: Hea
     return loss.forward_masked(s(batch.patches[batch.masks]), targets.squeeze(0), batch.masks)  # type: ignore[no-any-return]
 
 
+def lightly_call(loss: Any, s: Any, t: Any, batch: Batch, step: int, heads: Heads) -> Tensor:
+    crops = len(batch.crops) // (len(batch.views) // GLOBAL)
+    views = list(t(batch.views).chunk(GLOBAL)), list(s(batch.crops).chunk(crops))
+    return loss(*views, epoch=step)  # type: ignore[no-any-return]
+
+
+def lightly_patch_call(loss: Any, s: Any, t: Any, batch: Batch, step: int, heads: Heads) -> Tensor:
+    outputs = t(batch.targets[batch.masks]), s(batch.patches[batch.masks])
+    return loss(*outputs, batch.masks.unflatten(1, (2, -1)), loss.temperature[step])  # type: ignore[no-any-return]
+
+
 def _started(loss: Any, case: Case) -> Any:
     loss.init_weights()  # its centre is NaN before
     return with_temperatures(loss, case)
@@ -220,6 +232,15 @@ PAIRS = {
     "compat.solo.DINOLoss": Pair(
         Side(lambda c: solo.DINOLoss(c.prototypes, *temperatures(c)), solo_call),
         Side(lambda c: PublishedSoloLoss(c.prototypes, *temperatures(c)), solo_call),
+    ),
+    "compat.lightly.DINOLoss": Pair(
+        Side(lambda c: lightly.DINOLoss(c.prototypes, *temperatures(c)[:3]), lightly_call),
+        Side(lambda c: PublishedLightlyLoss(c.prototypes, *temperatures(c)[:3]), lightly_call),
+    ),
+    "compat.lightly.IBOTPatchLoss": Pair(
+        Side(lambda c: with_temperatures(lightly.IBOTPatchLoss(c.prototypes), c), lightly_patch_call),
+        Side(lambda c: with_temperatures(PublishedLightlyPatchLoss(c.prototypes), c), lightly_patch_call),
+        (),
     ),
     "compat.dinov2.DINOLoss": Pair(
         Side(lambda c: with_temperatures(dinov2.DINOLoss(c.prototypes), c), v2_call),
