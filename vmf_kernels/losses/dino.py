@@ -5,6 +5,7 @@ Legend: B images, V student crops, K prototypes. Rows are view-major.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Unpack
 
 import numpy as np
@@ -73,8 +74,8 @@ class DINOLoss(StreamLoss):
     ) -> None:
         super().__init__()
         schedule = temperature_schedule(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs)
-        if ncrops < TEACHER_CROPS:
-            raise ValueError(f"ncrops is {ncrops}; expected at least 2, the global crops included")
+        if not isinstance(ncrops, Integral) or ncrops < TEACHER_CROPS:
+            raise ValueError(f"ncrops is {ncrops!r}; expected at least 2, as an int, the global crops included")
         self.ncrops = ncrops
         self._temperatures = EpochTemperatures(schedule)
         self.stream = self.stream_class(out_dim, student_temp, center_momentum, **options)

@@ -7,6 +7,7 @@ Legend: R rows, S / T student / teacher rows, G / V teacher / student views, B i
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from torch import Tensor, nn
@@ -101,8 +102,8 @@ class Stream(nn.Module):
         if unknown:
             known = ", ".join(StreamOptions.__annotations__)
             raise TypeError(f"unknown option {', '.join(unknown)}; expected one of {known}")
-        if num_prototypes < 1:
-            raise ValueError(f"out_dim is {num_prototypes}; expected at least 1 prototype")
+        if not isinstance(num_prototypes, Integral) or num_prototypes < 1:
+            raise ValueError(f"out_dim is {num_prototypes!r}; expected at least 1 prototype, as an int")
         check_positive(student_temp, "student_temp")
         if center_update not in UPDATES:
             raise ValueError(f"center_update is {center_update!r}; expected one of {', '.join(UPDATES)}")
