@@ -36,7 +36,7 @@ COPIED = (
 )
 FAILED = 1  # exit code of pytest where a test fails; another means that none ran, or that pytest broke
 
-ON_TILES = {"tests": ("tests/backends/test_native_tiles.py",), "marker": "compiles"}
+ON_TILES = (("tests/backends/test_native_tiles.py",), "compiles")  # tests and their marker
 MUTATIONS = (
     Mutation(
         "sign of the centre",
@@ -192,35 +192,35 @@ MUTATIONS = (
         "csrc/cpu/tiles.h",
         "_tile_dpbf16ps(3, 5, 7)",
         "_tile_dpbf16ps(3, 5, 6)",
-        **ON_TILES,
+        *ON_TILES,
     ),
     Mutation(
         "a stage of the transposition of G",
         "csrc/cpu/tiles.h",
         "swap_in_all<4>(square), swap_in_all<2>(square)",
         "swap_in_all<2>(square)",
-        **ON_TILES,
+        *ON_TILES,
     ),
     Mutation(
         "zeros beyond the students of a row of G",
         "csrc/cpu/gather.h",
         "std::memset(next + students, 0,",
         "if (false) std::memset(next + students, 0,",
-        **ON_TILES,
+        *ON_TILES,
     ),
     Mutation(
         "zeros beyond the prototypes of a block of G",
         "csrc/cpu/gather.h",
         "std::memset(by_prototype + std::ptrdiff_t(pairs) * students, 0,",
         "if (false) std::memset(by_prototype + std::ptrdiff_t(pairs) * students, 0,",
-        **ON_TILES,
+        *ON_TILES,
     ),
     Mutation(
         "configuration of a thread's tile registers",
         "csrc/cpu/product.h",
         "using Registers = TileRegisters;",
         "using Registers = NoRegisters;",
-        **ON_TILES,
+        *ON_TILES,
     ),
 )
 

@@ -3,8 +3,6 @@
 A case takes a share, which says what of the data is this process's; its class is made of a rank, or of None when alone.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import importlib

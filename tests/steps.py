@@ -3,8 +3,6 @@
 Legend: B images, V crops, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

@@ -23,6 +23,7 @@ from vmf_pretrain.config.run import Config
 FROZEN = Path(__file__).with_name("surface.txt")
 COMPAT = Path(vmf_kernels.__file__).with_name("compat")
 METHODS_OF_USERS = ("forward", "materialize", "prototypes", "update_center")  # beside a class's own signature
+COUNTS: dict[int | str | None, str] = {None: "", 0: " (no value)"}  # argparse's nargs, as they are said
 
 
 def surface() -> str:
@@ -72,7 +73,7 @@ def settings_of(kind: type, above: str = "") -> list[str]:
     lines = []
     for one in dataclasses.fields(kind):
         hint, name = hints[one.name], above + one.name
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             lines += settings_of(hint, f"{name}.")
         else:
             default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
@@ -94,7 +95,7 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
                 yield from _arguments(action.choices[name])
         elif not isinstance(action, argparse._HelpAction):
             spelled = "|".join(action.option_strings) or (str(action.metavar or action.dest))
-            many = {None: "", 0: " (no value)"}.get(action.nargs, f" ({action.nargs})")  # type: ignore[call-overload]
+            many = COUNTS.get(action.nargs, f" ({action.nargs})")
             choices = "" if action.choices is None else f" of {', '.join(map(str, action.choices))}"
             default = "" if action.default in (None, argparse.SUPPRESS, False) else f" = {action.default}"
             yield f"{parser.prog} {spelled}{many}{choices}{default}"

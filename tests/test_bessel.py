@@ -354,6 +354,8 @@ def test_compiled_without_graph_breaks_is_bitwise_equal() -> None:
         eager.sum().backward()
         traced.sum().backward()
         assert torch.equal(traced, eager), f"values differ at dim {dim}"
+        assert kappa.grad is not None
+        assert eager_kappa.grad is not None
         assert torch.equal(kappa.grad, eager_kappa.grad), f"gradients differ at dim {dim}"
 
 

@@ -6,8 +6,6 @@ share one spawn of the ranks.
 Legend: B images, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import contextlib
@@ -139,7 +137,7 @@ def loss_of(loss: DINOLoss, student: Any, teacher: Any, output: str) -> Tensor:
     return loss(student.materialize(), teacher.materialize(), 0, **norms)  # type: ignore[no-any-return]
 
 
-def train(share: Share, loss: DINOLoss, output: str, micro_batches: int = 1, **ddp: bool) -> Results:
+def train(share: Share, loss: DINOLoss, output: str, micro_batches: int = 1, **ddp: Any) -> Results:
     """Three steps of a head under DDP (plain when alone): losses, gradients and centres by step."""
     student, teacher = networks()
     model: Any = student if share.rank is None else nn.parallel.DistributedDataParallel(student, **ddp)

@@ -6,8 +6,6 @@ ranks share one spawn.
 Legend: B images, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

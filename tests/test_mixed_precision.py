@@ -3,8 +3,6 @@
 Both sides see the same half-rounded bottleneck features; the published side then computes in fp64.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import math

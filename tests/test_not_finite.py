@@ -139,7 +139,8 @@ def test_a_centre_takes_no_part_of_such_a_batch(make: type[DINOLoss], spoil: str
             named = dict(
                 zip(("student_prototypes", "teacher_prototypes"), (x.prototypes for x in outputs), strict=True)
             )
-        return loss(*((x.materialize() for x in outputs) if stored else outputs), 0, **named)
+        value: Tensor = loss(*((x.materialize() for x in outputs) if stored else outputs), 0, **named)
+        return value
 
     step("nothing")
     before = loss.center.clone()

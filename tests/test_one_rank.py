@@ -6,8 +6,6 @@ that of the rows or of the prototypes too.
 Legend: B images, N patches, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import functools
@@ -17,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore
 from torch.nn import functional
 
 from vmf_kernels import (

@@ -72,7 +72,8 @@ def test_the_normaliser_of_fp64_stored_logits_is_fp64(kind: str) -> None:
     def loss(prototypes: tuple[Prototypes, Prototypes], rows: tuple[Tensor, Tensor]) -> Tensor:
         logits = [PrototypeLogits(x, p).materialize() for x, p in zip(rows, prototypes, strict=True)]
         named = dict(zip(("student_prototypes", "teacher_prototypes"), prototypes, strict=True))
-        return DINOvMFLoss(60, 3, 0.04, 0.04, 0, 1).double()(*logits, 0, **named)
+        value: Tensor = DINOvMFLoss(60, 3, 0.04, 0.04, 0, 1).double()(*logits, 0, **named)
+        return value
 
     exact = problem.to(torch.float64)
     rows = exact.student_features, exact.teacher_features

@@ -32,13 +32,6 @@ from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 SOURCES = sorted(Path(vmf_kernels.__file__).parent.rglob("*.py"))
 MADE = {"empty", "zeros", "ones", "full", "tensor", "arange", "linspace", "eye", "rand", "randn", "empty_strided"}
 K, D, IN, VIEWS, IMAGES = 301, 16, 6, 4, 3
-DEFAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
-    "bf16": lambda: default_dtype(torch.bfloat16),
-    "fp16": lambda: default_dtype(torch.float16),
-    "fp64": lambda: default_dtype(torch.float64),
-    "meta": lambda: torch.device("meta"),
-    "meta for all": lambda: default_device("meta"),
-}
 
 
 @contextlib.contextmanager
@@ -58,6 +51,15 @@ def default_device(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+
+
+DEFAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "bf16": lambda: default_dtype(torch.bfloat16),
+    "fp16": lambda: default_dtype(torch.float16),
+    "fp64": lambda: default_dtype(torch.float64),
+    "meta": lambda: torch.device("meta"),
+    "meta for all": lambda: default_device("meta"),
+}
 
 
 def unnamed_allocations(source: str) -> list[str]:

@@ -1,7 +1,5 @@
 """Outputs inside tools around modules: precision plugins, replicas, einops, FLOP counters, ``torch.func``."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy
@@ -77,6 +75,7 @@ def test_lightning_fabric_hands_out_logits_that_train(precision: Any) -> None:
     assert abs(loss.item() - expected.item()) <= tolerance * expected.item()
     for (name, parameter), wanted in zip(student.named_parameters(), plain.parameters(), strict=True):
         assert parameter.grad is not None, f"{name} got no gradient"
+        assert wanted.grad is not None
         error = (parameter.grad.double() - wanted.grad.double()).norm() / wanted.grad.norm().double()
         assert error <= 5 * tolerance, f"{name}: relative error {error:.1e}"
     output = fabric.setup(Nested())(rows())
@@ -96,7 +95,7 @@ def test_accelerate_hands_out_logits_that_train() -> None:
 
 def test_a_replica_of_data_parallel_says_what_to_do() -> None:
     layer = head_of().last_layer
-    replica = layer._replicate_for_data_parallel()
+    replica = layer._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
     for name, parameter in layer.named_parameters():
         setattr(replica, name, parameter.clone())  # as torch.nn.parallel.replicate leaves it
     with pytest.raises(RuntimeError, match=r"DataParallel joins the stored tensors.*expected DistributedDataParallel"):
@@ -147,6 +146,7 @@ def test_func_grad_gives_the_gradients_of_backward_and_the_centre_moves(loss: ty
         expected(student(x), outside, 0).backward()
         centers.append(expected.center.clone())
         for name, parameter in student.named_parameters():
+            assert parameter.grad is not None
             assert torch.allclose(got[name], parameter.grad, rtol=1e-5, atol=1e-7), name
     # to rounding: inside of a transformation the sums of a centre of probabilities have passes of their own
     assert all(torch.allclose(center, centers[0], rtol=1e-5, atol=1e-6) for center in centers)
@@ -214,10 +214,11 @@ def test_einops_repeats_and_joins_rows_and_refuses_what_needs_values() -> None:
         (einops.rearrange([logits, logits], "t n k -> (t n) k"), torch.cat([logits.materialize()] * 2)),
     ):
         assert torch.equal(unstored.materialize(), stored)
-    for refused in (
+    refusals: list[Callable[[], object]] = [
         lambda: einops.rearrange(logits, "n k -> k n"),
         lambda: einops.reduce(logits, "n k -> n", "mean"),
-    ):
+    ]
+    for refused in refusals:
         with pytest.raises((TypeError, ValueError), match=r"materialize\(\)"):
             refused()
 
@@ -242,7 +243,8 @@ def test_levels_of_func_inside_each_other_keep_their_gradients(make: Callable[..
     (expected,) = torch.autograd.grad(loss(plain, w), plain)
 
     def value_inside(x: Tensor) -> Tensor:
-        return torch.func.grad_and_value(lambda w: loss(x, w))(w)[1]
+        value: Tensor = torch.func.grad_and_value(lambda w: loss(x, w))(w)[1]
+        return value
 
     assert torch.allclose(grad(value_inside)(x), expected, rtol=1e-5)
     assert torch.allclose(torch.autograd.grad(value_inside(plain), plain)[0], expected, rtol=1e-5)
@@ -289,7 +291,8 @@ def test_batched_gradients_and_empty_batches() -> None:
 
 def test_comparing_logits_is_refused_not_false() -> None:
     logits = head_of()(rows())
-    for compare in (lambda: logits == 0, lambda: logits != logits):
+    comparisons: list[Callable[[], object]] = [lambda: logits == 0, lambda: logits != logits]
+    for compare in comparisons:
         with pytest.raises(TypeError, match=r"materialize\(\)"):
             compare()
     assert logits in {logits}, "still an object that can be a key"

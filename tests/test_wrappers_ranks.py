@@ -4,8 +4,6 @@ Each case trains a head for two steps through a wrapper that copies outputs, or 
 call and once with a call for each; both have to end in the same weights.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy
@@ -106,7 +104,8 @@ def several_outputs(rank: int | None) -> dict[str, str]:
     """Rows of one head can be joined, those of the two cannot, whatever their places in the output are."""
     said = {}
     for name in [] if rank is None else ["find_unused_parameters", "static_graph"]:
-        model = nn.parallel.DistributedDataParallel(Several(), **{name: True})
+        option: dict[str, Any] = {name: True}
+        model = nn.parallel.DistributedDataParallel(Several(), **option)
         first, second = model(torch.ones(2, IN, dtype=torch.float64)), model(torch.ones(2, IN, dtype=torch.float64))
         same = torch.cat([first["one"], second["one"], first["rest"][3], second["rest"][3]])
         other = torch.cat([first["rest"][2], second["rest"][2]])

@@ -167,13 +167,18 @@ def reciprocal_or_zero(norm: Tensor) -> Tensor:
     return torch.where(norm > 0, 1 / norm, 0.0)
 
 
-class StandIn:
+class _Types:
+    """The module's types, apart from ``StandIn``, whose signatures name those that they stand for."""
+
+    Element, Stored, Kind, Queue = Element, Stored, Kind, Queue
+    Expansion, StoredPrototypes, Packing, Side = Expansion, StoredPrototypes, Packing, Side
+
+
+class StandIn(_Types):
     """The module's functions; ``damage(name, arguments by name)`` may change the arguments of each call."""
 
     archs = ("80", "90a", "100")
     source_digest, has_bounded_waits = "of a stand-in", False
-    Element, Stored, Kind, Queue = Element, Stored, Kind, Queue
-    Expansion, StoredPrototypes, Packing, Side = Expansion, StoredPrototypes, Packing, Side
 
     def __init__(self, damage: Damage) -> None:
         self.damage = damage

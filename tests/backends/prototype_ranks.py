@@ -3,8 +3,6 @@
 Legend: K prototypes (of all ranks), R rows, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from collections.abc import Sequence

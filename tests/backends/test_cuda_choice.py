@@ -138,7 +138,7 @@ def test_a_module_that_loads_is_there(imports_anew: None) -> None:
 
 @NO_GPU
 def test_absent_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert binding.unsupported_device(torch.device("cuda", 0)) == "the package triton is not installed"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.backends.native_calls import HERE, Damage, check, check_log_sums, damaged, products_of
 from tests.ops.test_prototype_cross_entropy import HARD, rows_apart, transposed
 from vmf_kernels import Prototypes, linear_prototypes, prototype_usage
-from vmf_kernels.backends.native import module, operator
+from vmf_kernels.backends.native import module, operator, scores
 from vmf_kernels.ops.assignments import column_log_sum_exp, row_log_sum_exp
 from vmf_kernels.prototypes import KINDS, LOWEST_BIAS
 from vmf_kernels.testing import GRADIENTS, Outcome, Problem, assert_within_budget, library_outcome, random_problem
@@ -167,10 +167,10 @@ def test_one_rounding_to_bf16_fails_the_budget_of_log_sums(
     problem = random_problem(views=(1, 65), prototypes=1000, dim=24, dtype=FP32)
     x, prototypes = problem.student_features, problem.student_prototypes
     assert problem.teacher_bias is not None
-    keys, fp32 = operator.native_keys, module.fp32
+    fp32 = module.fp32
 
     def rounded_keys(*arguments: Any) -> Any:
-        made = keys(*arguments)
+        made = scores.native_keys(*arguments)
         return made._replace(weight=made.weight.bfloat16())
 
     if part == "prototypes":
@@ -358,11 +358,11 @@ def test_a_damaged_call_fails_the_budget(damage: Damage, dtype: torch.dtype, isa
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_permuted_teacher_rows_fail_the_budget(dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the student's rows are scored first, then the teacher's."""
-    calls, kept, score_task = itertools.count(), [], operator.score_task
+    calls, kept = itertools.count(), []
 
     def permuted(rows: Tensor, *rest: Any) -> Any:
         kept.append(rows.roll(next(calls) % 2, 0).contiguous())  # the task points to them
-        return score_task(kept[-1], *rest)
+        return scores.score_task(kept[-1], *rest)
 
     monkeypatch.setattr(operator, "score_task", permuted)
     with pytest.raises(AssertionError, match=r"error .*, budget"):

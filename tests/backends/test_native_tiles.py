@@ -84,7 +84,7 @@ def test_features_in_fp32_are_multiplied_as_torch_may_multiply_them() -> None:
             assert_within_budget(library_outcome(mixed, "native"), mixed, products)
         with pytest.raises(AssertionError, match=r"error .*, budget"):  # control: "medium" rounds
             assert_within_budget(library_outcome(problem, "native"), problem)
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
         torch.backends.mkldnn.fp32_precision = "bf16"
         assert operator.products_of(problem.student_features) == BF16
     finally:

@@ -44,7 +44,8 @@ def weight() -> torch.nn.Parameter:
 
 def loss_of(centering: str, student: PrototypeLogits, teacher: PrototypeLogits) -> Tensor:
     loss = DINOLoss(K, 4, TAU, TAU, 0, 10, centering=centering, backend="triton")
-    return loss(student, teacher, 0)
+    value: Tensor = loss(student, teacher, 0)
+    return value
 
 
 @contextmanager

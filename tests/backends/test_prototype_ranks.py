@@ -6,8 +6,6 @@ prototypes out are the pairs (0, 1) and (2, 3) of the four, which take turns wit
 Legend: G / V teacher / student views, B images, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from collections.abc import Iterator

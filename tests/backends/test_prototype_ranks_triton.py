@@ -5,8 +5,6 @@ Every case runs with the same code on the ranks and alone; all share one spawn.
 Legend: G / V teacher / student views, B images, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -107,8 +107,12 @@ def check_stored(temperature: float, side: str) -> None:
         torch.rand(4, 20),
     )  # within [0, 1]: their differences are finite in fp32
     temperatures = temperature if student else 0.1, temperature if teacher else 0.04
-    named = {"student_temperature": temperatures[0], "teacher_temperature": temperatures[1]}
-    loss, statistics = logit_cross_entropy(*logits, torch.full((2, 3), 1 / 12), **named)
+    loss, statistics = logit_cross_entropy(
+        *logits,
+        torch.full((2, 3), 1 / 12),
+        student_temperature=temperatures[0],
+        teacher_temperature=temperatures[1],
+    )
     l_s, l_t = (x.detach().double() / tau for x, tau in zip(logits, temperatures, strict=True))
     exact = plain_loss(l_s, l_t.softmax(dim=1), torch.full((2, 3), 1 / 12, dtype=torch.float64))
     assert abs(loss.detach().double() - exact) <= 1e-5 * exact.abs(), f"{loss.item()}, expected {exact.item()}"

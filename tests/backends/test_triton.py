@@ -98,12 +98,12 @@ def test_rows_of_two_dtypes_are_multiplied_in_fp32(monkeypatch: pytest.MonkeyPat
     assert error <= 1e-6, f"error {error:.1e}, budget 1e-6"
     # what decides whether the kernels serve them is that dtype too
     asked: list[torch.dtype] = []
-    choose = choice.choose_backend
-    monkeypatch.setattr(
-        operator_module,
-        "choose_backend",
-        lambda name, rows, *weights: (asked.append(rows.dtype), choose(name, rows, *weights))[1],
-    )
+
+    def recorded(name: str, rows: Tensor, *weights: Tensor) -> Any:
+        asked.append(rows.dtype)
+        return choice.choose_backend(name, rows, *weights)
+
+    monkeypatch.setattr(operator_module, "choose_backend", recorded)
     library_outcome(problem, "streaming")
     assert asked == [torch.float32]
 

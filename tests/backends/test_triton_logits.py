@@ -6,8 +6,6 @@ On a machine without a GPU, Triton's interpreter runs them on the CPU. The truth
 Legend: G / V teacher / student views, B images, K prototypes.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import os

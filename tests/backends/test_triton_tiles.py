@@ -230,7 +230,7 @@ def test_no_number_of_splits_takes_less_time(
 def test_splits_of_the_workloads(rows: int, width: int, tile: Tile, splits: int) -> None:
     """On 132 multiprocessors, K = 65,536, with a barycentre; worked out by hand from the waves and the workspace."""
     keys = PackedPrototypes(
-        torch.empty(65_536, width), *[torch.empty(0)] * 2, 65_536, Layout(width, 1, "16-bit"), False
+        torch.empty(65_536, width), torch.empty(0), torch.empty(0), 65_536, Layout(width, 1, "16-bit"), False
     )
     with mock.patch.object(launch, "target_of", return_value=HOPPER):
         assert shared_out(torch.empty(rows, width), keys, keys, tile)[0] == splits

@@ -47,7 +47,7 @@ def answered(problem: Problem, backend: str = "native") -> Tensor | None:
         teacher_bias=ask_for_sums(bias, teacher, TAU),
         image_weights=problem.image_weights,
         backend=backend,
-    ).loss.backward()  # type: ignore[no-untyped-call]
+    ).loss.backward()
     return answer_about(teacher, TAU)
 
 

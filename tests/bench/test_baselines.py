@@ -47,7 +47,7 @@ def test_truth_is_the_dense_formula(inputs: HeadInputs) -> None:
     q = ((inputs.teacher_features.double() @ teacher.double().T - inputs.center) / 0.04).softmax(dim=1)
     pairs_TS = torch.kron(inputs.pair_weights, torch.diag(inputs.image_weights)).double()
     loss = -(pairs_TS * (q @ log_p.T)).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     truth = {"loss": loss.detach()} | {name: leaf.grad for name, leaf in wide.items() if leaf.grad is not None}
     exact, entropy = exact_outcome(inputs)
     errors = relative_errors(exact, truth)

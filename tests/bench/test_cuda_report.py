@@ -163,7 +163,7 @@ def test_without_sources_there_is_no_report(tmp_path: Path, monkeypatch: pytest.
 def test_without_nvcc_the_report_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(toolchain.shutil, "which", lambda *arguments, **options: None)
+    monkeypatch.setattr(shutil, "which", lambda *arguments, **options: None)
     path = tmp_path / "report.json"
     assert compile_report.main(["--arch", "90", "--kernels", "cuda", "--json", str(path)]) == 0
     assert "csrc/cuda is not compiled: nvcc was not found" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from torch import Tensor
 import bench.first_light as program
 from bench.light import child, columns, exact, inputs, rows
 from bench.light.stand import Stand
-from bench.light.variants import Variant, parsed, variants
+from bench.light.variants import KERNELS, Variant, parsed, variants
 from tests.backends.cuda_stand_in import Damage, standing_in
 from tests.backends.interpreted import correct_bf16
 from vmf_kernels.backends.triton.tiles import Tile
@@ -142,13 +142,13 @@ def test_a_kernel_that_raises_is_recorded(tmp_path: Path) -> None:
 
 
 def test_kernels_that_the_library_does_not_have_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = child.KERNELS["cuda-clusters"]._replace(attribute="NOTHING")
-    monkeypatch.setitem(child.KERNELS, "cuda-clusters", source)
+    source = KERNELS["cuda-clusters"]._replace(attribute="NOTHING")
+    monkeypatch.setitem(KERNELS, "cuda-clusters", source)
     result = child.attempt(parsed("cuda-clusters/usage/fp16/64"), CPU, lambda *_, **__: None, tmp_path)
     assert (result["status"], "has no NOTHING" in result["reason"]) == ("absent", True)
 
 
-def run_once(write: Callable[[Tensor], None]) -> Stand:
+def run_once(write: Callable[[Tensor], object]) -> Stand:
     """A stand after launches of something that is to leave zeros."""
     stand = stand_of("cuda/usage/bf16/64")
 

@@ -29,7 +29,7 @@ from vmf_bench.errors import UnavailableError
 from vmf_bench.inputs import HeadInputs
 from vmf_bench.memory import peak_extra_mib
 from vmf_bench.peers.peer import Peer
-from vmf_bench.timing import Stopwatch, Times, interleaved, rounds_within
+from vmf_bench.timing import Stopwatch, Times, interleaved, rounds_within, training_step
 
 NOT_ON_A_CPU = {"B4", "B5"} | ({"B6"} if importlib.util.find_spec("liger_kernel") is None else set())
 
@@ -306,7 +306,7 @@ def test_probes_measure_on_a_gpu() -> None:
         total: torch.Tensor = sum((leaf.float().square().sum() for leaf in inputs.leaves.values()), buffer.sum())
         return total
 
-    step, stopwatch = probes.training_step(loss, inputs), Stopwatch(device)
+    step, stopwatch = training_step(loss, inputs), Stopwatch(device)
     stopwatch.warm_up(step)
     assert 0 < stopwatch.device_milliseconds(step) < 100
     assert buffer_mib <= peak_extra_mib(step, inputs) < buffer_mib + 4

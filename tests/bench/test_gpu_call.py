@@ -98,8 +98,8 @@ def test_what_runs_side_by_side_fits_a_card_of_80_gb() -> None:
 
 
 def test_time_that_a_stage_did_not_take_goes_to_the_next_that_needs_more() -> None:
-    stages, data = (Stage("ceilings", 10), Stage("head 0", 20), Stage("build", 70, "no module"), Stage("tune", 30)), {}
-    data |= {"stages": {"module": {"status": "ok"}}, "results": {}}
+    stages = (Stage("ceilings", 10), Stage("head 0", 20), Stage("build", 70, "no module"), Stage("tune", 30))
+    data = {"stages": {"module": {"status": "ok"}}, "results": {}}
     assert plan.seconds_for(0, stages, data, 60.0) == 10.0
     assert plan.seconds_for(1, stages, data, 58.0) == 28.0
     assert plan.seconds_for(1, stages, data, 15.0) == 15.0

@@ -15,7 +15,7 @@ from bench.gpu.record import Record
 from bench.gpu.settings import Settings
 from bench.gpu.tables import gpu_table
 from bench.gpu.targets import targets
-from bench.pass_case import PassCase
+from bench.pass_case import PROTOTYPES, PassCase
 from bench.workloads import TOY_HEAD_SHAPES
 from vmf_bench.errors import UnavailableError
 from vmf_bench.inputs import HeadInputs
@@ -25,7 +25,7 @@ from vmf_kernels.backends.triton.tiles import Tile
 
 CPU = torch.device("cpu")
 CASE = passes.CASES[0]
-K = passes.PROTOTYPES
+K = PROTOTYPES
 SOURCE = "bench/results/some-gpu/head.json"
 
 
@@ -304,7 +304,7 @@ def test_auto_goes_by_the_table_that_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, source = tmp_path / "measured.json", tmp_path / "head.json"
-    kept = {"rows": 1, "prototypes": 9, "cuda_ms": 2.0, "triton_ms": 1.0, "source": "an older one"}
+    kept: dict[str, Any] = {"rows": 1, "prototypes": 9, "cuda_ms": 2.0, "triton_ms": 1.0, "source": "an older one"}
     path.write_text(json.dumps({"measured": {"90": {"fp16": {"256": [kept]}}}}))
     source.write_text(json.dumps(results()))
     wins.main([str(source), "--out", str(path)])
@@ -338,7 +338,12 @@ def test_the_rates_of_the_passes_are_judged_and_printed() -> None:
         ("teacher", goal): None,
         ("teacher", more): None,
     }
-    environment = {"device": {"name": "x"}, "versions": {"torch": "2", "triton": "3"}, "driver": "1", "commit": "c"}
+    environment: dict[str, Any] = {
+        "device": {"name": "x"},
+        "versions": {"torch": "2", "triton": "3"},
+        "driver": "1",
+        "commit": "c",
+    }
     environment |= {"uncommitted_changes": False}
     whole = data | {
         "environment": environment,

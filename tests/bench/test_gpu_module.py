@@ -16,8 +16,8 @@ import pytest
 pytest.importorskip("setuptools", reason="setup.py needs setuptools")
 
 from bench.gpu import build, module
-from tests.csrc.building import setup_module
-from tests.csrc.test_build import LOAD, has_tools, needed_libraries
+from tests.csrc.building import has_tools, setup_module
+from tests.csrc.test_build import LOAD, needed_libraries
 from vmf_kernels.backends.cuda import binding
 
 SUFFIX = ".cpython-399-some-system.so"

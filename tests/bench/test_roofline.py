@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_a_triton_kernel_takes_turns(cost: Cost, seconds: float) -> None:
         ({"memory": 2 * H200.copies, "fullness": 0.9}, 2.0),
     ],
 )
-def test_a_kernel_of_csrc_takes_what_its_slowest_resource_takes(changes: dict[str, float], seconds: float) -> None:
+def test_a_kernel_of_csrc_takes_what_its_slowest_resource_takes(changes: dict[str, Any], seconds: float) -> None:
     assert Cost("", operations=790e12)._replace(**changes).at_once(H200) == pytest.approx(seconds)
 
 

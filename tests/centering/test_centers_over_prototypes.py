@@ -6,8 +6,6 @@ ranks and alone; all share one spawn.
 Legend: R rows, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import functools

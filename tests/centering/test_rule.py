@@ -169,8 +169,8 @@ class Nameless(CenteringRule):
     ("make", "error", "said"),
     [
         (lambda: DINOLoss(*CROPS, centering="median"), ValueError, "centering is 'median'; expected one of logit,"),
-        (lambda: DINOLoss(*CROPS, centering=Half()), TypeError, "is a Half without accumulate, apply_pending, begin,"),
-        (lambda: DINOLoss(*CROPS, centering=3), TypeError, "centering is a int without accumulate"),
+        (lambda: DINOLoss(*CROPS, centering=Half()), TypeError, "is a Half without accumulate, apply_pending, begin,"),  # type: ignore[arg-type]
+        (lambda: DINOLoss(*CROPS, centering=3), TypeError, "centering is a int without accumulate"),  # type: ignore[arg-type]
         (
             lambda: IBOTLoss(*BOTH, centering=Ramp()),
             ValueError,

@@ -5,8 +5,6 @@ Every case of several ranks runs with the same code on the ranks and alone; all 
 Legend: R teacher rows, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import itertools

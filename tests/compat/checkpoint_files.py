@@ -4,8 +4,6 @@ Each is made by the rules of its format: what the trainer puts into the file, an
 leave there.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import argparse
@@ -54,7 +52,8 @@ def trained(student: nn.Module) -> torch.optim.Optimizer:
     """After a step under the published schedules, which hand numpy's numbers to the optimizer's groups."""
     decayed = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in student.parameters() if p.requires_grad and p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
     schedule = np.concatenate(
         (np.linspace(0, 5e-4, 2), 1e-6 + 0.5 * (5e-4 - 1e-6) * (1 + np.cos(np.pi * np.arange(3) / 3)))
     )
@@ -88,7 +87,7 @@ def main_dino() -> dict[str, Any]:
         "epoch": 3,
         "args": command_line(),
         "dino_loss": moved(PublishedDINOLoss(K, 4, *SCHEDULE)).state_dict(),
-        "fp16_scaler": torch.amp.GradScaler("cpu").state_dict(),  # type: ignore[attr-defined]
+        "fp16_scaler": torch.amp.GradScaler("cpu").state_dict(),
     }
 
 
@@ -104,7 +103,7 @@ def main_ibot() -> dict[str, Any]:
         "epoch": 3,
         "args": command_line(),
         "ibot_loss": moved(PublishedIBOTLoss(K, K2, 2, 0, 0.04, 0.04, 0.04, 0.07, 2, 5)).state_dict(),
-        "fp16_scaler": torch.amp.GradScaler("cpu").state_dict(),  # type: ignore[attr-defined]
+        "fp16_scaler": torch.amp.GradScaler("cpu").state_dict(),
     }
 
 

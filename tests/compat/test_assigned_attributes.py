@@ -3,8 +3,6 @@
 Legend: B images, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -305,6 +303,7 @@ def test_update_center_takes_what_waits_along() -> None:
 def test_lightly_s_center_moves_by_itself() -> None:
     loss = lightly.IBOTPatchLoss(K)
     theirs = published().IBOTPatchLoss(K)
+    assert isinstance(loss.center, lightly.RankMeanCenter)
     for center, rows in ((loss.center, views(2, 0)), (theirs.center, views(2, 0).materialize())):
         center.update(rows)
     torch.testing.assert_close(loss.center.value, theirs.center.value)

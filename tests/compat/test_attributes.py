@@ -5,8 +5,6 @@ The table was read off the published classes; lightly's are compared with lightl
 Legend: B images, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -60,7 +60,7 @@ def checkpoint(published: dict[str, Any]) -> dict[str, Any]:
     return {
         "student": {f"module.{key}": value for key, value in student.state_dict().items()},
         "teacher": published["teacher"].state_dict(),
-        "optimizer": torch.optim.AdamW(student.parameters(), lr=np.float64(0.001)).state_dict(),  # type: ignore[arg-type]
+        "optimizer": torch.optim.AdamW(student.parameters(), lr=np.float64(0.001)).state_dict(),
         "epoch": 3,
         "args": argparse.Namespace(arch="vit_small", out_dim=PROTOTYPES, lr=0.0005, output_dir=".", use_fp16=True),
         "dino_loss": published["dino_loss"].state_dict(),

@@ -3,8 +3,6 @@
 Legend: B images, L local crops, M masked patches, K prototypes.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

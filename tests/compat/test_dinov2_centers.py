@@ -3,8 +3,6 @@
 Legend: K prototypes.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

@@ -1,7 +1,5 @@
 """Errors of ``compat.dinov2`` and ``compat.dinov3``, and that their sections of the README run."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -88,10 +86,10 @@ def refusals_of_targets() -> list[Callable[[], Any]]:
     """Raw logits, stored and not, in the place of targets, and targets in the place of logits."""
     loss, patches, v3 = dinov2.DINOLoss(PROTOTYPES), dinov2.iBOTPatchLoss(PROTOTYPES), dinov3.DINOLoss(PROTOTYPES)
     rows, mask = logits(4), torch.ones(2, 2, dtype=torch.bool)
-    stacked = torch.stack([rows, rows])
+    stacked = torch.stack([rows, rows])  # type: ignore[list-item]
     return [
         lambda: loss([rows], [rows]),
-        lambda: patches.forward_masked(rows, rows, mask),
+        lambda: patches.forward_masked(rows, rows, mask),  # type: ignore[arg-type]
         lambda: v3(stacked, stacked),
         lambda: loss.update_center(TeacherTargets(rows, TAU)),  # type: ignore[arg-type]
     ]

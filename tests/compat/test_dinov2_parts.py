@@ -3,8 +3,6 @@
 Legend: B images, C masked images, N patches, M masked patches, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy
@@ -25,7 +23,7 @@ from tests.fuzz.statements.dinov2 import (
     PublishedV3Loss,
 )
 from tests.measure import allocations_of, relative_error
-from vmf_kernels import PrototypeLogits, linear_prototypes
+from vmf_kernels import PrototypeLayer, PrototypeLogits, linear_prototypes
 from vmf_kernels.compat import _dinov2_and_v3, dinov2, dinov3
 from vmf_kernels.ops.target_cross_entropy import target_cross_entropy
 from vmf_kernels.unstored.teacher_targets import TeacherTargets
@@ -319,10 +317,13 @@ def test_heads_start_as_published(module: ModuleType) -> None:
 def test_vmf_heads_add_each_network_s_normalizer(rule: str) -> None:
     sizes: dict[str, Any] = {"nlayers": 2, "hidden_dim": 10, "bottleneck_dim": DIM}
     student = dinov2.DINOvMFHead(6, PROTOTYPES, **sizes).double()
+    assert isinstance(student.last_layer, PrototypeLayer)
     with torch.no_grad():
         student.last_layer.weight_g.uniform_(0.3, 3.0)
     plain, teacher = dinov2.DINOHead(6, PROTOTYPES, **sizes).double(), copy.deepcopy(student).requires_grad_(False)
     plain.load_state_dict(student.state_dict())
+    assert isinstance(plain.last_layer, PrototypeLayer)
+    assert isinstance(teacher.last_layer, PrototypeLayer)
     with torch.no_grad():
         teacher.last_layer.weight_g.mul_(1.1)
     loss, published = made(dinov2.DINOLoss), PublishedV2Loss(PROTOTYPES).double()

@@ -5,8 +5,6 @@ Every case runs on both ranks, which share one spawn; what is expected comes fro
 Legend: M masked patches, B images, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

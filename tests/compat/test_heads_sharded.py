@@ -6,8 +6,6 @@ below it is resharded before the loss. All cases of the ranks share one spawn.
 Legend: V views, B images, C width of the backbone, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

@@ -1,7 +1,5 @@
 """The drop-in for bytedance/ibot: signatures, heads, training steps, and checkpoints of its shape loaded its way and ours."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import argparse

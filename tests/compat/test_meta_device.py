@@ -3,8 +3,6 @@
 Legend: K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import warnings
@@ -39,7 +37,7 @@ class Foreign(nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             if norm != "plain":
-                {"hook": nn.utils.weight_norm, "parametrization": parametrizations.weight_norm}[norm](self.last_layer)
+                (nn.utils.weight_norm if norm == "hook" else parametrizations.weight_norm)(self.last_layer)
         fuse_head(self)
         for name, parameter in self.last_layer.named_parameters():
             if name.endswith(("_g", "original0")):

@@ -59,7 +59,13 @@ class Source:
     def changed(self, unit_RD: Tensor, word: str) -> Tensor:
         """Rows of norm 1 that become what ``word`` says."""
         count = len(unit_RD)
-        lengths = {"free": self.normal(count, 1).exp(), "huge": HUGE, "tiny": TINY, "denormal": DENORMAL, "zero": 0.0}
+        lengths: dict[str, Tensor | float] = {
+            "free": self.normal(count, 1).exp(),
+            "huge": HUGE,
+            "tiny": TINY,
+            "denormal": DENORMAL,
+            "zero": 0.0,
+        }
         if word in lengths:
             return unit_RD * lengths[word]
         if word == "spread":

@@ -200,11 +200,12 @@ def stepped(loss: nn.Module, seed: int) -> Tensor:
     if isinstance(loss, IBOTPatchLoss):
         rows = [torch.randn(2, 4, D, generator=random) for _ in range(2)]
         mask = torch.eye(4)[:2].bool()
-        return loss(
+        value: Tensor = loss(
             *(PrototypeLogits(x, linear_prototypes(w)) for x, w in zip(rows, (student, teacher), strict=True)),
             mask,
             0.05,
-        )  # type: ignore[no-any-return]
+        )
+        return value
     rows = [torch.randn(n, D, generator=random) for n in (6, 4)]
     outputs = (PrototypeLogits(x, linear_prototypes(w)) for x, w in zip(rows, (student, teacher), strict=True))
     return loss(*outputs, 1)  # type: ignore[no-any-return]
@@ -221,7 +222,7 @@ def saved_and_loaded(loss: nn.Module) -> nn.Module:
     return other
 
 
-HOW = {
+HOW: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
     "state_dict": saved_and_loaded,

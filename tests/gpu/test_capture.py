@@ -3,8 +3,6 @@
 Legend: S / T student / teacher rows, G / V their views, B images, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from collections import Counter

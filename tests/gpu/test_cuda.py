@@ -3,8 +3,6 @@
 Legend: S / T student / teacher rows, G / V their views, B images, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -130,7 +128,7 @@ def test_hard_values_match_the_fp64_truth(hard: str, hopper: torch.device) -> No
 
 def check_hard(hard: str, device: torch.device, images: int, prototypes: int) -> None:
     kind, harden = HARD[hard]
-    shape = {"images": images, "views": (2, 5), "prototypes": prototypes, "dim": 24}
+    shape: dict[str, Any] = {"images": images, "views": (2, 5), "prototypes": prototypes, "dim": 24}
     check(harden(random_problem(**shape, kind=kind, dtype=BF16, device=device)))
 
 

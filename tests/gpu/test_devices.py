@@ -3,8 +3,6 @@
 Legend: S / T student / teacher rows, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from dataclasses import replace

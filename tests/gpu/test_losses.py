@@ -6,8 +6,6 @@ the products makes of it where those happen to be lucky.
 Legend: G / L global / local crops, B images, N patches, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The head against the published one: parameters, initialisation, checkpoints, copies, and hard inputs."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

@@ -54,7 +54,7 @@ def test_both_last_layers_are_fused_at_any_depth_and_nothing_else(depth: int) ->
 def test_a_layer_of_that_name_goes_before_a_later_leaf() -> None:
     module = Wrapper(Head(two=False))
     assert fused(fuse_head(module)) == ["head.last_layer"]
-    logits = module.head.last_layer(torch.ones(2, DIM))  # type: ignore[operator, union-attr]
+    logits = module.head.last_layer(torch.ones(2, DIM))  # type: ignore[operator]
     assert isinstance(logits, PrototypeLogits)
 
 
@@ -90,7 +90,7 @@ def test_one_head_under_two_names_is_one_head() -> None:
 
 def test_a_nested_head_of_which_one_layer_does_not_fit_is_left_alone() -> None:
     module = Wrapper(Head())
-    module.head.last_layer2 = nn.Linear(DIM, OTHERS)  # type: ignore[union-attr]
+    module.head.last_layer2 = nn.Linear(DIM, OTHERS)
     with pytest.raises(ValueError, match=r"'head.last_layer2' is a Linear with a bias"):
         fuse_head(module)
     assert fused(module) == []

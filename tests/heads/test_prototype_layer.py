@@ -3,8 +3,6 @@
 Legend: K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy
@@ -28,11 +26,12 @@ K, DIM = 11, 6
 
 
 def fused(norm: Callable[[nn.Linear], nn.Module] | None = None) -> Any:
-    layer: nn.Module = nn.Linear(DIM, K, bias=False)
+    linear = nn.Linear(DIM, K, bias=False)
+    layer: nn.Module = linear
     if norm is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            layer = norm(layer)
+            layer = norm(linear)
     return fuse_head(layer)
 
 

@@ -3,8 +3,6 @@
 Legend: G global crops, L local crops, B images, N patches, K / K2 prototypes of class tokens / patches, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

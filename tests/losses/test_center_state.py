@@ -1,7 +1,5 @@
 """Losses' state dicts that do not fit the module, and losses that are copied with their process groups."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

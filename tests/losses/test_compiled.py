@@ -1,7 +1,5 @@
 """Compiled losses over a run: an eager run's numbers; the teacher temperature changes with the epoch, the code does not."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy
@@ -75,7 +73,7 @@ def test_dino_is_compiled_once_for_all_epochs(loss_class: type[DINOLoss], output
     batch = torch.randn(CROPS * IMAGES, IN_DIM), torch.randn(2 * IMAGES, IN_DIM)
     assert_compiled_once(
         lambda: loss_class(50, CROPS, *WARM_UP),
-        lambda loss, batch, epoch: our_step(loss, output)(*heads, *batch, epoch),
+        lambda loss, batch, epoch: our_step(loss, output)(heads[0], heads[1], batch[0], batch[1], epoch),
         [batch] * EPOCHS,
         heads[0],
     )
@@ -85,10 +83,10 @@ def test_dino_is_compiled_once_for_all_epochs(loss_class: type[DINOLoss], output
 def test_ibot_is_compiled_once_for_all_epochs(loss_class: type[IBOTLoss]) -> None:
     """Whatever the masks hold: their count is a size that the compiled loss takes at run time."""
     heads = ibot_steps.heads(dim=DIM)
+    first, last, warm_up, epochs = WARM_UP
     batches = [ibot_steps.make_batch(epoch) for epoch in range(EPOCHS)]
-    temperatures = (*WARM_UP[:2], 0.05, 0.08, *WARM_UP[2:])
     assert_compiled_once(
-        lambda: loss_class(*ibot_steps.PROTOTYPES, 2, 2, *temperatures),
+        lambda: loss_class(*ibot_steps.PROTOTYPES, 2, 2, first, last, 0.05, 0.08, warm_up, epochs),
         lambda loss, batch, epoch: ibot_steps.our_step(loss)(*heads, batch, epoch)["loss"],
         batches,
         heads[0],

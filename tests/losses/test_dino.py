@@ -6,8 +6,6 @@ loss, gradient and centre of every step is compared.
 Legend: B images, V crops, K prototypes, D bottleneck dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import warnings

@@ -6,8 +6,6 @@ every loss, gradient and centre of every step is compared.
 Legend: G global crops, B images, C = G B, N patches of an image, M masked patches, K / K2 prototypes of class tokens / patches.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import warnings

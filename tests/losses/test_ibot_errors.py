@@ -1,7 +1,5 @@
 """The errors that callers of iBOT's losses see: one sentence with what was got and what was expected."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from typing import Any
@@ -208,11 +206,11 @@ def test_masks_that_are_missing_are_named() -> None:
             (torch.randn(4, 5), torch.randn(4, 3, 5)),
             None,
             None,
-            0,  # type: ignore[arg-type]
+            0,
         )
 
 
 def test_a_tuple_for_the_local_class_tokens_is_refused() -> None:
     cls, patch = torch.randn(4, 5), torch.randn(4, 3, 5)
     with pytest.raises(TypeError, match=r"student output is tuple; expected PrototypeLogits"):
-        IBOTLoss(5, 5, 2, 1, 0.04, 0.04, 0.04, 0.04, 0, 1)((cls, patch), (cls, patch), (cls, patch), [], 0)  # type: ignore[arg-type]
+        IBOTLoss(5, 5, 2, 1, 0.04, 0.04, 0.04, 0.04, 0, 1)((cls, patch), (cls, patch), (cls, patch), [], 0)

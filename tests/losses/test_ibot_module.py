@@ -1,7 +1,5 @@
 """iBOT's losses as modules: state dicts, copies, compilation, and what a step allocates."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import copy

@@ -6,8 +6,6 @@ share one spawn of the ranks. Ranks have different numbers of masked patches, on
 Legend: G global crops, B images.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import itertools

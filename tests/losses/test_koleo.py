@@ -1,7 +1,5 @@
 """KoLeo of features against its formula written row by row, also where a naive formula gives infinity."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import math

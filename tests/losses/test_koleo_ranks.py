@@ -3,8 +3,6 @@
 Legend: B images, C crops, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import itertools

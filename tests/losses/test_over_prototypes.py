@@ -6,8 +6,6 @@ alone; all share one spawn.
 Legend: B images, N patches, K prototypes, D embedding dim.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import itertools

@@ -3,8 +3,6 @@
 Legend: S / T student / teacher rows, G / V teacher / student views, B images, K prototypes.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from collections.abc import Callable

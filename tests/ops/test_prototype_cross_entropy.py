@@ -5,7 +5,7 @@ Legend: S / T student / teacher rows, G / V their views, B images, K prototypes,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup
 
 from vmf_kernels import Prototypes, matched_prototype_cross_entropy, prototype_cross_entropy
 from vmf_kernels.backends import choice, composed, streaming
-from vmf_kernels.backends.composed import ComposedBackend
+from vmf_kernels.backends.composed import Assign, ComposedBackend
 from vmf_kernels.backends.contract import Assignment, Query
-from vmf_kernels.prototypes import KINDS, Keys
+from vmf_kernels.prototypes import KINDS, Keys, pull_back_to_stored
 from vmf_kernels.testing import (
     GRADIENTS,
     Problem,
@@ -268,42 +268,42 @@ def test_a_student_equal_to_its_teacher_has_no_divergence() -> None:
     assert worst <= 1e-12, f"divergence or gradient of {worst:.1e}, budget 1e-12"
 
 
-Assign = Callable[[Sequence[Query], Keys | None, Tensor | None], list[Assignment]]
-
-
 def shuffled_values(assign: Assign) -> Assign:
-    return lambda queries, values, vectors, group=None: assign(
-        queries, None if values is None else values._replace(weight=values.weight.roll(1, 0)), vectors, group
+    return lambda queries, values=None, vectors_KD=None, group=None: assign(
+        queries, None if values is None else values._replace(weight=values.weight.roll(1, 0)), vectors_KD, group
     )
 
 
 def dropped_key_bias(assign: Assign) -> Assign:
-    return lambda queries, values, vectors, group=None: assign(
-        [query._replace(keys=query.keys._replace(bias=None)) for query in queries], values, vectors, group
+    return lambda queries, values=None, vectors_KD=None, group=None: assign(
+        [query._replace(keys=query.keys._replace(bias=None)) for query in queries], values, vectors_KD, group
     )
 
 
 def permuted_prototypes(assign: Assign) -> Assign:
-    return lambda queries, values, vectors, group=None: assign(
+    return lambda queries, values=None, vectors_KD=None, group=None: assign(
         [queries[0]._replace(keys=queries[0].keys._replace(weight=queries[0].keys.weight.flip(0))), *queries[1:]],
         values,
-        vectors,
+        vectors_KD,
         group,
     )
 
 
 def dropped_column_sums(assign: Assign) -> Assign:
-    return lambda queries, values, vectors, group=None: assign(
+    return lambda queries, values=None, vectors_KD=None, group=None: assign(
         [query._replace(sums=None if query.sums is None else query.sums.clone()) for query in queries],
         values,
-        vectors,
+        vectors_KD,
         group,
     )
 
 
 def bfloat16_features(assign: Assign) -> Assign:
-    return lambda queries, values, vectors, group=None: assign(
-        [query._replace(rows=query.rows.bfloat16().to(query.rows.dtype)) for query in queries], values, vectors, group
+    return lambda queries, values=None, vectors_KD=None, group=None: assign(
+        [query._replace(rows=query.rows.bfloat16().to(query.rows.dtype)) for query in queries],
+        values,
+        vectors_KD,
+        group,
     )
 
 
@@ -311,14 +311,14 @@ def one_wrong_row(assign: Assign) -> Assign:
     """The last row of the gradient at the prototypes lost, as by a block one short."""
 
     def broken(
-        queries: Sequence[Query],
+        queries: list[Query],
         values: Keys | None = None,
-        vectors: Tensor | None = None,
+        vectors_KD: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> list[Assignment]:
-        result = assign(queries, values, vectors, group)
-        if vectors is not None:
-            vectors[-1] = 0
+        result = assign(queries, values, vectors_KD, group)
+        if vectors_KD is not None:
+            vectors_KD[-1] = 0
         return result
 
     return broken
@@ -350,9 +350,8 @@ def test_a_broken_backend_fails_the_budget(
 
 def test_a_lost_gradient_of_the_normaliser_fails_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: beta, equation (6), replaced by zeros; only the gradient at the prototypes can tell."""
-    pull_back = composed.pull_back_to_stored
     monkeypatch.setattr(
-        composed, "pull_back_to_stored", lambda p, t, gradient, beta: pull_back(p, t, gradient, 0 * beta)
+        composed, "pull_back_to_stored", lambda p, t, gradient, beta: pull_back_to_stored(p, t, gradient, 0 * beta)
     )
     problem = random_problem(images=3, views=(2, 5), prototypes=127, kind="linear_vmf", dtype=torch.float32)
     with pytest.raises(AssertionError, match="weight_gradient: largest error"):

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def leaves_of(features: Tensor, prototypes: Prototypes) -> list[Tensor]:
     return [t for t in (features, prototypes.weight, prototypes.magnitude) if t is not None]
 
 
-def gradients_of(loss: Tensor, leaves: list[Tensor], **options: bool) -> list[Tensor]:
+def gradients_of(loss: Tensor, leaves: list[Tensor], **options: Any) -> list[Tensor]:
     return list(torch.autograd.grad(loss, leaves, **options))
 
 
@@ -236,7 +237,9 @@ def test_nothing_outlives_the_graph() -> None:
     try:
         features, prototypes = problem.student_leaves()
         loss, statistics = loss_of(problem, features, prototypes)
-        watched = [weakref.ref(t) for t in (features, prototypes.weight, loss, statistics.usage)]
+        watched: list[weakref.ref[Any]] = [
+            weakref.ref(t) for t in (features, prototypes.weight, loss, statistics.usage)
+        ]
         buffer = weakref.ref(loss.grad_fn)
         del features, prototypes, loss, statistics
         alive = [ref() for ref in (*watched, buffer) if ref() is not None]

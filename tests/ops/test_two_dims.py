@@ -75,7 +75,10 @@ def dino(make: Any) -> Callable[..., Tensor]:
         named = {}
         if make is DINOvMFLoss and isinstance(student, Tensor):
             named = dict(zip(("student_prototypes", "teacher_prototypes"), prototypes, strict=True))
-        return sum(loss(student[:15], teacher[:6], 0, **named) for _ in range(2))  # the second time with a centre
+        # the second time with a centre
+        first, second = (loss(student[:15], teacher[:6], 0, **named) for _ in range(2))
+        total: Tensor = first + second
+        return total
 
     return run
 
@@ -83,13 +86,16 @@ def dino(make: Any) -> Callable[..., Tensor]:
 def patches(student: Logits, teacher: Logits, prototypes: tuple[Prototypes, Prototypes]) -> Tensor:
     loss = IBOTPatchLoss(K).double()
     mask = torch.arange(24).view(4, 6) % 3 == 0
-    return sum(loss(student[:24].unflatten(0, (4, 6)), teacher[:24].unflatten(0, (4, 6)), mask, 0.04) for _ in range(2))
+    batch = student[:24].unflatten(0, (4, 6)), teacher[:24].unflatten(0, (4, 6)), mask, 0.04
+    total: Tensor = loss(*batch) + loss(*batch)
+    return total
 
 
 def dinov3_class_tokens(student: Logits, teacher: Logits, prototypes: tuple[Prototypes, Prototypes]) -> Tensor:
     loss = dinov3.DINOLoss(K).double()
     targets = loss.sinkhorn_knopp_teacher(teacher[:6], 0.07).unflatten(0, (2, 3))
-    return loss(student[:15].unflatten(0, (5, 3)), targets, ignore_diagonal=True)
+    value: Tensor = loss(student[:15].unflatten(0, (5, 3)), targets, ignore_diagonal=True)
+    return value
 
 
 def dinov3_patches(student: Logits, teacher: Logits, prototypes: tuple[Prototypes, Prototypes]) -> Tensor:
@@ -99,7 +105,7 @@ def dinov3_patches(student: Logits, teacher: Logits, prototypes: tuple[Prototype
     return loss.forward_masked(student[:8], targets, mask, 8)
 
 
-LOSSES = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "DINOLoss": dino(DINOLoss),
     "DINOvMFLoss": dino(DINOvMFLoss),
     "IBOTPatchLoss": patches,
@@ -130,9 +136,13 @@ def test_ibot_vmf_patches_equal_the_dense_formula() -> None:
     mask = torch.ones(4, 6, dtype=torch.bool)
     got = IBOTvMFPatchLoss(K).double()(*(x.unflatten(0, (4, 6)) for x in outputs), mask, 0.04)
     biases = [log_vmf_constant(p.norms(torch.float64) / tau, p.dim) for p, tau in ((student, 0.1), (teacher, 0.04))]
-    named = {"student_bias": biases[0], "teacher_bias": biases[1].detach()}
     dense = logit_cross_entropy(
-        *(x.materialize() for x in outputs), torch.ones(1, 1), image_weights=torch.full((24,), 1 / 24), **named
+        outputs[0].materialize(),
+        outputs[1].materialize(),
+        torch.ones(1, 1),
+        image_weights=torch.full((24,), 1 / 24),
+        student_bias=biases[0],
+        teacher_bias=biases[1].detach(),
     ).loss
     torch.testing.assert_close(got, dense, rtol=1e-7, atol=0.0)
 

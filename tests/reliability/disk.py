@@ -11,7 +11,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 FULL, READ_ONLY = errno.ENOSPC, errno.EROFS
@@ -69,9 +72,9 @@ def disk(folder: Path, fails: Callable[[int, Call], int | None] = lambda number,
     """Watch all that is written below a folder, of this process and all its threads."""
     sync, watched = os.fsync, Disk(folder.resolve(), fails)
 
-    def synced(descriptor: int) -> None:
-        watched.asked("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
-        sync(descriptor)
+    def synced(fd: FileDescriptorLike) -> None:
+        watched.asked("fsync", os.readlink(f"/proc/self/fd/{fd}"))
+        sync(fd)
 
     os.fsync = synced
     _watched.append(watched)

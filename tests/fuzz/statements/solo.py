@@ -3,8 +3,6 @@
 Legend: V crops, B images, K prototypes.
 """
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import numpy as np

@@ -75,7 +75,7 @@ class Given:
 def outcome(given: Given, compute: Callable[[Given], Values]) -> Values:
     """What is computed, and the gradients of its loss at the student's logits and bias."""
     leaves = {n: t.detach().requires_grad_() for n in LEAVES if (t := getattr(given, n)) is not None}
-    values = compute(replace(given, **leaves))  # type: ignore[arg-type]
+    values = compute(replace(given, **leaves))
     upstream = values["loss"].new_tensor(given.case.upstream)
     gradients = torch.autograd.grad(values["loss"], list(leaves.values()), upstream)
     return {n: v.detach() for n, v in values.items()} | dict(zip(leaves, gradients, strict=True))

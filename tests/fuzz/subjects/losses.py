@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -190,19 +191,18 @@ def _vmf_options(case: Case) -> dict[str, str]:
     )
 
 
-def _rest(case: Case) -> tuple[int, int, int]:
-    """K, crops of the student, local ones."""
-    return case.prototypes, GLOBAL + case.topk - 1, case.topk - 1
+def _dino(case: Case) -> tuple[int, int, float, float, int, int]:
+    return case.prototypes, GLOBAL + case.topk - 1, *temperatures(case)
 
 
 PAIRS = {
     "DINOLoss": Pair(
-        Side(lambda c: DINOLoss(*_rest(c)[:2], *temperatures(c)), dino_call),
-        Side(lambda c: PublishedDINOLoss(*_rest(c)[:2], *temperatures(c)), dino_call),
+        Side(lambda c: DINOLoss(*_dino(c)), dino_call),
+        Side(lambda c: PublishedDINOLoss(*_dino(c)), dino_call),
     ),
     "DINOvMFLoss": Pair(
-        Side(lambda c: DINOvMFLoss(*_rest(c)[:2], *temperatures(c), **_vmf_options(c)), vmf_call),  # type: ignore[arg-type]
-        Side(lambda c: PublishedDINOvMFLoss(*_rest(c)[:2], *temperatures(c), dim=c.dim, **_vmf_options(c)), vmf_call),
+        Side(lambda c: DINOvMFLoss(*_dino(c), **_vmf_options(c)), vmf_call),  # type: ignore[arg-type]
+        Side(lambda c: PublishedDINOvMFLoss(*_dino(c), dim=c.dim, **_vmf_options(c)), vmf_call),
         kinds=("weight_norm", "linear"),
     ),
     "IBOTLoss": Pair(
@@ -264,7 +264,7 @@ PAIRS = {
 
 def _ibot(case: Case) -> tuple[Any, ...]:
     first, last, warm_up, epochs = temperatures(case)
-    return (case.prototypes, case.prototypes, GLOBAL, _rest(case)[2], first, last, first, last, warm_up, epochs)
+    return (case.prototypes, case.prototypes, GLOBAL, case.topk - 1, first, last, first, last, warm_up, epochs)
 
 
 def batches_of(case: Case, source: Source, weight: Tensor) -> list[Batch]:
@@ -277,7 +277,8 @@ def batches_of(case: Case, source: Source, weight: Tensor) -> list[Batch]:
         if not masks.any():
             masks[-1, 0] = True
         patches = [r.unflatten(0, (GLOBAL * case.images, PATCHES)) for r in rows[2:]]
-        batches.append(Batch(*(t.to(dtype) for t in (*rows[:2], *patches)), masks))
+        crops_of, views, student, teacher = (t.to(dtype) for t in (*rows[:2], *patches))
+        batches.append(Batch(crops_of, views, student, teacher, masks))
     return batches
 
 
@@ -300,8 +301,8 @@ def record(side: Side, loss: Any, case: Case, dtype: torch.dtype, output: str) -
 
         value = side.call(
             loss,
-            lambda x, h=heads: logits(x, h.student),
-            lambda x, h=heads: logits(x, h.teacher),
+            partial(logits, stored=heads.student),
+            partial(logits, stored=heads.teacher),
             Batch(*leaves),
             i,
             heads,
