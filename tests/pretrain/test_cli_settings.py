@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from tests.pretrain.test_cli import refused
 from tests.pretrain.tiny import changed, digits_config, photos_config, save_photos, yaml_of
-from vmf_pretrain import launch, start
+from vmf_pretrain import launch
 from vmf_pretrain.cli import main
 from vmf_pretrain.config.file import read_config
 from vmf_pretrain.crash import explained
@@ -201,9 +202,9 @@ def test_run_folder_is_checked_before_anything_slow(
 ) -> None:
     out = taken(tmp_path, kind)
     if kind == "disk full":
-        monkeypatch.setattr(start.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3 << 20}))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3 << 20}))
     if kind == "locked":  # root may write anywhere, so the question is answered for it
-        monkeypatch.setattr(start.os, "access", lambda path, mode: False)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr("vmf_pretrain.cli.settings", lambda *arguments: pytest.fail("the folder was checked too late"))
     assert message in refused(["demo", "--out", str(out)], capsys)
@@ -315,7 +316,7 @@ def test_ctrl_c_before_training_is_130(capsys: pytest.CaptureFixture[str], monke
 
 
 def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("WORLD_SIZE", "3")

@@ -27,6 +27,7 @@ from vmf_pretrain.data.photos import Photos
 from vmf_pretrain.data.plan import Plan
 from vmf_pretrain.engine.loop import Loop
 from vmf_pretrain.engine.run import Run
+from vmf_pretrain.methods.dino import DINO
 from vmf_pretrain.methods.method import Place
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks.headed import Headed
@@ -181,6 +182,12 @@ def loop_on(config: Config, count: int, **options: Any) -> tuple[Loop, ViewBatch
     method = method_class(config)
     batches = ViewBatches(some_digits(count), config, method.plan(config))
     return Loop(config, method, batches.steps_per_epoch, torch.device("cpu"), **options), batches
+
+
+def dino_of(loop: Loop) -> DINO:
+    """The method of a run of DINO's family, which has a student and a teacher."""
+    assert isinstance(loop.method, DINO)
+    return loop.method
 
 
 def build_networks(config: Config) -> tuple[Headed, Headed]:

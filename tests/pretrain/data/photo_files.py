@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,10 @@ def noise(side: int = 64) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
+def noise_cut(kind: str) -> bytes:
+    return cut(encoded(noise(), kind))
+
+
 BAD: dict[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
     "text": lambda: b"these are not pixels",
@@ -106,9 +111,6 @@ BAD: dict[str, Callable[[], bytes]] = {
     "damaged tiff": damaged_tiff,
     "not finite": lambda: encoded(gray(np.where(gradient() > 99, np.nan, 1).astype(np.float32)), "TIFF"),
     "infinite": lambda: encoded(gray(np.where(gradient() > 99, np.inf, 1).astype(np.float32)), "TIFF"),
-    **{
-        f"cut {kind}": (lambda kind=kind: cut(encoded(noise(), kind)))
-        for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-    },
+    **{f"cut {kind}": partial(noise_cut, kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF")},
     "cut GIF": lambda: cut(encoded(noise().quantize(256), "GIF")),
 }

@@ -42,7 +42,9 @@ config_named = functools.cache(lambda name: recipe_of(name).config)
 
 def photo_config(row: str, **changes: Any) -> PhotoViewConfig:
     """The settings of a row, as the recipes hold them."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in TABLE[row]["photos"].items()}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in TABLE[row]["photos"].items()
+    }
     return replace(PhotoViewConfig(**values), **changes)
 
 
@@ -162,7 +164,12 @@ def test_jitter_has_the_drawn_order(order: tuple[int, ...], monkeypatch: pytest.
 @pytest.mark.parametrize("row", COLOURED)
 def test_blur_has_the_radii_of_the_table_at_any_side(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     radii: list[float] = []
-    monkeypatch.setattr(colour, "blur", lambda planes, radius: radii.append(radius) or planes)
+
+    def blur(planes: colour.Planes, radius: float) -> colour.Planes:
+        radii.append(radius)
+        return planes
+
+    monkeypatch.setattr(colour, "blur", blur)
     config = photo_config(row, blur=(1.0, 1.0, 1.0))
     for side, share in itertools.product((16, 64), (0.0, 1.0)):
         drawn(replace(MIDDLE, blur=0.0, radius=share), monkeypatch)
@@ -185,8 +192,13 @@ def test_operations_come_with_the_probabilities_of_the_table(
     row: str, view: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
+
+    def operate(name: str, planes: colour.Planes, *_: Any) -> colour.Planes:
+        done.append(name)
+        return planes
+
     for name in {operation for *_, operation in CHANCES}:
-        monkeypatch.setattr(colour, name, lambda planes, *rest, name=name: done.append(name) or planes)
+        monkeypatch.setattr(colour, name, functools.partial(operate, name))
     config, image = photo_config(row), tensor_of(picture())
     for draw, setting, operation in CHANCES:
         given = TABLE[row]["photos"][setting]
@@ -202,7 +214,7 @@ def test_operations_come_with_the_probabilities_of_the_table(
 @pytest.mark.parametrize("row", COLOURED)
 def test_operations_are_done_in_the_order_of_the_table(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them on one view, as Pillow does them one after the other."""
-    drawn(Draws(*[[0.5] * 20, [0.5] * 2, [0.0, 0.1, 0.2, 0.3], [0.9] * 4], 0.0, 0.0, 1.0, 0.0, 1.0, 0.0), monkeypatch)
+    drawn(Draws([0.5] * 20, [0.5] * 2, [0.0, 0.1, 0.2, 0.3], [0.9] * 4, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0), monkeypatch)
     config = photo_config(row, global_area=(1.0, 1.0), aspect=(1.0, 1.0), blur=(1.0, 1.0, 1.0), hue=0.0)
     image = picture(SIDE, SIDE)
     steps: dict[str, Callable[[Image.Image], Image.Image]] = {

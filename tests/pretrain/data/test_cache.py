@@ -14,6 +14,7 @@ import torch
 from tests.pretrain.data.photo_files import encoded, noise, photos
 from vmf_pretrain.data import photos as photos_module
 from vmf_pretrain.data.cache import ImageCache
+from vmf_pretrain.data.decode import decode
 from vmf_pretrain.data.photos import Photos
 
 pytestmark = pytest.mark.quick
@@ -33,11 +34,11 @@ class Decoded:
     """Counts what is decoded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, original = 0, photos_module.decode
+        self.count = 0
 
         def counting(*arguments: Any) -> torch.Tensor:
             self.count += 1
-            return original(*arguments)
+            return decode(*arguments)
 
         monkeypatch.setattr(photos_module, "decode", counting)
 

@@ -21,14 +21,22 @@ pytestmark = pytest.mark.quick
 
 
 def planes(image: Image.Image) -> Planes:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1), dtype=np.float32) / 255
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
 
 
 def smooth(side: int = 64) -> Image.Image:
     return noise(8).resize((side, side), Image.Resampling.BICUBIC)
 
 
-PILLOW: dict[str, tuple[Callable[[Planes], Planes], Callable[[Image.Image], Image.Image]]] = {
+Twice = tuple[Callable[[Planes], Planes], Callable[[Image.Image], Image.Image]]
+
+
+def blurred(radius: float) -> Twice:
+    """By us and by Pillow."""
+    return lambda x: colour.blur(x, radius), lambda i: i.filter(ImageFilter.GaussianBlur(radius))
+
+
+PILLOW: dict[str, Twice] = {
     "darker": (lambda x: colour.brightness(x, 0.6), lambda i: ImageEnhance.Brightness(i).enhance(0.6)),
     "brighter": (lambda x: colour.brightness(x, 1.4), lambda i: ImageEnhance.Brightness(i).enhance(1.4)),
     "flatter": (lambda x: colour.contrast(x, 0.6), lambda i: ImageEnhance.Contrast(i).enhance(0.6)),
@@ -37,13 +45,7 @@ PILLOW: dict[str, tuple[Callable[[Planes], Planes], Callable[[Image.Image], Imag
     "richer": (lambda x: colour.saturation(x, 1.2), lambda i: ImageEnhance.Color(i).enhance(1.2)),
     "gray": (colour.grayscale, lambda i: ImageOps.grayscale(i).convert("RGB")),
     "solarized": (colour.solarize, lambda i: ImageOps.solarize(i, 128)),
-    **{
-        f"blurred by {radius}": (
-            lambda x, radius=radius: colour.blur(x, radius),
-            lambda i, radius=radius: i.filter(ImageFilter.GaussianBlur(radius)),
-        )
-        for radius in (0.1, 0.4, 1.0, 1.5, 2.0)
-    },
+    **{f"blurred by {radius}": blurred(radius) for radius in (0.1, 0.4, 1.0, 1.5, 2.0)},
 }
 
 

@@ -12,7 +12,8 @@ import torch
 
 from tests.pretrain.tiny import folder_images, one_sentence, photos_config, save_photos, two_classes
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.data.folder import BROKEN, CIRCLES, HIDDEN, OTHERS, RUNS, SUFFIXES, FolderSource, files_below
+from vmf_pretrain.data.decode import SUFFIXES
+from vmf_pretrain.data.folder import BROKEN, CIRCLES, HIDDEN, OTHERS, RUNS, FolderSource, files_below
 from vmf_pretrain.data.load import load_images
 from vmf_pretrain.data.photos import Photos
 from vmf_pretrain.data.source import Names

@@ -237,7 +237,8 @@ def test_too_many_open_files_in_a_worker_are_one_sentence_and_no_bad_image(tmp_p
     config = photos_config(tmp_path, data={"batch_size": 2, "workers": 1}, train={"epochs": 9})
     loading = load_from(batches_over(photos(*save_photos(tmp_path, 4)), config), 0)
     next(loading)
-    (worker,) = loading._workers  # type: ignore[attr-defined]
+    (worker,) = loading._workers
+    assert worker.pid is not None
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (4, 4))
     begun = time.perf_counter()
     with pytest.raises(PretrainError, match=r"(?i)too many (open )?files") as caught:

@@ -61,8 +61,7 @@ def test_shards_are_read_as_their_folder_is_from_any_step(tmp_path: Path) -> Non
     configs = [photos_config(folder), shards_config(root)]
     loaded = [load_images(config) for config in configs]
     assert [found.text.split(" in ")[0] for _, _, found in loaded] == ["16 images"] * 2
-    for part in (0, 1):
-        one, other = loaded[0][part], loaded[1][part]
+    for one, other in zip(loaded[0][:2], loaded[1][:2], strict=True):
         assert one is not None
         assert other is not None
         assert torch.equal(one.evaluation_pixels(range(len(one))), other.evaluation_pixels(range(len(other))))

@@ -84,7 +84,7 @@ def test_blocks_are_those_of_the_published_sampler_for_the_same_numbers() -> Non
             places = [sorted(row * side + column for row, column in cells) for cells in (*targets, context)]
             assert drawn["target.0"][image].tolist() == places[:4], f"targets of image {image}"
             assert drawn["context.0"][image].tolist() == places[4][:shortest], f"context of image {image}"
-        overlapping = sum(bool(context & set.union(*targets)) for targets, context in expected)
+        overlapping = sum(bool(context & set[tuple[int, int]]().union(*targets)) for targets, context in expected)
         assert (overlapping > 0) == (side == 7), f"{overlapping} contexts gave up targets at {side} x {side}"
 
 

@@ -58,7 +58,7 @@ def config_of(path: str = f"{HERE}:Few", **arguments: Any) -> Config:
 
 def test_without_permission_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "marking.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
-    monkeypatch.syspath_prepend(tmp_path)  # type: ignore[no-untyped-call]
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PretrainError, match="--allow-code") as caught:
         load_images(config_of("marking:Few"))
     assert one_sentence(str(caught.value))

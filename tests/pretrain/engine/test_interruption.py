@@ -29,6 +29,7 @@ def test_first_signal_only_sets_the_flag_that_all_ranks_are_told_of(number: sign
 
 @pytest.mark.skipif(SAVE is None, reason="no SIGUSR1 here")
 def test_request_for_a_checkpoint_is_said_once() -> None:
+    assert SAVE is not None
     with Interruption() as interruption:
         signal.raise_signal(SAVE)
         signal.raise_signal(SAVE)

@@ -19,10 +19,11 @@ def test_scale_moves_as_gradscaler_moves_it(monkeypatch: pytest.MonkeyPatch) -> 
     optimizer = torch.optim.SGD([weight], lr=1e-3)
     for step, broken in enumerate([0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]):
         loss = (weight * (torch.inf if broken else 1.0)).sum()
-        weight.grad = None
+        optimizer.zero_grad()
         scaled = ours.scaled(loss.detach())
         theirs.scale(loss).backward()
         assert scaled == loss.detach() * theirs.get_scale() or broken
+        assert weight.grad is not None
         gradient = weight.grad.clone()
         ours.unscale([gradient])
         theirs.unscale_(optimizer)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.pretrain.tiny import batch_of, copied, differing, digits_config, loop_on
+from tests.pretrain.tiny import batch_of, copied, differing, digits_config, dino_of, loop_on
 from vmf_kernels import DINOHead
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.engine.optim import (
@@ -172,12 +172,12 @@ def test_rates_of_layers_are_the_published_ones() -> None:
 
 def test_last_layer_at_a_rate_of_0_rests_and_its_moments_go_on() -> None:
     training, batches = loop_on(dinov2_config(), 64)
-    last_layer = training.method.student.head.last_layer
-    before, elsewhere = copied(last_layer.state_dict()), copied(training.method.student.backbone.state_dict())
+    last_layer = dino_of(training).student.head.last_layer
+    before, elsewhere = copied(last_layer.state_dict()), copied(dino_of(training).student.backbone.state_dict())
     for step in range(batches.steps_per_epoch):
         training.step(step, batch_of(batches, step))
     assert differing(copied(last_layer.state_dict()), before) == []
-    assert differing(copied(training.method.student.backbone.state_dict()), elsewhere), "nothing was trained"
+    assert differing(copied(dino_of(training).student.backbone.state_dict()), elsewhere), "nothing was trained"
     moments = training.optimizer.state[last_layer.weight_v]
     assert moments["step"] == batches.steps_per_epoch
     assert moments["exp_avg"].abs().max() > 0

@@ -1,7 +1,5 @@
 """The global batch is the unit: ranks and parts divide it, and change nothing."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import json
@@ -25,13 +23,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dino, stochastic depth": {"method": "dino", "backbone": {"drop_path": 0.3, "depth": 2}},
 }
 AMONG_A_RANK = {"loss": {"koleo_group": "rank", "koleo_weight": 1.0}}
-SHARED = {"data": {"batch_size": 32}, "train": {"epochs": 4}, "optim": {"warmup_epochs": 1, "learning_rate": 1e-3}}
+SHARED: dict[str, dict[str, Any]] = {
+    "data": {"batch_size": 32},
+    "train": {"epochs": 4},
+    "optim": {"warmup_epochs": 1, "learning_rate": 1e-3},
+}
 NUMBERS = ("loss", "koleo", "gradient_norm", "mutual_information", "teacher_entropy", "kl")
 
 
 def losses(setting: dict[str, Any], steps: int = STEPS, **train: Any) -> list[dict[str, float]]:
     """The logged numbers of the first steps, on as many ranks as there are."""
-    merged = {name: dict(value) for name, value in SHARED.items()}
+    merged: dict[str, Any] = {name: dict(value) for name, value in SHARED.items()}
     for name, value in setting.items():
         merged[name] = {**merged.get(name, {}), **value} if isinstance(value, dict) else value
     merged["train"].update(train)

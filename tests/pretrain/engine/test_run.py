@@ -21,6 +21,7 @@ from tests.pretrain.tiny import (
     changed,
     copied,
     differing,
+    dino_of,
     few_digits,
     few_digits_config,
     photos_config,
@@ -129,7 +130,7 @@ def test_run_that_crashed_repeats_the_steps_since_its_checkpoint(whole: Run, tmp
 
 
 def lose_centre(run: Run) -> None:
-    run.loop.method.loss.centering.center.zero_()
+    dino_of(run.loop).loss.centering.center.zero_()
 
 
 def lose_optimizer(run: Run) -> None:
@@ -137,7 +138,7 @@ def lose_optimizer(run: Run) -> None:
 
 
 def lose_teacher(run: Run) -> None:
-    run.loop.method.teacher.load_state_dict(run.loop.method.student.state_dict())
+    dino_of(run.loop).teacher.load_state_dict(dino_of(run.loop).student.state_dict())
 
 
 def lose_place(run: Run) -> None:
@@ -161,7 +162,7 @@ def test_each_part_of_a_checkpoint_is_needed(lose: Callable[[Run], None], stoppe
             batch = each.batches[step]
             assert isinstance(batch, Batch)
             each.loop.step(step, batch)
-    students = [copied(dict(each.loop.method.student.named_parameters())) for each in (exact, lacking)]
+    students = [copied(dict(dino_of(each.loop).student.named_parameters())) for each in (exact, lacking)]
     assert differing(*students), f"{lose.__name__} changes nothing: the comparison cannot fail"
 
 
@@ -170,7 +171,7 @@ def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     runs = [a_run(changed(unfrozen, seed=seed), tmp_path / str(seed))[0] for seed in (0, 1)]
     for run in runs:
         run.train()
-    students = [copied(dict(run.loop.method.student.named_parameters())) for run in runs]
+    students = [copied(dict(dino_of(run.loop).student.named_parameters())) for run in runs]
     same = students[0].keys() - set(differing(*students))
     assert not same, f"weights that no seed changes: {same}"
 
@@ -267,7 +268,7 @@ def test_both_methods_run_under_autocast(method: str, tmp_path: Path) -> None:
     assert run.train() == 0
     losses = [record["loss"] for record in read_metrics(run.folder) if "loss" in record]
     assert all(isinstance(loss, float) and 0 < loss < 20 for loss in losses), losses
-    assert {value.dtype for value in run.loop.method.student.parameters()} == {torch.float32}
+    assert {value.dtype for value in dino_of(run.loop).student.parameters()} == {torch.float32}
 
 
 @pytest.mark.usefixtures("plots")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -20,7 +21,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     few_digits(monkeypatch)
 
 
-def no_space(*arguments: object, **options: object) -> None:
+def no_space(*arguments: object, **options: object) -> NoReturn:
     raise PretrainError("Checkpoint step could not be written: No space left on device.")
 
 
@@ -41,7 +42,7 @@ def test_disk_that_is_free_again_at_the_end_loses_nothing(tmp_path: Path) -> Non
     run, printed = a_run(few_digits_config(), tmp_path / "run")
     save = run.keeping.writer._save
 
-    def once(*arguments: object) -> None:
+    def once(*arguments: object) -> NoReturn:
         run.keeping.writer._save = save
         no_space()
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import vmf_pretrain.with_torchvision  # noqa: F401 -- before timm, which imports torchvision
 
 # isort: split
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.evaluation.attention import attention_maps
@@ -30,6 +31,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+def attention_of(block: nn.Module) -> Attention:
+    """The attention of a block."""
+    assert isinstance(block, Block)
+    assert isinstance(block.attn, Attention)
+    return block.attn
+
+
 def small_vit(**options: Any) -> VisionTransformer:
     """A vision transformer for 16 x 16 images in patches of 4 with weights large enough for sharp attention."""
     vit = VisionTransformer(
@@ -37,8 +45,9 @@ def small_vit(**options: Any) -> VisionTransformer:
     )
     with torch.no_grad():
         for block in vit.blocks:
-            block.attn.qkv.weight.normal_(std=0.5)
-            for norm in (block.attn.q_norm, block.attn.k_norm):
+            attention = attention_of(block)
+            attention.qkv.weight.normal_(std=0.5)
+            for norm in (attention.q_norm, attention.k_norm):
                 for parameter in norm.parameters():
                     parameter.uniform_(0.5, 2.0)
     return vit
@@ -46,8 +55,8 @@ def small_vit(**options: Any) -> VisionTransformer:
 
 def weights_of_timm(vit: VisionTransformer, images: Tensor) -> Tensor:
     """[N, heads, T, T] what the last block's softmax gives in evaluation mode."""
-    attention = vit.eval().blocks[-1].attn
-    attention.fused_attn = False
+    attention = attention_of(vit.eval().blocks[-1])
+    attention.fused_attn = False  # type: ignore[misc]  # final for TorchScript alone
     seen: list[Tensor] = []
     hook = attention.attn_drop.register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.no_grad():
@@ -92,13 +101,16 @@ def test_the_map_points_at_the_patch_that_is_looked_for() -> None:
     vit = small_vit()
     images = torch.zeros(1, 1, 16, 16)
     images[0, 0, 8:12, 4:8] = 1.0  # the patch in row 2, column 1
+    block = vit.blocks[-1]
+    assert isinstance(block, Block)
+    assert vit.pos_embed is not None
     with torch.no_grad():
         vit.pos_embed.zero_()
-        vit.blocks = nn.Sequential(vit.blocks[-1])
-        attention = vit.blocks[0].attn
+        vit.blocks = nn.Sequential(block)
+        attention = attention_of(block)
         attention.qkv.weight[:24].zero_()
         attention.qkv.bias.zero_()
-        bright = vit.blocks[0].norm1(vit.norm_pre(vit.patch_embed(images)))[0, 9]
+        bright = block.norm1(vit.norm_pre(vit.patch_embed(images)))[0, 9]
         attention.qkv.bias[:24] = 20 * attention.qkv.weight[24:48] @ bright
     maps = attention_maps(vit, images)[0]
     found = [divmod(int(head.argmax()), 4) for head in maps]
@@ -113,7 +125,7 @@ def test_modes_hooks_and_random_numbers_are_as_before() -> None:
     maps = attention_maps(vit, images)
     assert [part.training for part in vit.modules()] == modes, "a part changed its mode"
     assert torch.equal(torch.get_rng_state(), random_state), "the global generator moved"
-    assert not vit.blocks[-1].attn._forward_pre_hooks, "the hook is still there"
+    assert not attention_of(vit.blocks[-1])._forward_pre_hooks, "the hook is still there"
     assert not maps.requires_grad, "maps carry a graph"
 
 
@@ -121,7 +133,7 @@ def test_the_hook_goes_after_an_error() -> None:
     vit = small_vit().train()
     with pytest.raises((AssertionError, RuntimeError)):
         attention_maps(vit, torch.randn(2, 3, 16, 16))
-    assert not vit.blocks[-1].attn._forward_pre_hooks, "the hook is still there"
+    assert not attention_of(vit.blocks[-1])._forward_pre_hooks, "the hook is still there"
     assert vit.training, "the backbone stayed in evaluation mode"
 
 

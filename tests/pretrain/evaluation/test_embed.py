@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tests.pretrain.evaluation.tasks_at_work import CPU, photos_run, with_splits
@@ -37,6 +38,7 @@ def directly(run: Path, data: Path, names: list[str]) -> dict[str, NDArray[np.fl
     """Every kind of feature by timm's own calls, an image at a time."""
     found = load_evaluated(str(run), device=CPU)
     network, size = found.network, found.fed.size
+    assert isinstance(network, VisionTransformer)
     view = CentreSquare(size, round(size * 256 / 224))
     rows: dict[str, list[Tensor]] = {"class": [], "mean_patch": [], "patches": []}
     for name in names:

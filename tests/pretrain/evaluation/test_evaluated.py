@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import vmf_pretrain
@@ -63,6 +64,7 @@ def test_other_weights_or_another_scale_have_another_fingerprint(run: Path, tmp_
 def test_timm_s_network_takes_its_weights_from_a_file(tmp_path: Path) -> None:
     name, file = "vit_tiny_patch16_224", tmp_path / "weights.safetensors"
     published = timm.create_model(name, num_classes=10)
+    assert isinstance(published, VisionTransformer)
     save_file(published.state_dict(), file)
     found = load_evaluated(f"timm:{name}={file}", device=CPU)
     images = torch.randn(2, 3, 224, 224)
@@ -121,6 +123,7 @@ def test_published_file_is_a_network_without_being_told_which(source: str, tmp_p
 )
 def test_outputs_are_those_of_the_blocks(options: dict[str, Any]) -> None:
     network = timm.create_model("vit_tiny_patch16_224", **TINY, **options).eval()
+    assert isinstance(network, VisionTransformer)
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     prefix = network.num_prefix_tokens
     kinds = ALL if prefix else Kinds(3, ALL.parts - {"unnormed"})

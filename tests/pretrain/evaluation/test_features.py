@@ -265,7 +265,7 @@ def some_head(head_class: type[DINOHead] = DINOHead, *, use_bn: bool = False) ->
 def written_out(head: DINOHead, features: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
     """[N, K] fp64 probabilities of a head in evaluation mode."""
     with torch.no_grad():
-        logits = head.eval()(features).materialize().double() / temperature
+        logits: Tensor = head.eval()(features).materialize().double() / temperature
         norms = head.last_layer.weight_g.double().abs().flatten()
     if isinstance(head, DINOvMFHead):
         logits = logits + log_vmf_constant(norms / temperature, 5)
@@ -322,6 +322,7 @@ def test_normaliser_and_bias_change_which_prototypes_are_used() -> None:
 def report_of_logits(scale: float, features: Tensor) -> HeadReport:
     """Of a head whose prototypes are the axes, on features that are the axes."""
     head = DINOHead(5, 5, norm_last_layer=False, nlayers=1, bottleneck_dim=5)
+    assert isinstance(head.mlp, nn.Linear)
     with torch.no_grad():
         head.mlp.weight.copy_(torch.eye(5))
         head.last_layer.weight_v.copy_(torch.eye(5))

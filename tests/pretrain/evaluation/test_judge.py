@@ -112,6 +112,7 @@ def test_report_has_every_figure_and_accuracies_only_with_labels(labelled: bool)
     assert abs(figures["mutual_information"] - (figures["usage_entropy"] - figures["teacher_entropy"])) < 1e-4
     assert 1 <= figures["prototypes_used"] <= 32
     assert 1 <= figures["rankme"] <= 16
+    assert head is not None
     assert head.usage.shape == head.norms.shape == (32,)
     assert abs(head.usage.sum().item() - 1) < 1e-5
 

@@ -233,7 +233,10 @@ def test_mask_that_cannot_be_read_is_counted(
 def test_forward_passes_of_tasks_are_in_the_precision_that_is_asked_for(run: Path, data: Path, tmp_path: Path) -> None:
     subject = evaluated_subject(run, data, tmp_path)
     half = replace(subject, dtype=torch.bfloat16)
-    few = {"attention": (Attention(), AttentionTask(shown=2)), "pca": (Pca(), PcaTask(shown=2))}
+    few: dict[str, tuple[Any, Any]] = {
+        "attention": (Attention(), AttentionTask(shown=2)),
+        "pca": (Pca(), PcaTask(shown=2)),
+    }
     for name, (task, settings) in few.items():
         exact, rounded = (task.run(some, settings).figures[0].value for some in (subject, half))
         assert exact != rounded, f"{name} is computed in float32 whatever is asked for"

@@ -130,12 +130,12 @@ def test_few_animals_are_told_apart_as_by_scikit_learn(of_animals: Path, tmp_pat
         assert np.mean(right, axis=0).tolist() == shares, f"{count} a class"
         assert 0 < np.mean(right) < 1
     numbers, scores = torch.Generator().manual_seed(0), []
-    rows, places = test["class"][:, -1].double().numpy(), [np.flatnonzero(expected == label) for label in range(10)]
-    places = [some for some in places if len(some) >= 8]
+    rows, of_class = test["class"][:, -1].double().numpy(), [np.flatnonzero(expected == label) for label in range(10)]
+    enough = [some for some in of_class if len(some) >= 8]
     for _ in range(20):
         drawn = []
-        for way in torch.randperm(len(places), generator=numbers)[:4].tolist():
-            drawn.append(places[way][torch.randperm(len(places[way]), generator=numbers)[:8].numpy()])
+        for way in torch.randperm(len(enough), generator=numbers)[:4].tolist():
+            drawn.append(enough[way][torch.randperm(len(enough[way]), generator=numbers)[:8].numpy()])
         support, query = (np.concatenate([some[part] for some in drawn]) for part in (slice(2), slice(2, None)))
         scores.append(NearestCentroid().fit(rows[support], expected[support]).score(rows[query], expected[query]))
     figure = next(figure for figure in result.figures if figure.name == "4 ways, 2 shots")

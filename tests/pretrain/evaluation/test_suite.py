@@ -18,7 +18,7 @@ from vmf_pretrain.config.tasks.data import DataTask
 from vmf_pretrain.evaluation import extract, stored
 from vmf_pretrain.evaluation.extract import Wanted
 from vmf_pretrain.evaluation.given import Given
-from vmf_pretrain.evaluation.outputs import Kinds
+from vmf_pretrain.evaluation.outputs import Kinds, outputs
 from vmf_pretrain.evaluation.stored import Features, rows_at
 from vmf_pretrain.evaluation.tasks.knn import Knn
 
@@ -28,11 +28,10 @@ pytestmark = pytest.mark.quick
 def watched_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images each forward pass has."""
     passes: list[int] = []
-    real = extract.outputs
 
     def watched(network: torch.nn.Module, inputs: Tensor, kinds: Kinds) -> dict[str, Tensor]:
         passes.append(len(inputs))
-        return real(network, inputs, kinds)
+        return outputs(network, inputs, kinds)
 
     monkeypatch.setattr(extract, "outputs", watched)
     return passes

@@ -76,7 +76,8 @@ def as_the_card_says(folder: Path, exported: Evaluated, inputs: Tensor, monkeypa
     monkeypatch.chdir(folder.parent)
     with torch.no_grad():
         exec(code[1], names)
-        return names["features"] if "features" in names else names["model"](inputs)
+        found: Tensor = names["features"] if "features" in names else names["model"](inputs)
+        return found
 
 
 @pytest.mark.parametrize(("network", "form"), CASES)

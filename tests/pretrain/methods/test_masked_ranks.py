@@ -1,7 +1,5 @@
 """MAE and I-JEPA on two ranks, under DDP and sharded: the numbers of one process, also of the masks and what is logged."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import json

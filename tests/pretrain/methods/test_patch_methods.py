@@ -142,7 +142,7 @@ class Published:
         class_loss, patch_loss = rules(taught, taught_patches, learnt, patches, mask, step, epoch)
         koleo = sum(self.koleo(crop) for crop in features.chunk(self.views)[:2])
         total = class_loss + patch_loss + self.config.loss.koleo_weight * koleo
-        return {"class_loss": class_loss, "patch_loss": patch_loss, "koleo": koleo, "total": total}  # type: ignore[dict-item]
+        return {"class_loss": class_loss, "patch_loss": patch_loss, "koleo": koleo, "total": total}
 
     def by_ibot(
         self,
@@ -159,7 +159,7 @@ class Published:
                 tuple(weight_of(layer).norm(dim=1) for layer in self.layers(network)[1::2])
                 for network in (self.student, self.teacher)
             ]
-            self.ibot.set_norms(norms[0], norms[1], self.config.head.bottleneck_dim)  # type: ignore[arg-type]
+            self.ibot.set_norms(norms[0], norms[1], self.config.head.bottleneck_dim)
         local = learnt[2 * IMAGES :] if self.views > 2 else None
         output = learnt[: 2 * IMAGES], patches
         found = self.ibot(output, (taught, taught_patches), local, list(mask.chunk(2)), epoch)

@@ -1,7 +1,5 @@
 """Runs of the methods with masked patches: they train, go on bit for bit, and ranks and parts change nothing."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import json
@@ -81,7 +79,12 @@ def test_stopped_run_goes_on_bit_for_bit(name: str, tmp_path: Path, monkeypatch:
     stopped, _ = a_run(config, tmp_path / "stopped")
     loop: Any = stopped.loop
     step = loop.step
-    loop.step = lambda *arguments, **options: (signal.raise_signal(signal.SIGINT), step(*arguments, **options))[1]
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments, **options)
+
+    loop.step = stopping
     assert stopped.train() == 128 + signal.SIGINT
     again, _ = a_run(config_in(tmp_path / "stopped"), tmp_path / "stopped", resume=True)
     assert again.step == 1

@@ -45,8 +45,11 @@ def test_hidden_patches_are_replaced_before_their_position_and_all_patches_are_r
     patches = nn.functional.conv2d(views, backbone.patch_embed.proj.weight, backbone.patch_embed.proj.bias, stride=4)
     patches = patches.flatten(2).transpose(1, 2)
     patches[HALF.flatten(1)] = token
+    assert backbone.cls_token is not None
+    assert backbone.pos_embed is not None
     first = [backbone.cls_token.expand(4, -1, -1)]
     if registers:  # positions are those of patches
+        assert backbone.reg_token is not None
         tokens = torch.cat([*first, backbone.reg_token.expand(4, -1, -1), patches + backbone.pos_embed], dim=1)
     else:
         tokens = torch.cat([*first, patches], dim=1) + backbone.pos_embed
@@ -67,7 +70,7 @@ def test_subset_of_the_rows_is_computed_and_scaled_as_published() -> None:
     backbone = backbone_of(**UNIFORM, layer_scale=0.1)
     rows: list[int] = []
     for block in backbone.blocks:
-        block.attn.register_forward_hook(lambda _module, _inputs, output: rows.append(len(output)))
+        block.get_submodule("attn").register_forward_hook(lambda _module, _inputs, output: rows.append(len(output)))
     tokens = torch.randn(11, 5, 16).double()
     torch.manual_seed(1)
     found = backbone.blocks(tokens)

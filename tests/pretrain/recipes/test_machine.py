@@ -33,7 +33,12 @@ def test_headers_of_a_sample_only_are_read(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / f"{place}.jpg").touch()
     read: list[int] = []
     monkeypatch.setattr(machine, "SAMPLED", 7)
-    monkeypatch.setattr(machine, "_shorter_side", lambda source, index: read.append(index) or 64)
+
+    def side(source: object, index: int) -> int:
+        read.append(index)
+        return 64
+
+    monkeypatch.setattr(machine, "_shorter_side", side)
     assert photos_in(tmp_path) == Photos(count=30, side=64)
     assert len(set(read)) == 7
     first = list(read)

@@ -71,7 +71,7 @@ def test_every_setting_is_in_the_table_of_sources_or_named_as_ours(name: str) ->
 def test_network_has_the_published_shape(name: str) -> None:
     with torch.device("meta"):
         backbone = build_backbone(config_named(name))
-    shape = [backbone.embed_dim, len(backbone.blocks), backbone.blocks[0].attn.num_heads]
+    shape = [backbone.embed_dim, len(backbone.blocks), backbone.blocks[0].get_submodule("attn").num_heads]
     assert shape == PUBLISHED[name]["network"]
 
 

@@ -20,6 +20,7 @@ from vmf_pretrain.data.images import Found
 from vmf_pretrain.data.network_input import NetworkInput
 from vmf_pretrain.evaluation.evaluated import load_evaluated
 from vmf_pretrain.evaluation.features import extract_features
+from vmf_pretrain.evaluation.pictures import plot_neighbours
 from vmf_pretrain.report import gallery
 
 TRAIN, HELD_OUT = (part.subset(torch.arange(count)) for part, count in zip(digits(), (60, 40), strict=True))
@@ -40,11 +41,10 @@ def few(config: Config, **_: Any) -> tuple[DigitImages, DigitImages, Found]:
 def neighbours(monkeypatch: pytest.MonkeyPatch) -> list[Rows]:
     """The rows of each figure of neighbours."""
     seen: list[Rows] = []
-    draw = gallery.plot_neighbours
 
     def drawn(rows: Rows, path: Path) -> None:
         seen.append(rows)
-        draw(rows, path)
+        plot_neighbours(rows, path)
 
     monkeypatch.setattr(gallery, "plot_neighbours", drawn)
     monkeypatch.setattr(gallery, "load_images", few)

@@ -83,7 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     (folders["not finite"] / "metrics.jsonl").write_text(broken)
     pages = {name: folder / "report.html" for name, folder in folders.items()}
     dead = {"loss": 0.01, "teacher_entropy": 0.01, "kl": 0.0, "mutual_information": 0.0, "prototypes_in_use": 1.01}
-    steps = [{"step": step, "epoch": 2, **dead} for step in range(10, 110, 10)]
+    steps: list[dict[str, Any]] = [{"step": step, "epoch": 2, **dead} for step in range(10, 110, 10)]
     steps.append({"step": 30, "warning": "data wait", "words": "<b>Slow</b>.", "evidence": ["a"], "try": ["b"]})
     (folders["collapsed"] / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
     for name in DERIVED:
@@ -112,14 +112,15 @@ def finished(base: Path) -> Path:
 def failed(config: Config, out: Path) -> Path:
     """A run that ends by an error after its first step."""
     run, _ = a_run(config, out)
-    step: Any = run.loop.step
+    loop: Any = run.loop
+    step = loop.step
 
     def once(number: int, *arguments: Any, **options: Any) -> Any:
         if number:
             raise RuntimeError(BOOM)
         return step(number, *arguments, **options)
 
-    run.loop.step = once  # type: ignore[method-assign]
+    loop.step = once
     with pytest.raises(RuntimeError, match="boom"):
         trained(run)
     return out

@@ -12,9 +12,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from tests.on_ranks import imported_after
+from vmf_pretrain.evaluation.pictures import save_figure
 from vmf_pretrain.report import plots
 from vmf_pretrain.report.plots import plot_attention, plot_kappa, plot_knn, plot_loss, plot_usage
 
@@ -26,11 +28,10 @@ RECORDS = [{"step": 10 * i, "loss": 5.0 - i, "teacher_entropy": 4.0 - i, "kl": 1
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure saved."""
     figures: list[Figure] = []
-    save = plots.save_figure
 
     def keep(figure: Figure, path: Path) -> None:
         figures.append(figure)
-        save(figure, path)
+        save_figure(figure, path)
 
     monkeypatch.setattr(plots, "save_figure", keep)
     return figures
@@ -58,9 +59,16 @@ def assert_labelled(axes: Axes, x: str, y: str) -> None:
     assert y in got[1], f"axes are labelled {got}"
 
 
+def rectangles(axes: Axes) -> list[Rectangle]:
+    """Every patch, all of which are bars or bands."""
+    found = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert len(found) == len(axes.patches), axes.patches
+    return found
+
+
 def heights(axes: Axes) -> dict[float, float]:
     """Height of every bar that is not 0 by its left edge."""
-    return {bar.get_x(): bar.get_height() for bar in axes.patches if bar.get_height()}
+    return {bar.get_x(): bar.get_height() for bar in rectangles(axes) if bar.get_height()}
 
 
 def test_the_loss_is_drawn_with_its_parts_between_bands_of_collapse(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -70,9 +78,11 @@ def test_the_loss_is_drawn_with_its_parts_between_bands_of_collapse(tmp_path: Pa
     lines = {str(line.get_label()): line for line in axes.lines}
     assert list(lines) == ["loss", "teacher entropy H(q)", "KL(q || p)"], f"lines are {list(lines)}"
     for line, key in zip(lines.values(), ("loss", "teacher_entropy", "kl"), strict=True):
-        assert list(line.get_ydata()) == [record[key] for record in RECORDS], f"{key} is {line.get_ydata()}"
-        assert list(line.get_xdata()) == [0, 10, 20, 30], f"steps of {key} are {line.get_xdata()}"
-    middles = [band.get_y() + band.get_height() / 2 for band in axes.patches]
+        assert np.asarray(line.get_ydata()).tolist() == [record[key] for record in RECORDS], (
+            f"{key} is {line.get_ydata()}"
+        )
+        assert np.asarray(line.get_xdata()).tolist() == [0, 10, 20, 30], f"steps of {key} are {line.get_xdata()}"
+    middles = [band.get_y() + band.get_height() / 2 for band in rectangles(axes)]
     assert middles == pytest.approx([0.0, math.log(PROTOTYPES)]), f"bands lie at {middles}"
     for label in ("one-hot collapse: 0", "uniform collapse: ln 512 = 6.24"):
         assert label in texts(drawn[0]), f"{label!r} is not among {texts(drawn[0])}"
@@ -91,7 +101,7 @@ def test_knn_is_drawn_beside_its_baselines(tmp_path: Path, drawn: list[Figure]) 
     axes = drawn[0].axes[0]
     assert_labelled(axes, "step", "percent")
     run = axes.lines[-1]
-    assert list(zip(run.get_xdata(), run.get_ydata(), strict=True)) == [(0, 60.0), (100, 90.25)]
+    assert np.asarray(run.get_xydata()).tolist() == [[0, 60.0], [100, 90.25]]
     levels = {str(line.get_label()): float(np.asarray(line.get_ydata())[0]) for line in axes.lines[:-1]}
     assert levels == {"pixels: 95.0 %": 95.0, "untrained: 62.5 %": 62.5}, f"baselines are {levels}"
     for label in (*levels, "this run: 90.2 % at the end"):

@@ -115,7 +115,7 @@ def test_run_that_learns_is_never_called_a_collapse(config: Config) -> None:
     assert not [each for each in found if each.advice]
 
 
-def run_of(count: int = 40, **figures: Any) -> list[dict[str, Any]]:
+def run_of(count: int = 40, /, **figures: Any) -> list[dict[str, Any]]:
     """Records of a run whose figures stay: a number, or one for each record."""
     return [
         {"step": LOGGED * (place + 1), "epoch": place + 1}

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from torch import nn
 
 from tests.pretrain.saved import assert_same_bits, names, quiet_load, save, some_tensors
 from vmf_pretrain.config.errors import PretrainError
-from vmf_pretrain.storage import step_folders
 from vmf_pretrain.storage.checkpoint import load_checkpoint, save_checkpoint
 from vmf_pretrain.storage.manifest import hash_of
 
@@ -149,7 +149,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_warned_of(tmp_path: Path, m
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     save(tmp_path, 1)
-    monkeypatch.setattr(step_folders.shutil, "rmtree", refuse)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
     with pytest.warns(UserWarning, match=r"step_00000001 could not be removed: Permission denied"):
         save(tmp_path, 2, keep=1)
     assert quiet_load(tmp_path).step == 2

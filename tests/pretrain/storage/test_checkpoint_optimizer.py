@@ -18,19 +18,22 @@ from vmf_pretrain.storage.optimizer_state import flatten_optimizer, optimizer_ta
 pytestmark = pytest.mark.quick
 
 
-def small_model() -> nn.Module:
+def small_model() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
 
 
+def first_weight(model: nn.Sequential) -> nn.Parameter:
+    return model[0].get_parameter("weight")
+
+
 def adamw(model: nn.Module) -> torch.optim.AdamW:
-    decayed, plain = [], []
-    for parameter in model.parameters():
-        (plain if parameter.ndim == 1 else decayed).append(parameter)
-    return torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=0.01, weight_decay=0.1)
+    decayed: dict[str, Any] = {"params": [value for value in model.parameters() if value.ndim != 1]}
+    plain = {"params": [value for value in model.parameters() if value.ndim == 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, plain], lr=0.01, weight_decay=0.1)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *, frozen: int = 0) -> None:
+def train(model: nn.Sequential, optimizer: torch.optim.Optimizer, steps: range, *, frozen: int = 0) -> None:
     """Steps on inputs that depend on the step only; in the first ``frozen`` the last layer gets no gradient."""
     for step in steps:
         optimizer.zero_grad()
@@ -66,7 +69,7 @@ def test_forgetting_the_optimizer_would_be_noticed() -> None:
     forgetful.load_state_dict(through.state_dict())
     train(through, optimizer, range(5, 8))
     train(forgetful, adamw(forgetful), range(5, 8))
-    difference = (through[0].weight - forgetful[0].weight).abs().max().item()
+    difference = (first_weight(through) - first_weight(forgetful)).abs().max().item()
     assert difference > 1e-4, f"weights differ by only {difference}"
 
 
@@ -117,8 +120,8 @@ def test_a_state_that_does_not_fit_is_refused_with_every_name_and_changes_nothin
 class Trusting(torch.optim.SGD):
     """Keeps a Python number and a flag beside SGD's momentum."""
 
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
@@ -126,6 +129,7 @@ class Trusting(torch.optim.SGD):
                 state["updates"] = state.get("updates", 0) + 1
                 state["adapted"] = parameter.ndim > 1
                 parameter.data.mul_(1 - 0.01 * state["trust"])
+        return loss
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -165,6 +169,6 @@ def test_a_state_that_cannot_be_saved_is_refused(value: Any) -> None:
     model = small_model()
     optimizer = adamw(model)
     train(model, optimizer, range(1))
-    optimizer.state[model[0].weight]["odd"] = value
+    optimizer.state[first_weight(model)]["odd"] = value
     with pytest.raises(ValueError, match=r"0\.odd is"):
         flatten_optimizer(optimizer)

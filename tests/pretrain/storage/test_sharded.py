@@ -1,7 +1,5 @@
 """Checkpoints that 2 gloo ranks of FSDP2 write together: what 1, 2 and 3 ranks read is what was written, bit for bit."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 import errno

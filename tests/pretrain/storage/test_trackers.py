@@ -35,7 +35,7 @@ class Calls(list[tuple[str, Any]]):
 
 
 def wandb_stand_in(calls: Calls) -> ModuleType:
-    module: Any = ModuleType("wandb")
+    module = ModuleType("wandb")
 
     def init(**options: Any) -> Any:
         calls.note("init", options)
@@ -43,7 +43,7 @@ def wandb_stand_in(calls: Calls) -> ModuleType:
             log=lambda scalars, step: calls.note("log", (step, scalars)), finish=lambda: calls.note("finish", None)
         )
 
-    module.init = init
+    vars(module)["init"] = init
     return module
 
 
@@ -82,8 +82,8 @@ def mlflow_stand_in(calls: Calls) -> ModuleType:
         def set_terminated(self, run: str) -> None:
             calls.note("finish", None)
 
-    module: Any = ModuleType("mlflow.tracking")
-    module.MlflowClient = Client
+    module = ModuleType("mlflow.tracking")
+    vars(module)["MlflowClient"] = Client
     return module
 
 

@@ -17,6 +17,7 @@ from tests.pretrain.tiny import (
     build_networks,
     differing,
     digits_config,
+    dino_of,
     folder_images,
     loop_on,
     one_sentence,
@@ -54,11 +55,11 @@ def test_weights_load_strictly_into_a_fresh_network(tmp_path: Path) -> None:
     training, batches = loop_on(digits_config(data={"batch_size": 32}), 64)
     training.step(0, batch_of(batches, 0))
     folder = RunFolder.create(tmp_path / "run")
-    save_weights(weights_of(folder, training.method.teacher, FED, {"step": 1}))
+    save_weights(weights_of(folder, dino_of(training).teacher, FED, {"step": 1}))
     _, fresh = build_networks(digits_config(seed=9))
     tensors, fed = load_weights(folder.weights / "last.safetensors")
     fresh.load_state_dict(tensors, strict=True)
-    assert differing(fresh.state_dict(), training.method.teacher.state_dict()) == []
+    assert differing(fresh.state_dict(), dino_of(training).teacher.state_dict()) == []
     assert fed == FED
     assert json.loads((folder.weights / "last.json").read_text()) == {"step": 1, "input": FED.facts()}
 

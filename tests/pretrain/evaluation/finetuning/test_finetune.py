@@ -6,6 +6,7 @@ import csv
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 from timm.loss import LabelSmoothingCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler import CosineLRScheduler
 
 from tests.pretrain.evaluation.tasks_at_work import photos_run, suite_on
@@ -22,7 +24,7 @@ from vmf_pretrain.config.tasks.finetune import PROTOCOLS, FinetuneTask
 from vmf_pretrain.data.network_input import NetworkInput
 from vmf_pretrain.evaluation.evaluated import fingerprint_of
 from vmf_pretrain.evaluation.finetuning import state, train
-from vmf_pretrain.evaluation.finetuning.network import classifier_of, rate_groups
+from vmf_pretrain.evaluation.finetuning.network import Classifier, classifier_of, rate_groups
 from vmf_pretrain.evaluation.finetuning.schedule import rate_of
 from vmf_pretrain.evaluation.finetuning.train import _step
 from vmf_pretrain.evaluation.finetuning.views import Course, Views, parts_of
@@ -92,7 +94,9 @@ def test_rates_fall_from_the_classifier_to_the_patches() -> None:
     network, protocol = small_vit(), replace(PROTOCOLS["imagenet_small"], drop_path=0.3)
     before = fingerprint_of(network, FED)
     classifier = classifier_of(network, 12, 4, protocol)
-    assert [block.drop_path2.drop_prob for block in classifier.backbone.blocks] == pytest.approx([0, 0.15, 0.3])
+    assert isinstance(classifier.backbone, VisionTransformer)
+    rates = [block.get_submodule("drop_path2").drop_prob for block in classifier.backbone.blocks]
+    assert rates == pytest.approx([0, 0.15, 0.3])
     assert float(classifier.head.weight.detach().abs().max()) <= 2 * 0.001, "scaled down, of a normal cut at 2"
     groups = rate_groups(classifier, protocol)
     shares = {id(p): (group["share"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -125,13 +129,21 @@ def test_a_step_in_parts_is_the_step_of_the_whole_with_timm_s_smooth_loss() -> N
         torch.testing.assert_close(found[0], other, atol=1e-6, rtol=1e-5)
 
 
+def numpys_state() -> list[int]:
+    """Of its global generator."""
+    state = np.random.get_state()
+    assert isinstance(state, tuple)
+    numbers: list[int] = state[1].tolist()
+    return numbers
+
+
 def test_views_are_the_same_in_any_process_and_leave_generators_alone() -> None:
     protocol = replace(PROTOCOLS["transfer"], epochs=2, part=2)
     views, course = Views(some_digits(7), FED, protocol), Course(7, 6, protocol)
     torch.manual_seed(0)
-    before = random.getstate(), np.random.get_state()[1].tolist()
+    before = random.getstate(), numpys_state()
     here, there = list(parts_of(views, course, 0)), list(parts_of(views, course, 1))
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert (random.getstate(), numpys_state()) == before
     assert len(here) == 2 * 3
     assert all(part.shape == (2, 1, 16, 16) for part in here)
     assert all(torch.equal(one, two) for one, two in zip(here, there, strict=True))
@@ -199,10 +211,10 @@ def killed_at(patch: pytest.MonkeyPatch, last: int | None) -> list[float]:
     taken: list[float] = []
     taking = train._step
 
-    def counted(classifier: torch.nn.Module, optimizer: torch.optim.Optimizer, *others: object) -> None:
+    def counted(classifier: Classifier, optimizer: torch.optim.Optimizer, *others: Any) -> None:
         if len(taken) == last:
             raise KilledError
-        taking(classifier, optimizer, *others)  # type: ignore[arg-type]
+        taking(classifier, optimizer, *others)
         taken.append(float(classifier.head.weight.detach().double().abs().sum()))
 
     patch.setattr(train, "_step", counted)
@@ -251,6 +263,6 @@ def test_a_killed_task_goes_on_after_the_last_epoch_to_the_same_figures(tmp_path
 def test_settings_that_make_no_sense_are_refused() -> None:
     for wrong in ({"rates": (1e-3, 1e-3)}, {"part": 1}, {"layer_decay": 0.0}, {"drop_path": 1.0}, {"epochs": 0}):
         with pytest.raises(PretrainError, match=f"finetune.{next(iter(wrong))}"):
-            FinetuneTask(**wrong)  # type: ignore[arg-type]
+            FinetuneTask(**wrong)
     with pytest.raises(PretrainError, match="vision transformer of images"):
         classifier_of(torch.nn.Linear(2, 2), 2, 2, PROTOCOLS["transfer"])

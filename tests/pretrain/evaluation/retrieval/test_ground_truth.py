@@ -53,7 +53,19 @@ def test_a_pickle_is_read_by_every_protocol(places: Any, protocol: int, tmp_path
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_values_and_arrays_are_those_of_unpickling(protocol: int) -> None:
-    values = [None, True, -(2**70), 1.5, "é", b"\x00\xff", (), (1,), (1, 2, 3, 4), {"k": [0] * 1200}, {1: {}}]
+    values: list[Any] = [
+        None,
+        True,
+        -(2**70),
+        1.5,
+        "é",
+        b"\x00\xff",
+        (),
+        (1,),
+        (1, 2, 3, 4),
+        {"k": [0] * 1200},
+        {1: {}},
+    ]
     assert plain_values(pickle.dumps(values, protocol), "f") == values
     for array in (np.arange(6, dtype=">i4").reshape(2, 3), np.asfortranarray(np.eye(3)[:, :2]), np.zeros((0, 4), bool)):
         held = plain_values(pickle.dumps(array, protocol), "f")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from bench.video_propagation import frames_of, published
 from vmf_pretrain.evaluation.video.follow import follow
 from vmf_pretrain.evaluation.video.propagate import Propagation
 from vmf_pretrain.evaluation.video.protocols import DINO, DINOV3, Protocol
-from vmf_pretrain.evaluation.video.reach import circle, square
+from vmf_pretrain.evaluation.video.reach import Reach, circle, square
 
 pytestmark = pytest.mark.quick
 
@@ -54,7 +55,11 @@ def test_all_that_are_as_near_as_the_last_count() -> None:
 
 
 def test_reach_is_a_square_or_a_circle() -> None:
-    for reach, inside in ((square(2), lambda y, x: max(y, x) <= 2), (circle(2), lambda y, x: y * y + x * x <= 4)):
+    shapes: list[tuple[Reach, Callable[[int, int], bool]]] = [
+        (square(2), lambda y, x: max(y, x) <= 2),
+        (circle(2), lambda y, x: y * y + x * x <= 4),
+    ]
+    for reach, inside in shapes:
         found = reach.within(slice(1, 3), slice(4, 6), slice(0, 5), slice(2, 9))
         expected = [
             [[inside(abs(y - v), abs(x - u)) for u in range(2, 9)] for v in range(5)] for y in (1, 2) for x in (4, 5)

