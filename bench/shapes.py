@@ -203,7 +203,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 def over_the_best(row: dict[str, Any]) -> float:
     """The best median of the others over that of ours, as "auto" takes it: above 1 ours is faster."""
-    medians = {name: statistics.median(times) for name, times in row["seconds"].items()}
+    medians: dict[str, float] = {name: statistics.median(times) for name, times in row["seconds"].items()}
     return min(seconds for name, seconds in medians.items() if name not in OURS) / medians["auto"]
 
 

@@ -32,6 +32,7 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.engine import loop as loop_module
 from vmf_pretrain.engine.loop import Loop
+from vmf_pretrain.engine.optim import clip_groups
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
 
@@ -42,7 +43,7 @@ PARTS = ("forward", "backward", "update")
 def config_of(images: int, *, small: bool) -> Config:
     """DINO-vMF's step: as published, or with a network of width 192 on smaller views."""
     base = Config(data=DataConfig(kind="folder", folder="."))
-    sizes = {"global_size": 64, "local_size": 32, "local_count": 4} if small else {}
+    sizes: dict[str, Any] = {"global_size": 64, "local_size": 32, "local_count": 4} if small else {}
     return replace(
         base,
         data=replace(base.data, batch_size=images),
@@ -94,7 +95,7 @@ def clocked(loop: Loop) -> Clock:
     wrapped.module = clock.timed("forward", forward)
     loop.optimizer.step = clock.timed("update", loop.optimizer.step)  # type: ignore[method-assign]
     loop.method.after_step = clock.timed("update", loop.method.after_step)  # type: ignore[method-assign]
-    loop_module.clip_groups = clock.timed("update", loop_module.clip_groups)
+    loop_module.clip_groups = clock.timed("update", clip_groups)  # type: ignore[attr-defined]
     return clock
 
 
@@ -151,7 +152,7 @@ def rates(counts: tuple[int, ...], images: int, steps: int, rounds: int) -> dict
     for _ in range(rounds):
         for count in counts:
             with tempfile.TemporaryDirectory() as folder:
-                start_processes(_rank, (folder, count, images, steps), nprocs=count, start_method="spawn")  # type: ignore[no-untyped-call]
+                start_processes(_rank, (folder, count, images, steps), nprocs=count, start_method="spawn")
                 found[count].append(json.loads(Path(folder, "rate.json").read_text()))
     return found
 

@@ -14,7 +14,9 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +83,7 @@ def milliseconds(inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> dict[st
 
 
 def extra_mib(inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    return {name: cpu_peak_extra_mib(lambda way=way: way(*inputs, DINO.propagation), 0) for name, way in WAYS.items()}
+    return {name: cpu_peak_extra_mib(partial(way, *inputs, DINO.propagation), 0) for name, way in WAYS.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = [way(*inputs, DINO.propagation) for way in WAYS.values()]
     difference = float((found[0] - found[1]).abs().max())
     taken, memory = milliseconds(inputs, given.repeats), extra_mib(inputs)
-    record = {
+    record: dict[str, Any] = {
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "patches": [height, width],

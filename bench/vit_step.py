@@ -93,7 +93,9 @@ class Training:
 
         torch.manual_seed(0)
         backbones = [timm.create_model(self.setting.backbone, num_classes=0, dynamic_img_size=True) for _ in range(2)]
-        student_head, teacher_head, self.loss = VARIANTS[self.variant](self.setting, backbones[0].num_features)
+        width = backbones[0].num_features
+        assert isinstance(width, int)
+        student_head, teacher_head, self.loss = VARIANTS[self.variant](self.setting, width)
         self.student = nn.ModuleDict({"backbone": backbones[0], "head": student_head})
         self.teacher = nn.ModuleDict({"backbone": backbones[1], "head": teacher_head}).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())

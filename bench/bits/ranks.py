@@ -46,7 +46,7 @@ FORMS = ("unstored", "stored")
 def run_on_ranks(threads: int) -> Results:
     """All cases of this file, under their names with the rank's number."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_run_rank, (folder, threads), nprocs=RANKS)  # type: ignore[no-untyped-call]
+        spawn(_run_rank, (folder, threads), nprocs=RANKS)
         parts = [Results(*json.loads((Path(folder) / f"{rank}.json").read_text())) for rank in range(RANKS)]
     whole = Results({}, {})
     for rank, part in enumerate(parts):

@@ -83,10 +83,10 @@ def launch_each(backend: str) -> None:
 
     launch()
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStart()  # type: ignore[no-untyped-call]
+    torch.cuda.cudart().cudaProfilerStart()
     launch()
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStop()  # type: ignore[no-untyped-call]
+    torch.cuda.cudart().cudaProfilerStop()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from vmf_bench.agreement import Outcome, outcome_of, relative_errors
 from vmf_bench.inputs import HeadInputs, HeadShape
 from vmf_bench.memory import peak_extra_mib
 from vmf_bench.peers.peer import Loss
-from vmf_bench.timing import Measure, Step, Stopwatch, interleaved, rounds_within
+from vmf_bench.timing import Measure, Step, Stopwatch, interleaved, rounds_within, training_step
 
 PREPARE_SECONDS = 40  # most for one variant: mostly its compilation
 COMPILE_MEMORY_SHARE = 0.12  # of the device, for each process that only compiles: 9.6 GB of 80
@@ -111,7 +111,7 @@ def prepare(
     if variant.is_ours and errors:  # timed all the same: its numbers help to find out why
         entry["disagreement"] = attempt(lambda: refuse_disagreement(errors))[1].get("reason")
     if loss is not None:
-        step = probes.training_step(loss, inputs)
+        step = training_step(loss, inputs)
         mib, memory = attempt(lambda: peak_extra_mib(step, inputs))
         entry |= {"extra_mib": mib} if mib is not None else memory
         loss = loss if mib is not None else None
@@ -122,7 +122,7 @@ def prepare(
 def measure(ready: dict[str, Loss], inputs: HeadInputs, settings: Settings, record: Record | Under) -> None:
     """Times of all variants, interleaved: on the device, for a waiting host, of the host itself, and of the forward pass."""
     stopwatch = Stopwatch(settings.device)
-    steps = {name: probes.training_step(loss, inputs) for name, loss in ready.items()}
+    steps = {name: training_step(loss, inputs) for name, loss in ready.items()}
     forwards = {name: probes.forward_step(loss, inputs) for name, loss in ready.items()}
     record.put("clocks_before", value=clocks())
     plan: list[tuple[str, Measure, dict[str, Step], float]] = [

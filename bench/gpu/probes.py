@@ -41,7 +41,7 @@ def kernels(loss: Loss, inputs: HeadInputs) -> dict[str, Any]:
 
     def backward() -> None:
         inputs.clear_gradients()  # or adding to the last one's would count as a launch
-        values.pop().backward()  # type: ignore[no-untyped-call]
+        values.pop().backward()
 
     both = {"forward": _profiled([forward] * PROFILED_RUNS, device)}
     both["backward"] = _profiled([backward] * PROFILED_RUNS, device)
@@ -84,7 +84,7 @@ def is_repeatable(loss: Loss, inputs: HeadInputs) -> bool:
 def captured(loss: Loss, inputs: HeadInputs) -> tuple[Step, bool]:
     """Replay of the step as a CUDA graph, and whether it gives the eager step's gradients bit for bit."""
     eager = outcome_of(loss, inputs)
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(GRAPH_WARM_UP_RUNS):
@@ -93,7 +93,7 @@ def captured(loss: Loss, inputs: HeadInputs) -> tuple[Step, bool]:
     inputs.clear_gradients()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss(inputs).backward()  # type: ignore[no-untyped-call]
+        loss(inputs).backward()
     gradients = {name: leaf.grad for name, leaf in inputs.leaves.items()}
     for gradient in gradients.values():
         assert gradient is not None

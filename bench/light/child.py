@@ -104,7 +104,7 @@ def attempt(variant: Variant, device: torch.device, say: Callable[..., None], fo
 
 def save(stand: Stand, folder: Path) -> str:
     """The first wrong tensors, cut to size, in a file of the folder; its path."""
-    arrays = {}
+    arrays: dict[str, Any] = {}  # numpy declares one keyword, and that a flag
     for difference in stand.differences[:SAVED_TENSORS]:
         name = f"{difference.case}, {difference.tensor}"
         for which, tensor in (("got", difference.got), ("expected", difference.expected)):

@@ -43,7 +43,8 @@ class Stored(NamedTuple):
     @property
     def norm(self) -> Array:
         """[K] of the stored weights."""
-        return np.sqrt((self.weight**2).sum(axis=1))
+        norm: Array = np.sqrt((self.weight**2).sum(axis=1))
+        return norm
 
     @property
     def concentration(self) -> torch.Tensor:

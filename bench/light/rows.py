@@ -145,7 +145,8 @@ def check_merge(stand: Stand) -> None:
     weight = 2.0 ** integers((len(problem.rows),), -1, 2, 7)
     weight[-3:] = 0  # as padding has
     parts, weights, unit = Parts(*map(stand.floats, given)), stand.floats(weight), stand.floats(UNIT)
-    known = exact.merged(*(array.astype(np.float64) for array in given), weight, UNIT)
+    statistics, barycentre = (array.astype(np.float64) for array in given)
+    known = exact.merged(statistics, barycentre, weight, UNIT)
 
     def launch() -> Mapping[str, Tensor]:
         merged = triton_rows.merge_teachers(parts, weights, unit, layout, has_value_bias=True)
