@@ -106,7 +106,7 @@ def name_of(group: ProcessGroup | None) -> str:
 def group_named(name: str) -> ProcessGroup | None:
     """The group of a name that ``name_of`` returned."""
     # private, but torch's own collectives in compiled graphs use it: an op's argument cannot be a group
-    return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined, arg-type]
+    return distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
 class Shared(NamedTuple, Generic[T]):

@@ -16,7 +16,7 @@ def outcome_of(loss: Loss, inputs: HeadInputs) -> Outcome:
     """Value and gradients of one step; leaves no gradient behind."""
     inputs.clear_gradients()
     value = loss(inputs)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     gradients = {name: leaf.grad for name, leaf in inputs.leaves.items()}
     inputs.clear_gradients()
     missing = [name for name, gradient in gradients.items() if gradient is None]

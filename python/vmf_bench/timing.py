@@ -72,10 +72,10 @@ class Stopwatch:
         """Time on the device, independent of the host's time."""
         if self.device.type != "cuda":
             return self.wall_milliseconds(step)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         backlog = min(BACKLOG_MARGIN * self.host_seconds.get(id(step), 0.0), MOST_BACKLOG_SECONDS)
         self.flush.zero_()
-        torch.cuda._sleep(int(backlog * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(int(backlog * CYCLES_PER_SECOND))
         start.record()
         step()
         end.record()
@@ -112,7 +112,7 @@ def training_step(loss: Loss, inputs: HeadInputs) -> Step:
 
     def step() -> None:
         inputs.clear_gradients()
-        loss(inputs).backward()  # type: ignore[no-untyped-call]
+        loss(inputs).backward()
 
     return step
 

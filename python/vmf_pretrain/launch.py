@@ -27,7 +27,7 @@ def restarted() -> bool:
 
 def first_to_say(sentence: str) -> bool:
     """Whether no other rank has said a sentence yet; true where the ranks cannot be asked, so that nothing is lost."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"vmf_pretrain/said/{attempt}/{hashlib.sha256(sentence.encode()).hexdigest()}"

@@ -33,8 +33,8 @@ def import_torchvision() -> torch.library.Library | None:
         return None
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]  # half-imported
-    declarations = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    declarations = torch.library.Library("torchvision", "FRAGMENT")
     for schema in MISSING_OPERATORS:
-        declarations.define(schema)  # type: ignore[no-untyped-call]
+        declarations.define(schema)
     importlib.import_module("torchvision")
     return declarations

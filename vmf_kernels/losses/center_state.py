@@ -25,9 +25,9 @@ def publish_center(module: nn.Module, public: str, private: str, dims: int = 2) 
 
     If the module keeps no centre (Sinkhorn-Knopp), the centre of a checkpoint is ignored with a ``UserWarning``.
     """
-    module.register_state_dict_post_hook(_Publish(public, private, dims))  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(_Adopt(public, private, dims))  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_post_hook(_NameMissing(public, private))  # type: ignore[no-untyped-call]
+    module.register_state_dict_post_hook(_Publish(public, private, dims))
+    module.register_load_state_dict_pre_hook(_Adopt(public, private, dims))
+    module.register_load_state_dict_post_hook(_NameMissing(public, private))
 
 
 @dataclass

@@ -140,7 +140,7 @@ def _widened(features: Tensor) -> Tensor:
     dtype = features.dtype
     wide = features.to(accumulation_dtype(dtype))
     if dtype == torch.float16 and wide.requires_grad:
-        wide.register_hook(lambda gradient: in_range(gradient, dtype))  # type: ignore[no-untyped-call]
+        wide.register_hook(lambda gradient: in_range(gradient, dtype))
     return wide
 
 

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -21,7 +21,7 @@ from vmf_kernels.tensors import PLAIN, has_memory, is_transforming, no_autocast
 
 NAMESPACE = "vmf_kernels"
 # global, because torch removes the operators when their library object is freed
-LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")
 EAGER = {*PLAIN, type(None), bool, str}  # types of arguments
 KERNELS: dict[Any, Callable[..., Any]] = {}  # by operator
 FLOPS: dict[Any, Callable[..., int]] = {}  # by operator, as ``torch.utils.flop_counter`` keeps them
@@ -178,7 +178,7 @@ def _refuse_tangents(op: Any, args: Sequence[Any]) -> None:
     if forward_ad._current_level < 0:
         return
     for arg in args:
-        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:  # type: ignore[no-untyped-call]
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
             raise RuntimeError(
                 f"{op} has no forward-mode gradient (torch.func.jvp, jacfwd, hessian, forward_ad); expected reverse mode: "
                 "backward(), torch.func.grad, vjp or jacrev"

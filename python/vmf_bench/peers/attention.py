@@ -73,7 +73,7 @@ def prepare_attention(inputs: HeadInputs, compile_: Compile) -> Loss:
             return value
 
         try:
-            loss(inputs).backward()  # type: ignore[no-untyped-call]
+            loss(inputs).backward()
         except RuntimeError as error:  # what torch refuses is the finding, and goes into the record
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 

@@ -105,7 +105,7 @@ class Votes:
         on_gpu = self.device.type == "cuda"
         copy = torch.empty(values.shape, dtype=torch.float64, device="cpu", pin_memory=on_gpu)
         copy.copy_(values, non_blocking=on_gpu)
-        event: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event() if on_gpu else None
         if event is not None:
             event.record()
         self._waiting.append(_Waiting(step, replace(batch, views=[], masks={}), list(numbers), copy, event))

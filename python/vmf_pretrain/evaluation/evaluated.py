@@ -137,7 +137,7 @@ def _of_timm(wanted: str) -> Evaluated:
     network = _timm_network(name, pretrained=not file)
     if file:
         _fill(network, expanded(file, "the file of weights"))
-    told: dict[str, Any] = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
+    told: dict[str, Any] = resolve_model_data_config(network)
     fed = NetworkInput(int(told["input_size"][-1]), tuple(told["mean"]), tuple(told["std"]))
     facts = {"timm": name, "file": file or None, "tag": network.pretrained_cfg.get("tag") or None}
     return Evaluated(network, fed, f"{HUB}{wanted}", facts, fingerprint_of(network, fed))

@@ -40,7 +40,7 @@ class HostCopies:
                 result[group][name] = _as(tensor, copied[place])
         self._ready = None
         if on_device:
-            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready = torch.cuda.Event()
             self._ready.record()
         return result
 
@@ -67,4 +67,4 @@ def _as(tensor: Tensor, buffer: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return buffer
     # not DTensor.from_local: it would move the share back to the mesh's device
-    return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return DTensor(buffer, tensor._spec, requires_grad=False)

@@ -103,7 +103,7 @@ def _labels(given: Labelled, part: Sequence[Place]) -> Tensor:
 def _mixing(protocol: Protocol, classes: int) -> Mixup | None:
     if not protocol.mixup and not protocol.cutmix:
         return None
-    return Mixup(  # type: ignore[no-untyped-call]
+    return Mixup(
         mixup_alpha=protocol.mixup,
         cutmix_alpha=protocol.cutmix,
         label_smoothing=protocol.smoothing,
@@ -134,7 +134,7 @@ def _step(
         loss = functional.cross_entropy(logits.float(), wanted, label_smoothing=smoothing)
         if not bool(loss.isfinite()):
             raise PretrainError("the loss of fine-tuning is NaN or infinite; lower finetune.rates.")
-        (loss * len(labels) / size).backward()  # type: ignore[no-untyped-call]
+        (loss * len(labels) / size).backward()
     optimizer.step()
 
 

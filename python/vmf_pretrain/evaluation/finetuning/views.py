@@ -78,7 +78,7 @@ class Views(Dataset[Tensor]):
         )
         keep_black(colouring.transforms)
         self.augment = (crops, colouring)
-        self.erase = RandomErasing(protocol.erase, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+        self.erase = RandomErasing(protocol.erase, mode="pixel", device="cpu")
 
     def __getitem__(self, key: Place) -> Tensor:
         number, place = key

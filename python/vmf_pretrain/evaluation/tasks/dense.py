@@ -137,7 +137,7 @@ class Counted:
 def _counted(subject: Subject, classify: Classifier, classes: int, ignored: int | None) -> Counted:
     total, areas = np.zeros((classes, classes), np.int64), []
     for patches, mask in zip(subject.features["val"].patches(), _masks(subject, "val"), strict=True):
-        scores = classify(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])  # type: ignore[no-untyped-call]
+        scores = classify(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
         predicted = pixel_labels(scores, (mask.shape[0], mask.shape[1]))
         counts = confusion(mask, predicted, classes, ignored)
         total += counts
