@@ -5,6 +5,8 @@ Legend: R rows, K prototypes, D embedding dim.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,11 @@ def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -
     if not value > 0:
         raise ValueError(f"{name} is {value}; expected a number > 0")
     return torch.scalar_tensor(value, dtype=torch.float64, device=device)
+
+
+def is_whole(number: object) -> bool:
+    """Whether it is an int of Python or of numpy. A function of its own, because type checkers take neither for Integral."""
+    return isinstance(number, Integral)
 
 
 def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:

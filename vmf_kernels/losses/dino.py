@@ -5,13 +5,13 @@ Legend: B images, V student crops, K prototypes. Rows are view-major.
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vmf_kernels.arguments import is_whole
 from vmf_kernels.centering.rule import CenteringRule
 from vmf_kernels.losses.center_state import publish_center
 from vmf_kernels.losses.stream import StreamLoss, StreamOptions, check_logits
@@ -74,7 +74,7 @@ class DINOLoss(StreamLoss):
     ) -> None:
         super().__init__()
         schedule = temperature_schedule(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs)
-        if not isinstance(ncrops, Integral) or ncrops < TEACHER_CROPS:
+        if not is_whole(ncrops) or ncrops < TEACHER_CROPS:
             raise ValueError(f"ncrops is {ncrops!r}; expected at least 2, as an int, the global crops included")
         self.ncrops = ncrops
         self._temperatures = EpochTemperatures(schedule)

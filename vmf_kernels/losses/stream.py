@@ -7,12 +7,12 @@ Legend: R rows, S / T student / teacher rows, G / V teacher / student views, B i
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from vmf_kernels.arguments import is_whole
 from vmf_kernels.backends.stored.choice import check_stored_backend_name
 from vmf_kernels.backends.uncentered import answer_about, ask_for_sums
 from vmf_kernels.centering.choice import RULES, RuleOptions, Rules, make_rule
@@ -102,7 +102,7 @@ class Stream(nn.Module):
         if unknown:
             known = ", ".join(StreamOptions.__annotations__)
             raise TypeError(f"unknown option {', '.join(unknown)}; expected one of {known}")
-        if not isinstance(num_prototypes, Integral) or num_prototypes < 1:
+        if not is_whole(num_prototypes) or num_prototypes < 1:
             raise ValueError(f"out_dim is {num_prototypes!r}; expected at least 1 prototype, as an int")
         check_positive(student_temp, "student_temp")
         if center_update not in UPDATES:

@@ -22,7 +22,7 @@ from vmf_pretrain.evaluation.retrieval.ground_truth import GroundTruth, Query
 pytestmark = pytest.mark.quick
 
 CLASSIFIED = "knn,linear,few_shot,transfer,finetune"
-QUICK = {
+QUICK: dict[str, dict[str, object]] = {
     "linear": {"iterations": 5, "rates": [0.1], "blocks": [1], "costs": 2},
     "transfer": {"costs": 2},
     "few_shot": {"draws": 1, "per_class": [1]},
@@ -93,8 +93,20 @@ def segments(folder: Path, train: np.ndarray, val: np.ndarray) -> None:
             (folder / split / f"masks/photo_{place:02}.png").write_bytes(label_png(mask))
 
 
-def masks_of(path: Path) -> None:
-    path.write_bytes(label_png(PLAIN))
+def beside_an_empty_folder(folder: Path) -> None:
+    classes(folder, cats=2, dogs=2)
+    (folder / "none").mkdir()
+
+
+def coloured(folder: Path) -> None:
+    segments(folder, HALVES, HALVES)
+    Image.new("RGBA", (32, 32)).save(folder / "val/masks/photo_01.png")
+
+
+def masked_out(folder: Path) -> None:
+    classes(folder, cats=1)
+    (folder / "masks/cats").mkdir(parents=True)
+    (folder / "masks/cats/photo_00.png").write_bytes(label_png(PLAIN))
 
 
 PLAIN = np.zeros((32, 32), np.uint8)
@@ -106,7 +118,7 @@ HALF = {"top-1, k 10": 50.0}
 CASES: dict[str, tuple[Callable[[Path], object], str, str, str | dict[str, float]]] = {
     "an empty folder": (lambda d: None, f"{CLASSIFIED},retrieval,copies,neighbours,pca", "", "D holds no image"),
     "no image to whiten on": (
-        lambda d: (classes(d, cats=2, dogs=2), (d / "none").mkdir()),
+        beside_an_empty_folder,
         "retrieval,copies",
         "--retrieval.whitening D/none --copies.whitening D/none",
         ".whitening D/none holds no image",
@@ -161,13 +173,13 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, str | dict[str, float
     "a class that was never seen": (lambda d: segments(d, HALVES, PLAIN + 2), "dense", "", {"mIoU, linear": 0.0}),
     "no pixel that counts": (lambda d: segments(d, HALVES, PLAIN + 255), "dense", "", "val are ignored"),
     "a mask with colours": (
-        lambda d: (segments(d, HALVES, HALVES), Image.new("RGBA", (32, 32)).save(d / "val/masks/photo_01.png")),
+        coloured,
         "dense",
         "",
         "photo_01.png is no mask (a mask of the mode RGBA",
     ),
     "empty masks": (
-        lambda d: (classes(d, cats=1), (d / "masks/cats").mkdir(parents=True), masks_of(d / "masks/cats/photo_00.png")),
+        masked_out,
         "attention",
         "--attention.masks D/masks",
         "1 has an empty mask",

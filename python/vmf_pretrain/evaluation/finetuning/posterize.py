@@ -28,5 +28,5 @@ def _posterized(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     """The image with so many bits a colour, from 0."""
     if bits < 1:
         return Image.new(image.mode, image.size)
-    result: Image.Image = posterize(image, bits)  # type: ignore[no-untyped-call]
+    result: Image.Image = posterize(image, bits)
     return result
