@@ -19,14 +19,14 @@ constexpr int kRows = 3771, kOddRows = 640, kPrototypes = 65536, kSplits = 3;  /
 constexpr std::uintptr_t kFirstAddress = std::uintptr_t{1} << 40, kAddressStep = std::uintptr_t{1} << 32;
 
 template <typename T>
-T *address(int index) {
-  return reinterpret_cast<T *>(kFirstAddress + index * kAddressStep);
+T* address(int index) {
+  return reinterpret_cast<T*>(kFirstAddress + index * kAddressStep);
 }
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct Rows {
-  const char *name;
+  const char* name;
   bool has_values, own_values, has_value_bias;
 };
 constexpr Rows kRowModes[] = {
@@ -36,7 +36,7 @@ constexpr Rows kRowModes[] = {
     {"own values, value bias", true, true, true},
 };
 
-RowPass row_case(Element element, int width, const Rows &mode, int rows, int blocks_in_cluster) {
+RowPass row_case(Element element, int width, const Rows& mode, int rows, int blocks_in_cluster) {
   RowPass pass{};
   pass.element = element;
   pass.width = width;
@@ -57,13 +57,12 @@ RowPass row_case(Element element, int width, const Rows &mode, int rows, int blo
 }
 
 struct Columns {
-  const char *name;
+  const char* name;
   bool has_vectors, has_bias_gradient;
 };
-constexpr Columns kColumnModes[] = {
-    {"vectors", true, false}, {"vectors, bias gradient", true, true}, {"usage", false, false}};
+constexpr Columns kColumnModes[] = {{"vectors", true, false}, {"vectors, bias gradient", true, true}, {"usage", false, false}};
 
-ColumnPass column_case(Element element, int width, const Columns &mode, int blocks_in_cluster) {
+ColumnPass column_case(Element element, int width, const Columns& mode, int blocks_in_cluster) {
   ColumnPass pass{};
   pass.element = element;
   pass.width = width;
@@ -97,11 +96,11 @@ ColumnPass column_case(Element element, int width, const Columns &mode, int bloc
 void run_cases(Element element, int width, int blocks_in_cluster, int capability) {
   const std::string which = std::string(element == Element::bf16 ? "bf16" : "fp16") + " D" + std::to_string(width);
   const std::string suffix = blocks_in_cluster == 1 ? "" : ", in clusters";
-  for (const Rows &mode : kRowModes) {
+  for (const Rows& mode : kRowModes) {
     start_case("row_pass " + which + ", " + mode.name + suffix, capability);
     end_case(vmf::cuda::row_pass(row_case(element, width, mode, kRows, blocks_in_cluster), nullptr));
   }
-  for (const Columns &mode : kColumnModes) {
+  for (const Columns& mode : kColumnModes) {
     start_case("column_pass " + which + ", " + mode.name + suffix, capability);
     end_case(vmf::cuda::column_pass(column_case(element, width, mode, blocks_in_cluster), nullptr));
   }
@@ -115,7 +114,7 @@ void run_odd_case(int capability) {
 
 }  // namespace
 
-int main(int count, char **arguments) {
+int main(int count, char** arguments) {
   if (count != 2) return EXIT_FAILURE;
   const int capability = std::atoi(arguments[1]);
   for (const int blocks_in_cluster : {1, 2})

@@ -25,8 +25,8 @@ Norms norms_of(const std::string& kind) {
 }
 
 Score score_of(py::handle weight, py::handle bias, py::handle features, float uniform, float row_factor,
-               const py::tuple& logits, py::handle sums, py::handle other_bias, const std::string& norms,
-               py::handle magnitude, py::handle found) {
+               const py::tuple& logits, py::handle sums, py::handle other_bias, const std::string& norms, py::handle magnitude,
+               py::handle found) {
   Score s{weight_of(weight)};
   const int count = s.weight.prototypes;
   s.rows = int(size_of(features, 0));
@@ -101,8 +101,8 @@ void define_tasks(py::module_& m) {
       .def(py::init(&pull_back_of), py::kw_only(), py::arg("prototypes"), py::arg("norms"), py::arg("norm"),
            py::arg("magnitude"), py::arg("slope"), py::arg("magnitude_gradient"));
   py::class_<Gather>(m, "Gather", py::module_local())
-      .def(py::init(&gather_of), py::keep_alive<1, 19>(), py::kw_only(), py::arg("weight"), py::arg("found"),
-           py::arg("logits"), py::arg("teacher_column"), py::arg("images"), py::arg("student_sums"), py::arg("teacher_sums"),
+      .def(py::init(&gather_of), py::keep_alive<1, 19>(), py::kw_only(), py::arg("weight"), py::arg("found"), py::arg("logits"),
+           py::arg("teacher_column"), py::arg("images"), py::arg("student_sums"), py::arg("teacher_sums"),
            py::arg("view_weights"), py::arg("image_weights"), py::arg("features") = none, py::arg("scale"),
            py::arg("feature_gradient") = none, py::arg("weight_gradient") = none, py::arg("bias_gradient") = none,
            py::arg("usage"), py::arg("columns"), py::arg("first") = false, py::arg("pull_back") = none);
@@ -140,24 +140,25 @@ PYBIND11_MODULE(_native, m) {
     const py::gil_scoped_release released;
     return gather(g, run, address(workspace));
   });
-  m.def("step", [](const Score& student, const Score& teacher, const Gather& g, const Execution& run, std::uintptr_t workspace) {
-    const py::gil_scoped_release released;
-    return step(student, teacher, g, run, address(workspace));
-  });
-  m.def("sum_over_prototypes", [](const StoredLogits& s, py::handle bias, py::handle result, const Execution& run,
-                                  std::uintptr_t workspace) {
-    const float* from = floats(bias, s.prototypes);
-    float* to = floats(result, s.rows);
-    const py::gil_scoped_release released;
-    sum_over_prototypes(s, from, to, run, address(workspace));
-  });
-  m.def("sum_over_rows", [](const StoredLogits& s, py::handle offset, py::handle result, const Execution& run,
-                            std::uintptr_t workspace) {
-    const float* from = floats(offset, s.rows);
-    float* to = floats(result, s.prototypes);
-    const py::gil_scoped_release released;
-    sum_over_rows(s, from, to, run, address(workspace));
-  });
+  m.def("step",
+        [](const Score& student, const Score& teacher, const Gather& g, const Execution& run, std::uintptr_t workspace) {
+          const py::gil_scoped_release released;
+          return step(student, teacher, g, run, address(workspace));
+        });
+  m.def("sum_over_prototypes",
+        [](const StoredLogits& s, py::handle bias, py::handle result, const Execution& run, std::uintptr_t workspace) {
+          const float* from = floats(bias, s.prototypes);
+          float* to = floats(result, s.rows);
+          const py::gil_scoped_release released;
+          sum_over_prototypes(s, from, to, run, address(workspace));
+        });
+  m.def("sum_over_rows",
+        [](const StoredLogits& s, py::handle offset, py::handle result, const Execution& run, std::uintptr_t workspace) {
+          const float* from = floats(offset, s.rows);
+          float* to = floats(result, s.prototypes);
+          const py::gil_scoped_release released;
+          sum_over_rows(s, from, to, run, address(workspace));
+        });
   // From the sums of all chunks to means and the loss: `usage` [K] is divided by the weight of all pairs.
   m.def("conclude", [](py::handle usage, std::size_t prototypes, float weight, py::handle loss, float value, py::handle summary,
                        const std::array<float, 3>& means) {

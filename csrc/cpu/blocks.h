@@ -118,8 +118,7 @@ inline void pack_panels(int count, int dim, Row&& at, typename Dot::Word* out) {
         for (int half = 0; half < Dot::PER_WORD; ++half)
           if (step * Dot::PER_WORD + half < count) at(step * Dot::PER_WORD + half, first + j, lines[half]);
         typename Dot::Word* to = panel + std::ptrdiff_t(step) * width + j;
-        if constexpr (Dot::PER_WORD == 1)
-          store(reinterpret_cast<float*>(to), load(lines[0]));
+        if constexpr (Dot::PER_WORD == 1) store(reinterpret_cast<float*>(to), load(lines[0]));
 #if defined(VMF_HAS_BF16)
         else
           store_pairs(to, load(lines[0]), load(lines[1]));

@@ -1,5 +1,5 @@
-// What a gathering pass takes from the teacher's rows of one prototype: their probabilities, and log-sums over the rows of another
-// softmax than the target's, sum_t 2^(l_tk - offset_t).
+// What a gathering pass takes from the teacher's rows of one prototype: their probabilities, and log-sums over the rows of
+// another softmax than the target's, sum_t 2^(l_tk - offset_t).
 #pragma once
 
 #include "blocks.h"
@@ -22,8 +22,7 @@ inline void add_column(const float* logits, const float* offset, int rows, float
   for (int t = 0; t < rows; t += LANES) most = larger(sub(load(logits + t), load(offset + t)), most);
   const float now = largest(most);
   Floats total = zero();
-  for (int t = 0; t < rows; t += LANES)
-    total = add(total, exp2(sub(sub(load(logits + t), load(offset + t)), all(now))));
+  for (int t = 0; t < rows; t += LANES) total = add(total, exp2(sub(sub(load(logits + t), load(offset + t)), all(now))));
   if (mass != 0) {
     float decay[LANES];
     store(decay, exp2(all(top - now)));

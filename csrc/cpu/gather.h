@@ -17,8 +17,7 @@ inline int gather_prototypes(int dim) {
 // a = (a + b times) scale
 inline void add_scaled(float* a, const float* b, float times, float scale, int n) {
   int i = 0;
-  for (; i + LANES <= n; i += LANES)
-    store(a + i, mul(multiply_add(load(b + i), all(times), load(a + i)), all(scale)));
+  for (; i + LANES <= n; i += LANES) store(a + i, mul(multiply_add(load(b + i), all(times), load(a + i)), all(scale)));
   for (; i < n; ++i) a[i] = (a[i] + b[i] * times) * scale;
 }
 
@@ -80,9 +79,7 @@ struct Gatherer {
   void pack_values(const Block& weight, int first, int count) const {
     pack_panels<Dot>(
         count, dim,
-        [&](int k, int d, float* line) {
-          line_of(weight.row(k), dim, d, line, gather.gain ? gather.gain[first + k] : 1.0f);
-        },
+        [&](int k, int d, float* line) { line_of(weight.row(k), dim, d, line, gather.gain ? gather.gain[first + k] : 1.0f); },
         at<Word>(room.values));
   }
 
@@ -218,9 +215,8 @@ struct Gatherer {
         constexpr int M = decltype(m)::value;
         float* out = task.feature_gradient + std::ptrdiff_t(s) * width + vector * LANES;
         tile<Dot, M, N>(steps, students_of(count, s), panel, valid, share_of(soon, steps),
-                        [&](int row, auto& sums) __attribute__((always_inline)) {
-                          put(out + std::ptrdiff_t(row) * width, width, first, sums);
-                        });
+                        [&](int row, auto& sums)
+                            __attribute__((always_inline)) { put(out + std::ptrdiff_t(row) * width, width, first, sums); });
       });
     });
   }
@@ -228,8 +224,7 @@ struct Gatherer {
   void add_weight_gradient(const Block& weight, int first, int count, int next, int more) const {
     Ahead weights = ahead_of(gather.weight, next, next + more);
     const float* logits = more ? row_of(gather.logits, next) : nullptr;
-    Ahead scores{reinterpret_cast<const char*>(logits),
-                 reinterpret_cast<const char*>(logits + more * gather.logits.stride)};
+    Ahead scores{reinterpret_cast<const char*>(logits), reinterpret_cast<const char*>(logits + more * gather.logits.stride)};
     const int steps = words<Dot>(gather.student_rows), stride = words<Dot>(students);
     const bool direct = width == dim;  // else through a block of whole vectors
     float* start = direct ? gather.weight_gradient + std::ptrdiff_t(first) * dim : at<float>(room.gradient);
@@ -249,8 +244,7 @@ struct Gatherer {
     for (int k = 0; k < count; ++k) {
       float* row = gather.weight_gradient + std::ptrdiff_t(first + k) * dim;
       if (!direct)
-        for (int d = 0; d < dim; ++d)
-          row[d] = (gather.first ? 0.0f : row[d]) + start[std::ptrdiff_t(k) * width + d];
+        for (int d = 0; d < dim; ++d) row[d] = (gather.first ? 0.0f : row[d]) + start[std::ptrdiff_t(k) * width + d];
       if (gather.pull_back) pull_back(*gather.pull_back, first + k, weight.row(k), row);
     }
   }

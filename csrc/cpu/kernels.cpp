@@ -30,8 +30,8 @@ struct Table {
   }
   static void pack_coefficients(const float* rows, int count, int columns, float* panels) {
     pack_panels<Fp32>(
-        count, columns,
-        [&](int r, int s, float* line) { line_of(rows + std::ptrdiff_t(r) * columns, columns, s, line, 1.0f); }, panels);
+        count, columns, [&](int r, int s, float* line) { line_of(rows + std::ptrdiff_t(r) * columns, columns, s, line, 1.0f); },
+        panels);
   }
   static std::size_t score_scratch(const Score& s) { return Scorer<Dot>::scratch(s); }
   static void score(const ScoreTask& task) { Scorer<Dot>{task}.run(); }
@@ -41,9 +41,9 @@ struct Table {
   static void over_prototypes(const StoredTask& task) { StoredSums{task}.over_prototypes(); }
   static void over_rows(const StoredTask& task) { StoredSums{task}.over_rows(); }
 
-  static constexpr Kernels kernels{LANES,        pack_features,     features_bytes, pack_values, values_bytes,
-                                   pack_coefficients, score_scratch, score,          gather_scratch, gather,
-                                   over_prototypes,   over_rows};
+  static constexpr Kernels kernels{
+      LANES,         pack_features, features_bytes, pack_values, values_bytes,    pack_coefficients,
+      score_scratch, score,         gather_scratch, gather,      over_prototypes, over_rows};
 };
 
 }  // namespace VMF_ISA

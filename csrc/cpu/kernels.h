@@ -17,16 +17,16 @@ struct ScoreTask {
 __attribute__((always_inline)) constexpr int statistics_of(const Score& s) { return s.other_bias ? 6 : 3; }
 struct GatherTask {
   const Gather* gather;
-  const void* panels;            // student features, from pack_values; null without dW
-  const float* student_top;      // [padded S], +inf beyond S: rows of padding have weight 0
-  const float* student_factor;   // [padded S], 0 beyond
-  const float* teacher_top;      // [padded T], +inf beyond
-  const float* teacher_factor;   // [padded T], 0 beyond
-  const float* coefficient;      // [G, padded S], 0 beyond; packed by pack_coefficients if pairs are folded as a product
-  const float* column_offset;    // [padded T] base-2 log-sum-exps with the other bias, +inf beyond; null without column sums
-  void* scratch;                 // of gather_scratch bytes, this thread's own
-  float* feature_gradient;       // [padded S, padded D] over the task's prototypes
-  int first, last;               // prototypes
+  const void* panels;           // student features, from pack_values; null without dW
+  const float* student_top;     // [padded S], +inf beyond S: rows of padding have weight 0
+  const float* student_factor;  // [padded S], 0 beyond
+  const float* teacher_top;     // [padded T], +inf beyond
+  const float* teacher_factor;  // [padded T], 0 beyond
+  const float* coefficient;     // [G, padded S], 0 beyond; packed by pack_coefficients if pairs are folded as a product
+  const float* column_offset;   // [padded T] base-2 log-sum-exps with the other bias, +inf beyond; null without column sums
+  void* scratch;                // of gather_scratch bytes, this thread's own
+  float* feature_gradient;      // [padded S, padded D] over the task's prototypes
+  int first, last;              // prototypes
 };
 
 struct StoredTask {

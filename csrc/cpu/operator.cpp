@@ -48,8 +48,9 @@ const Kernels& kernels_of(const Execution& run) {
     default: break;
 #endif
   }
-  if (!found) throw std::invalid_argument(std::string("no ") + (run.products == Products::bf16 ? "bf16" : "fp32") +
-                                          " products for " + name_of(run.isa));
+  if (!found)
+    throw std::invalid_argument(std::string("no ") + (run.products == Products::bf16 ? "bf16" : "fp32") + " products for " +
+                                name_of(run.isa));
   return *found;
 }
 
@@ -76,8 +77,8 @@ struct ScoreRoom {
       : scratch_bytes(kernels.score_scratch(s)) {
     Arena arena{static_cast<char*>(start)};
     panels = arena.take<char>(kernels.features_bytes(s.rows, s.weight.dim));
-    statistics = arena.take<float>(std::size_t(part_count(s.weight.prototypes)) * statistics_of(s) *
-                                   padded_to(s.rows, kernels.lanes));
+    statistics =
+        arena.take<float>(std::size_t(part_count(s.weight.prototypes)) * statistics_of(s) * padded_to(s.rows, kernels.lanes));
     scaled = arena.take<float>(s.row_factor == 1 ? 0 : std::size_t(s.rows) * s.weight.dim);
     bias = arena.take<float>(s.bias ? s.weight.prototypes : 0);
     multiplier = arena.take<float>(s.weight.prototypes);
@@ -125,8 +126,7 @@ struct GatherRoom {
     column_offset = arena.take<float>(g.column_top ? teachers : 0);
     coefficient = arena.take<float>(students * g.teacher_views);
     packed = arena.take<float>(folds_by_product(g) ? students * g.teacher_views : 0);
-    feature_gradient = arena.take<float>(std::size_t(part_count(g)) * students *
-                                         padded_to(g.weight.dim, kernels.lanes));
+    feature_gradient = arena.take<float>(std::size_t(part_count(g)) * students * padded_to(g.weight.dim, kernels.lanes));
     scratch = arena.take<char>(scratch_bytes * std::min(run.threads, MOST_PARTS));
     bytes = arena.used;
   }
@@ -191,9 +191,7 @@ void add_parts(const Gather& g, const float* parts, int count, int rows, int wid
 
 }  // namespace
 
-std::size_t score_workspace(const Score& s, const Execution& run) {
-  return ScoreRoom(s, run, kernels_of(run), nullptr).bytes;
-}
+std::size_t score_workspace(const Score& s, const Execution& run) { return ScoreRoom(s, run, kernels_of(run), nullptr).bytes; }
 
 void score(const Score& given, const Execution& run, void* workspace) {
   if (given.other_bias && !(given.other_top && given.other_mass))
@@ -209,8 +207,7 @@ void score(const Score& given, const Execution& run, void* workspace) {
   if (s.bias) {
     // with another bias, finite in base 2 as well: the difference of both is taken
     const float least = s.other_bias ? LOWEST : -std::numeric_limits<float>::infinity();
-    for (int k = 0; k < s.weight.prototypes; ++k)
-      room.bias[k] = not_below(least, not_below(LOWEST, s.bias[k]) * LOG2_E);
+    for (int k = 0; k < s.weight.prototypes; ++k) room.bias[k] = not_below(least, not_below(LOWEST, s.bias[k]) * LOG2_E);
     s.bias = room.bias;
   }
   if (!s.norm) s.norm = room.norm, s.gain = room.gain;
@@ -218,10 +215,11 @@ void score(const Score& given, const Execution& run, void* workspace) {
   const int rows = padded_to(s.rows, kernels.lanes), parts = part_count(s.weight.prototypes);
   const std::size_t stride = std::size_t(statistics_of(s)) * rows;
   kernels.pack_features(s.features, s.rows, s.weight.dim, room.panels);
-  for_each_part(parts, s.weight.prototypes, threads_for(products_of(s.rows, s.weight), run), [&](int part, int thread, int first, int last) {
-    kernels.score({&s, room.panels, room.multiplier, room.scratch + thread * room.scratch_bytes,
-                   room.statistics + part * stride, first, last});
-  });
+  for_each_part(parts, s.weight.prototypes, threads_for(products_of(s.rows, s.weight), run),
+                [&](int part, int thread, int first, int last) {
+                  kernels.score({&s, room.panels, room.multiplier, room.scratch + thread * room.scratch_bytes,
+                                 room.statistics + part * stride, first, last});
+                });
   merge(s.rows, room.statistics, parts, rows, stride, s.top, s.mass, s.moment);
   if (s.other_bias) merge(s.rows, room.statistics + 3 * rows, parts, rows, stride, s.other_top, s.other_mass, nullptr);
 }
@@ -257,8 +255,8 @@ Sums gather(const Gather& g, const Execution& run, void* workspace) {
   for_each_part(parts, g.weight.prototypes, threads, [&](int part, int thread, int first, int last) {
     kernels.gather({&g, room.panels, room.student_top, room.student_factor, room.teacher_top, room.teacher_factor,
                     product ? room.packed : room.coefficient, g.column_top ? room.column_offset : nullptr,
-                    room.scratch + thread * room.scratch_bytes,
-                    room.feature_gradient + std::size_t(part) * students * width, first, last});
+                    room.scratch + thread * room.scratch_bytes, room.feature_gradient + std::size_t(part) * students * width,
+                    first, last});
   });
   if (g.student_rows) add_parts(g, room.feature_gradient, parts, students, width, threads);
   return sums;
@@ -292,8 +290,7 @@ Sums step(Score student, Score teacher, Gather g, const Execution& run, void* wo
     room += aligned_floats(count);
     return piece;
   };
-  if (student.norms != Norms::free)
-    student.norm = take(g.weight.prototypes), g.gain = student.gain = take(g.weight.prototypes);
+  if (student.norms != Norms::free) student.norm = take(g.weight.prototypes), g.gain = student.gain = take(g.weight.prototypes);
   PullBack pull_back;
   if (g.pull_back) {
     pull_back = *g.pull_back;
@@ -345,9 +342,8 @@ void sum_over_rows(const StoredLogits& s, const float* offset, float* result, co
   const Kernels& kernels = kernels_of(run);
   float* padded = static_cast<float*>(workspace);
   pad(offset, s.rows, padded, padded_to(s.rows, kernels.lanes), std::numeric_limits<float>::infinity());
-  for_each_part(part_count(s.prototypes), s.prototypes, threads_for(s, run), [&](int, int, int first, int last) {
-    kernels.over_rows({&s, nullptr, nullptr, padded, result, first, last});
-  });
+  for_each_part(part_count(s.prototypes), s.prototypes, threads_for(s, run),
+                [&](int, int, int first, int last) { kernels.over_rows({&s, nullptr, nullptr, padded, result, first, last}); });
 }
 
 double dot(const float* a, const float* b, std::size_t count) {

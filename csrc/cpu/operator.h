@@ -20,8 +20,8 @@ enum class Norms { free, fixed, magnitude };  // w_k = v_k, v_k / ||v_k||, g_k v
 struct Execution {
   Isa isa;
   Products products;
-  int threads;         // at most
-  double least_work;   // products per thread: no thread is woken for fewer
+  int threads;        // at most
+  double least_work;  // products per thread: no thread is woken for fewer
 };
 
 // A workspace is 64-byte aligned and has at least the bytes that score_workspace or gather_workspace say.
@@ -50,12 +50,12 @@ struct Logits {
 // Rows against one network's prototypes: their logits, and an online softmax over the prototypes.
 struct Score {
   Weight weight;
-  const float* bias;        // [K] nats, or null
-  const float* features;    // [R, D] contiguous
-  float uniform;            // the multiplier of all prototypes, which a gain multiplies unless the norms are free
-  float row_factor;         // multiplies the features before the products
+  const float* bias;      // [K] nats, or null
+  const float* features;  // [R, D] contiguous
+  float uniform;          // the multiplier of all prototypes, which a gain multiplies unless the norms are free
+  float row_factor;       // multiplies the features before the products
   int rows;
-  Logits logits;          // receives padded_rows(R) columns; or none
+  Logits logits;  // receives padded_rows(R) columns; or none
   float* top;     // [R] max_k l
   float* mass;    // [R] sum_k 2^(l - top)
   float* moment;  // [R] sum_k 2^(l - top) (l - top)
@@ -73,9 +73,9 @@ struct Score {
 // From the gradient at the effective prototype to that at the stored one, equation (7).
 struct PullBack {
   Norms norms;
-  const float* norm;       // [K] ||v_k||
-  const float* magnitude;  // [K] g, or null
-  const float* slope;      // [K] slope of the bias in ||w_k||, or null without normaliser
+  const float* norm;          // [K] ||v_k||
+  const float* magnitude;     // [K] g, or null
+  const float* slope;         // [K] slope of the bias in ||w_k||, or null without normaliser
   float* magnitude_gradient;  // [K], or null
 };
 
@@ -107,17 +107,17 @@ struct Gather {
   float* usage;                 // [K] sum_t n_t q_t; added to
   bool first;                   // weight gradient, beta and usage are written, not added to
   const PullBack* pull_back;    // with the last chunk of rows, or null
-  // Sums over the teacher rows of its other softmax, sum_t 2^(l_tk - offset_t), as a maximum to which the chunks add, and a mass
-  // relative to it; or null. l has the target's bias: the caller adds other_bias - bias to the logarithm.
+  // Sums over the teacher rows of its other softmax, sum_t 2^(l_tk - offset_t), as a maximum to which the chunks add, and a
+  // mass relative to it; or null. l has the target's bias: the caller adds other_bias - bias to the logarithm.
   const float* other_top = nullptr;   // [T] from Score
   const float* other_mass = nullptr;  // [T]
   float* column_top = nullptr;        // [K]
   float* column_mass = nullptr;       // [K]
 };
 
-// Whether the pairs of a gathering pass are folded as a product of all rows. With one image every teacher row may be paired with
-// every student row (pairs without weight have coefficient 0), and from so many teacher views on a product is faster than a step
-// for each of them (bench/LOG.md).
+// Whether the pairs of a gathering pass are folded as a product of all rows. With one image every teacher row may be paired
+// with every student row (pairs without weight have coefficient 0), and from so many teacher views on a product is faster than
+// a step for each of them (bench/LOG.md).
 constexpr int VIEWS_OF_A_PRODUCT = 8;
 __attribute__((always_inline)) inline bool folds_by_product(const Gather& g) {  // no copy of one instruction set for all
   return g.images == 1 && g.teacher_views >= VIEWS_OF_A_PRODUCT && g.student_rows > 0;
@@ -125,8 +125,8 @@ __attribute__((always_inline)) inline bool folds_by_product(const Gather& g) {  
 
 // Instruction sets this machine can run, the best last.
 //
-// The first call asks Linux for the registers of a matrix unit, if there is one. What is granted holds for the whole process; from
-// then on a thread's alternate signal stack must have room for them. If Linux refuses, the matrix unit counts as absent.
+// The first call asks Linux for the registers of a matrix unit, if there is one. What is granted holds for the whole process;
+// from then on a thread's alternate signal stack must have room for them. If Linux refuses, the matrix unit counts as absent.
 std::vector<Isa> available();
 const char* name_of(Isa);
 Isa isa_named(const std::string&);
@@ -136,8 +136,9 @@ void score(const Score&, const Execution&, void* workspace);
 std::size_t gather_workspace(const Gather&, const Execution&);
 Sums gather(const Gather&, const Execution&, void* workspace);
 
-// Both networks' scores and the gathering pass in one call: logits are stored where `gather` expects them; the student's norms and
-// gains and the sums over the prototypes stay in the workspace. Only if this rank has all prototypes; otherwise ranks merge the sums in between.
+// Both networks' scores and the gathering pass in one call: logits are stored where `gather` expects them; the student's norms
+// and gains and the sums over the prototypes stay in the workspace. Only if this rank has all prototypes; otherwise ranks merge
+// the sums in between.
 std::size_t step_workspace(const Score& student, const Score& teacher, const Gather&, const Execution&);
 Sums step(Score student, Score teacher, Gather gather, const Execution&, void* workspace);
 

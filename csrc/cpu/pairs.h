@@ -37,9 +37,8 @@ struct PairProduct {
         constexpr int M = decltype(m)::value;
         const Rows<float> rows{q.start + std::ptrdiff_t(k) * teachers, teachers};
         tile_in_short_sums<Fp32, M, N>(gather.teacher_views, rows, panel, valid, {},
-                                       [&](int row, auto& sums) __attribute__((always_inline)) {
-          finish(logits, k + row, vector, sums, out);
-        });
+                                       [&](int row, auto& sums)
+                                           __attribute__((always_inline)) { finish(logits, k + row, vector, sums, out); });
       });
     });
     for (int k = 0; k < count; ++k)

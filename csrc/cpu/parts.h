@@ -15,7 +15,7 @@ namespace vmf::cpu {
 
 // Parts of the prototypes: enough to keep many threads busy to the end, few enough that a copy of dz for each is small.
 constexpr int MOST_PARTS = 32;
-constexpr int LEAST_PART = 480;  // prototypes: a few blocks
+constexpr int LEAST_PART = 480;                             // prototypes: a few blocks
 constexpr std::size_t PARTS_BYTES = std::size_t(16) << 20;  // of all copies of dz, if this allows
 constexpr int FEWEST_PARTS = 8;                             // at least so many parts
 

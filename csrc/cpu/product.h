@@ -50,11 +50,10 @@ constexpr int MOST_VECTORS = REGISTERS == 32 ? 4 : 2;
 constexpr int BLOCK_MULTIPLE = REGISTERS == 32 ? 24 : 30;  // a multiple of every tile_rows(), so that a block has no rest
 #endif
 constexpr int tile_rows(int vectors) {
-  return REGISTERS == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 24)
-                         : (vectors == 2 ? 6 : 10);
+  return REGISTERS == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 24) : (vectors == 2 ? 6 : 10);
 }
 constexpr int LINES_A_STEP = 4;  // cache lines of `Ahead` that are prefetched every four steps of k
-constexpr int SHORT_SUM = 64;       // steps of k
+constexpr int SHORT_SUM = 64;    // steps of k
 
 // Where A's rows lie: in `Rows`, m steps through memory by a stride and k is contiguous; in `Columns` the other way round.
 template <class Word>

@@ -5,7 +5,8 @@
 
 namespace vmf::cpu::VMF_ISA {
 
-// Below this 2^x is 0 and x may be anything but -inf, whose product with that 0 would be NaN: logits of 1e38 are that far apart.
+// Below this 2^x is 0 and x may be anything but -inf, whose product with that 0 would be NaN: logits of 1e38 are that far
+// apart.
 constexpr float LEAST_DEVIATION = -200.0f;
 inline Floats deviation_from(Floats top, Floats x) { return larger(all(LEAST_DEVIATION), sub(x, top)); }  // a NaN stays
 
@@ -143,12 +144,12 @@ struct Scorer {
         constexpr int M = decltype(m)::value;
         const Ahead soon = ahead_of(score.weight, begin + share * k / count, begin + share * (k + valid) / count);
         const Rows<Word> rows_of_m{weight.start + k * weight.stride, weight.stride};
-        tile_in_short_sums<Dot, M, N>(steps, rows_of_m, panel, valid, soon,
-                                      [&](int row, auto& sums) __attribute__((always_inline)) {
-          float* out = logits ? logits + (k + row) * score.logits.stride + vector * LANES : nullptr;
-          finish(first + k + row, vector, block, sums, out);
-          if (score.other_bias) absorb_others(first + k + row, vector, others, sums);
-        });
+        tile_in_short_sums<Dot, M, N>(
+            steps, rows_of_m, panel, valid, soon, [&](int row, auto& sums) __attribute__((always_inline)) {
+              float* out = logits ? logits + (k + row) * score.logits.stride + vector * LANES : nullptr;
+              finish(first + k + row, vector, block, sums, out);
+              if (score.other_bias) absorb_others(first + k + row, vector, others, sums);
+            });
       });
       for (int i = 0; i < N; ++i) softmax(block, vector, i).close();
       if (score.other_bias)

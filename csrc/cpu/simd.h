@@ -19,8 +19,13 @@
 namespace vmf::cpu::VMF_ISA {
 
 // 2^f on [-1/2, 1/2], minimax in the relative error: 2e-9 before rounding.
-constexpr float EXP2[] = {1.0f,           0.6931471824645996f,    0.24022646248340607f,  0.05550328642129898f,
-                          0.009618489071726799f, 0.0013399930903688073f, 0.0001534581242594868f};
+constexpr float EXP2[] = {1.0f,
+                          0.6931471824645996f,
+                          0.24022646248340607f,
+                          0.05550328642129898f,
+                          0.009618489071726799f,
+                          0.0013399930903688073f,
+                          0.0001534581242594868f};
 constexpr float LEAST_EXPONENT = -126.0f;  // below it 2^x is subnormal, and 0 here
 
 #if defined(__AVX512F__)
@@ -168,7 +173,8 @@ inline float from_fp16(std::uint16_t x) {
   return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000u)));  // 2^112
 }
 
-// Where bf16 products have instructions, or a stand-in: LANES numbers rounded, and words of one number from each of two vectors.
+// Where bf16 products have instructions, or a stand-in: LANES numbers rounded, and words of one number from each of two
+// vectors.
 #if defined(__AVX512BF16__)
 #define VMF_HAS_BF16 1
 

@@ -1,7 +1,7 @@
 // Tensors of torch, read through Python: the module is built without torch and fits any version of it.
 //
-// Every pointer that the operator gets comes from `floats` or `weight_of`, so a tensor that does not fit is an error, not an access
-// beyond its memory. Whoever calls keeps the tensors alive.
+// Every pointer that the operator gets comes from `floats` or `weight_of`, so a tensor that does not fit is an error, not an
+// access beyond its memory. Whoever calls keeps the tensors alive.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -42,9 +42,7 @@ inline py::object checked(PyObject* result) {
   return py::reinterpret_steal<py::object>(result);
 }
 inline py::object attribute(py::handle of, PyObject* name) { return checked(PyObject_GetAttr(of.ptr(), name)); }
-inline py::object result_of(py::handle of, PyObject* method) {
-  return checked(PyObject_CallMethodNoArgs(of.ptr(), method));
-}
+inline py::object result_of(py::handle of, PyObject* method) { return checked(PyObject_CallMethodNoArgs(of.ptr(), method)); }
 inline std::size_t number_of(py::handle of, PyObject* method) {
   const std::size_t number = PyLong_AsSize_t(result_of(of, method).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
@@ -55,14 +53,12 @@ inline std::ptrdiff_t number_at(const py::object& sizes, int index) {
   if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
   return number;
 }
-inline std::ptrdiff_t size_of(py::handle tensor, int dim) {
-  return number_at(attribute(tensor, Torch::get().shape), dim);
-}
+inline std::ptrdiff_t size_of(py::handle tensor, int dim) { return number_at(attribute(tensor, Torch::get().shape), dim); }
 
 [[noreturn]] inline void refuse(py::handle tensor, const std::string& expected) {
-  const py::object got =
-      py::str("{} of shape {} and strides {} on {}")
-          .format(tensor.attr("dtype"), py::list(tensor.attr("shape")), py::list(tensor.attr("stride")()), tensor.attr("device"));
+  const py::object got = py::str("{} of shape {} and strides {} on {}")
+                             .format(tensor.attr("dtype"), py::list(tensor.attr("shape")), py::list(tensor.attr("stride")()),
+                                     tensor.attr("device"));
   throw std::runtime_error("the native module was about to get " + got.cast<std::string>() + "; expected " + expected +
                            " (a fault of vmf_kernels: please report it)");
 }
@@ -103,7 +99,8 @@ inline Weight weight_of(py::handle tensor) {
   return {data, as, stride, int(prototypes), int(dim)};
 }
 
-// Logits of so many prototypes and columns: `given` is a list of tensors, [prototypes of a piece, stride], and the first column.
+// Logits of so many prototypes and columns: `given` is a list of tensors, [prototypes of a piece, stride], and the first
+// column.
 inline Logits logits_of(const py::tuple& given, int prototypes, std::ptrdiff_t columns) {
   const py::list pieces = given[0];
   const std::ptrdiff_t first = given[1].cast<std::ptrdiff_t>();

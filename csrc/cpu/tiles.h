@@ -34,10 +34,11 @@ struct TileRegisters {
   ~TileRegisters() { _tile_release(); }
 };
 
-// [TILE R, N] sums = A B, one tile register for each TILE rows of A and for each vector of B. Registers 4 and 5 hold A, 6 and 7 B.
-// The intrinsics take register numbers as they are written, so every combination is written out.
+// [TILE R, N] sums = A B, one tile register for each TILE rows of A and for each vector of B. Registers 4 and 5 hold A, 6 and 7
+// B. The intrinsics take register numbers as they are written, so every combination is written out.
 //
-// a: rows of `a_stride` words; all TILE R rows must be readable. b: a panel [steps, N LANES] of words. steps: a multiple of TILE.
+// a: rows of `a_stride` words; all TILE R rows must be readable. b: a panel [steps, N LANES] of words. steps: a multiple of
+// TILE.
 template <int R, int N, class Next>
 inline void multiply_tiles(int steps, const std::uint32_t* a, std::ptrdiff_t a_stride, const std::uint32_t* b, Floats* sums,
                            Next&& next) {
@@ -73,8 +74,8 @@ inline void multiply_tiles(int steps, const std::uint32_t* a, std::ptrdiff_t a_s
   __asm__ volatile("" ::: "memory");
 }
 
-// Swaps words of two rows: the word at i | H of a and the word at i of b, for every i without the bit H. With H = 1, a[1] and b[0]
-// change places, a[3] and b[2], and so on.
+// Swaps words of two rows: the word at i | H of a and the word at i of b, for every i without the bit H. With H = 1, a[1] and
+// b[0] change places, a[3] and b[2], and so on.
 template <int H>
 inline void swap_words(Words& a, Words& b) {
 #define VMF_LOW(j) ((j) & H) ? 16 + (j) - H : (j)
@@ -101,12 +102,10 @@ inline void transpose_words(const std::uint32_t* in, int rows, int columns, std:
     for (int c = 0; c < columns; c += TILE) {
       Words square[TILE];
 #pragma GCC unroll 16
-      for (int i = 0; i < TILE; ++i)
-        std::memcpy(&square[i], in + std::ptrdiff_t(r + i) * columns + c, sizeof(Words));
+      for (int i = 0; i < TILE; ++i) std::memcpy(&square[i], in + std::ptrdiff_t(r + i) * columns + c, sizeof(Words));
       swap_in_all<8>(square), swap_in_all<4>(square), swap_in_all<2>(square), swap_in_all<1>(square);
 #pragma GCC unroll 16
-      for (int i = 0; i < TILE; ++i)
-        std::memcpy(out + std::ptrdiff_t(c + i) * rows + r, &square[i], sizeof(Words));
+      for (int i = 0; i < TILE; ++i) std::memcpy(out + std::ptrdiff_t(c + i) * rows + r, &square[i], sizeof(Words));
     }
 }
 

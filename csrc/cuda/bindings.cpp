@@ -29,7 +29,10 @@ namespace {
 
 using Address = std::uintptr_t;
 
-template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 // Where a call goes. The device is set and not only assumed: a runtime linked statically has no say in torch's idea of it.
 struct Queue {
@@ -50,7 +53,8 @@ int version(cudaError_t (*get)(int*), const char* what) {
   return found;
 }
 
-template <class Call> void launch(const char* what, Queue queue, Call call) {
+template <class Call>
+void launch(const char* what, Queue queue, Call call) {
   check(cudaSetDevice(queue.device), what);
   check(call(at<CUstream_st>(queue.stream)), what);
 }
@@ -66,14 +70,17 @@ constexpr bool HAS_BOUNDED_WAITS = false;
 std::vector<std::string> archs() {
   std::vector<std::string> found(1);
   for (const char c : std::string(VMF_TEXT(VMF_CUDA_ARCHS))) {
-    if (std::isalnum(static_cast<unsigned char>(c))) found.back() += c;
-    else if (!found.back().empty()) found.emplace_back();
+    if (std::isalnum(static_cast<unsigned char>(c)))
+      found.back() += c;
+    else if (!found.back().empty())
+      found.emplace_back();
   }
   if (found.back().empty()) found.pop_back();
   return found;
 }
 
-template <int COUNT> void copy(const std::vector<float>& from, float (&to)[COUNT], const char* name) {
+template <int COUNT>
+void copy(const std::vector<float>& from, float (&to)[COUNT], const char* name) {
   if (from.size() != COUNT)
     throw std::invalid_argument(std::string(name) + " has " + std::to_string(from.size()) + " elements; expected " +
                                 std::to_string(COUNT) + ", of an expansion of three terms");
@@ -121,7 +128,7 @@ void bind_prototypes(py::module_& module) {
   py::class_<Packing>(module, "Packing", py::module_local())
       .def(py::init([](const StoredPrototypes& prototypes, Element element, int width, int padded, float lowest_bias,
                        Address extra_bias, Address packed, Address bias, Address norm) {
-             return Packing{prototypes,       element,        width, padded, lowest_bias, at<const float>(extra_bias),
+             return Packing{prototypes,       element,         width,          padded, lowest_bias, at<const float>(extra_bias),
                             at<void>(packed), at<float>(bias), at<float>(norm)};
            }),
            "prototypes"_a, py::kw_only(), "element"_a, "width"_a, "padded"_a, "lowest_bias"_a, "extra_bias"_a, "packed"_a,
@@ -136,10 +143,8 @@ void bind_prototypes(py::module_& module) {
       "networks"_a, "queue"_a);
   module.def(
       "pull_back",
-      [](const StoredPrototypes& prototypes, Queue queue, Address bias_gradient, Address gradient,
-         Address magnitude_gradient) {
-        const PullBack way_back{prototypes, at<const float>(bias_gradient), at<float>(gradient),
-                                at<float>(magnitude_gradient)};
+      [](const StoredPrototypes& prototypes, Queue queue, Address bias_gradient, Address gradient, Address magnitude_gradient) {
+        const PullBack way_back{prototypes, at<const float>(bias_gradient), at<float>(gradient), at<float>(magnitude_gradient)};
         launch("pulling gradients back", queue, [&](cudaStream_t stream) { return pull_back(way_back, stream); });
       },
       "prototypes"_a, "queue"_a, py::kw_only(), "bias_gradient"_a, "gradient"_a, "magnitude_gradient"_a);
@@ -188,9 +193,9 @@ void bind_column_pass(py::module_& module) {
            py::kw_only(), "rows"_a, "keys"_a, "features"_a, "bias"_a, "offset"_a, "temperature"_a);
   module.def(
       "column_pass",
-      [](Queue queue, const Side& student, const Side& teacher, Element element, int width, int prototypes,
-         int prototype_count, int dim, Address cotangents, Address unit, Address total, Address vectors,
-         Address bias_gradient, Address usage, int blocks_in_cluster) {
+      [](Queue queue, const Side& student, const Side& teacher, Element element, int width, int prototypes, int prototype_count,
+         int dim, Address cotangents, Address unit, Address total, Address vectors, Address bias_gradient, Address usage,
+         int blocks_in_cluster) {
         ColumnPass pass{};
         pass.element = element;
         pass.width = width;
@@ -218,9 +223,8 @@ void bind_column_pass(py::module_& module) {
         pass.blocks_in_cluster = blocks_in_cluster;
         launch("the column pass", queue, [&](cudaStream_t stream) { return column_pass(pass, stream); });
       },
-      "queue"_a, "student"_a, "teacher"_a, py::kw_only(), "element"_a, "width"_a, "prototypes"_a, "prototype_count"_a,
-      "dim"_a, "cotangents"_a, "unit"_a, "total"_a, "vectors"_a, "bias_gradient"_a, "usage"_a,
-      "blocks_in_cluster"_a = 1);
+      "queue"_a, "student"_a, "teacher"_a, py::kw_only(), "element"_a, "width"_a, "prototypes"_a, "prototype_count"_a, "dim"_a,
+      "cotangents"_a, "unit"_a, "total"_a, "vectors"_a, "bias_gradient"_a, "usage"_a, "blocks_in_cluster"_a = 1);
 }
 
 }  // namespace
@@ -233,12 +237,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("runtime_version", [] { return version(cudaRuntimeGetVersion, "asking for the runtime's version"); });
   // 0 where there is no driver
   module.def("driver_version", [] { return version(cudaDriverGetVersion, "asking for the driver's version"); });
-  py::enum_<Element>(module, "Element", py::module_local())
-      .value("bf16", Element::bf16)
-      .value("fp16", Element::fp16);
+  py::enum_<Element>(module, "Element", py::module_local()).value("bf16", Element::bf16).value("fp16", Element::fp16);
   py::class_<Queue>(module, "Queue", py::module_local())
-      .def(py::init([](int device, Address stream) { return Queue{device, stream}; }), py::kw_only(), "device"_a,
-           "stream"_a);
+      .def(py::init([](int device, Address stream) { return Queue{device, stream}; }), py::kw_only(), "device"_a, "stream"_a);
   bind_prototypes(module);
   module.def("row_tile", &row_tile);
   module.def("prototype_tile", &prototype_tile, py::kw_only(), "width"_a, "own_values"_a);

@@ -1,7 +1,7 @@
 // What blocks that stream the same keys and values do together: each copies its share of every tile to all of them.
 //
-// A cluster is BLOCKS neighbours along the grid's x, with the same split (y) and the same columns of the sums (z): they walk over
-// the same tiles in the same order. Of one block, everything here is what a block does alone.
+// A cluster is BLOCKS neighbours along the grid's x, with the same split (y) and the same columns of the sums (z): they walk
+// over the same tiles in the same order. Of one block, everything here is what a block does alone.
 #pragma once
 
 #include "ptx.cuh"

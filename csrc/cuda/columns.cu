@@ -1,8 +1,8 @@
 // The column pass, equations (5) and (6): sums over rows for each prototype. No block writes where another does, and each
 // walks over the rows in their order: no atomics, bitwise repeatable.
 //
-// Legend: S / T student / teacher rows, K prototypes, D embedding dim (width, padded); base-2 logits. Row r weighs in through its
-// offset: 2^(l - offset_r) = unit n_r p_r. Here the prototypes are the queries, and the rows what streams past.
+// Legend: S / T student / teacher rows, K prototypes, D embedding dim (width, padded); base-2 logits. Row r weighs in through
+// its offset: 2^(l - offset_r) = unit n_r p_r. Here the prototypes are the queries, and the rows what streams past.
 #include "launch.cuh"
 #include "stream.cuh"
 
@@ -92,7 +92,7 @@ VMF_DEVICE Walk student_walk(const ColumnMaps& maps, const ColumnPass& pass, int
 }
 
 VMF_DEVICE Walk teacher_walk(const ColumnMaps& maps, const ColumnPass& pass, int i_k, int tile) {
-  return {&maps.teacher_keys, &maps.teacher_features, &maps.cotangents, pass.teacher_offset, nullptr, i_k, 0,
+  return {&maps.teacher_keys,      &maps.teacher_features, &maps.cotangents, pass.teacher_offset, nullptr, i_k, 0,
           pass.teacher_rows / tile};
 }
 
@@ -216,8 +216,7 @@ bool is_valid(const ColumnPass& pass) {
          has_valid_cluster(pass.blocks_in_cluster) && pass.teacher_rows > 0 && pass.teacher_rows % QUERIES == 0 &&
          (!has_students || (pass.student_rows > 0 && pass.student_rows % QUERIES == 0 && pass.dim <= pass.width)) &&
          are_aligned({pass.teacher_keys, pass.teacher_features, pass.teacher_offset, pass.vectors}) &&
-         (!has_students ||
-          are_aligned({pass.student_keys, pass.student_features, pass.cotangents, pass.student_offset}));
+         (!has_students || are_aligned({pass.student_keys, pass.student_features, pass.cotangents, pass.student_offset}));
 }
 
 }  // namespace
@@ -227,9 +226,8 @@ cudaError_t column_pass(const ColumnPass& pass, cudaStream_t stream) {
   return by_width_and_element(pass, [&](auto width, auto element) {
     if (auto error = check_device(gather_usage<element(), width()>)) return error;
     if (pass.vectors == nullptr) return launch_usage<element(), width()>(pass, stream);
-    return by_cluster<width()>(pass, pass.prototypes / QUERIES, [&](auto blocks) {
-      return launch_columns<element(), width(), blocks()>(pass, stream);
-    });
+    return by_cluster<width()>(pass, pass.prototypes / QUERIES,
+                               [&](auto blocks) { return launch_columns<element(), width(), blocks()>(pass, stream); });
   });
 }
 

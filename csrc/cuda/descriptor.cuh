@@ -50,8 +50,8 @@ constexpr bool finds_all(int rows, int columns, uint64_t values) {
     for (int c = 0; c < columns; ++c) {
       const uint32_t stored = swizzled((c / BOX * rows + r) * BOX_BYTES_PER_ROW + c % BOX * 2);
       const uint32_t by_rows = rows_step(c / STEP, rows) * 16 + r / 8 * EIGHT_ROWS + r % 8 * BOX_BYTES_PER_ROW + c % STEP * 2;
-      const uint32_t by_columns = columns_step(r / STEP) * 16 + c / BOX * leading + r % STEP / 8 * stride +
-                                  r % 8 * BOX_BYTES_PER_ROW + c % BOX * 2;
+      const uint32_t by_columns =
+          columns_step(r / STEP) * 16 + c / BOX * leading + r % STEP / 8 * stride + r % 8 * BOX_BYTES_PER_ROW + c % BOX * 2;
       if (swizzled(by_rows) != stored || swizzled(by_columns) != stored) return false;
     }
   }

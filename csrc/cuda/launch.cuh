@@ -26,8 +26,7 @@ inline cudaError_t find_encoder(decltype(&cuTensorMapEncodeTiled)& encode) {
   void* p = nullptr;
   cudaDriverEntryPointQueryResult found;
   constexpr unsigned SINCE = 12000;  // version of the driver's interface that has the function
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, SINCE, cudaEnableDefault, &found);
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, SINCE, cudaEnableDefault, &found);
   if (error != cudaSuccess) return error;
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(p);
@@ -44,9 +43,9 @@ cudaError_t encode_map(CUtensorMap& map, const Pass& pass, const void* matrix, i
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(pass.width) * 2};
   const cuuint32_t box[] = {BOX, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[] = {1, 1};
-  const CUresult result = encode(&map, element, 2, const_cast<void*>(matrix), sizes, row_bytes, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, element, 2, const_cast<void*>(matrix), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

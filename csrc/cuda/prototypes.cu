@@ -9,7 +9,7 @@ namespace vmf::cuda {
 namespace {
 
 constexpr int LANES = 32;
-constexpr int WARPS = 8;             // of a block
+constexpr int WARPS = 8;  // of a block
 constexpr int BLOCK_THREADS = WARPS * LANES;
 constexpr int PACKED_BY_A_WARP = 8;  // prototypes, one after the other; then each has a lane of its own for its normaliser
 static_assert(PAD_TO % (WARPS * PACKED_BY_A_WARP) == 0, "a block writes no row beyond the padding");
@@ -21,21 +21,36 @@ __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float to_float(__half x) { return __half2float(x); }
 
-template <class T> __device__ T from_float(float x);
-template <> __device__ float from_float(float x) { return x; }
-template <> __device__ __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
-template <> __device__ __half from_float(float x) { return __float2half_rn(x); }
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ float from_float(float x) {
+  return x;
+}
+template <>
+__device__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
 
 // What a lane has side by side; fp32 beside 16-bit weights takes two loads.
-template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Piece { T at[N]; };
+template <class T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Piece {
+  T at[N];
+};
 
 // A row of [., D] over the lanes of a warp: lane l has N columns from (c lanes + l) N on for each chunk c, 0 from D on.
-template <int N, int CHUNKS> struct Row {
+template <int N, int CHUNKS>
+struct Row {
   float at[CHUNKS][N];
 
   static __device__ int column(int chunk) { return (chunk * LANES + threadIdx.x % LANES) * N; }
 
-  template <class T> __device__ void load(const T* p_row, int dim) {
+  template <class T>
+  __device__ void load(const T* p_row, int dim) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       Piece<T, N> b_piece{};
@@ -45,7 +60,8 @@ template <int N, int CHUNKS> struct Row {
     }
   }
 
-  template <class T> __device__ void store(T* p_row, int width) const {
+  template <class T>
+  __device__ void store(T* p_row, int width) const {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       Piece<T, N> b_piece;
@@ -83,7 +99,8 @@ template <int N, int CHUNKS> struct Row {
   }
 };
 
-template <int COUNT> __device__ float polynomial(float t, const float (&coefficients)[COUNT]) {
+template <int COUNT>
+__device__ float polynomial(float t, const float (&coefficients)[COUNT]) {
   float value = coefficients[COUNT - 1];
 #pragma unroll
   for (int i = COUNT - 2; i >= 0; --i) value = value * t + coefficients[i];
@@ -144,8 +161,7 @@ __device__ float bias_of(const Packing& packing, int i_k, float norm) {
   const StoredPrototypes& prototypes = packing.prototypes;
   if (i_k >= prototypes.count) return 2 * packing.lowest_bias * LOG2_E;  // weighs nothing beside one that is left out
   float bias = packing.extra_bias == nullptr ? 0 : packing.extra_bias[i_k];
-  if (prototypes.temperature != nullptr)
-    bias += log_vmf_constant(norm * inverse_temperature(prototypes), prototypes.expansion);
+  if (prototypes.temperature != nullptr) bias += log_vmf_constant(norm * inverse_temperature(prototypes), prototypes.expansion);
   return (bias < packing.lowest_bias ? packing.lowest_bias : bias) * LOG2_E;  // not fmaxf, which would hide a NaN
 }
 
@@ -220,10 +236,17 @@ __global__ void __launch_bounds__(BLOCK_THREADS) pull_back_kernel(const PullBack
   gradient.store(p_gradient, prototypes.dim);
 }
 
-template <int VALUE> struct Constant { static constexpr int value = VALUE; };
-template <class T> struct Type { using type = T; };
+template <int VALUE>
+struct Constant {
+  static constexpr int value = VALUE;
+};
+template <class T>
+struct Type {
+  using type = T;
+};
 
-template <class Use> cudaError_t with_stored(Stored stored, Use use) {
+template <class Use>
+cudaError_t with_stored(Stored stored, Use use) {
   switch (stored) {
     case Stored::fp32: return use(Type<float>());
     case Stored::bf16: return use(Type<__nv_bfloat16>());
@@ -232,12 +255,14 @@ template <class Use> cudaError_t with_stored(Stored stored, Use use) {
   return cudaErrorInvalidValue;
 }
 
-template <class Use> cudaError_t with_element(Element element, Use use) {
+template <class Use>
+cudaError_t with_element(Element element, Use use) {
   return element == Element::bf16 ? use(Type<__nv_bfloat16>()) : use(Type<__half>());
 }
 
 // Chunks that hold this many columns, N a lane: few sizes, the ones that heads use without a chunk to spare.
-template <int N, class Use> cudaError_t with_chunks(int columns, Use use) {
+template <int N, class Use>
+cudaError_t with_chunks(int columns, Use use) {
   const int chunks = (columns + N * LANES - 1) / (N * LANES);
   if constexpr (N == 1) {
     return chunks <= 8 ? use(Constant<8>()) : use(Constant<MOST_DIMS / LANES>());
@@ -251,14 +276,16 @@ template <int N, class Use> cudaError_t with_chunks(int columns, Use use) {
 }
 
 // Whether every row of the weight consists of whole, aligned pieces of 16 bytes.
-template <class Weight> bool is_aligned(const StoredPrototypes& prototypes) {
+template <class Weight>
+bool is_aligned(const StoredPrototypes& prototypes) {
   constexpr int piece = 16 / sizeof(Weight);
   return reinterpret_cast<std::uintptr_t>(prototypes.weight) % 16 == 0 && prototypes.stride % piece == 0 &&
          prototypes.dim % piece == 0;
 }
 
 // use(the weight's type, columns a lane has side by side, chunks)
-template <class Use> cudaError_t with_rows(const StoredPrototypes& prototypes, int columns, Use use) {
+template <class Use>
+cudaError_t with_rows(const StoredPrototypes& prototypes, int columns, Use use) {
   return with_stored(prototypes.stored, [&](auto weight) {
     using Weight = typename decltype(weight)::type;
     constexpr int piece = 16 / sizeof(Weight);
@@ -283,9 +310,10 @@ bool are_alike(const Packing& one, const Packing& other) {
 bool is_one_kernel(const Packing& one, const Packing& other) {
   if (one.prototypes.stored != other.prototypes.stored) return false;
   return with_stored(one.prototypes.stored, [&](auto weight) {
-    using Weight = typename decltype(weight)::type;
-    return is_aligned<Weight>(one.prototypes) == is_aligned<Weight>(other.prototypes) ? cudaSuccess : cudaErrorNotSupported;
-  }) == cudaSuccess;
+           using Weight = typename decltype(weight)::type;
+           return is_aligned<Weight>(one.prototypes) == is_aligned<Weight>(other.prototypes) ? cudaSuccess
+                                                                                             : cudaErrorNotSupported;
+         }) == cudaSuccess;
 }
 
 // All networks by the kernel of the first.
@@ -322,8 +350,7 @@ cudaError_t pull_back(const PullBack& pull_back, cudaStream_t stream) {
   return with_rows(prototypes, prototypes.dim, [&](auto weight, auto piece, auto chunks) {
     using Weight = typename decltype(weight)::type;
     const int blocks = (prototypes.count + WARPS - 1) / WARPS;
-    pull_back_kernel<Weight, decltype(piece)::value, decltype(chunks)::value>
-        <<<blocks, BLOCK_THREADS, 0, stream>>>(pull_back);
+    pull_back_kernel<Weight, decltype(piece)::value, decltype(chunks)::value><<<blocks, BLOCK_THREADS, 0, stream>>>(pull_back);
     return cudaGetLastError();
   });
 }

@@ -4,8 +4,8 @@
 // Legend: K prototypes, D embedding dim.
 #pragma once
 
-#include <cstdint>
 #include <cuda_runtime_api.h>
+#include <cstdint>
 
 #include "stream.h"
 

@@ -50,11 +50,10 @@ VMF_DEVICE void wait(uint64_t* barrier, uint32_t parity) {
 #if defined(VMF_BOUNDED_WAITS)
     if (clock64() > last) __trap();
 #endif
-    asm volatile(
-        "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
+    asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
   }
 }
 
@@ -71,16 +70,18 @@ VMF_DEVICE bool look_at(uint64_t* barrier, uint32_t parity) {
 // "cp.async.bulk.tensor": the box at (column, row), counted in bytes at the barrier.
 VMF_DEVICE void load_box(uint32_t target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-      ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          target),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
 
 // "cp.async.bulk": `bytes` is a multiple of 16, both addresses too.
 VMF_DEVICE void load_line(float* target, const float* source, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(target)),
+      "l"(source), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
 }
 
 // "setmaxnreg"; all threads of a warpgroup.
@@ -95,7 +96,9 @@ VMF_DEVICE void grow_registers() {
 
 // "bar": a named barrier of all consumers, of which one warpgroup waits and the other passes by. Barrier 0 is __syncthreads'.
 VMF_DEVICE void wait_at(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
-VMF_DEVICE void pass_by(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+VMF_DEVICE void pass_by(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 // "ex2": 2^x, subnormal results as 0.
 VMF_DEVICE float exp2_fast(float x) {
@@ -124,8 +127,9 @@ VMF_DEVICE void meet_cluster() {
 }
 
 // "mbarrier.arrive" at the barrier in the same place of the cluster's block `rank`, which may be this one. Release is of the
-// block's scope, not the cluster's: nothing that was written is handed over, and reads are complete by then (products are waited
-// for, lines are in registers). Release of the cluster's scope would be MEMBAR.ALL.GPU, a way to L2 and back for each tile.
+// block's scope, not the cluster's: nothing that was written is handed over, and reads are complete by then (products are
+// waited for, lines are in registers). Release of the cluster's scope would be MEMBAR.ALL.GPU, a way to L2 and back for each
+// tile.
 VMF_DEVICE void arrive_in(int rank, uint64_t* barrier) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(
@@ -139,7 +143,8 @@ VMF_DEVICE void arrive_in(int rank, uint64_t* barrier) {
 VMF_DEVICE void load_box_for(uint16_t blocks, uint32_t target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
       : "memory");
 }
 

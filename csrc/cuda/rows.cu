@@ -130,8 +130,14 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   const int i_split = blockIdx.y, i_part = part_of_block();
   const int first = min(i_split * pass.split_size, pass.prototypes);
   const int tiles = min(pass.split_size, pass.prototypes - first) / T::KEYS;
-  const Walk walk{&maps.features, &maps.keys, &maps.values, pass.bias, VALUES == Values::own ? pass.value_bias : nullptr,
-                  static_cast<int>(blockIdx.x) * QUERIES, first, tiles};
+  const Walk walk{&maps.features,
+                  &maps.keys,
+                  &maps.values,
+                  pass.bias,
+                  VALUES == Values::own ? pass.value_bias : nullptr,
+                  static_cast<int>(blockIdx.x) * QUERIES,
+                  first,
+                  tiles};
   if (threadIdx.x == 0) {
     prepare_barriers<T, BLOCKS>(shared);
     shared.scalars[0] = base_2_scale(pass.temperature);
@@ -199,8 +205,8 @@ bool is_valid(const RowPass& pass) {
 
 int row_tile() { return QUERIES; }
 
-static_assert(Tile<64>::KEYS == Tile<128>::KEYS && Tile<192>::KEYS == Tile<256>::KEYS &&
-              Tile<256>::KEYS == Tile<384>::KEYS, "prototype_tile names the tile of 128 and of 256 for all widths");
+static_assert(Tile<64>::KEYS == Tile<128>::KEYS && Tile<192>::KEYS == Tile<256>::KEYS && Tile<256>::KEYS == Tile<384>::KEYS,
+              "prototype_tile names the tile of 128 and of 256 for all widths");
 
 static_assert(Tile<64>::PANELS == 1 && Tile<128>::PANELS == 1 && Tile<192>::PANELS == 1 && Tile<256>::PANELS == 1,
               "column_parts names the parts of 256 for all widths up to it");
@@ -211,9 +217,8 @@ int column_parts(int width) { return width <= 256 ? Tile<256>::PANELS : Tile<384
 
 cudaError_t row_pass(const RowPass& pass, cudaStream_t stream) {
   if (!is_valid(pass)) return cudaErrorInvalidValue;
-  return by_width_and_element(pass, [&](auto width, auto element) {
-    return launch_rows_by_values<element(), width()>(pass, stream);
-  });
+  return by_width_and_element(
+      pass, [&](auto width, auto element) { return launch_rows_by_values<element(), width()>(pass, stream); });
 }
 
 }  // namespace vmf::cuda

@@ -4,7 +4,8 @@
 // A policy has   weigh(logits, bias, value_bias)   logits -> weights, in place, and what it sums over keys itself
 //                rescale(sums)                     of the sums so far, before the weights of the last `weigh` are added
 //
-// Order of consumption, and so of the ring: keys 0, keys 1, values 0, keys 2, values 1, ... Where values are the keys, keys only.
+// Order of consumption, and so of the ring: keys 0, keys 1, values 0, keys 2, values 1, ... Where values are the keys, keys
+// only.
 #pragma once
 
 #include "cluster.cuh"

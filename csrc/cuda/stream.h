@@ -14,19 +14,19 @@ enum class Element { bf16, fp16 };
 // [R] rows against [K] prototypes, equation (2), in N parts that are merged afterwards in their order.
 struct RowPass {
   Element element;
-  int width;                   // D padded: 64, 128, 192, 256 or 384
-  int rows;                    // R, a multiple of row_tile()
-  int prototypes;              // K padded to a multiple of 256
-  int splits, split_size;      // N parts of split_size prototypes each, of which the last may be short or empty
-  const void* features;        // [R, width]
-  const void* keys;            // [K, width]
-  const void* values;          // [K, width]; == keys: one tile serves both products; nullptr: no barycentre
-  const float* bias;           // [K] base 2, finite; the padding's is lower than any
-  const float* value_bias;     // [K] base 2, or nullptr: the summed value bias is then 0; only where values are own
-  const double* temperature;   // [] on the device
-  float* statistics;           // [4, N, R] running maximum, mass, first moment, summed value bias
-  float* barycentre;           // [N, R, width] unnormalised, or nullptr where values are
-  int blocks_in_cluster = 1;   // 1, or 2: see below
+  int width;                  // D padded: 64, 128, 192, 256 or 384
+  int rows;                   // R, a multiple of row_tile()
+  int prototypes;             // K padded to a multiple of 256
+  int splits, split_size;     // N parts of split_size prototypes each, of which the last may be short or empty
+  const void* features;       // [R, width]
+  const void* keys;           // [K, width]
+  const void* values;         // [K, width]; == keys: one tile serves both products; nullptr: no barycentre
+  const float* bias;          // [K] base 2, finite; the padding's is lower than any
+  const float* value_bias;    // [K] base 2, or nullptr: the summed value bias is then 0; only where values are own
+  const double* temperature;  // [] on the device
+  float* statistics;          // [4, N, R] running maximum, mass, first moment, summed value bias
+  float* barycentre;          // [N, R, width] unnormalised, or nullptr where values are
+  int blocks_in_cluster = 1;  // 1, or 2: see below
 };
 
 // Both networks' rows against the prototypes, equations (5) and (6): one block of threads owns a block of prototypes.
@@ -46,9 +46,9 @@ struct ColumnPass {
   int blocks_in_cluster = 1;  // 1, or 2: see below
 };
 
-// blocks_in_cluster 2: two blocks of threads at a time stream keys and values together, and each reads half of them. The results
-// are the same to the bit. Blocks run alone all the same at width 64, where nothing is summed but weights, and where the row pass
-// has an odd number of blocks: to pad R further would cost more than sharing saves.
+// blocks_in_cluster 2: two blocks of threads at a time stream keys and values together, and each reads half of them. The
+// results are the same to the bit. Blocks run alone all the same at width 64, where nothing is summed but weights, and where
+// the row pass has an odd number of blocks: to pad R further would cost more than sharing saves.
 
 // What R is padded to.
 int row_tile();

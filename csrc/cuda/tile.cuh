@@ -9,13 +9,13 @@
 namespace vmf::cuda {
 
 constexpr int WARP = 32;
-constexpr int GROUP = 128;            // threads of a warpgroup, what one wgmma takes
-constexpr int GROUP_QUERIES = 64;     // rows of a wgmma
-constexpr int CONSUMERS = 2;          // warpgroups: the accumulators of a third would not fit the registers at width 256
+constexpr int GROUP = 128;         // threads of a warpgroup, what one wgmma takes
+constexpr int GROUP_QUERIES = 64;  // rows of a wgmma
+constexpr int CONSUMERS = 2;       // warpgroups: the accumulators of a third would not fit the registers at width 256
 constexpr int QUERIES = CONSUMERS * GROUP_QUERIES;
 constexpr int BLOCK_THREADS = (CONSUMERS + 1) * GROUP;
 constexpr int CONSUMER_WARPS = CONSUMERS * GROUP / WARP;
-constexpr int BOX = 64;               // columns of a TMA box: 128 bytes, the widest swizzle
+constexpr int BOX = 64;  // columns of a TMA box: 128 bytes, the widest swizzle
 constexpr int BOX_BYTES_PER_ROW = 128;
 
 // Registers a thread, multiples of 8: (2 x 240 + 24) x 128 = 64512 of the multiprocessor's 65536. A block starts with 168 each.
@@ -30,7 +30,8 @@ constexpr int SHARED_LIMIT = 227 * 1024;  // bytes a block may have on compute c
 //        128 where they take at most 64: a wider product reads less shared memory per operation.
 // PANEL: columns of the sums a block forms. 384 would take 192 registers: two blocks share them, each with logits of its own.
 // SLOTS: as many as shared memory holds; at width 64 more than 8 would only wait. Each slot has two lines of KEYS floats.
-// TURNS: whether the warpgroups take turns at the tensor cores. At 128 and below a group's softmax takes most of the time of its
+// TURNS: whether the warpgroups take turns at the tensor cores. At 128 and below a group's softmax takes most of the time of
+// its
 //        products, and must not fall into the same time in both groups; above, it fits under the group's own second product.
 template <int WIDTH>
 struct Sizes;
@@ -72,9 +73,9 @@ constexpr int NARROWEST_IN_CLUSTERS = 128;
 // Shared memory of a block. Swizzled tiles start at multiples of 1024 bytes: the pattern repeats with eight rows of 128.
 template <typename T>
 struct alignas(1024) Shared {
-  uint8_t queries[T::QUERY_BYTES];  // WIDTH / 64 boxes [QUERIES, 64]
-  uint8_t slots[T::SLOTS][T::SLOT_BYTES];  // each PANEL / 64 boxes [KEYS, 64]
-  float lines[T::SLOTS][2][T::KEYS];  // biases or offsets of the slot's keys
+  uint8_t queries[T::QUERY_BYTES];           // WIDTH / 64 boxes [QUERIES, 64]
+  uint8_t slots[T::SLOTS][T::SLOT_BYTES];    // each PANEL / 64 boxes [KEYS, 64]
+  float lines[T::SLOTS][2][T::KEYS];         // biases or offsets of the slot's keys
   uint64_t full[T::SLOTS], empty[T::SLOTS];  // mbarriers
   uint64_t query_full, query_empty;
   float scalars[4];

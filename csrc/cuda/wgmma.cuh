@@ -4,8 +4,8 @@
 // Fragments, g = lane / 4, t = lane % 4, w = warp of its warpgroup:
 //   sums      register 4 j + 2 h + c  is row 16 w + g + 8 h, column 8 j + 2 t + c
 //   left      register 4 i + 2 b + h  holds row 16 w + g + 8 h, columns 16 i + 8 b + 2 t (low half) and + 1, of k step i
-// So the left operand's register 4 i + 2 b + h takes the sums' registers 8 i + 4 b + 2 h and + 1: probabilities are re-packed in
-// the thread that has them.
+// So the left operand's register 4 i + 2 b + h takes the sums' registers 8 i + 4 b + 2 h and + 1: probabilities are re-packed
+// in the thread that has them.
 #pragma once
 
 #include "ptx.cuh"
@@ -19,7 +19,8 @@ VMF_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: 
 // "wgmma.commit_group"
 VMF_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Keeps the compiler from moving uses of registers of a product across this point: it does not know that they are written later.
+// Keeps the compiler from moving uses of registers of a product across this point: it does not know that they are written
+// later.
 template <int N>
 VMF_DEVICE void pin(float (&registers)[N]) {
 #pragma unroll
@@ -46,6 +47,7 @@ VMF_DEVICE uint32_t rounded_pair(float low, float high) {
 }
 
 // Operand lists: inline assembly wants every register by name.
+// clang-format off
 #define VMF_NAMES_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -65,26 +67,28 @@ VMF_DEVICE uint32_t rounded_pair(float low, float high) {
 #define VMF_SUMS_96(d) VMF_SUMS_64(d), VMF_SUMS_32(d, 64)
 #define VMF_SUMS_128(d) VMF_SUMS_96(d), VMF_SUMS_32(d, 96)
 
-// Both operands in shared memory, both K-major: sums [64, COLUMNS] = left [64, 16] right [COLUMNS, 16]^T, added to what is there
-// unless `first`. LEFT, RIGHT, ADD are the operands' numbers, after the sums'.
-#define VMF_SHARED_PRODUCT(COLUMNS, TYPE, NAMES, LEFT, RIGHT, ADD, ...)                                                  \
+// clang-format on
+
+// Both operands in shared memory, both K-major: sums [64, COLUMNS] = left [64, 16] right [COLUMNS, 16]^T, added to what is
+// there unless `first`. LEFT, RIGHT, ADD are the operands' numbers, after the sums'.
+#define VMF_SHARED_PRODUCT(COLUMNS, TYPE, NAMES, LEFT, RIGHT, ADD, ...)                                                       \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE \
-               "." TYPE " {" NAMES "}, %" LEFT ", %" RIGHT ", add, 1, 1, 0, 0;\n}"                                       \
-               : __VA_ARGS__                                                                                            \
+               "." TYPE " {" NAMES "}, %" LEFT ", %" RIGHT ", add, 1, 1, 0, 0;\n}"                                            \
+               : __VA_ARGS__                                                                                                  \
                : "l"(left), "l"(right), "r"(int(!first)))
 
 // The left operand in registers, the right MN-major: sums [64, COLUMNS] += left [64, 16] right [16, COLUMNS].
-#define VMF_REGISTER_PRODUCT(COLUMNS, TYPE, NAMES, A0, A1, A2, A3, RIGHT, ...)                                       \
+#define VMF_REGISTER_PRODUCT(COLUMNS, TYPE, NAMES, A0, A1, A2, A3, RIGHT, ...)                                              \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" NAMES "}, {%" A0 ", %" A1 ", %" A2 \
-               ", %" A3 "}, %" RIGHT ", 1, 1, 1, 1;"                                                                 \
-               : __VA_ARGS__                                                                                        \
+               ", %" A3 "}, %" RIGHT ", 1, 1, 1, 1;"                                                                        \
+               : __VA_ARGS__                                                                                                \
                : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right))
 
-#define VMF_BY_ELEMENT(PRODUCT, COLUMNS, ...)         \
-  if constexpr (ELEMENT == Element::bf16) {           \
-    PRODUCT(COLUMNS, "bf16", __VA_ARGS__);            \
-  } else {                                            \
-    PRODUCT(COLUMNS, "f16", __VA_ARGS__);             \
+#define VMF_BY_ELEMENT(PRODUCT, COLUMNS, ...) \
+  if constexpr (ELEMENT == Element::bf16) {   \
+    PRODUCT(COLUMNS, "bf16", __VA_ARGS__);    \
+  } else {                                    \
+    PRODUCT(COLUMNS, "f16", __VA_ARGS__);     \
   }
 
 // One step of k. SUMS registers a thread: COLUMNS / 2.

@@ -148,7 +148,9 @@ struct Network {
         other_mass(rows, c.place, NAN_F) {
     random.fill(features);
     const Floats magnitude(c.prototypes, c.place, 0.5f), norm(c.prototypes, c.place, NAN_F), gain(c.prototypes, c.place, NAN_F);
-    Score s{weight, bias, features.get(), 0.5f, c.threads == 1 ? 1.0f : 2.0f, rows, Logits{{logits}, c.prototypes, stride}, top.get(), mass.get(), moment.get()};
+    Score s{
+        weight,    bias,       features.get(), 0.5f, c.threads == 1 ? 1.0f : 2.0f, rows, Logits{{logits}, c.prototypes, stride},
+        top.get(), mass.get(), moment.get()};
     // not free for one network and free for the other, with and without a magnitude
     if (bias) s.norms = c.norms, s.norm = norm.get(), s.gain = gain.get();
     if (s.norms == Norms::magnitude) s.magnitude = magnitude.get();

@@ -1,5 +1,5 @@
-// Stands for the intrinsics of AMX that csrc/cpu/tiles.h uses, so that what is built on them runs on any machine. Semantics from
-// the Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, of each instruction.
+// Stands for the intrinsics of AMX that csrc/cpu/tiles.h uses, so that what is built on them runs on any machine. Semantics
+// from the Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, of each instruction.
 //
 // Register numbers are checked by the compiler: the real intrinsics take literals. Use of a thread's registers without a
 // configuration ends the process, as it would on a part with AMX.
@@ -99,11 +99,10 @@ constexpr int literal() {
 #define _tile_loadconfig(from) tiles_stand_in::configure(from)
 #define _tile_release() tiles_stand_in::release()
 #define _tile_zero(to) (tiles_stand_in::tile(tiles_stand_in::literal<to>()) = tiles_stand_in::Tile{})
-#define _tile_loadd(to, base, stride) \
-  tiles_stand_in::load(tiles_stand_in::tile(tiles_stand_in::literal<to>()), base, stride)
+#define _tile_loadd(to, base, stride) tiles_stand_in::load(tiles_stand_in::tile(tiles_stand_in::literal<to>()), base, stride)
 #define _tile_stored(from, base, stride) \
   tiles_stand_in::store(tiles_stand_in::tile(tiles_stand_in::literal<from>()), base, stride)
-#define _tile_dpbf16ps(to, a, b)                                                 \
+#define _tile_dpbf16ps(to, a, b)                                                    \
   tiles_stand_in::add_products(tiles_stand_in::tile(tiles_stand_in::literal<to>()), \
                                tiles_stand_in::tile(tiles_stand_in::literal<a>()),  \
                                tiles_stand_in::tile(tiles_stand_in::literal<b>()))

@@ -39,7 +39,7 @@ struct Outputs {
 Side side_of(Setting& setting, const ColumnCase& c, int rows, double temperature, float mean_offset) {
   const float scale = 0.1f / std::sqrt(static_cast<float>(setting.width));
   Side side{normal_matrix(setting, c.prototypes, 1), normal_matrix(setting, rows, scale), normal_matrix(setting, rows, 1),
-            normal_line(setting, c.prototypes, 1), normal_line(setting, rows, 1), temperature};
+            normal_line(setting, c.prototypes, 1),   normal_line(setting, rows, 1),       temperature};
   for (float& offset : side.offset) offset += mean_offset;
   side.offset[5] = side.offset[rows - 1] = INFINITY;  // rows without weight
   for (int k = c.prototype_count; k < c.prototypes; ++k) side.bias[k] = PADDING_BIAS;
@@ -50,12 +50,30 @@ Outputs outputs_of(const Setting& setting, const ColumnCase& c, const Inputs& in
   const auto& [student, teacher] = in;
   const size_t count = static_cast<size_t>(c.prototype_count);
   Outputs out{std::vector<float>(count * c.dim, NAN), std::vector<float>(count, NAN), std::vector<float>(count, NAN)};
-  const ColumnPass pass{setting.element, setting.width, c.prototypes, c.prototype_count, c.dim, c.student_rows, c.teacher_rows,
-                        student.prototypes.bits.data(), student.features.bits.data(), teacher.prototypes.bits.data(),
-                        teacher.features.bits.data(), teacher.vectors.bits.data(), student.bias.data(), teacher.bias.data(),
-                        student.offset.data(), teacher.offset.data(), &student.temperature, &teacher.temperature, &UNIT, &TOTAL,
-                        c.usage_only ? nullptr : out.vectors.data(), c.usage_only ? nullptr : out.bias_gradient.data(),
-                        out.usage.data(), blocks_in_cluster};
+  const ColumnPass pass{setting.element,
+                        setting.width,
+                        c.prototypes,
+                        c.prototype_count,
+                        c.dim,
+                        c.student_rows,
+                        c.teacher_rows,
+                        student.prototypes.bits.data(),
+                        student.features.bits.data(),
+                        teacher.prototypes.bits.data(),
+                        teacher.features.bits.data(),
+                        teacher.vectors.bits.data(),
+                        student.bias.data(),
+                        teacher.bias.data(),
+                        student.offset.data(),
+                        teacher.offset.data(),
+                        &student.temperature,
+                        &teacher.temperature,
+                        &UNIT,
+                        &TOTAL,
+                        c.usage_only ? nullptr : out.vectors.data(),
+                        c.usage_only ? nullptr : out.bias_gradient.data(),
+                        out.usage.data(),
+                        blocks_in_cluster};
   if (const int error = column_pass(pass, nullptr)) fail("REFUSED %s: error %d", c.name, error);
   return out;
 }

@@ -99,8 +99,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     reinterpret_cast<void (*)(Maps, Pass)>(p[0])(*static_cast<const Maps*>(p[1]), *static_cast<const Pass*>(p[2]));
   };
   const int cluster = config->numAttrs == 0 ? 1 : static_cast<int>(config->attrs[0].val.clusterDim.x);
-  on_host::run_grid({config->gridDim, cluster, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes, thread,
-                     with_kernel});
+  on_host::run_grid(
+      {config->gridDim, cluster, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes, thread, with_kernel});
   return cudaSuccess;
 }
 template <typename Maps, typename Pass>

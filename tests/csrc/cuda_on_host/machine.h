@@ -1,5 +1,5 @@
-// Multiprocessors with the blocks of one cluster at a time. Threads are fibers of one thread of the host: each runs until it waits,
-// and a seed decides who runs next, which copy lands next, and when a product finishes.
+// Multiprocessors with the blocks of one cluster at a time. Threads are fibers of one thread of the host: each runs until it
+// waits, and a seed decides who runs next, which copy lands next, and when a product finishes.
 #pragma once
 
 #include <cstddef>
@@ -49,9 +49,9 @@ void start_copy(int rank, std::function<void()> copy);
 // Shared memory, by the 32-bit addresses that instructions have: of the block that runs, or of one of the cluster's. Fails
 // outside of what the launch asked for, and where the block has ended.
 uint8_t* shared_at(uint32_t address, size_t bytes);
-uint32_t address_of_shared(const void* p);           // of the block that runs
-uint32_t address_in(int rank, uint32_t address);     // the same place in another block
-uint8_t* shared_bytes();                             // all of the block that runs
+uint32_t address_of_shared(const void* p);        // of the block that runs
+uint32_t address_in(int rank, uint32_t address);  // the same place in another block
+uint8_t* shared_bytes();                          // all of the block that runs
 
 // The 128-byte swizzle, of copies and of products: exclusive-ors bits 4-6 of an address with bits 7-9.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }

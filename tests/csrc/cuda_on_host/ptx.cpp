@@ -51,8 +51,10 @@ void fill_box(uint32_t target, const CUtensorMap& map, int column, int row) {
       const bool is_inside = row + r < map.rows && column + c < map.columns;
       const size_t at = static_cast<size_t>(row + r) * map.row_bytes + (column + c) * 2;
       uint8_t* stored = on_host::shared_at(on_host::swizzled(target + r * 128 + c * 2), 2);
-      if (is_inside) memcpy(stored, map.matrix + at, 2);
-      else memset(stored, 0, 2);
+      if (is_inside)
+        memcpy(stored, map.matrix + at, 2);
+      else
+        memset(stored, 0, 2);
     }
 }
 

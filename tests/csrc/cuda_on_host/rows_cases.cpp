@@ -53,10 +53,21 @@ Outputs outputs_of(const Setting& setting, const RowCase& c, const Inputs& in, i
   Outputs out{std::vector<float>(4 * cells, NAN), std::vector<float>(cells * setting.width, NAN)};
   const bool has_barycentre = c.barycentre != Barycentre::none;
   const Matrix& values = c.barycentre == Barycentre::of_keys ? in.keys : in.values;
-  const RowPass pass{setting.element, setting.width, c.rows, c.prototypes, c.splits, c.split_size, in.features.bits.data(),
-                     in.keys.bits.data(), has_barycentre ? values.bits.data() : nullptr, in.bias.data(),
-                     c.has_value_bias ? in.value_bias.data() : nullptr, &TEMPERATURE, out.statistics.data(),
-                     has_barycentre ? out.barycentre.data() : nullptr, blocks_in_cluster};
+  const RowPass pass{setting.element,
+                     setting.width,
+                     c.rows,
+                     c.prototypes,
+                     c.splits,
+                     c.split_size,
+                     in.features.bits.data(),
+                     in.keys.bits.data(),
+                     has_barycentre ? values.bits.data() : nullptr,
+                     in.bias.data(),
+                     c.has_value_bias ? in.value_bias.data() : nullptr,
+                     &TEMPERATURE,
+                     out.statistics.data(),
+                     has_barycentre ? out.barycentre.data() : nullptr,
+                     blocks_in_cluster};
   if (const int error = row_pass(pass, nullptr)) fail("REFUSED %s: error %d", c.name, error);
   return out;
 }
@@ -67,8 +78,7 @@ struct Sums {
   std::vector<double> barycentre;  // [D]
   std::vector<Size> size;          // [D], of the barycentre's sums
 
-  Sums(const Inputs& in, int row, int first, int last)
-      : barycentre(in.values.columns), size(in.values.columns) {
+  Sums(const Inputs& in, int row, int first, int last) : barycentre(in.values.columns), size(in.values.columns) {
     const int width = in.keys.columns;
     std::vector<double> logits;
     for (int k = first; k < last; ++k) {
