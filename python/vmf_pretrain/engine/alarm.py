@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
+from vmf_pretrain.engine.votes import AgreedError
 from vmf_pretrain.report.bands import HELD
 from vmf_pretrain.report.caution import not_learning
 from vmf_pretrain.report.verdict import verdict
@@ -18,8 +18,8 @@ EXTREMES = (
 )  # figures whose highest value so far matters
 
 
-class CollapseError(PretrainError):
-    """``train.stop_on_collapse`` ends the run; raised on all ranks after the same step."""
+class CollapseError(AgreedError):
+    """``train.stop_on_collapse`` ends the run."""
 
 
 class Alarm:

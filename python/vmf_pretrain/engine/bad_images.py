@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.bad_images import first_names
-from vmf_pretrain.engine.votes import Taken
+from vmf_pretrain.engine.votes import AgreedError, Taken
 from vmf_pretrain.networks import ranks
 
 SUPPOSED = 1000  # a share is of at least this many images, so that one bad file among the first hundred is not 1 %
@@ -29,7 +28,7 @@ class BadImages:
         """Take note of a step; ``images_read`` is that of the whole run so far.
 
         Raises:
-            PretrainError: more than ``max_share`` of the images read (of SUPPOSED at least) are bad; names ten of them.
+            AgreedError: more than ``max_share`` of the images read (of SUPPOSED at least) are bad; names ten of them.
         """
         if not taken.counts.bad_images:
             return
@@ -38,7 +37,7 @@ class BadImages:
             self._names.append(image.name)
             self._write({**asdict(image), "step": taken.step})
         if self.count > self._max_share * max(images_read, SUPPOSED):
-            raise PretrainError(
+            raise AgreedError(
                 f"{self.count} of {images_read} readings met an image that cannot be read, more than data.max_bad_share, "
                 f"{self._max_share:g}, allows (of at least {SUPPOSED}): {first_names(self._names)}; bad_files.jsonl lists them "
                 "with reasons, and --resume --data.max_bad_share with a larger share goes on."

@@ -16,6 +16,7 @@ import torch
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.images import Found
 from vmf_pretrain.engine.run import Run
+from vmf_pretrain.engine.votes import AgreedError
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.report.page.page import write_page
 from vmf_pretrain.report.views import draw_views
@@ -33,6 +34,15 @@ def trained(run: Run) -> int:
     Raises:
         What ``Run.train`` raises, and nothing else.
     """
+    try:
+        return _trained(run)
+    except AgreedError:
+        # torchrun ends all ranks as soon as one has failed: not before the first has written its summary and its page
+        ranks.from_first("")
+        raise
+
+
+def _trained(run: Run) -> int:
     if not run.first:
         return run.train()
     history = History(run.folder, run.tolerant)

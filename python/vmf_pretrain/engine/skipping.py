@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.engine.loss_scale import HALVINGS
-from vmf_pretrain.engine.votes import Taken
+from vmf_pretrain.engine.votes import AgreedError, Taken
 from vmf_pretrain.networks import ranks
 
 
@@ -35,7 +34,7 @@ class Skipping:
         """Take note of a step.
 
         Raises:
-            PretrainError: it is the last one of too many in a row.
+            AgreedError: it is the last one of too many in a row.
         """
         counts = taken.counts
         if not counts.not_finite:
@@ -54,7 +53,7 @@ class Skipping:
             f"Step {taken.step} is skipped on all ranks: its {what} is not finite; skipped_steps.jsonl lists its images."
         )
         if self.row >= most:
-            raise PretrainError(
+            raise AgreedError(
                 f"the {what} is not finite at step {taken.step}, the last of {self.row} such steps in a row; no weight has "
                 "been changed by them, and the images are listed in skipped_steps.jsonl. Lower optim.learning_rate or set "
                 "train.precision to fp32, and go on from the last checkpoint with --resume."

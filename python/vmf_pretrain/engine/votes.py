@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.batch import BadImage, Batch
 from vmf_pretrain.networks import ranks
+
+
+class AgreedError(PretrainError):
+    """What the ranks voted of a step ends the run; raised on all of them, after the same step."""
 
 
 @dataclass(frozen=True)

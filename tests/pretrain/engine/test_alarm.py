@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from tests.on_ranks import start_ranks
 from tests.pretrain.engine.stopping import before_step
 from tests.pretrain.report.test_verdict import ALIVE, SMALL, UNCENTRED, run_of
-from tests.pretrain.tiny import a_run, changed
+from tests.pretrain.tiny import a_run, changed, few_digits, few_digits_config
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.engine.alarm import Alarm, CollapseError
 from vmf_pretrain.engine.history import trained
 from vmf_pretrain.engine.progress import RunProgress, duration
-from vmf_pretrain.report.verdict import FAULTS
+from vmf_pretrain.report.verdict import FAULTS, Verdict
 from vmf_pretrain.storage.metrics import read_metrics
 from vmf_pretrain.watch_command import Watch
 
@@ -86,6 +88,30 @@ def test_run_that_is_to_end_with_a_collapse_ends_on_a_vote_says_so_everywhere_an
     assert past.train() == 0
     summary = json.loads(past.folder.summary.read_text())
     assert (summary["steps"], summary["ended"]) == (60, None)
+
+
+def collapsing_rank(rank: int, folder: str) -> None:
+    """A rank of a run whose first logged step is called a collapse, and what it finds when its run has ended."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    out = Path(folder) / "run"
+    dead = Verdict("dead head", "The head is dead.", (), ("another centre",), {}, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        few_digits(patch)
+        patch.setattr("vmf_pretrain.engine.alarm.verdict", lambda *_: dead)
+        patch.setattr("vmf_pretrain.engine.run.draw_plots", lambda *_: None)
+        config = few_digits_config(train={"stop_on_collapse": True}, optim={"warmup_epochs": 0})
+        with pytest.raises(CollapseError, match="The head is dead"):
+            trained(a_run(config, out)[0])
+    left = [name for name in ("summary.json", "report.html") if (out / name).is_file()]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(left))
+    torch.distributed.destroy_process_group()  # type: ignore[no-untyped-call]
+
+
+def test_no_rank_ends_before_the_first_has_written_its_summary_and_page(tmp_path: Path) -> None:
+    """torchrun ends all ranks as soon as one has failed."""
+    start_ranks(collapsing_rank, (str(tmp_path),), 2)
+    left = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert left == [["summary.json", "report.html"]] * 2
 
 
 def warned_by(records: list[dict[str, Any]], before: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
