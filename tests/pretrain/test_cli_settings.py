@@ -298,6 +298,10 @@ def test_unexpected_error_is_a_sentence_and_a_file(
         assert "Traceback" in (out / "crash.txt").read_text()
 
 
+def test_memory_that_runs_out_before_a_run_has_begun_may_be_the_networks_own() -> None:
+    assert "add one of them, or take a smaller head and backbone" in explained(MemoryError("2 GiB"), None)
+
+
 def test_lost_rank_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     error = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:62110.")
     assert "an unexpected error" in explained(error, begun(tmp_path / "alone"))
