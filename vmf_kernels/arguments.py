@@ -14,6 +14,11 @@ from vmf_kernels.prototypes import Prototypes
 from vmf_kernels.tensors import is_readable
 
 
+def is_whole(value: object) -> bool:
+    """Whether a count is an integer of Python or numpy."""
+    return isinstance(value, Integral)
+
+
 def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -> Tensor:
     """[] float64 temperature on ``device``: a tensor, so that a schedule neither recompiles nor re-captures.
 

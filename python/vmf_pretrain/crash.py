@@ -33,7 +33,11 @@ def explained(error: BaseException, folder: Path | None) -> str:
     first_line = " ".join(str(error).split("\n")[0].split())
     if out_of_memory(error):
         less = "--train.accumulate 2 (or more) computes the batch in parts, --train.activation_checkpointing true keeps less"
-        again = f"go on with: {go_on} --train.accumulate 2" if go_on else "add one of them, or take a smaller head and backbone"
+        again = (
+            f"go on with: {go_on} --train.accumulate 2"
+            if go_on
+            else "add one of them, or take a smaller head and backbone"
+        )
         return f"memory ran out ({first_line}); {less}; {again}; {details}."
     if isinstance(error, OSError) and error.errno in DISK:
         at = "" if error.filename is None else f", at {error.filename}"
