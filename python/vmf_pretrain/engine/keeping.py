@@ -94,7 +94,8 @@ class Keeping:
         found = _first_finds(where) if self._group is None else find_checkpoint(where, self._group)
         before, steps = found.state.get("fingerprint"), len(self.batches)
         said = require_resumable(before, self.fingerprint, step=found.step, steps=steps, allowed=allowed)
-        for sentence in [*said, *config_changes(found.state.get("config"), asdict(self.config))]:
+        # a seed is part of the fingerprint and of the settings, and is said once
+        for sentence in dict.fromkeys([*said, *config_changes(found.state.get("config"), asdict(self.config))]):
             self.say(sentence)
         return found
 

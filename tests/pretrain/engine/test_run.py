@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shlex
@@ -318,6 +319,13 @@ def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match="of another run: The network has other shapes") as caught:
         a_run(few_digits_config(head={"prototypes": 33}), tmp_path / "run", resume=True)
     assert "\n" not in str(caught.value)
+
+
+def test_another_seed_that_is_allowed_is_said_once(tmp_path: Path) -> None:
+    stopped_at(a_run(few_digits_config(), tmp_path / "run")[0], 2)
+    seeded = dataclasses.replace(few_digits_config(), seed=4)
+    _, printed = a_run(seeded, tmp_path / "run", resume=True, allow_changed={"seed"})
+    assert printed.getvalue().count("seed was 0 and is 4.") == 1, printed.getvalue()
 
 
 def test_checkpoint_that_does_not_say_what_its_network_is_fed_is_judged_anew(whole: Run, tmp_path: Path) -> None:
