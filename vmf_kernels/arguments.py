@@ -15,7 +15,7 @@ from vmf_kernels.tensors import is_readable
 
 
 def is_whole(value: object) -> bool:
-    """Whether a count is an integer of Python or numpy."""
+    """Whether a count is an int of Python or of numpy. A function of its own, as type checkers take neither for Integral."""
     return isinstance(value, Integral)
 
 
@@ -36,11 +36,6 @@ def temperature_tensor(value: float | Tensor, name: str, device: torch.device) -
     if not value > 0:
         raise ValueError(f"{name} is {value}; expected a number > 0")
     return torch.scalar_tensor(value, dtype=torch.float64, device=device)
-
-
-def is_whole(number: object) -> bool:
-    """Whether it is an int of Python or of numpy. A function of its own, because type checkers take neither for Integral."""
-    return isinstance(number, Integral)
 
 
 def check_features(features: Tensor, prototypes: Prototypes, name: str) -> None:

@@ -104,7 +104,7 @@ def collapsing_rank(rank: int, folder: str) -> None:
             trained(a_run(config, out)[0])
     left = [name for name in ("summary.json", "report.html") if (out / name).is_file()]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(left))
-    torch.distributed.destroy_process_group()  # type: ignore[no-untyped-call]
+    torch.distributed.destroy_process_group()
 
 
 def test_no_rank_ends_before_the_first_has_written_its_summary_and_page(tmp_path: Path) -> None:
