@@ -37,7 +37,7 @@ def log_vmf_constant(kappa: Tensor, dim: int) -> Tensor:
         [...] nats, dtype of ``kappa``; differentiable, slope is minus the mean resultant length.
 
     Raises:
-        TypeError: ``kappa`` is neither float32 nor float64, or ``dim`` is not an int.
+        TypeError: ``kappa`` is no tensor of float32 or float64, or ``dim`` is not an int.
         ValueError: ``dim < 2``.
     Source: Govindarajan et al., "DINO as a von Mises-Fisher mixture model", ICLR 2023 (arXiv:2405.10939); the expansion
         is that of DLMF 10.41(ii).
@@ -68,7 +68,7 @@ def vmf_mean_resultant_length(kappa: Tensor, dim: int) -> Tensor:
         evaluated without that difference: relative error at most 1e-6 in float32 and 5e-12 in float64.
 
     Raises:
-        TypeError: ``kappa`` is neither float32 nor float64, or ``dim`` is not an int.
+        TypeError: ``kappa`` is no tensor of float32 or float64, or ``dim`` is not an int.
         ValueError: ``dim < 2``.
     Source: Mardia and Jupp, "Directional Statistics", Wiley 2000, for the density; DLMF 10.29.1 and 10.41(ii).
 
@@ -83,6 +83,8 @@ def vmf_mean_resultant_length(kappa: Tensor, dim: int) -> Tensor:
 
 
 def _check_arguments(kappa: Tensor, dim: int) -> None:
+    if not isinstance(kappa, Tensor):
+        raise TypeError(f"kappa is {kappa!r} of type {type(kappa).__name__}; it must be a tensor")
     if kappa.dtype not in DEBYE_TERMS:
         raise TypeError(f"kappa has dtype {kappa.dtype}; it must be torch.float32 or torch.float64")
     if not isinstance(dim, int) or isinstance(dim, bool):

@@ -86,7 +86,7 @@ def run_export(order: Order) -> Path:
     summary = {} if found.run is None else summary_of(found.run.summary)
     told = Told(found.method.evaluated_name, file.name, step, found.config, found.fed, summary)
     written = write_form(exportable, FORMS[order.form], folder, lambda done: card_of(told, done))
-    compared = "not compared" if written.difference is None else f"features equal to {written.difference:.0e}"
+    compared = "not compared" if written.difference is None else f"features differ by {written.difference:.0e} at most"
     print(f"Exported {told.network} ({file.name}, step {step}) to {folder} for {order.form}: {compared}.")
     print(f"{folder / 'README.md'} says how to load it; its licence is for you to fill in.")
     return folder

@@ -7,7 +7,6 @@ the network take part in that.
 import contextlib
 import functools
 import json
-import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -44,7 +43,7 @@ from vmf_pretrain.methods.method import Method
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.report.figures import draw_plots, sample_attention, sample_pictures
-from vmf_pretrain.report.summary import next_command, print_summary, summary_text
+from vmf_pretrain.report.summary import next_command, print_summary, resume_command, summary_text
 from vmf_pretrain.report.verdict import verdict
 from vmf_pretrain.storage.checkpoint import Checkpoint
 from vmf_pretrain.storage.durable import replace_durably
@@ -123,7 +122,7 @@ class Run:
                 return self._ending()
             self._say(
                 f"Stopped by {stopped.name} at step {self.step}; {self._kept()} "
-                f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(self.folder.path))}"
+                f"Go on with: {resume_command(self.config, self.folder)}"
             )
             return 128 + stopped
 

@@ -194,6 +194,16 @@ def test_printed_command_survives_a_shell_whatever_the_folder_is_called(tmp_path
     assert shlex.split(command)[-1] == str(tmp_path / "a run's folder"), command
 
 
+def test_printed_command_keeps_the_settings_that_count_for_one_start(tmp_path: Path) -> None:
+    run, _ = a_run(few_digits_config(), tmp_path / "run")
+    stopped_at(run, 2)
+    once = few_digits_config(data={"max_bad_share": 0.5}, train={"keep_checkpoints": 7})
+    again, printed = a_run(once, tmp_path / "run", resume=True)
+    stopped_at(again, 3)
+    command = shlex.split(printed.getvalue().split("Go on with: ")[1])
+    assert command[5:] == ["--data.max_bad_share", "0.5", "--train.keep_checkpoints", "7"], command
+
+
 def test_signal_during_the_last_step_does_not_undo_the_run(tmp_path: Path) -> None:
     run, _ = a_run(few_digits_config(), tmp_path / "run")
     assert stopped_at(run, STEPS - 1) == 0
