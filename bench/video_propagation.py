@@ -4,7 +4,8 @@
 30 x 52 patches of 16, or 60 x 104 of 8, for which the published formula needs about 2.5 GiB; 8 source frames, 384 features.
 
 - ours: ``Propagation.labels``, blocks of rows, the largest cosines before any exponential;
-- published: every affinity, its exponential, the mask of the neighbourhood, the largest five over all source patches.
+- published: every affinity, its exponential, the mask of the neighbourhood, the largest five over all source patches. The mask
+  is formed before, as it is once a video.
 
 Ways take turns, and processor time is counted, that of all threads together, so that other work on the machine matters little.
 Medians. Memory is the largest sum of what torch has allocated during a frame.
@@ -38,11 +39,17 @@ def ours(target: Tensor, sources: Tensor, labels: Tensor, settings: Propagation)
     return settings.labels(target, sources, labels)
 
 
-def published(target: Tensor, sources: Tensor, labels: Tensor, settings: Propagation) -> Tensor:
-    """The formula of facebookresearch/dino's video evaluation: [H, W, C] labels from all affinities at once."""
+def published(
+    target: Tensor, sources: Tensor, labels: Tensor, settings: Propagation, near: Tensor | None = None
+) -> Tensor:
+    """The formula of facebookresearch/dino's video evaluation: [H, W, C] labels from all affinities at once.
+
+    ``near`` is the ``neighbourhood``, which the published code forms once a video and not once a frame.
+    """
     frames, height, width, _ = sources.shape
+    near = neighbourhood(height, width, settings.reach) if near is None else near
     affinity = torch.bmm(target.flatten(0, 1).expand(frames, -1, -1), sources.flatten(1, 2).transpose(1, 2))
-    affinity = affinity.div(settings.temperature).exp_().mul_(neighbourhood(height, width, settings.reach))
+    affinity = affinity.div(settings.temperature).exp_().mul_(near)
     affinity = affinity.transpose(1, 2).reshape(-1, height * width)  # [source patches, target patches]
     smallest = affinity.topk(settings.neighbours, dim=0).values.amin(dim=0)
     affinity[affinity < smallest] = 0
@@ -56,7 +63,9 @@ def neighbourhood(height: int, width: int, reach: Reach) -> Tensor:
     return reach.within(rows, columns, rows, columns).flatten(1).float()
 
 
-WAYS: dict[str, Way] = {"ours": ours, "published": published}
+def ways_of(height: int, width: int) -> dict[str, Way]:
+    """What takes turns, on frames of so many patches; what a video needs once is there before."""
+    return {"ours": ours, "published": partial(published, near=neighbourhood(height, width, DINO.propagation.reach))}
 
 
 def frames_of(height: int, width: int, objects: int, frames: int = FRAMES) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,10 +80,10 @@ def frames_of(height: int, width: int, objects: int, frames: int = FRAMES) -> tu
     return features[-1], features[:-1], labels
 
 
-def milliseconds(inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in WAYS}
+def milliseconds(ways: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> dict[str, float]:
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(-1, repeats):  # the first one only warms up
-        for name, way in WAYS.items():
+        for name, way in ways.items():
             begun = time.process_time()
             way(*inputs, DINO.propagation)
             if repeat >= 0:
@@ -82,8 +91,8 @@ def milliseconds(inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> dict[st
     return {name: float(np.median(numbers)) for name, numbers in taken.items()}
 
 
-def extra_mib(inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    return {name: cpu_peak_extra_mib(partial(way, *inputs, DINO.propagation), 0) for name, way in WAYS.items()}
+def extra_mib(ways: dict[str, Way], inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    return {name: cpu_peak_extra_mib(partial(way, *inputs, DINO.propagation), 0) for name, way in ways.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,9 +104,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     height, width = GRIDS[given.patch]
     inputs = frames_of(height, width, given.objects)
-    found = [way(*inputs, DINO.propagation) for way in WAYS.values()]
+    ways = ways_of(height, width)
+    found = [way(*inputs, DINO.propagation) for way in ways.values()]
     difference = float((found[0] - found[1]).abs().max())
-    taken, memory = milliseconds(inputs, given.repeats), extra_mib(inputs)
+    taken, memory = milliseconds(ways, inputs, given.repeats), extra_mib(ways, inputs)
     record: dict[str, Any] = {
         "machine": machine(),
         "threads": torch.get_num_threads(),
@@ -109,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{record['machine']['cpu']}, {record['threads']} threads: {height} x {width} patches, at most {difference:.1e} apart"
     )
-    for name in WAYS:
+    for name in ways:
         print(f"{name:10} {taken[name]:9.1f} ms {memory[name]:7.0f} MiB")
     print(f"{taken['published'] / taken['ours']:.2f}x")
     if given.json:

@@ -89,3 +89,6 @@ def test_the_workflow_runs_what_lands_and_the_supported_versions() -> None:
     assert pinned is not None
     assert pinned[1] in matrix["torch"]
     assert len(matrix["torch"]) == 2
+    assert matrix["python"] == ["3.11", "3.12", "3.13"]
+    night = " ".join(step.get("run", "") for step in WORKFLOW["jobs"]["night"]["steps"])
+    assert all(part in night for part in ("tests.fuzz", "VMF_FAULTS", "tests.mutations", "tests.wheel")), night

@@ -48,7 +48,8 @@ PANELS = (
         "Loss and its parts",
         "nats or error",
         {"loss": "loss", "teacher_entropy": "teacher entropy H(q)", "kl": "KL(q || p)"},
-        "Of methods with prototypes the loss is H(q) + KL; a head that has collapsed stays in a band.",
+        "Of methods with prototypes the loss is H(q) + KL; H(q) of a collapsed head ends in or near a band. The verdict goes "
+        "by mutual information and the prototypes in use.",
         "entropy",
         absent="No step has been logged, so there is no loss.",
     ),
