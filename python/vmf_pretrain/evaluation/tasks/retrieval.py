@@ -32,7 +32,7 @@ from vmf_pretrain.evaluation.retrieval.ground_truth import (
 from vmf_pretrain.evaluation.retrieval.score import CUT_OFFS, LevelScores, retrieval_scores
 from vmf_pretrain.evaluation.stored import Features
 from vmf_pretrain.evaluation.task import Subject, Task
-from vmf_pretrain.evaluation.whitening import whitening_of
+from vmf_pretrain.evaluation.whitening import Whitening, whitening_of
 from vmf_pretrain.evaluation.whole_views import Thumbnail
 
 GEM_POWER = 3.0
@@ -49,6 +49,7 @@ class Retrieval(Task[RetrievalTask]):
     """
 
     name = "retrieval"
+    version = 2
 
     def images(self, given: Given, settings: RetrievalTask) -> dict[str, Images]:
         """Database and queries once for each scale, because each scale is a view of its own; and images to whiten on."""
@@ -83,8 +84,9 @@ class Retrieval(Task[RetrievalTask]):
         truth = truth_of(subject.given.folder, subject.given.below(subject.given.folder))
         features = {name: _features(subject, name, settings) for name in ("database", "queries")}
         if settings.whitening is not None:
-            whitening = whitening_of(_features(subject, OTHERS, settings))
-            features = {name: whitening.apply(rows) for name, rows in features.items()}
+            others = _features(subject, OTHERS, settings)
+            whitening = whitening_of(others[others.any(dim=1)])  # unreadable images would draw the mean to zero
+            features = {name: whitened(whitening, rows) for name, rows in features.items()}
         levels = retrieval_scores(features["queries"], features["database"], _readable(subject, truth, settings))
         figures = [figure for level in levels for figure in _figures(level)]
         if not figures:
@@ -143,6 +145,11 @@ def _features(subject: Subject, name: str, settings: RetrievalTask) -> Tensor:
     rows = torch.zeros(len(sizes[0].images), found[0].shape[1])
     rows[sizes[0].rows] = mean_of_sizes(found)
     return rows
+
+
+def whitened(whitening: Whitening, rows: Tensor) -> Tensor:
+    """[N, D] of rows [N, F]; one of zeros, of an unreadable image, stays like nothing."""
+    return whitening.apply(rows) * rows.any(dim=1, keepdim=True)
 
 
 def _pooled(features: Features, settings: RetrievalTask) -> Tensor:
