@@ -138,7 +138,7 @@ class Suite:
             "images": {name: images_facts(some) for name, some in images.items()},
             "settings": asdict(settings),
             "dtype": self.config.features.dtype,
-            "depends": task.depends(self.given, settings),
+            "depends": {**task.depends(self.given, settings), **task.depends_on_run(self.evaluated)},
         }
         folder = self.out / f"{task.name}-{fingerprint(depends)[:DIGITS]}"
         return Planned(task, settings, images, wants, depends, folder)

@@ -68,6 +68,10 @@ class Task(ABC, Generic[Settings]):
         """What else the result depends on, as JSON holds it: digests of ground truth, masks, predictions."""
         return {}
 
+    def depends_on_run(self, evaluated: Evaluated) -> dict[str, Any]:
+        """What the result depends on of the run beside its evaluated network, as JSON holds it: its head, its checkpoint."""
+        return {}
+
     def wants(self, settings: Settings, fed: NetworkInput) -> dict[str, Wanted]:
         """Which features the task wants, under the names of its images; features of equal images are computed once for all.
 

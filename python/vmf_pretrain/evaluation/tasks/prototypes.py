@@ -12,7 +12,7 @@ from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.tasks.prototypes import PrototypesTask
 from vmf_pretrain.data.images import Images
 from vmf_pretrain.data.network_input import NetworkInput
-from vmf_pretrain.evaluation.evaluated import Evaluated
+from vmf_pretrain.evaluation.evaluated import Evaluated, fingerprint_of
 from vmf_pretrain.evaluation.extract import Wanted
 from vmf_pretrain.evaluation.given import Given
 from vmf_pretrain.evaluation.pictures import plot_pictures
@@ -36,6 +36,14 @@ class PrototypesOfRun(Task[PrototypesTask]):
     def images(self, given: Given, settings: PrototypesTask) -> dict[str, Images]:
         """All of them."""
         return {"all": given.all}
+
+    def depends_on_run(self, evaluated: Evaluated) -> dict[str, Any]:
+        """The head, the centre, and whether a checkpoint has it."""
+        if evaluated.method is None:
+            return {}
+        centred = _restored(evaluated)
+        known = evaluated.method if centred else evaluated.method.exported  # the rest of it is drawn anew each time
+        return {"centred": centred, "head": fingerprint_of(known, evaluated.fed)}
 
     def wants(self, settings: PrototypesTask, fed: NetworkInput) -> dict[str, Wanted]:
         """Their class features."""
