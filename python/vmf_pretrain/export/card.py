@@ -68,7 +68,7 @@ def card_of(told: Told, written: Written) -> str:
         f"## Use\n\n```python\n{written.loading.code.replace('FOLDER', written.folder.name)}\n```\n",
         _input(told.fed),
         _data(config),
-        _figures(told.summary),
+        _figures(told.summary, told.step),
         f"## Settings\n\n```yaml\n{config_text(without_paths(config)).rstrip()}\n```\n",
         "## Licence\n\nTo be filled in by whoever publishes these weights; mind the licence of the images too.\n",
     ]
@@ -115,9 +115,17 @@ def _data(config: Config) -> str:
     return f"## Data\n\nImages of {which}. What they show is for you to say.\n"
 
 
-def _figures(summary: Mapping[str, Any]) -> str:
+def _figures(summary: Mapping[str, Any], step: int | None) -> str:
+    """The table of the run's last network, and a sentence where the weights are of another step."""
     rows = [f"| {name} | {summary[key]:.4g} |" for key, name in FIGURES.items() if summary.get(key) is not None]
     if not rows:
         return f"## Figures\n\n{NO_FIGURES}\n"
     table = "\n".join(["| at the end of the run | |", "|---|---|", *rows])
-    return f"## Figures\n\n{table}\n"
+    last = summary.get("steps")
+    if step is None or last is None or step == last:
+        return f"## Figures\n\n{table}\n"
+    best = summary.get("best_knn")
+    known = "" if best is None else f" The best k-NN accuracy during the run is {best:.4g} %."
+    return (
+        f"## Figures\n\nThese figures are of the network after {last} steps, not of these weights.{known}\n\n{table}\n"
+    )
