@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from vmf_pretrain.config.resume import resume_command
 from vmf_pretrain.launch import many_ranks, rank
 from vmf_pretrain.storage.durable import replace_durably
 
@@ -27,7 +28,7 @@ def explained(error: BaseException, folder: Path | None) -> str:
         The sentence; it names the file with the traceback.
     """
     begun = folder is not None and (folder / "config.yaml").is_file()
-    go_on = f"vmf-pretrain fit --resume --out {shlex.quote(str(folder))}" if begun else None
+    go_on = resume_command(folder) if begun and folder is not None else None
     where = _written(error, folder if begun else None)
     details = f"the traceback is in {where}" if where else "its traceback could not be written"
     first_line = " ".join(str(error).split("\n")[0].split())

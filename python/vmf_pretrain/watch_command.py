@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.paths import expanded
+from vmf_pretrain.config.resume import resume_command
 from vmf_pretrain.storage.lines import Followed
 from vmf_pretrain.storage.lock import holder_of
 from vmf_pretrain.storage.run_folder import RunFolder
@@ -111,7 +111,7 @@ class Watch:
     def _ending(self) -> str:
         """How the run has ended, in words."""
         step, steps = int(self._last.get("step", 0)), int(self._last.get("steps", 0))
-        on = f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(self._folder.path))}"
+        on = f"Go on with: {resume_command(self._folder.path)}"
         holder = holder_of(self._folder.path)
         if holder is not None:
             return f"The run was killed: process {holder.pid} ended after step {step} of {steps}, and still has the lock. {on}"

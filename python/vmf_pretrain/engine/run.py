@@ -17,6 +17,7 @@ from rich.console import Console
 
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.file import config_text
+from vmf_pretrain.config.resume import resume_command
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batch import Batch
 from vmf_pretrain.data.batches import ViewBatches
@@ -43,7 +44,7 @@ from vmf_pretrain.methods.method import Method
 from vmf_pretrain.methods.table import method_class
 from vmf_pretrain.networks import ranks
 from vmf_pretrain.report.figures import draw_plots, sample_attention, sample_pictures
-from vmf_pretrain.report.summary import next_command, print_summary, resume_command, summary_text
+from vmf_pretrain.report.summary import next_command, print_summary, summary_text
 from vmf_pretrain.report.verdict import verdict
 from vmf_pretrain.storage.checkpoint import Checkpoint
 from vmf_pretrain.storage.durable import replace_durably
@@ -122,7 +123,7 @@ class Run:
                 return self._ending()
             self._say(
                 f"Stopped by {stopped.name} at step {self.step}; {self._kept()} "
-                f"Go on with: {resume_command(self.config, self.folder)}"
+                f"Go on with: {resume_command(self.folder.path, self.config)}"
             )
             return 128 + stopped
 

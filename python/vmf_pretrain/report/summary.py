@@ -4,7 +4,6 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vmf_pretrain.config.data import BUNDLED
-from vmf_pretrain.config.file import read_config
-from vmf_pretrain.config.resume import flat
 from vmf_pretrain.config.run import Config
-from vmf_pretrain.storage.run_folder import RunFolder
 
 
 def comparison(figures: Mapping[str, Any]) -> str:
@@ -48,16 +44,6 @@ def next_command(config: Config, folder: Path) -> str:
         return f"vmf-pretrain demo{data} --method {other}"
     quoted = shlex.quote(str(folder))
     return f"tensorboard --logdir {quoted}" if config.log.tensorboard else f"ls {quoted}/plots"
-
-
-def resume_command(config: Config, folder: RunFolder) -> str:
-    """How a run that was stopped goes on: with the settings, too, that this start alone has on top of those in its folder."""
-    kept = flat(asdict(read_config(folder.config)))
-    words = ["vmf-pretrain", "fit", "--resume", "--out", str(folder.path)]
-    for name, value in flat(asdict(config)).items():
-        if value != kept.get(name):
-            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return shlex.join(words)
 
 
 def print_summary(

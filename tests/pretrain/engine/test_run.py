@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import shlex
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -175,33 +173,6 @@ def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     students = [copied(dict(dino_of(run.loop).student.named_parameters())) for run in runs]
     same = students[0].keys() - set(differing(*students))
     assert not same, f"weights that no seed changes: {same}"
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_run_says_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    run, printed = a_run(few_digits_config(), tmp_path / "run")
-    assert before_step(run, 2, lambda: signal.raise_signal(number)).train() == code
-    text = printed.getvalue()
-    assert f"Stopped by {number.name} at step 3; a checkpoint is written." in text, text
-    assert f"vmf-pretrain fit --resume --out {tmp_path / 'run'}\n" in text, text
-    assert not run.folder.summary.exists(), "an unfinished run has a summary"
-
-
-def test_printed_command_survives_a_shell_whatever_the_folder_is_called(tmp_path: Path) -> None:
-    run, printed = a_run(few_digits_config(), tmp_path / "a run's folder")
-    stopped_at(run, 2)
-    command = printed.getvalue().split("Go on with: ")[1]
-    assert shlex.split(command)[-1] == str(tmp_path / "a run's folder"), command
-
-
-def test_printed_command_keeps_the_settings_that_count_for_one_start(tmp_path: Path) -> None:
-    run, _ = a_run(few_digits_config(), tmp_path / "run")
-    stopped_at(run, 2)
-    once = few_digits_config(data={"max_bad_share": 0.5}, train={"keep_checkpoints": 7})
-    again, printed = a_run(once, tmp_path / "run", resume=True)
-    stopped_at(again, 3)
-    command = shlex.split(printed.getvalue().split("Go on with: ")[1])
-    assert command[5:] == ["--data.max_bad_share", "0.5", "--train.keep_checkpoints", "7"], command
 
 
 def test_signal_during_the_last_step_does_not_undo_the_run(tmp_path: Path) -> None:

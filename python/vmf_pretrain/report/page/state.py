@@ -1,9 +1,9 @@
 """The top of the page: what became of each run, in words, with the evidence and what to try."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vmf_pretrain.config.resume import resume_command
 from vmf_pretrain.report.page.markup import Html, name, table, text
 from vmf_pretrain.report.page.run_data import CRASH, RunData
 from vmf_pretrain.report.summary import comparison
@@ -104,7 +104,7 @@ def _ending(run: RunData) -> str:
 def _unended(run: RunData, state: str) -> str:
     """What is known of a run that has not said how it ended."""
     at, holder = f"step {run.step:,}", run.holder
-    on = f"Go on with: vmf-pretrain fit --resume --out {shlex.quote(str(run.folder.path))}"
+    on = f"Go on with: {resume_command(run.folder.path)}"
     process = "" if holder is None else f"process {holder.pid} on {holder.host}"
     if state == GOING:
         return f"The run is still going: {process} has reached {at}."
