@@ -136,27 +136,33 @@ inline void line_of(const float* row, int dim, int first, float* out, float gain
   for (int d = first; d < dim; ++d) out[d - first] = row[d] * gain;
 }
 
+// Word `step` of a row of D numbers, 0 beyond them.
+template <class Dot>
+inline typename Dot::Word word_of(const float* row, int dim, int step) {
+  if constexpr (Dot::PER_WORD == 1)
+    return row[step];
+  else
+    return (2 * step < dim ? to_bf16(row[2 * step]) : 0u) |
+           (2 * step + 1 < dim ? std::uint32_t(to_bf16(row[2 * step + 1])) << 16 : 0u);
+}
+
 // Rows [count, D] -> panels [row tile][words of D][rows]: the transpose of a block's rows, in the same packing.
 template <class Dot>
 inline void pack_transposed(const float* rows, int count, int dim, typename Dot::Word* out) {
+  constexpr int STEPS = 16;  // of a row at a time: what they are written to stays in L1
   const int steps = words<Dot>(dim);
   const Cut cut(padded(count) / LANES);
   for (int i = 0; i < cut.tiles; ++i) {
     const int first = cut.first(i) * LANES, width = (cut.first(i + 1) - cut.first(i)) * LANES;
-    typename Dot::Word* panel = out + std::ptrdiff_t(first) * steps;
-    for (int r = 0; r < width; ++r) {
-      const float* row = rows + std::ptrdiff_t(first + r) * dim;
-      for (int step = 0; step < steps; ++step) {
-        typename Dot::Word word = 0;
-        if (first + r < count) {
-          if constexpr (Dot::PER_WORD == 1)
-            word = row[step];
-          else
-            word = (2 * step < dim ? to_bf16(row[2 * step]) : 0u) |
-                   (2 * step + 1 < dim ? std::uint32_t(to_bf16(row[2 * step + 1])) << 16 : 0u);
-        }
-        panel[std::ptrdiff_t(step) * width + r] = word;
-      }
+    const int present = count - first < width ? count - first : width;
+    for (int from = 0; from < steps; from += STEPS) {
+      const int to = from + STEPS < steps ? from + STEPS : steps;
+      typename Dot::Word* panel = out + std::ptrdiff_t(first) * steps + std::ptrdiff_t(from) * width;
+      for (int r = 0; r < present; ++r)
+        for (int step = from; step < to; ++step)
+          panel[(step - from) * width + r] = word_of<Dot>(rows + std::ptrdiff_t(first + r) * dim, dim, step);
+      for (int step = from; step < to; ++step)
+        for (int r = present; r < width; ++r) panel[(step - from) * width + r] = 0;
     }
   }
 }
