@@ -22,7 +22,8 @@ class EvaluateConfig:
             class; a list.
         sets: folders of other images on which that is done too, with sub-folders as classes, or ``train/`` and ``val/`` with
             those; a list. Figures of a set are named after its folder, such as ``knn/flowers``.
-        best: which of ``online``, on the images that the run holds out, chooses the best weights.
+        best: the figure that chooses the best weights: one of ``online`` on the images that the run holds out, or on a set,
+            such as ``knn/flowers``.
         shots: labelled images of each class of few_shot.
         duplicate_threshold: cosine distance below which two prototypes count as duplicates.
     """
@@ -33,7 +34,7 @@ class EvaluateConfig:
     max_images: int = 10000
     online: tuple[Online, ...] = ("knn",)
     sets: tuple[str, ...] = ()
-    best: Online = "knn"
+    best: str = "knn"
     shots: int = 5
     duplicate_threshold: float = 0.025
 
@@ -51,7 +52,5 @@ class EvaluateConfig:
         require(
             len(set(names)) == len(names), f"evaluate.sets is {list(self.sets)}; expected folders of different names."
         )
-        require(
-            self.best in self.online,
-            f"evaluate.best is {self.best} but evaluate.online is {list(self.online)}; expected one of those.",
-        )
+        known = [f"{name}{end}" for end in ("", *(f"/{name}" for name in names)) for name in self.online]
+        require(self.best in known, f"evaluate.best is {self.best}; expected one of {', '.join(known)}.")

@@ -1,7 +1,7 @@
 """A pretraining run from its configuration to its summary, on one rank or many.
 
-Every rank runs this; the first one owns the folder, the log and the console. It also evaluates; ranks that have only a part of
-the network take part in that.
+Every rank runs this; the first one owns the folder, the log and the console. All compute the features that are evaluated; what
+is made of them is the first one's work, and that of ranks that have only a part of the network.
 """
 
 import contextlib
@@ -133,10 +133,10 @@ class Run:
 
     def finish(self, ended: str | None = None) -> None:
         """Evaluate the network, draw the plots, write the summary, and print it unless it says why the run ended early."""
-        if not self._judging:
-            return
         method, train = self.loop.method, self.judge.train
         report = self.judge.report(method, self.loop.place(self.step))
+        if report is None:
+            return
         if self.facts[f"best_{self.config.evaluate.best}"] is None and ended is None:
             # without labels, the last weights are the best known, unless they have collapsed
             self.facts["best_knn"] = report.figures["knn"]
@@ -232,17 +232,17 @@ class Run:
             raise PretrainError("the ranks do not find the same images; expected one disk, and all files on it.")
         self._say(self.found.text)
         self.batches = ViewBatches(train, config, method.plan(config), ranks.rank(), ranks.count())
-        self.judge = Judge(train, held_out, config, probe_sets(config.evaluate, self.fed.size))
         device = choose_device(config.train.device)
         self.loop = Loop(config, method, self.batches.steps_per_epoch, device, begin=begin)
         self.keeping = closing.enter_context(
             Keeping(self.folder, config, self.loop, self.batches, self.found.facts, self._say)
         )
         self._judging = self.first or self.loop.wrapped.sharded
+        sets = probe_sets(config.evaluate, self.fed.size)
+        self.judge = Judge(train, held_out, config, sets, self._judging)
 
     def _begin(self) -> None:
-        if self._judging:
-            self.facts |= self._judged_before_training()
+        self.facts |= self._judged_before_training()
         if self.first:
             RunFolder.create(self.folder.path)
         self.save()  # step 0: so that --resume works even if something stops the first epoch
@@ -306,7 +306,7 @@ class Run:
             saving |= any(one.counts.save for one in taken)
         for one in taken:
             self._learn(one, records, progress)
-        if evaluating and self._judging:
+        if evaluating:
             self._evaluate(records, progress)
             self._speed.restart(number)
         if saving:
@@ -352,8 +352,6 @@ class Run:
     def _evaluate(self, records: Records, progress: RunProgress) -> None:
         records.histograms.write(self.judge.histograms(self.loop.method, self.loop.place(self.step)))
         figures = self.judge.online(self.loop.method.evaluated)
-        if self.loop.wrapped.sharded:  # what follows is done by all ranks or by none
-            figures = json.loads(ranks.from_first(json.dumps(figures)))
         if not figures:
             return
         record = {"step": self.step, "epoch": self._epoch, **figures}
@@ -362,7 +360,7 @@ class Run:
         best = self.config.evaluate.best
         better = improved(figures, self.facts, {"knn", best})
         self.facts |= better
-        if f"best_{best}" in better:
+        if f"best_{best}" in better and self._judging:  # whoever has the network, or a part of it
             self.keeping.weights("best", self.step, figures.get("knn"))
 
     @property

@@ -70,11 +70,7 @@ class Extraction:
         ranks.gathered(["looked"])  # before any rank writes, so that all divide the same files
         self.advance(len(images) - sum(len(chunk_of(number, len(images))) for number in numbers))
         mine = numbers[ranks.rank() :: ranks.count()]
-        failures = [
-            text for text in ranks.gathered([self._failure(images, Wanted(wanted.view, kinds), folder, mine)]) if text
-        ]
-        if failures:  # on all ranks, as none may wait for one that has given up
-            raise PretrainError(failures[0])
+        ranks.agreed(lambda: self._share(images, Wanted(wanted.view, kinds), folder, mine))
         if missing(folder, len(images)):
             raise PretrainError(f"ranks do not see each other's files in {folder}; expected one disk for all of them.")
         found = features_in(folder, images)
@@ -106,15 +102,12 @@ class Extraction:
             raise PretrainError(said["error"])
         return self.store / said["folder"], Kinds.from_facts(said)
 
-    def _failure(self, images: Images, wanted: Wanted, folder: Path, numbers: Sequence[int]) -> str:
-        """Compute files; why that failed, or nothing."""
+    def _share(self, images: Images, wanted: Wanted, folder: Path, numbers: Sequence[int]) -> None:
+        """Compute this rank's files."""
         try:
             self._compute(images, wanted, folder, numbers)
-        except PretrainError as error:
-            return str(error)
         except OSError as error:
-            return f"features cannot be written to {folder}: {error.strerror or error}."
-        return ""
+            raise PretrainError(f"features cannot be written to {folder}: {error.strerror or error}.") from None
 
     def _compute(self, images: Images, wanted: Wanted, folder: Path, numbers: Sequence[int]) -> None:
         before = ImageFile.LOAD_TRUNCATED_IMAGES

@@ -1,6 +1,10 @@
-"""How good the teacher's frozen features are, during a run and at its end."""
+"""How good the teacher's frozen features are, during a run and at its end.
 
-from collections.abc import Iterator, Mapping
+Every rank must call the methods: all compute features, each of its share of the images.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +17,7 @@ from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.images import SPLIT_SEED, Images
 from vmf_pretrain.data.network_input import network_input
 from vmf_pretrain.data.randomness import JUDGED_ORDER, generator_for
+from vmf_pretrain.evaluation.by_ranks import rows_by_ranks
 from vmf_pretrain.evaluation.features import extract_features
 from vmf_pretrain.evaluation.given import Splits
 from vmf_pretrain.evaluation.histograms import histogram, singular_values, usage_histogram
@@ -23,6 +28,7 @@ from vmf_pretrain.evaluation.prototypes import HeadReport, batch_information, re
 from vmf_pretrain.evaluation.rank import rankme
 from vmf_pretrain.evaluation.shown import spread
 from vmf_pretrain.methods.method import Assignment, Method, Place
+from vmf_pretrain.networks import ranks
 
 BASELINES = ("knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels")
 HEAD_FIGURES = (
@@ -33,7 +39,6 @@ HEAD_FIGURES = (
     "unique_prototypes",
     "largest_duplicate_share",
 )
-BATCH = 256  # images a forward pass
 HISTOGRAM_IMAGES = 2048  # training images that histograms are of, at most: a second of a GPU
 PIXEL_SIDE = 32  # side of the images whose pixels k-NN compares: full photographs would fill the memory
 PROBED_SIDE = 16  # the same for the linear probe: at 32 it takes a minute for 800 photographs, and is no better
@@ -56,12 +61,22 @@ class Report:
 
 @dataclass(frozen=True)
 class Judge:
-    """Evaluates features on these images; there are held-out images only if there are labels."""
+    """Evaluates features on these images.
+
+    Attributes:
+        train: the training images.
+        held_out: others; only if there are labels.
+        config: of the run.
+        sets: others that are evaluated during training, by name.
+        judging: whether this rank looks at the features that all have computed: the first one, and each one that has a part
+            of the network.
+    """
 
     train: Images
     held_out: Images | None
     config: Config
-    sets: Mapping[str, Splits] = field(default_factory=dict)  # others that are evaluated during training, by name
+    sets: Mapping[str, Splits] = field(default_factory=dict)
+    judging: bool = True
 
     def knn(self, backbone: nn.Module) -> float | None:
         """k-NN accuracy of frozen features on held-out images, percent; None without labels."""
@@ -70,14 +85,17 @@ class Judge:
         return self._compare(self._features(backbone, self.train), self._features(backbone, self._kept()))
 
     def online(self, backbone: nn.Module) -> dict[str, float | None]:
-        """Percent by name of ``evaluate.online``, and of the other sets by ``name/set``; nothing without labels."""
+        """Percent by name of ``evaluate.online``, and of the other sets by ``name/set``; nothing without labels.
+
+        The first rank classifies, and all get the figures.
+        """
         given = {"": (self.train, self._kept())} if self._labelled else {}
         given |= {f"/{name}": (some.train, some.test) for name, some in self.sets.items()}
         found: dict[str, float | None] = {}
         for end, images in given.items():
             train, kept = (Labelled(self._features(backbone, some), self._labels(some)) for some in images)
-            figures = online_figures(train, kept, self.config.evaluate)
-            found |= {f"{name}{end}": value for name, value in figures.items()}
+            classify = functools.partial(online_figures, train, kept, self.config.evaluate)
+            found |= {f"{name}{end}": value for name, value in ranks.done_by_first(classify).items()}
         return found
 
     def baselines(self, untrained: nn.Module) -> dict[str, float | None]:
@@ -90,25 +108,29 @@ class Judge:
         features = [self._features(untrained, images) for images in (self.train, self._kept())]
         pixels = [self._small_pixels(images) for images in (self.train, self._kept())]
         probed = [_averaged(batch, PROBED_SIDE) for batch in pixels]
-        return {
-            "knn_untrained": self._compare(*features),
-            "linear_untrained": self._linear(*features),
-            "knn_pixels": self._compare(*(batch.flatten(1) for batch in pixels)),
-            "linear_pixels": self._linear(*(batch.flatten(1) for batch in probed)),
-        }
+        return ranks.done_by_first(
+            lambda: {
+                "knn_untrained": self._compare(*features),
+                "linear_untrained": self._linear(*features),
+                "knn_pixels": self._compare(*(batch.flatten(1) for batch in pixels)),
+                "linear_pixels": self._linear(*(batch.flatten(1) for batch in probed)),
+            }
+        )
 
     def histograms(self, method: Method, place: Place) -> dict[str, Any]:
         """How features of training images spread over directions, and over prototypes, which are left out where there are none.
 
         Returns:
             ``step`` of the place, ``images`` how many, ``rankme``, ``singular_values``, and ``usage`` and ``kappa`` (norm over
-            temperature), as ``histograms.py`` has them; only the step if the features are not finite.
+            temperature), as ``histograms.py`` has them; only the step if the features are not finite, or this rank does not
+            judge.
         """
         chosen = spread(len(self.train), HISTOGRAM_IMAGES)
-        images = (self.train.evaluation_pixels(chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH))
         try:
-            features = extract_features(method.evaluated, map(network_input(self.config).of, images))
+            features = self._features_at(method.evaluated, self.train, chosen)
         except PretrainError:  # such a run ends by its skipped steps or by its next accuracy, not by a picture
+            return {"step": place.step}
+        if not self.judging:
             return {"step": place.step}
         found: dict[str, Any] = {"step": place.step, "images": len(chosen), "rankme": rankme(features)}
         found["singular_values"] = singular_values(features)
@@ -120,15 +142,17 @@ class Judge:
             found["usage"] = usage_histogram(usage)
         return {**found, "kappa": histogram(norms / assignment.temperature)}
 
-    def inputs(self, images: Images) -> Iterator[Tensor]:
-        """Network inputs of the evaluated images: batches [B, C, size, size]."""
-        return map(network_input(self.config).of, self._pixels(images))
+    def inputs(self, images: Images, places: Sequence[int]) -> Tensor:
+        """[B, C, size, size] network inputs of the evaluated images at some places."""
+        return network_input(self.config).of(images.evaluation_pixels(places))
 
-    def report(self, method: Method, place: Place) -> Report:
-        """Evaluate a method's network, with its head if it has one."""
+    def report(self, method: Method, place: Place) -> Report | None:
+        """Evaluate a method's network, with its head if it has one; None where this rank does not judge."""
         backbone, assignment = method.evaluated, method.assignment(place)
         features = self._features(backbone, self.train)
         kept = self._features(backbone, self._kept()) if self._labelled else None
+        if not self.judging:
+            return None
         figures: dict[str, Any] = {
             "knn": None if kept is None else self._compare(features, kept),
             "linear": None if kept is None else self._linear(features, kept),
@@ -167,15 +191,21 @@ class Judge:
         return float(linear_accuracy(train, labels, kept, self._labels(self._kept())))
 
     def _features(self, backbone: nn.Module, images: Images) -> Tensor:
-        return extract_features(backbone, self.inputs(images))
+        return self._features_at(backbone, images, self._chosen(images))
+
+    def _features_at(self, backbone: nn.Module, images: Images, places: Sequence[int]) -> Tensor:
+        """[N, F] of the images at N places, on every rank."""
+        return rows_by_ranks(
+            places, functools.partial(self.inputs, images), functools.partial(extract_features, backbone)
+        )
 
     def _small_pixels(self, images: Images) -> Tensor:
-        return torch.cat([_averaged(batch, PIXEL_SIDE) for batch in self._pixels(images)])
+        """[N, ..., C, s, s] of the chosen images, on every rank."""
 
-    def _pixels(self, images: Images) -> Iterator[Tensor]:
-        chosen = self._chosen(images)
-        for start in range(0, len(chosen), BATCH):
-            yield images.evaluation_pixels(chosen[start : start + BATCH])
+        def averaged(batches: Iterator[Tensor]) -> Tensor:
+            return torch.cat([_averaged(batch, PIXEL_SIDE) for batch in batches])
+
+        return rows_by_ranks(self._chosen(images), images.evaluation_pixels, averaged)
 
     def _chosen(self, images: Images) -> list[int]:
         """Indices of the evaluated images, evenly spread over all, because files are sorted by class."""

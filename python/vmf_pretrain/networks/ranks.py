@@ -1,10 +1,14 @@
 """This process among those of a run: collectives that also work alone, without a process group."""
 
+import json
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
+
+from vmf_pretrain.config.errors import PretrainError
 
 T = TypeVar("T")
 
@@ -55,3 +59,34 @@ def gathered(mine: list[T]) -> list[T]:
     everyone: list[list[T]] = [[]] * count()
     torch.distributed.all_gather_object(everyone, mine)
     return [item for part in everyone for item in part]
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """What ``work`` returns here, once it has returned on every rank. Every rank must call it.
+
+    Raises:
+        PretrainError: on all ranks, where one raises it: none may wait for one that has given up.
+    """
+    done: list[T] = []
+    failures: list[str] = []
+    try:
+        done.append(work())
+    except PretrainError as error:
+        failures.append(str(error))
+    failures = gathered(failures)
+    if failures:
+        raise PretrainError(failures[0])
+    return done[0]
+
+
+def done_by_first(work: Callable[[], T]) -> T:
+    """What ``work`` returns on the first rank, something that JSON holds, on every rank. Every rank must call it.
+
+    Raises:
+        PretrainError: on all ranks, where the first one raises it.
+    """
+    if not grouped():
+        return work()
+    said = agreed(lambda: "" if rank() else json.dumps(work()))
+    found: T = json.loads(from_first(said))
+    return found

@@ -155,7 +155,7 @@ def training_and_judged(kind: str, folder: Path) -> tuple[Tensor, Tensor, Networ
     train, held_out, _ = load_images(config)
     train = train.subset(torch.arange(0, len(train), 1 + len(train) // 2000))  # every fourth animal is enough
     views = batches_over(train, config).views(0, list(range(len(train))))[:GLOBAL_VIEWS]
-    return torch.cat(views), torch.cat(list(Judge(train, held_out, config).inputs(train))), network_input(config)
+    return torch.cat(views), Judge(train, held_out, config).inputs(train, range(len(train))), network_input(config)
 
 
 def apart(trained: Tensor, judged: Tensor) -> float:

@@ -366,11 +366,18 @@ def interrupted(judge: object, untrained: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def test_the_figure_asked_for_chooses_the_best_weights(tmp_path: Path) -> None:
-    wanted = {"online": ("linear", "few_shot"), "best": "few_shot", "max_images": 60}
+@pytest.mark.parametrize("best", ["few_shot", "few_shot/pets"])
+def test_the_figure_asked_for_chooses_the_best_weights(
+    best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"online": ("linear", "few_shot"), "best": best, "max_images": 60}
+    figures = iter([{"few_shot": 2.0, "few_shot/pets": 1.0}, {"few_shot": 1.0, "few_shot/pets": 2.0}])
+    if "/" in best:
+        wanted["sets"] = (str(two_classes(tmp_path / "pets")),)
+        monkeypatch.setattr("vmf_pretrain.evaluation.judge.Judge.online", lambda judge, backbone: next(figures))
     run = whole_run(few_digits_config(evaluate=wanted), tmp_path / "run")
-    found = [record["few_shot"] for record in read_metrics(run.folder) if "few_shot" in record]
+    found = [record[best] for record in read_metrics(run.folder) if best in record]
     assert len(found) == 2
-    assert run.facts["best_few_shot"] == max(found)
+    assert run.facts[f"best_{best}"] == max(found)
     about = json.loads((run.folder.weights / "best.json").read_text())
     assert about["step"] == (5, 10)[found.index(max(found))]

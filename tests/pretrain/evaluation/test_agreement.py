@@ -112,7 +112,8 @@ def test_run_that_is_judged_on_another_scale_says_that_they_disagree(
 ) -> None:
     """The same run, finished and judged anew."""
     shutil.copytree(judged[0].folder.path, tmp_path / "run")
-    monkeypatch.setattr(Judge, "inputs", Judge._pixels)  # the fault that this is for
+    unscaled = lambda judge, images, places: images.evaluation_pixels(places)  # noqa: E731
+    monkeypatch.setattr(Judge, "inputs", unscaled)  # the fault that this is for
     run, said = a_run(judged[0].config, tmp_path / "run", resume=True)
     assert run.train() == 0
     figures, printed = json.loads(run.folder.summary.read_text()), said.getvalue()

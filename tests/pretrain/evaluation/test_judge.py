@@ -106,6 +106,7 @@ def test_report_has_every_figure_and_accuracies_only_with_labels(labelled: bool)
     training.step(0, batch_of(batches, 0))  # the centre starts with it
     train, held_out = digits()
     report = Judge(train, held_out if labelled else None, config).report(training.method, training.place(1))
+    assert report is not None
     figures, head = report.figures, report.head
     accuracies = [figures["knn"], figures["linear"]]
     assert all((accuracy is not None) == labelled for accuracy in accuracies), accuracies
@@ -142,5 +143,7 @@ def test_every_protocol_is_done_on_every_set(tmp_path: Path) -> None:
     assert found["knn"] == judge.knn(backbone)
     assert all(value is not None and 0 <= value <= 100 for value in found.values())
     assert sum(backbone.batches) == 16 + 20 + 16, "features of a set are computed once for all protocols"
-    with pytest.raises(PretrainError, match="expected one of those"):
+    with pytest.raises(PretrainError, match="best is linear; expected one of knn"):
         photos_config(tmp_path, evaluate={"best": "linear"})
+    with pytest.raises(PretrainError, match="best is knn/cars; expected one of knn, linear, knn/pets, linear/pets"):
+        photos_config(tmp_path, evaluate={**wanted, "online": ("knn", "linear"), "best": "knn/cars"})
