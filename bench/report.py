@@ -208,6 +208,7 @@ OF_FILE: dict[str, Callable[[Any], str]] = {
     "pretrain_norms": norms_table,
     "pretrain_tasks": tasks_table,
     "shapes": shapes_table,
+    "shapes_avx512": shapes_table,
     "trainer_loop": loop_table,
     "vit_step": vit_table,
     "vmf-bench": session_table,
