@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 NUMBERS = ("loss", "patch_loss", "koleo", "gradient_norm", "patch_mutual_information", "masked_patch_accuracy")
 STEPS = 2
 WITHIN = 1e-8  # of a number in fp64, with batch normalisation and Sinkhorn-Knopp over both ranks
+NORM_WITHIN = 2e-7  # two steps of float32, in which torch's clipping has the norm
 
 
 def config_of(name: str, **train: Any) -> Config:
@@ -130,4 +131,5 @@ def test_every_way_of_dividing_the_batch_gives_the_same_numbers(tmp_path: Path) 
             for step, (got, expected) in enumerate(zip(steps, whole[name], strict=True)):
                 for key in NUMBERS:
                     error = abs(got[key] - expected[key]) / max(1.0, abs(expected[key]))
-                    assert error <= WITHIN, f"{way}, {name}, step {step}: {key} is {got[key]} not {expected[key]}"
+                    allowed = NORM_WITHIN if key == "gradient_norm" else WITHIN
+                    assert error <= allowed, f"{way}, {name}, step {step}: {key} is {got[key]} not {expected[key]}"

@@ -37,7 +37,7 @@ def test_labels_equal_the_published_formula(height: int, width: int, settings: P
     most = Propagation(min(settings.neighbours, frames * height * width), settings.temperature, settings.reach)
     found, expected = settings.labels(target, sources, labels), published(target, sources, labels, most)
     error = float((found - expected).abs().max())
-    assert error <= 1e-6, f"{error:.1e} apart"
+    assert error <= 2e-6, f"{error:.1e} apart"  # of float32 cosines over a temperature of 0.1
 
 
 def test_all_that_are_as_near_as_the_last_count() -> None:
