@@ -40,8 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 NUMBERS = ("loss", "patch_loss", "koleo", "gradient_norm", "patch_mutual_information", "masked_patch_accuracy")
 STEPS = 2
-WITHIN = 1e-8  # of a number in fp64, with batch normalisation and Sinkhorn-Knopp over both ranks
-NORM_WITHIN = 2e-7  # two steps of float32, in which torch's clipping has the norm
+WITHIN = 1e-7  # a step of float32: images and statistics are in it. Batch normalisation and Sinkhorn-Knopp go over both ranks
+NORM_WITHIN = 2e-7  # two such steps: the norm too is in float32
 
 
 def config_of(name: str, **train: Any) -> Config:
