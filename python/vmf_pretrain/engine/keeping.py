@@ -1,7 +1,6 @@
 """What a run keeps on disk to go on from, and to load elsewhere."""
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.config.run import Config
 from vmf_pretrain.data.batches import ViewBatches
 from vmf_pretrain.data.network_input import network_input
@@ -132,14 +130,11 @@ class Keeping:
 
 def _first_finds(where: Path) -> Checkpoint:
     """The newest whole checkpoint as the first rank sees it, on every rank: a shared disk may show ranks different ones."""
-    found, said = None, {}
-    if ranks.rank() == 0:
-        try:
-            found = outline_checkpoint(where)
-            said = {"name": found.path.name}
-        except PretrainError as error:
-            said = {"error": str(error)}
-    said = json.loads(ranks.from_first(json.dumps(said)))
-    if "error" in said:
-        raise PretrainError(said["error"])
-    return found or outline_of(where / said["name"])
+    found: list[Checkpoint] = []  # by the first rank, which need not read it again
+
+    def look() -> str:
+        found.append(outline_checkpoint(where))
+        return found[0].path.name
+
+    name = ranks.done_by_first(look)
+    return found[0] if found else outline_of(where / name)

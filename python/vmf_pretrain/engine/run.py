@@ -237,9 +237,8 @@ class Run:
         self.keeping = closing.enter_context(
             Keeping(self.folder, config, self.loop, self.batches, self.found.facts, self._say)
         )
-        self._judging = self.first or self.loop.wrapped.sharded
         sets = probe_sets(config.evaluate, self.fed.size)
-        self.judge = Judge(train, held_out, config, sets, self._judging)
+        self.judge = Judge(train, held_out, config, sets, judging=self.first or self.loop.wrapped.sharded)
 
     def _begin(self) -> None:
         self.facts |= self._judged_before_training()
@@ -247,7 +246,7 @@ class Run:
             RunFolder.create(self.folder.path)
         self.save()  # step 0: so that --resume works even if something stops the first epoch
         self.keeping.writer.wait()
-        failures = json.loads(ranks.from_first(json.dumps(self.keeping.writer.failures)))
+        failures = ranks.done_by_first(lambda: self.keeping.writer.failures)
         if failures:
             raise PretrainError(f"the run cannot begin, as nothing could go on from it: {failures[0]}")
         if self.first:  # the sign that a run has begun, after what it can go on from
@@ -360,7 +359,7 @@ class Run:
         best = self.config.evaluate.best
         better = improved(figures, self.facts, {"knn", best})
         self.facts |= better
-        if f"best_{best}" in better and self._judging:  # whoever has the network, or a part of it
+        if f"best_{best}" in better and self.judge.judging:  # whoever has the network, or a part of it
             self.keeping.weights("best", self.step, figures.get("knn"))
 
     @property

@@ -4,7 +4,6 @@ Legend: B images of a forward pass.
 """
 
 import hashlib
-import json
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -90,16 +89,15 @@ class Extraction:
 
     def _folder(self, images: Images, wanted: Wanted) -> tuple[Path, Kinds]:
         """Where the features are kept, and which kinds; the first rank looks and makes it, for all."""
-        said = {"error": ""}
-        if ranks.rank() == 0:
+
+        def look() -> dict[str, Any]:
             try:
                 folder, kinds = folder_for(self.store, self._base(images, wanted.view), wanted.kinds)
-                said |= {"folder": folder.name, **kinds.facts()}
             except OSError as error:
-                said["error"] = f"features cannot be written to {self.store}: {error.strerror or error}."
-        said = json.loads(ranks.from_first(json.dumps(said)))
-        if said["error"]:
-            raise PretrainError(said["error"])
+                raise PretrainError(f"features cannot be written to {self.store}: {error.strerror or error}.") from None
+            return {"folder": folder.name, **kinds.facts()}
+
+        said = ranks.done_by_first(look)
         return self.store / said["folder"], Kinds.from_facts(said)
 
     def _share(self, images: Images, wanted: Wanted, folder: Path, numbers: Sequence[int]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from tests.pretrain.tiny import (
+    Pixels,
     batch_of,
     build_networks,
     digits_config,
@@ -28,19 +28,6 @@ from vmf_pretrain.evaluation.linear import linear_accuracy
 from vmf_pretrain.evaluation.online import probe_sets
 
 pytestmark = pytest.mark.quick
-
-
-class Pixels(nn.Module):
-    """A backbone that gives the image back, and counts the images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.batches: list[int] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.batches.append(len(images))
-        return images.flatten(1) * self.weight
 
 
 def judged(config: Config) -> Judge:

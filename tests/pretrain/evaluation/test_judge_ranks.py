@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.on_ranks import Runs, run_cases
-from tests.pretrain.tiny import digits_config
+from tests.pretrain.tiny import Pixels, digits_config
 from vmf_pretrain.config.errors import PretrainError
 from vmf_pretrain.data.bundled import DigitImages, digits
 from vmf_pretrain.evaluation.given import Splits
@@ -20,19 +20,6 @@ from vmf_pretrain.evaluation.shown import spread
 ODD = 501  # images of a split
 FAR = spread(1297, ODD)[-3]  # place of an image that is evaluated by the second rank
 FEW_IMAGES = 1  # of another set, fewer than ranks
-
-
-class Counting(nn.Module):
-    """A backbone that gives the image back, and counts the images of each pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.batches: list[int] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.batches.append(len(images))
-        return images.flatten(1) * self.weight
 
 
 class Broken(DigitImages):
@@ -55,13 +42,13 @@ def judged(rank: int | None, *, train: DigitImages | None = None, most: int = OD
 
 
 def figures(rank: int | None) -> dict[str, Any]:
-    backbone = Counting()
+    backbone = Pixels()
     found = judged(rank).online(backbone)
     return {"found": found, "batches": backbone.batches}
 
 
 def before_training(rank: int | None) -> dict[str, Any]:
-    return dict(judged(rank, most=51).baselines(Counting()))
+    return dict(judged(rank, most=51).baselines(Pixels()))
 
 
 def failures(rank: int | None) -> list[str]:
@@ -72,7 +59,7 @@ def failures(rank: int | None) -> list[str]:
     said = []
     for train in (Broken(some.canvases, some.middles, some.labels), odd):
         with pytest.raises(PretrainError) as raised:
-            judged(rank, train=train).baselines(Counting())
+            judged(rank, train=train).baselines(Pixels())
         said.append(str(raised.value))
     return said
 
